@@ -1,0 +1,261 @@
+"""The controller: events in, instructions out. It knows no process, no clock and no network.
+
+A world goes GATHERING -> FORMING -> TRAINING; any loss leads back to FORMING with the survivors, a joiner
+does so at a step boundary, and a request to stop leads to ENDED through one last checkpoint. What belongs to
+an older generation is ignored.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from elastic.control.events import (
+    Cause,
+    Ending,
+    Event,
+    MemberEnded,
+    MemberLost,
+    MemberReady,
+    Settled,
+    StepCommitted,
+    StopRequested,
+    Tick,
+    UserFailed,
+    WorldBroken,
+)
+from elastic.control.instructions import (
+    End,
+    FormWorld,
+    Instruction,
+    KillMember,
+    Manner,
+    StartMember,
+    Status,
+    StopWorld,
+)
+from elastic.control.membership import Membership
+from elastic.control.policy import Action, WorldPolicy, choose_world
+
+SUSPICION_S = 1.0
+FORMING_LIMIT_S = 300.0
+MAX_STALLS_IN_A_ROW = 3
+
+
+class Phase(Enum):
+    """What the run is doing."""
+
+    GATHERING = "gathering workers"
+    FORMING = "forming a world"
+    TRAINING = "training"
+    ENDED = "ended"
+
+
+@dataclass(slots=True)
+class Controller:
+    """Decides which world forms next, from what happened.
+
+    `generation` is the newest one claimed so far (0: none). `prefix` names this controller's members.
+    """
+
+    policy: WorldPolicy
+    prefix: str
+    generation: int = 0
+    phase: Phase = Phase.GATHERING
+    members: Membership = field(init=False)
+    stopping: str | None = None
+    num_failures: int = 0
+    _losses_in_a_row: int = 0
+    _settled: set[str] = field(default_factory=set)
+    _ended: dict[str, Ending] = field(default_factory=dict)
+    _is_broken: bool = True
+    _broken_at: float | None = None
+    _idle_since: float = 0.0
+    _progress_at: float = 0.0
+    _step_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.members = Membership(self.prefix)
+
+    def begin(self, found: Iterable[str], now: float) -> list[Instruction]:
+        """Start the run: `found` members are alive already (an earlier driver's); start what is missing."""
+        self._idle_since = self._progress_at = now
+        self.members.starting.extend(found)
+        return list(self._replenish())
+
+    def handle(self, event: Event, now: float) -> list[Instruction]:
+        """Take one event; return what to do about it, in order."""
+        if self.phase is Phase.ENDED:
+            return []
+        match event:
+            case MemberReady(member, host):
+                self.members.admit(member, host)
+                return self._consider(now)
+            case MemberLost():
+                return self._lose(event, now)
+            case WorldBroken(generation=generation) if generation == self.generation:
+                self._broken_at = self._broken_at if self._broken_at is not None else now
+            case Settled(member, generation) if generation == self.generation:
+                return self._settle(member, now)
+            case StepCommitted(generation=generation, seconds=seconds) if generation == self.generation:
+                self._progress_at = now
+                self._losses_in_a_row = 0
+                self._step_s = seconds if self._step_s == 0.0 else 0.8 * self._step_s + 0.2 * seconds
+            case MemberEnded(member=member, generation=generation, ending=ending) if (
+                generation == self.generation
+            ):
+                return self._end_member(member, ending)
+            case UserFailed():
+                return self._end(
+                    Status.FAILED, f"the job's own code failed at step {event.step}: {event.message}"
+                )
+            case StopRequested(reason):
+                return self._stop(reason)
+            case Tick():
+                return self._wait(event, now)
+            case _:
+                pass
+        return []
+
+    def _lose(self, lost: MemberLost, now: float) -> list[Instruction]:
+        if not self.members.knows(lost.member):
+            return []
+        was_in_world = lost.member in self.members.world
+        self.members.drop(lost.member)
+        self.num_failures += 1
+        self._losses_in_a_row += 1
+        if self.num_failures > self.policy.max_failures:
+            return self._end(
+                Status.FAILED,
+                f"{self.num_failures} workers were lost, recovery.max_failures allows fewer: {lost.evidence}",
+            )
+        if self._losses_in_a_row > 2 * self.policy.workers + MAX_STALLS_IN_A_ROW:
+            return self._end(
+                Status.FAILED,
+                f"{self._losses_in_a_row} workers were lost in a row without a step: {lost.evidence}",
+            )
+        if was_in_world:
+            if self.members.world and self._all_ended():
+                return self._conclude()
+            self._break(now)
+        return [*self._consider(now), *self._replenish()]
+
+    def _break(self, now: float) -> None:
+        if not self._is_broken:
+            self._is_broken, self._idle_since = True, now
+            self.phase = Phase.GATHERING
+
+    def _consider(self, now: float) -> list[Instruction]:
+        """Form the next world if there is a reason to; `_is_broken`: the present one cannot go on."""
+        if not self._is_broken and (self.phase is not Phase.TRAINING or self._ended or self.stopping):
+            return []
+        world, outside = self.members.world, self.members.outside()
+        if not self._is_broken and (not outside or len(world) >= self.policy.workers):
+            return []
+        if self.stopping:
+            return self._form_last(world, now)
+        decision = choose_world(
+            world,
+            outside,
+            self.policy,
+            num_starting=len(self.members.starting),
+            waited_s=now - self._idle_since,
+        )
+        if decision.action is Action.GIVE_UP:
+            return self._end(Status.FAILED, decision.reason)
+        if decision.action is Action.WAIT:
+            return []
+        manner = Manner.AT_ONCE if self._is_broken else Manner.AT_BOUNDARY
+        return [self._form(decision.members, manner, decision.reason, now)]
+
+    def _form_last(self, survivors: tuple[str, ...], now: float) -> list[Instruction]:
+        """A stop was asked for and the world broke: whoever is left saves the state, be they ever so few."""
+        if not survivors:
+            return self._end(
+                Status.STOPPED, f"{self.stopping}; all workers were lost before a final checkpoint"
+            )
+        return [self._form(survivors, Manner.AT_ONCE, "the survivors save the state and stop", now)]
+
+    def _form(self, members: tuple[str, ...], manner: Manner, reason: str, now: float) -> Instruction:
+        self.generation += 1
+        self.members.world = members
+        self.phase = Phase.FORMING
+        self._is_broken, self._broken_at = False, None
+        self._settled, self._ended = set(), {}
+        self._progress_at = now
+        hosts = tuple(self.members.hosts[member] for member in members)
+        return FormWorld(self.generation, members, hosts, manner, reason)
+
+    def _settle(self, member: str, now: float) -> list[Instruction]:
+        self._settled.add(member)
+        self._progress_at = now
+        if not self._settled.issuperset(self.members.world):
+            return []
+        self.phase = Phase.TRAINING
+        if self.stopping:
+            return [StopWorld(self.generation, self.stopping)]
+        return self._consider(now)
+
+    def _end_member(self, member: str, ending: Ending) -> list[Instruction]:
+        if ending is Ending.REGROUP:
+            return []
+        self._ended[member] = ending
+        return self._conclude() if self._all_ended() else []
+
+    def _all_ended(self) -> bool:
+        return self._ended.keys() >= set(self.members.world)
+
+    def _conclude(self) -> list[Instruction]:
+        if Ending.FINISHED in self._ended.values():
+            return self._end(Status.FINISHED, "all steps are committed and durable")
+        return self._end(Status.STOPPED, self.stopping or "the workers' lease ran out")
+
+    def _stop(self, reason: str) -> list[Instruction]:
+        if self.stopping:
+            return []
+        self.stopping = reason
+        if not self.members.world:
+            return self._end(Status.STOPPED, reason)
+        return [StopWorld(self.generation, reason)]
+
+    def _wait(self, tick: Tick, now: float) -> list[Instruction]:
+        if self._broken_at is not None and now - self._broken_at > SUSPICION_S and not self._is_broken:
+            self._break(now)
+        if self._is_broken:
+            return self._consider(now)
+        limit_s = max(self.policy.hang_floor_s, self.policy.hang_factor * self._step_s)
+        if self.phase is not Phase.TRAINING:
+            limit_s = max(limit_s, FORMING_LIMIT_S)
+        silent = [member for member in self.members.world if member in tick.silent]
+        if self._ended or now - self._progress_at < (self.policy.hang_floor_s if silent else limit_s):
+            return []
+        return self._unhang(silent, now)
+
+    def _unhang(self, silent: list[str], now: float) -> list[Instruction]:
+        if not silent:
+            self._losses_in_a_row += 1
+            if self._losses_in_a_row > MAX_STALLS_IN_A_ROW:
+                return self._end(
+                    Status.FAILED,
+                    f"no step was committed for {now - self._progress_at:.0f} s, though all workers answer",
+                )
+            self._break(now)
+            return self._consider(now)
+        instructions: list[Instruction] = []
+        for member in silent:
+            evidence = (
+                f"{member} has not answered and no step was committed for {now - self._progress_at:.0f} s"
+            )
+            instructions.append(KillMember(member, evidence))
+            instructions.extend(self._lose(MemberLost(member, Cause.HUNG, evidence), now))
+        return instructions
+
+    def _replenish(self) -> Iterable[Instruction]:
+        """Start as many members as the policy's world lacks."""
+        if self.stopping or self.phase is Phase.ENDED:
+            return
+        while len(self.members.hosts) + len(self.members.starting) < self.policy.workers:
+            yield StartMember(self.members.name_next())
+
+    def _end(self, status: Status, reason: str) -> list[Instruction]:
+        self.phase = Phase.ENDED
+        return [End(status, reason)]

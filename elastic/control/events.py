@@ -1,0 +1,205 @@
+"""What happened (events), as values.
+
+Members and the driver make them; the controller and the journal read them.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Cause(StrEnum):
+    """Why a member was lost."""
+
+    PROCESS_DIED = "process died"
+    HOST_DIED = "host died"
+    HUNG = "hung"
+    START_FAILED = "start failed"
+
+
+class Ending(StrEnum):
+    """How a member's training in one world ended, when nothing broke."""
+
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    REGROUP = "regroup"
+
+
+@dataclass(frozen=True, slots=True)
+class MemberReady:
+    """A member's process is up and can be given a rank. `host` names its machine."""
+
+    member: str
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemberLost:
+    """A member is gone for good; `evidence` says how that was noticed."""
+
+    member: str
+    cause: Cause
+    evidence: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorldBroken:
+    """A member saw a collective of this generation fail and has left its process group."""
+
+    member: str
+    generation: int
+    evidence: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorldFormed:
+    """A member has joined the process group of this generation, `seconds` after it was told to."""
+
+    member: str
+    generation: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A member holds the world's state: `step` committed steps, got from `source` in `seconds`.
+
+    `source` is "fresh", "self", "peer" or "store"; `note` tells what a person should know (a fallback, say).
+    """
+
+    member: str
+    generation: int
+    step: int
+    source: str
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StepCommitted:
+    """All ranks of the world applied a step; `step` counts the committed steps. Times are in seconds."""
+
+    member: str
+    generation: int
+    step: int
+    loss: float
+    seconds: float
+    tokens: int
+    blocked_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointCaptured:
+    """A member's share of the snapshot at `step` is in its keeper's arena (not durable); the loop waited
+    `blocked_s`.
+    """
+
+    member: str
+    generation: int
+    step: int
+    blocked_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointDurable:
+    """The checkpoint at `step` exists on `tier`."""
+
+    member: str
+    generation: int
+    step: int
+    tier: str
+    num_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointLost:
+    """The snapshot at `step` did not become a checkpoint (failed, torn, or skipped because the arena was
+    full).
+    """
+
+    member: str
+    generation: int
+    step: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class UserFailed:
+    """The job's own code raised; it would raise again elsewhere, so it is not retried."""
+
+    member: str
+    generation: int
+    step: int
+    message: str
+    traceback: str
+
+
+@dataclass(frozen=True, slots=True)
+class MemberEnded:
+    """A member left the loop in good order at `step`; `weights_sha256` is set when it finished or stopped."""
+
+    member: str
+    generation: int
+    step: int
+    ending: Ending
+    weights_sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequested:
+    """Somebody (a person, a cancelled flow run) asked for a clean end."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed; `silent` members have not answered for a while."""
+
+    silent: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentStarted:
+    """A driver took the run up: `num_steps` is its aim, `wall_s` the unix time, `generation` the newest one
+    claimed before.
+    """
+
+    num_steps: int
+    generation: int
+    wall_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class FaultStruck:
+    """A drill broke `member` on purpose, with `step` steps committed."""
+
+    member: str
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentEnded:
+    """The driver let go of the run, for `reason`."""
+
+    status: str
+    reason: str
+
+
+Event = (
+    MemberReady
+    | MemberLost
+    | WorldBroken
+    | WorldFormed
+    | Settled
+    | StepCommitted
+    | CheckpointCaptured
+    | CheckpointDurable
+    | CheckpointLost
+    | UserFailed
+    | MemberEnded
+    | StopRequested
+    | Tick
+)
+Entry = Event | SegmentStarted | FaultStruck | SegmentEnded

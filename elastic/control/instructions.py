@@ -1,0 +1,64 @@
+"""What to do (instructions), as values. The controller makes them; the driver carries them out."""
+
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+
+
+class Manner(Enum):
+    """How members leave the world they are in."""
+
+    AT_ONCE = "at once"
+    AT_BOUNDARY = "at the next step boundary"
+
+
+class Status(StrEnum):
+    """How a run ended."""
+
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class StartMember:
+    """Start a process that may become a rank."""
+
+    member: str
+
+
+@dataclass(frozen=True, slots=True)
+class KillMember:
+    """End a member that does not answer."""
+
+    member: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FormWorld:
+    """Form the world of `generation`: `members` in rank order, on `hosts` (same order)."""
+
+    generation: int
+    members: tuple[str, ...]
+    hosts: tuple[str, ...]
+    manner: Manner
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopWorld:
+    """Commit a final checkpoint at the next step boundary and end."""
+
+    generation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The run is over."""
+
+    status: Status
+    reason: str
+
+
+Instruction = StartMember | KillMember | FormWorld | StopWorld | End

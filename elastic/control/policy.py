@@ -1,0 +1,72 @@
+"""Which world forms next, and why: one pure decision over who is there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+
+@dataclass(frozen=True, slots=True)
+class WorldPolicy:
+    """How large a world may be and how patient its forming is.
+
+    The first world waits `gather_s` for all `workers`; after a failure the survivors go on at once if they
+    are at least `min_workers`, and otherwise wait `wait_s` for replacements. `max_failures` member losses end
+    the run, and so do three losses in a row without a committed step between them.
+    """
+
+    workers: int
+    min_workers: int = 1
+    gather_s: float = 120.0
+    wait_s: float = 300.0
+    max_failures: int = 100
+    hang_factor: float = 20.0
+    hang_floor_s: float = 30.0
+
+
+class Action(Enum):
+    """What to do about the world."""
+
+    KEEP = auto()
+    FORM = auto()
+    WAIT = auto()
+    GIVE_UP = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """An action with its reason; `members` are the next world's, in rank order, when the action is FORM."""
+
+    action: Action
+    reason: str
+    members: tuple[str, ...] = ()
+
+
+def choose_world(
+    current: Sequence[str], ready: Sequence[str], policy: WorldPolicy, *, num_starting: int, waited_s: float
+) -> Decision:
+    """Choose the next world from the `current` one (its living members) and the `ready` ones outside it.
+
+    `num_starting` members are on their way; `waited_s` is how long nobody has trained. Members keep their
+    order, so survivors keep low ranks and a joiner, who holds no state, comes last.
+    """
+    members = (*current, *ready)[: policy.workers]
+    if len(members) == policy.workers:
+        return Decision(Action.FORM, f"all {policy.workers} workers are there", members)
+    if current and len(members) >= policy.min_workers:
+        return Decision(Action.FORM, f"{len(members)} of {policy.workers} workers go on", members)
+    patience_s = policy.wait_s if current else policy.gather_s
+    if num_starting and waited_s < patience_s:
+        return Decision(
+            Action.WAIT, f"{len(members)} of {policy.workers} workers are there, {num_starting} are starting"
+        )
+    if len(members) >= policy.min_workers:
+        return Decision(
+            Action.FORM, f"{len(members)} workers after waiting {waited_s:.0f} s for more", members
+        )
+    if waited_s < patience_s:
+        return Decision(Action.WAIT, f"{len(members)} workers are too few, {policy.min_workers} are needed")
+    return Decision(
+        Action.GIVE_UP,
+        f"only {len(members)} of at least {policy.min_workers} workers came within {patience_s:.0f} s; "
+        "give the cluster more resources or lower world.min_workers",
+    )
