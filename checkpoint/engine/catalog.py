@@ -1,0 +1,42 @@
+"""The catalog: which checkpoints a store holds, computed from its manifests and nothing else."""
+
+from checkpoint.errors import Corrupt, NoCheckpoint, NotFound
+from checkpoint.format.keys import MANIFESTS, manifest_key, parse_manifest_key
+from checkpoint.format.manifest import Manifest, decode_manifest
+from checkpoint.store.contract import Store
+
+
+class Catalog:
+    """Reads a store's manifests. It keeps nothing: each answer is as new as the store's listing."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def steps(self) -> list[int]:
+        """List the steps that have a manifest, oldest first."""
+        steps = (parse_manifest_key(entry.key) for entry in self._store.list(MANIFESTS))
+        return sorted(step for step in steps if step is not None)
+
+    def manifest(self, step: int) -> Manifest:
+        """Read one manifest. Raises NoCheckpoint if there is none of this step, Corrupt if it is damaged."""
+        key = manifest_key(step)
+        try:
+            data = self._store.read(key)[0]
+        except NotFound as error:
+            raise NoCheckpoint(f"there is no checkpoint of step {step}: no {key} in the store") from error
+        manifest = decode_manifest(data, key)
+        if manifest.step != step:
+            raise Corrupt(
+                f"{key} says it is of step {manifest.step}: it was moved or edited; delete or restore it"
+            )
+        return manifest
+
+    def latest(self) -> int | None:
+        """Return the newest step whose manifest is sound, None when there is no such checkpoint."""
+        for step in reversed(self.steps()):
+            try:
+                self.manifest(step)
+            except (Corrupt, NoCheckpoint):
+                continue  # `load` names it among the fallbacks; `verify` says what is wrong with it
+            return step
+        return None

@@ -1,0 +1,118 @@
+"""What a saver asks of whoever keeps its snapshots, and what it is told of them later."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from checkpoint.engine.plan import TensorSpec
+from checkpoint.format.codec import Codec
+from checkpoint.format.layout import Box
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Ticket:
+    """One rank's share of one snapshot: what every message about it carries."""
+
+    run: str
+    generation: int
+    step: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A chunk's place in a share's region of the arena: contiguous elements of `box` from `offset` on."""
+
+    tensor: int
+    box: Box
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What is in a snapshot, the same on every rank: its tensors, and the state's skeleton as JSON text."""
+
+    tensors: tuple[TensorSpec, ...]
+    skeleton: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Handling:
+    """How a snapshot is treated on its way: compression, and what to do while the arena has no room."""
+
+    codec: Codec
+    level: int
+    when_full: Literal["wait", "skip"]
+    max_wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotPlan:
+    """One rank's share: `hosts[r]` is the host of rank r; `slots` are the chunks that this rank captures."""
+
+    hosts: tuple[str, ...]
+    content: Content
+    meta: Mapping[str, Any]
+    handling: Handling
+    slots: tuple[Slot, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Room the share takes in the arena."""
+        return self.slots[-1].offset + self.slots[-1].num_bytes if self.slots else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Durable:
+    """The checkpoint of `step` exists on `tier`: `num_bytes` stored, `seconds` after its capture began."""
+
+    step: int
+    generation: int
+    tier: str
+    num_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The snapshot of `step` will not become a checkpoint through this host; nothing of it counts."""
+
+    step: int
+    generation: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """The snapshot of `step` was not taken, because the arena was full."""
+
+    step: int
+    generation: int
+    why: str
+
+
+Outcome = Durable | Failed | Skipped
+
+
+class Host(Protocol):
+    """Keeps the snapshots of the ranks of one host. Every method may raise KeeperLost."""
+
+    def open(self, ticket: Ticket, plan: SnapshotPlan) -> memoryview | None:
+        """Lend arena space for a share; None when the snapshot is not taken (an outcome says why).
+
+        Waits while the arena is full, as the plan's handling says. Raises ArenaFull if it could never fit.
+        """
+
+    def ready(self, ticket: Ticket, chunk_index: int) -> None:
+        """Say that a slot's bytes are in: they may be packed from now on."""
+
+    def seal(self, ticket: Ticket) -> None:
+        """Say that all slots are in and the snapshot was not torn: it is captured."""
+
+    def spoil(self, ticket: Ticket, why: str) -> None:
+        """Say that the share must not be used; its snapshot fails on every host."""
+
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """Return what became known since this was last asked, without waiting."""

@@ -1,0 +1,82 @@
+"""A host in this very process: for a notebook, a single process, a test. It does not outlive the process."""
+
+from checkpoint.engine.arena import Arena
+from checkpoint.engine.contract import Outcome, SnapshotPlan, Ticket
+from checkpoint.engine.intake import Intake
+from checkpoint.engine.pipeline import Pipeline, Tuning
+from checkpoint.store.contract import Store
+
+DEFAULT_ARENA_BYTES = 1 << 30
+
+
+class LocalSession:
+    """One saver's side of a host in the same process."""
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+        self._news = intake.subscribe()
+
+    def open(self, ticket: Ticket, plan: SnapshotPlan) -> memoryview | None:
+        """Lend arena space for a share, as `Host.open` says."""
+        region = self._intake.open(ticket, plan, self)
+        return None if region is None else self._intake.arena.view(region)
+
+    def ready(self, ticket: Ticket, chunk_index: int) -> None:
+        """Say that a slot's bytes are in."""
+        self._intake.ready(ticket, chunk_index)
+
+    def seal(self, ticket: Ticket) -> None:
+        """Say that the share is captured."""
+        self._intake.seal(ticket)
+
+    def spoil(self, ticket: Ticket, why: str) -> None:
+        """Say that the share must not be used."""
+        self._intake.spoil(ticket, why)
+
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """Return what became known since this was last asked."""
+        return self._intake.await_news(self._news, 0.0)
+
+
+class LocalHost:
+    """Keeps snapshots in this process and writes them to a store.
+
+    It is itself the host of one saver (see `Host`); more savers get a `session` each.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        host: str = "local",
+        *,
+        arena_bytes: int = DEFAULT_ARENA_BYTES,
+        tuning: Tuning | None = None,
+    ) -> None:
+        self._arena = Arena(arena_bytes)
+        self._intake = Intake(host, self._arena)
+        self._pipeline = Pipeline(store, self._intake, tuning)
+        session = self.session()
+        self.open = session.open
+        self.ready = session.ready
+        self.seal = session.seal
+        self.spoil = session.spoil
+        self.outcomes = session.outcomes
+
+    def session(self) -> LocalSession:
+        """Return a host for one more saver (another rank) of this process."""
+        return LocalSession(self._intake)
+
+    def close(self, flush_s: float = 600.0) -> bool:
+        """Write out what was captured, then end; False if that took longer than `flush_s` and was cut off."""
+        self._intake.end("the host is closing")
+        is_flushed = self._intake.drain(flush_s)
+        self._intake.close()
+        self._pipeline.join()
+        self._arena.close()
+        return is_flushed
+
+    def __enter__(self) -> "LocalHost":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

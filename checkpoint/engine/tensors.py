@@ -1,0 +1,100 @@
+"""Torch tensors as the engine sees them: named leaves of a nested state, and their raw bits."""
+
+from collections.abc import Hashable, Mapping
+from typing import Any, NamedTuple, TypeGuard
+
+import numpy as np
+import torch
+
+from checkpoint.engine.plan import TensorSpec
+from checkpoint.errors import Unsupported
+from checkpoint.format.fingerprint import fingerprint
+from checkpoint.format.layout import Box
+from checkpoint.format.tree import flatten, unflatten
+
+
+class FlatState(NamedTuple):
+    """A nested state taken apart: plain data with references, and the tensors they refer to by name."""
+
+    skeleton: Any
+    tensors: Mapping[str, torch.Tensor]
+
+
+def flatten_state(state: Any) -> FlatState:
+    """Take a nested state apart; a tensor that occurs twice (tied weights) is listed once.
+
+    Raises `FormatError` naming the path of what has no plain form, `Unsupported` for a tensor without plain
+    memory.
+    """
+    flat = flatten(state, is_leaf=_is_tensor, key=_identity)
+    for name, tensor in flat.leaves.items():
+        _check_plain(name, tensor)
+    return FlatState(flat.skeleton, flat.leaves)
+
+
+def unflatten_state(skeleton: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """Put a nested state together again."""
+    return unflatten(skeleton, tensors)
+
+
+def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
+    """Describe a tensor."""
+    return TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape))
+
+
+def specs_of(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorSpec, ...]:
+    """Describe the tensors of a flattened state."""
+    return tuple(spec_of(name, tensor) for name, tensor in tensors.items())
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name a dtype as the format does: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the dtype of a name. Raises Unsupported when this torch has none such."""
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise Unsupported(
+            f"this torch ({torch.__version__}) has no dtype {name!r}: upgrade it to read the checkpoint"
+        )
+    return found
+
+
+def fingerprint_tensor(tensor: torch.Tensor) -> int:
+    """Return a tensor's content fingerprint: the number its checkpoint records, whatever its layout there."""
+    shape = tuple(tensor.shape)
+    return fingerprint(raw_bytes(tensor), dtype_name(tensor.dtype), shape, Box.whole(shape))
+
+
+def raw_bytes(tensor: torch.Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    """Return a tensor's elements in row-major order as bytes; a view where the tensor allows it."""
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    if plain.numel() == 0:
+        return np.empty(0, np.uint8)
+    return plain.reshape(-1).view(torch.uint8).numpy()
+
+
+def _is_tensor(value: object) -> TypeGuard[torch.Tensor]:
+    return isinstance(value, torch.Tensor)
+
+
+def _identity(tensor: torch.Tensor) -> Hashable:
+    """Tell whether two tensors are one: the same elements of the same memory."""
+    if tensor.numel() == 0 or not _has_memory(tensor):
+        return id(tensor)
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    is_wrapper = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return tensor.layout is torch.strided and tensor.device.type != "meta" and not is_wrapper
+
+
+def _check_plain(name: str, tensor: torch.Tensor) -> None:
+    if not _has_memory(tensor) or tensor.is_quantized:
+        raise Unsupported(
+            f"{name}: a {type(tensor).__name__} ({tensor.layout}, {tensor.device}) has no plain memory "
+            "to capture: give the full, dense tensor (for a DTensor: its full_tensor())"
+        )

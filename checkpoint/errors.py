@@ -1,0 +1,85 @@
+"""What can go wrong with checkpoints, as one tree.
+
+CheckpointError
+├── StoreError              the store did not do what it was asked
+│   ├── StoreUnavailable    it cannot be reached just now: trying again may help
+│   │   └── StoreRefused    it says no (missing bucket, no permission, disk full): a person has to mend it
+│   ├── AlreadyExists       put_new found the key taken
+│   └── NotFound            there is no such key, or it holds fewer bytes than were asked for
+├── FormatError             bytes or state that the format does not speak
+│   ├── Corrupt             what was read is not what was written
+│   └── Unsupported         written by a version, or in a type, that this reader does not know
+├── Incomplete              chunks do not cover a tensor exactly once
+├── Mismatch                a checkpoint of another model
+├── Torn                    a tensor changed while it was being captured
+├── NoCheckpoint            there is nothing to restore
+├── Conflict                two different manifests claim one step
+├── KeeperLost              the process that kept this host's snapshots is gone
+└── ArenaFull               a snapshot does not fit into the arena
+
+A message says what, which key or tensor, and what to do. Errors carry text only, never what they speak of.
+"""
+
+
+class CheckpointError(Exception):
+    """Whatever the checkpoint engine raises on purpose."""
+
+
+class StoreError(CheckpointError):
+    """The store did not do what it was asked."""
+
+
+class StoreUnavailable(StoreError):
+    """The store cannot be reached; the request may or may not have been carried out."""
+
+
+class StoreRefused(StoreUnavailable):
+    """The store cannot be used as it is; asking again is of no use."""
+
+
+class AlreadyExists(StoreError):
+    """The key is taken; its value was left as it was."""
+
+
+class NotFound(StoreError):
+    """The key, or some of the bytes asked for, is not there."""
+
+
+class FormatError(CheckpointError):
+    """Bytes or state that the checkpoint format does not speak."""
+
+
+class Corrupt(FormatError):
+    """What was read is not what was written."""
+
+
+class Unsupported(FormatError):
+    """Written by a version, or made of a type, that this code does not know."""
+
+
+class Incomplete(CheckpointError):
+    """Chunks do not cover a tensor exactly once."""
+
+
+class Mismatch(CheckpointError):
+    """The checkpoint belongs to another model."""
+
+
+class Torn(CheckpointError):
+    """A tensor changed while it was being captured."""
+
+
+class NoCheckpoint(CheckpointError):
+    """There is no checkpoint to restore."""
+
+
+class Conflict(CheckpointError):
+    """Two different checkpoints claim the same step."""
+
+
+class KeeperLost(CheckpointError):
+    """The keeper of this host's snapshots is gone."""
+
+
+class ArenaFull(CheckpointError):
+    """The snapshot does not fit into the arena."""

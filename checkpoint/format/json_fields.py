@@ -1,0 +1,75 @@
+"""Reading and writing plain JSON that may be hostile: strict, and one clear error."""
+
+import json
+import re
+from typing import Any
+
+from checkpoint.errors import Corrupt, FormatError
+from checkpoint.format.codec import Buffer
+from checkpoint.format.tree import Json
+
+
+def dump_json(value: Any, where: str) -> bytes:
+    """Return plain JSON, ASCII only. Raises FormatError for what JSON cannot say."""
+    try:
+        return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise FormatError(f"{where} is not plain JSON: {error}") from error
+
+
+def parse_json(data: Buffer, where: str) -> Json:
+    """Read JSON that may be hostile. Raises Corrupt."""
+    try:
+        parsed: Json = json.loads(bytes(data), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise Corrupt(f"{where} is no sound JSON: {error}") from error
+    return parsed
+
+
+class Fields:
+    """The fields of a JSON object: each is taken once and checked, and none may be left over."""
+
+    def __init__(self, node: Json, where: str) -> None:
+        if not isinstance(node, dict):
+            raise Corrupt(f"{where} is not a JSON object")
+        self._left = dict(node)
+        self._where = where
+
+    def text(self, name: str, pattern: str = r".{0,4096}") -> str:
+        """Take a string that matches the pattern as a whole."""
+        value = self.json(name)
+        if not isinstance(value, str) or not re.fullmatch(pattern, value, re.DOTALL | re.ASCII):
+            raise self._wrong(name, value)
+        return value
+
+    def count(self, name: str, limit: int) -> int:
+        """Take an integer from 0 to the limit."""
+        value = self.json(name)
+        if type(value) is not int or not 0 <= value <= limit:
+            raise self._wrong(name, value)
+        return value
+
+    def items(self, name: str, limit: int) -> list[Json]:
+        """Take a list of at most so many items."""
+        value = self.json(name)
+        if not isinstance(value, list) or len(value) > limit:
+            raise self._wrong(name, value)
+        return value
+
+    def json(self, name: str) -> Json:
+        """Take whatever is there."""
+        if name not in self._left:
+            raise Corrupt(f"{self._where} lacks the field {name!r}")
+        return self._left.pop(name)
+
+    def end(self) -> None:
+        """Raise Corrupt if a field is left that nobody asked for."""
+        if self._left:
+            raise Corrupt(f"{self._where} has the unknown fields {sorted(self._left)[:5]}")
+
+    def _wrong(self, name: str, value: Json) -> Corrupt:
+        return Corrupt(f"the field {name!r} of {self._where} cannot be {str(value)[:80]!r}")
+
+
+def _refuse_constant(name: str) -> Json:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,148 @@
+"""Packs: many chunks in one object, aligned, with an index of their own at the end.
+
+    chunk, zeros to the next 64 bytes, chunk, ... index, trailer of 32 bytes
+
+A checkpoint is read through its manifest and pages; the index lets a pack be understood without them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from checkpoint.errors import Corrupt
+from checkpoint.format.codec import Buffer
+from checkpoint.format.json_fields import Fields, dump_json, parse_json
+from checkpoint.format.keys import MAX_GENERATION
+from checkpoint.format.records import MAX_LISTED, ChunkRecord, dtype_from_json, shape_from_json
+from checkpoint.format.sealed import seal, unseal
+from checkpoint.format.table import decode_table, encode_table
+from checkpoint.format.tree import Json
+
+ALIGNMENT = 64
+TRAILER_BYTES = 32
+_MAGIC = b"HOLDFASTPACK\0\0\0\0"
+_LENGTH_BYTES = 8
+
+
+class Described(Protocol):
+    """Whatever has a tensor's name, dtype and shape."""
+
+    @property
+    def name(self) -> str:
+        """Its fully qualified name."""
+
+    @property
+    def dtype(self) -> str:
+        """The name of its dtype."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its global shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTensor:
+    """A tensor that has chunks in a pack, as the pack's index describes it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PackIndex:
+    """What a pack says about itself; `tensors` by the numbers that its chunks call them."""
+
+    generation: int
+    host: str
+    seq: int
+    tensors: Mapping[int, PackedTensor]
+    chunks: tuple[ChunkRecord, ...]
+
+
+class PackBuilder:
+    """Collects stored chunks; `seal` returns the pack. Holds at most what it was given, once."""
+
+    def __init__(self, generation: int, host: str, seq: int) -> None:
+        self._head = {"generation": generation, "host": host, "seq": seq}
+        self._data = bytearray()
+        self._chunks: list[ChunkRecord] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes collected so far, without the index."""
+        return len(self._data)
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks collected so far; at most 65536 fit."""
+        return len(self._chunks)
+
+    def add(self, chunk: ChunkRecord, stored: Buffer) -> ChunkRecord:
+        """Append a chunk's stored bytes; return its record with the offset and length they have here."""
+        self._data += bytes(-len(self._data) % ALIGNMENT)
+        view = memoryview(stored).cast("B")
+        placed = replace(chunk, offset=len(self._data), num_bytes=len(view))
+        self._data += view
+        self._chunks.append(replace(placed, pack=0))
+        return placed
+
+    def seal(self, tensors: Sequence[Described]) -> bytearray:
+        """Append index and trailer and return the pack; `tensors` is the list that the chunks count in."""
+        numbers = sorted({chunk.tensor for chunk in self._chunks})
+        described = [
+            {"number": n, "name": tensors[n].name, "dtype": tensors[n].dtype, "shape": tensors[n].shape}
+            for n in numbers
+        ]
+        head = dump_json({**self._head, "tensors": described}, "a pack's index")
+        index = seal("pack", len(head).to_bytes(_LENGTH_BYTES, "little") + head + encode_table(self._chunks))
+        self._data += bytes(-len(self._data) % ALIGNMENT)
+        offset = len(self._data)
+        self._data += index
+        self._data += offset.to_bytes(8, "little") + len(index).to_bytes(8, "little") + _MAGIC
+        return self._data
+
+
+def index_range(trailer: Buffer, num_bytes: int, where: str) -> tuple[int, int]:
+    """Return offset and length of a pack's index, from its size and last 32 bytes. Raises Corrupt."""
+    raw = bytes(trailer)
+    offset, length = int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:16], "little")
+    if len(raw) != TRAILER_BYTES or raw[16:] != _MAGIC or offset + length + TRAILER_BYTES != num_bytes:
+        raise Corrupt(f"{where} does not end as a pack does: it was cut short, or is something else")
+    return offset, length
+
+
+def decode_pack_index(data: Buffer, num_bytes: int, where: str = "a pack") -> PackIndex:
+    """Read a pack's index, which may be hostile, out of a pack of this size. Raises Corrupt, Unsupported."""
+    head, table = _cut(unseal("pack", data, where), where)
+    fields = Fields(parse_json(head, where), where)
+    index = PackIndex(
+        generation=fields.count("generation", MAX_GENERATION),
+        host=fields.text("host", r"[a-z0-9]{1,32}"),
+        seq=fields.count("seq", 999_999),
+        tensors=dict(_tensor(node, where) for node in fields.items("tensors", MAX_LISTED)),
+        chunks=decode_table(table, where),
+    )
+    fields.end()
+    for chunk in index.chunks:
+        if chunk.tensor not in index.tensors or chunk.offset + chunk.num_bytes > num_bytes:
+            raise Corrupt(
+                f"a chunk in the index of {where} lies outside of it, or belongs to no tensor it lists"
+            )
+    return index
+
+
+def _tensor(node: Json, where: str) -> tuple[int, PackedTensor]:
+    fields = Fields(node, f"a tensor in {where}")
+    number = fields.count("number", MAX_LISTED)
+    name, dtype = fields.text("name"), dtype_from_json(fields, where)
+    tensor = PackedTensor(name, dtype, shape_from_json(fields, dtype, where))
+    fields.end()
+    return number, tensor
+
+
+def _cut(body: memoryview, where: str) -> tuple[memoryview, memoryview]:
+    end = _LENGTH_BYTES + int.from_bytes(body[:_LENGTH_BYTES], "little")
+    if end > len(body):
+        raise Corrupt(f"the head of the index of {where} is longer than all of it")
+    return body[_LENGTH_BYTES:end], body[end:]

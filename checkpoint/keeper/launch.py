@@ -1,0 +1,77 @@
+"""Starting a keeper: in its own session, a child of init, so that nothing that ends the trainer ends it."""
+
+import json
+import os
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+from checkpoint.errors import ArenaFull, CheckpointError, KeeperLost, StoreRefused, StoreUnavailable
+from checkpoint.keeper.settings import KeeperConfig, absolute_url
+
+_ROOT = Path(__file__).resolve().parents[2]  # from where `-m checkpoint.keeper` finds this very package
+_FORK_AND_RUN = (
+    "import os, sys\n"
+    "if os.fork():\n"
+    "    os._exit(0)\n"
+    "os.execv(sys.executable, [sys.executable, '-m', 'checkpoint.keeper', *sys.argv[1:]])\n"
+)
+_KINDS: dict[str, type[CheckpointError]] = {
+    kind.__name__: kind for kind in (StoreRefused, StoreUnavailable, ArenaFull, KeeperLost)
+}
+_LOG_TAIL_BYTES = 2000
+
+
+def launch(config: KeeperConfig) -> int:
+    """Start a keeper and wait until it listens; return its process id.
+
+    Raises what kept it from starting (StoreUnavailable, ArenaFull, ...), KeeperLost for anything else.
+    """
+    reading, writing = os.pipe()
+    with open(config.log_path, "ab") as log, os.fdopen(reading, "rb") as report:
+        command = [
+            *(sys.executable, "-c", _FORK_AND_RUN),
+            *("--config", _as_json(config)),
+            *("--directory", str(config.home.resolve())),
+            *("--ready-fd", str(writing)),
+        ]
+        try:
+            starter = subprocess.Popen(
+                command,
+                cwd=_ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(writing,),
+                start_new_session=True,
+            )
+        finally:
+            os.close(writing)
+        starter.wait(timeout=config.start_s)
+        if not select.select([report], [], [], config.start_s)[0]:
+            raise KeeperLost(f"no keeper came up within {config.start_s:.0f} s: see {config.log_path}")
+        told = report.read()
+    if not told:
+        raise KeeperLost(f"the keeper died while starting, its log ends: {_tail(config.log_path)}")
+    answer = json.loads(told)
+    if "error" in answer:
+        raise _KINDS.get(answer["kind"], KeeperLost)(answer["error"])
+    return int(answer["pid"])
+
+
+def _as_json(config: KeeperConfig) -> str:
+    return json.dumps(
+        {
+            "run": config.run,
+            "host": config.host,
+            "store_url": absolute_url(config.store_url),
+            "arena_bytes": config.arena_bytes,
+            "lease_s": config.lease_s,
+            "flush_s": config.flush_s,
+        }
+    )
+
+
+def _tail(path: Path) -> str:
+    return path.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace")

@@ -1,0 +1,1 @@
+"""Where bytes live: keys and values. Knows nothing of tensors, manifests or steps."""

@@ -1,0 +1,173 @@
+"""A store in a directory of this machine: durable when a call returns, whole or absent after a crash."""
+
+import errno
+import os
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from checkpoint.errors import AlreadyExists, NotFound, StoreRefused, StoreUnavailable
+from checkpoint.store.contract import Buffer, ByteRange, Entry, check_key, check_prefix, check_ranges
+
+_INCOMING = ".incoming"  # values being written; no key can name it
+_ABANDONED_S = 24 * 3600.0  # what lies there longer was left by a crash
+_ABSENT = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
+_REFUSED = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+}
+
+
+class LocalStore:
+    """Values as files under a root directory, which the first write creates.
+
+    A value is written and synced under another name, then linked (`put_new`: the kernel admits one) or
+    renamed (`put`) into place, and its directory is synced.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self._root = Path(root).absolute()
+        self._is_swept = False
+
+    def __str__(self) -> str:
+        return f"file://{self._root}"
+
+    def put_new(self, key: str, data: Buffer) -> None:
+        """Write the value only if the key is free."""
+        path = self._path(key)
+        with self._told("write", key), self._written(data) as written:
+            _make_directory(path.parent)
+            try:
+                os.link(written, path)
+            except FileExistsError:
+                raise AlreadyExists(f"{key} exists already in {self}; nothing was written") from None
+            _sync(path.parent)
+
+    def put(self, key: str, data: Buffer) -> None:
+        """Write the value."""
+        path = self._path(key)
+        with self._told("write", key), self._written(data) as written:
+            _make_directory(path.parent)
+            os.replace(written, path)
+            _sync(path.parent)
+
+    def read(self, key: str, ranges: Sequence[ByteRange] | None = None) -> list[Buffer]:
+        """Return the ranges, or the whole value."""
+        with self._told("read", key), open(self._path(key), "rb", buffering=0) as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            wanted = [ByteRange(0, num_bytes)] if ranges is None else ranges
+            check_ranges(key, wanted, num_bytes)
+            return [_read(file.fileno(), part) for part in wanted]
+
+    def list(self, prefix: str) -> list[Entry]:
+        """List the keys that begin with the prefix."""
+        folder = check_prefix(prefix).rpartition("/")[0]
+        with self._told("list", prefix):
+            found = self._walk(self._root / folder, f"{folder}/" if folder else "")
+            return sorted(
+                (entry for entry in found if entry.key.startswith(prefix)), key=lambda entry: entry.key
+            )
+
+    def delete(self, key: str) -> None:
+        """Remove the file."""
+        path = self._path(key)
+        with self._told("delete", key), suppress(FileNotFoundError):
+            path.unlink()
+            _sync(path.parent)
+
+    def _path(self, key: str) -> Path:
+        return self._root / check_key(key)
+
+    def _walk(self, folder: Path, prefix: str) -> Iterator[Entry]:
+        try:
+            entries = list(os.scandir(folder))
+        except FileNotFoundError:
+            return
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from self._walk(Path(entry.path), f"{prefix}{entry.name}/")
+                continue
+            with suppress(FileNotFoundError):  # deleted since
+                status = entry.stat()
+                yield Entry(f"{prefix}{entry.name}", status.st_size, status.st_mtime)
+
+    @contextmanager
+    def _written(self, data: Buffer) -> Iterator[Path]:
+        """Hold the value, written and synced, under a name that no reader looks at; remove the name after."""
+        incoming = self._root / _INCOMING
+        _make_directory(incoming)
+        self._sweep(incoming)
+        path = incoming / uuid.uuid4().hex
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            with open(descriptor, "wb", buffering=0) as file:
+                _write(file.fileno(), data)
+                os.fsync(file.fileno())
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _sweep(self, incoming: Path) -> None:
+        """Remove what a crash left half-written, once per store object: it never was a value."""
+        if self._is_swept:
+            return
+        self._is_swept = True
+        for entry in os.scandir(incoming):
+            with suppress(FileNotFoundError):
+                if entry.stat().st_mtime < time.time() - _ABANDONED_S:
+                    os.unlink(entry.path)
+
+    @contextmanager
+    def _told(self, verb: str, key: str) -> Iterator[None]:
+        """Say what the system's errors mean for the store."""
+        try:
+            yield
+        except OSError as error:
+            if verb == "read" and error.errno in _ABSENT:
+                raise NotFound(f"{key} is not in {self}") from error
+            message = f"cannot {verb} {key!r} in {self}: {error.strerror or error}"
+            if error.errno in _REFUSED:
+                raise StoreRefused(
+                    f"{message}; check the path, its permissions and the space left"
+                ) from error
+            raise StoreUnavailable(message) from error
+
+
+def _make_directory(path: Path) -> None:
+    """Create a directory and its parents, each durable in the one above."""
+    if path.is_dir():
+        return
+    if path.parent != path:
+        _make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    _sync(path.parent)
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(descriptor: int, data: Buffer) -> None:
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _read(descriptor: int, part: ByteRange) -> bytearray:
+    """Read exactly a range, whose bytes are known to be there."""
+    data = bytearray(part.num_bytes)
+    view = memoryview(data)
+    while view:
+        count = os.preadv(descriptor, [view], part.stop - len(view))
+        if not count:
+            raise OSError(errno.EIO, "the file became shorter while it was read")
+        view = view[count:]
+    return data

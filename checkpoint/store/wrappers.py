@@ -1,0 +1,251 @@
+"""Stores around a store: one that tries again, one that counts, one that breaks on purpose."""
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import stamina
+
+from checkpoint.errors import AlreadyExists, StoreRefused, StoreUnavailable
+from checkpoint.store.contract import Buffer, ByteRange, Entry, Store
+
+Verb = Literal["put_new", "put", "read", "list", "delete"]
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How long a request is tried again: no try begins later than `deadline_s` after the first one."""
+
+    deadline_s: float = 60.0
+    first_wait_s: float = 0.1
+    longest_wait_s: float = 5.0
+
+
+class Retrying:
+    """Tries again while the store is unavailable, with growing, jittered waits. The one layer that retries.
+
+    A write whose answer was lost may have happened: a second `put_new` that finds its own value in place is
+    content with it.
+    """
+
+    def __init__(self, store: Store, policy: RetryPolicy | None = None) -> None:
+        self._store = store
+        self._policy = policy or RetryPolicy()
+
+    def __str__(self) -> str:
+        return str(self._store)
+
+    def put_new(self, key: str, data: Buffer) -> None:
+        """Write the value only if the key is free."""
+        num_tries = 0
+
+        def write() -> None:
+            nonlocal num_tries
+            num_tries += 1
+            try:
+                self._store.put_new(key, data)
+            except AlreadyExists:
+                if num_tries == 1 or bytes(self._store.read(key)[0]) != bytes(data):
+                    raise
+
+        self._tried(write)
+
+    def put(self, key: str, data: Buffer) -> None:
+        """Write the value."""
+        self._tried(lambda: self._store.put(key, data))
+
+    def read(self, key: str, ranges: Sequence[ByteRange] | None = None) -> list[Buffer]:
+        """Return the ranges, or the whole value."""
+        return self._tried(lambda: self._store.read(key, ranges))
+
+    def list(self, prefix: str) -> list[Entry]:
+        """List the keys that begin with the prefix."""
+        return self._tried(lambda: self._store.list(prefix))
+
+    def delete(self, key: str) -> None:
+        """Remove the key."""
+        self._tried(lambda: self._store.delete(key))
+
+    def _tried(self, request: Callable[[], Answer]) -> Answer:
+        policy = self._policy
+        for attempt in stamina.retry_context(
+            on=_may_pass,
+            attempts=None,
+            timeout=policy.deadline_s,
+            wait_initial=policy.first_wait_s,
+            wait_max=policy.longest_wait_s,
+            wait_jitter=policy.first_wait_s,
+        ):
+            with attempt:
+                return request()
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _may_pass(error: Exception) -> bool:
+    return isinstance(error, StoreUnavailable) and not isinstance(error, StoreRefused)
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What went through a store so far: calls and bytes by verb."""
+
+    num_calls: Mapping[str, int]
+    num_bytes: Mapping[str, int]
+
+
+class Metered:
+    """Counts calls, whatever becomes of them, and the bytes of those that succeed."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._calls: Counter[str] = Counter()
+        self._bytes: Counter[str] = Counter()
+
+    def __str__(self) -> str:
+        return str(self._store)
+
+    def traffic(self) -> Traffic:
+        """Return the counts so far."""
+        with self._lock:
+            return Traffic(dict(self._calls), dict(self._bytes))
+
+    def put_new(self, key: str, data: Buffer) -> None:
+        """Write the value only if the key is free."""
+        self._called("put_new")
+        self._store.put_new(key, data)
+        self._moved("put_new", [data])
+
+    def put(self, key: str, data: Buffer) -> None:
+        """Write the value."""
+        self._called("put")
+        self._store.put(key, data)
+        self._moved("put", [data])
+
+    def read(self, key: str, ranges: Sequence[ByteRange] | None = None) -> list[Buffer]:
+        """Return the ranges, or the whole value."""
+        self._called("read")
+        found = self._store.read(key, ranges)
+        self._moved("read", found)
+        return found
+
+    def list(self, prefix: str) -> list[Entry]:
+        """List the keys that begin with the prefix."""
+        self._called("list")
+        return self._store.list(prefix)
+
+    def delete(self, key: str) -> None:
+        """Remove the key."""
+        self._called("delete")
+        self._store.delete(key)
+
+    def _called(self, verb: Verb) -> None:
+        with self._lock:
+            self._calls[verb] += 1
+
+    def _moved(self, verb: Verb, data: Sequence[Buffer]) -> None:
+        with self._lock:
+            self._bytes[verb] += sum(memoryview(part).nbytes for part in data)
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The `nth` call (from 1) of a verb never reaches the store."""
+
+    verb: Verb
+    nth: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unanswered:
+    """The `nth` call of a verb is carried out, but its answer is lost."""
+
+    verb: Verb
+    nth: int
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """The process is killed as the `nth` call of a verb begins."""
+
+    verb: Verb
+    nth: int
+
+
+@dataclass(frozen=True, slots=True)
+class Short:
+    """Every buffer of the `nth` read lacks its last byte: a store that breaks its contract."""
+
+    nth: int
+
+
+@dataclass(frozen=True, slots=True)
+class Slow:
+    """Every call of a verb takes so much longer."""
+
+    verb: Verb
+    seconds: float
+
+
+Fault = Lost | Unanswered | Death | Short | Slow
+
+
+class Faulty:
+    """A store that breaks where it is told to, to prove what stands on it."""
+
+    def __init__(
+        self, store: Store, faults: Sequence[Fault], *, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self._store = store
+        self._faults = tuple(faults)
+        self._sleep = sleep
+        self._lock = threading.Lock()
+        self._calls: Counter[str] = Counter()
+
+    def __str__(self) -> str:
+        return str(self._store)
+
+    def put_new(self, key: str, data: Buffer) -> None:
+        """Write the value only if the key is free."""
+        self._broken("put_new", lambda: self._store.put_new(key, data))
+
+    def put(self, key: str, data: Buffer) -> None:
+        """Write the value."""
+        self._broken("put", lambda: self._store.put(key, data))
+
+    def read(self, key: str, ranges: Sequence[ByteRange] | None = None) -> list[Buffer]:
+        """Return the ranges, or the whole value."""
+        found = self._broken("read", lambda: self._store.read(key, ranges))
+        if Short(self._calls["read"]) in self._faults:
+            return [bytes(part)[:-1] for part in found]
+        return found
+
+    def list(self, prefix: str) -> list[Entry]:
+        """List the keys that begin with the prefix."""
+        return self._broken("list", lambda: self._store.list(prefix))
+
+    def delete(self, key: str) -> None:
+        """Remove the key."""
+        self._broken("delete", lambda: self._store.delete(key))
+
+    def _broken(self, verb: Verb, call: Callable[[], Answer]) -> Answer:
+        with self._lock:
+            self._calls[verb] += 1
+            nth = self._calls[verb]
+        for fault in self._faults:
+            if isinstance(fault, Slow) and fault.verb == verb:
+                self._sleep(fault.seconds)
+        if Death(verb, nth) in self._faults:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if Lost(verb, nth) in self._faults:
+            raise StoreUnavailable(f"{verb} number {nth} was lost on its way to {self}, on purpose")
+        answer = call()
+        if Unanswered(verb, nth) in self._faults:
+            raise StoreUnavailable(f"the answer to {verb} number {nth} of {self} was lost, on purpose")
+        return answer
