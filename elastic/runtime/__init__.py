@@ -1,0 +1,1 @@
+"""Acts: starts processes, forms worlds, carries events in and instructions out."""

@@ -1,0 +1,264 @@
+"""The driver: carries events to the controller and its instructions to the members.
+
+The only loop with a clock.
+"""
+
+import fcntl
+import logging
+import secrets
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from checkpoint import (
+    EverySteps,
+    LatestN,
+    PruneReport,
+    claim_generation,
+    newest_generation,
+    open_store,
+    prune,
+)
+from elastic.control.controller import Controller, Phase
+from elastic.control.events import (
+    CheckpointDurable,
+    Entry,
+    Event,
+    FaultStruck,
+    SegmentEnded,
+    SegmentStarted,
+    StepCommitted,
+    StopRequested,
+    Tick,
+)
+from elastic.control.instructions import (
+    End,
+    FormWorld,
+    Instruction,
+    KillMember,
+    StartMember,
+    Status,
+    StopWorld,
+)
+from elastic.control.report import TrainReport
+from elastic.errors import Fenced, TrainingFailed
+from elastic.runtime.cluster import Cluster
+from elastic.runtime.journal import Journal, read_report
+from elastic.runtime.notices import LogLine, Observer
+from elastic.runtime.order import Fault, TrainOrder
+from elastic.runtime.watch import Watch
+from elastic.runtime.worker import WorldOrder
+from elastic.runtime.world import open_rendezvous
+
+log = logging.getLogger("holdfast.driver")
+HEAR_S = 0.1
+SILENT_S = 5.0
+STOP_LIMIT_S = 25.0
+PRUNE_GRACE_S = 3600.0
+
+
+def train(order: TrainOrder, observe: Observer) -> TrainReport:
+    """Train a run to its end, whatever state it is in: new, left by a dead driver, or stopped before.
+
+    SIGINT and SIGTERM end it cleanly, with a final checkpoint; the signal is raised again afterwards. Blocks
+    until the end. Raises TrainingFailed when it could not finish, Fenced when another driver owns the run.
+    """
+    with _sole_driver(order), _polite_signals() as asked:
+        report = _finished_report(order)
+        if report is not None:
+            return report
+        with Journal(order.run_dir) as journal:
+            end = Driver(order, journal, observe).run(asked)
+    report = read_report(order.run_dir)
+    if end.status is Status.FAILED:
+        raise TrainingFailed(end.reason)
+    return report
+
+
+class Driver:
+    """One driver's hold on a run."""
+
+    def __init__(self, order: TrainOrder, journal: Journal, observe: Observer) -> None:
+        self._order, self._journal = order, journal
+        self._watch = Watch(order, observe)
+        self._store = open_store(order.checkpoint.store_url)
+        self._token = secrets.token_hex(8)
+        generation = newest_generation(self._store)
+        prefix = f"w{generation}." if generation else "w"
+        self._controller = Controller(order.world, prefix, generation)
+        self._faults = sorted(order.drill, key=lambda fault: fault.at_step)
+        self._cleaner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prune")
+        self._cleaning: Future[PruneReport] | None = None
+        self._end: End | None = None
+        self._note(SegmentStarted(order.training.num_steps, generation, time.time()))
+        self._watch.phase("starting the cluster")
+        self._cluster = Cluster(order)
+        self._rendezvous, self._endpoint = open_rendezvous(self._cluster.address)
+
+    def run(self, asked: list[int]) -> End:
+        """Drive until the controller says that the run is over.
+
+        `asked` holds the signals that asked for its end.
+        """
+        try:
+            end = self._loop(asked)
+        except Fenced as fenced:
+            self._note(SegmentEnded(Status.FAILED, str(fenced)))
+            self._cluster.detach()
+            raise
+        except BaseException as error:
+            self._note(SegmentEnded(Status.FAILED, f"{type(error).__name__}: {error}"))
+            self._cluster.end()
+            raise
+        self._note(SegmentEnded(end.status, end.reason))
+        self._watch.phase("ending the cluster")
+        self._cleaner.shutdown()
+        self._cluster.end()
+        return end
+
+    def _loop(self, asked: list[int]) -> End:
+        stop_at: float | None = None
+        self._act(self._controller.begin(self._cluster.find(), time.monotonic()))
+        while self._end is None:
+            for message in self._cluster.hear(HEAR_S):
+                if isinstance(message, LogLine):
+                    self._watch.tell(message)
+                else:
+                    self._take(message)
+            if asked and stop_at is None:
+                stop_at = time.monotonic() + STOP_LIMIT_S
+                self._take(StopRequested(f"asked to by {signal.Signals(asked[0]).name}"))
+            if stop_at is not None and time.monotonic() > stop_at and self._end is None:
+                self._end = End(Status.STOPPED, f"the final checkpoint took longer than {STOP_LIMIT_S:.0f} s")
+            self._take(Tick(self._cluster.silent(SILENT_S)))
+            self._cluster.renew()
+            self._watch.phase(self._controller.phase.value)
+        return self._end
+
+    def _take(self, event: Event) -> None:
+        """Carry one event to the controller, and do what it says."""
+        if self._end is not None:
+            return
+        now = time.monotonic()
+        self._note(event)
+        if getattr(event, "generation", 0) > self._controller.generation:
+            raise Fenced(f"run {self._order.run} was taken over by another driver; this one stops")
+        self._act(self._controller.handle(event, now))
+        match event:
+            case StepCommitted(step=step):
+                self._strike(step)
+            case CheckpointDurable():
+                self._prune()
+            case _:
+                pass
+
+    def _act(self, instructions: list[Instruction]) -> None:
+        for instruction in instructions:
+            self._note(instruction)
+            match instruction:
+                case StartMember(member):
+                    self._cluster.start(member)
+                case KillMember(member):
+                    self._cluster.kill(member)
+                case FormWorld(members=members):
+                    self._claim(instruction.generation)
+                    self._tell(members, "form", WorldOrder(instruction, self._endpoint))
+                case StopWorld():
+                    self._tell(self._controller.members.world, "stop", instruction)
+                case End():
+                    self._end = instruction
+
+    def _tell(self, members: tuple[str, ...], method: str, argument: object) -> None:
+        for member in members:
+            self._cluster.tell(member, method, argument)
+
+    def _claim(self, generation: int) -> None:
+        if not claim_generation(self._store, generation, self._token):
+            raise Fenced(
+                f"generation {generation} of run {self._order.run} belongs to another driver; this one stops"
+            )
+
+    def _strike(self, step: int) -> None:
+        """Carry out the drill's faults that are due."""
+        while self._faults and self._faults[0].at_step <= step and self._controller.phase is Phase.TRAINING:
+            fault: Fault = self._faults.pop(0)
+            world = self._controller.members.world
+            victim = world[fault.rank % len(world)]
+            self._note(FaultStruck(victim, step))
+            self._cluster.tell(victim, "die")
+
+    def _prune(self) -> None:
+        """Let retention catch up, aside from the loop; its failure is told, and never ends training."""
+        if self._cleaning is not None:
+            if not self._cleaning.done():
+                return
+            error = self._cleaning.exception()
+            if error is not None:
+                self._watch.happen("prune failed", f"old checkpoints could not be pruned: {error}")
+        checkpoint = self._order.checkpoint
+        policies: list[LatestN | EverySteps] = [LatestN(checkpoint.keep_latest)]
+        if checkpoint.keep_every:
+            policies.append(EverySteps(checkpoint.keep_every))
+        self._cleaning = self._cleaner.submit(
+            prune, self._store, policies, now_s=time.time(), grace_s=PRUNE_GRACE_S
+        )
+
+    def _note(self, entry: Entry | Instruction) -> None:
+        self._journal.record(time.monotonic(), entry)
+        self._watch.see(entry)
+
+
+def _finished_report(order: TrainOrder) -> TrainReport | None:
+    """Return the report of a run that has nothing left to do, so that a repeated call does nothing."""
+    if not (order.run_dir / "journal.jsonl").exists():
+        return None
+    report = read_report(order.run_dir)
+    is_done = report.status == Status.FINISHED and report.newest_durable_step == order.training.num_steps
+    return report if is_done else None
+
+
+@contextmanager
+def _sole_driver(order: TrainOrder) -> Iterator[None]:
+    """Hold the run's lock, so that two drivers on one machine do not fight over it."""
+    order.run_dir.mkdir(parents=True, exist_ok=True)
+    with (order.run_dir / "driver.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Fenced(
+                f"another process on this machine is already driving run {order.run}; stop it first"
+            ) from None
+        yield
+
+
+@contextmanager
+def _polite_signals() -> Iterator[list[int]]:
+    """Collect the first SIGINT or SIGTERM instead of dying of it; raise it again at the end.
+
+    A second one acts at once.
+    """
+    asked: list[int] = []
+    old: dict[int, Any] = {}
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        asked.append(number)
+        for each, handler in old.items():
+            signal.signal(each, handler)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            old[number] = signal.getsignal(number)
+            signal.signal(number, note)
+    except ValueError:
+        log.debug("not in the main thread: signals are left alone")
+    try:
+        yield asked
+    finally:
+        for each, handler in old.items():
+            signal.signal(each, handler)
+    if asked:
+        signal.raise_signal(asked[0])

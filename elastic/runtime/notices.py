@@ -1,0 +1,42 @@
+"""What a driver tells whoever watches a run: progress, log lines, happenings. Values only."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where the run stands.
+
+    `step` counts committed steps, `durable_step` is the newest durable checkpoint's (-1: none).
+    """
+
+    step: int
+    num_steps: int
+    loss: float
+    tokens_per_s: float
+    world_size: int
+    generation: int
+    durable_step: int
+    phase: str
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """A record from a worker's log; `level` is logging's number."""
+
+    member: str
+    level: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Happening:
+    """Something a person wants to know at once: a loss, a new world, a joiner, a checkpoint that failed."""
+
+    kind: str
+    message: str
+
+
+Notice = Progress | LogLine | Happening
+Observer = Callable[[Notice], None]

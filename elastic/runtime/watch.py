@@ -1,0 +1,110 @@
+"""Turns what a driver sees into what a person wants to see."""
+
+import time
+from typing import Any
+
+from elastic.control.events import (
+    CheckpointDurable,
+    CheckpointLost,
+    Entry,
+    FaultStruck,
+    MemberLost,
+    MemberReady,
+    Settled,
+    StepCommitted,
+    UserFailed,
+)
+from elastic.control.instructions import End, FormWorld, Instruction, KillMember, Manner, StopWorld
+from elastic.runtime.notices import Happening, LogLine, Observer, Progress
+from elastic.runtime.order import TrainOrder
+
+PROGRESS_EVERY_S = 0.25
+
+
+class Watch:
+    """Keeps a run's picture and tells its observer: happenings at once, progress a few times a second."""
+
+    def __init__(self, order: TrainOrder, observe: Observer) -> None:
+        self._observe = observe
+        self._now = Progress(0, order.training.num_steps, float("nan"), 0.0, 0, 0, -1, "starting")
+        self._told_at = 0.0
+        self._settled: set[tuple[int, str]] = set()
+
+    def tell(self, line: LogLine) -> None:
+        """Pass a worker's log line on."""
+        self._observe(line)
+
+    def happen(self, kind: str, message: str) -> None:
+        """Tell a happening that is no event."""
+        self._observe(Happening(kind, message))
+
+    def phase(self, phase: str) -> None:
+        """Note what the run is doing."""
+        if phase != self._now.phase:
+            self._told_at = 0.0
+            self._update(phase=phase)
+
+    def see(self, entry: Entry | Instruction) -> None:
+        """Take in one event or instruction."""
+        match entry:
+            case StepCommitted(generation=generation, step=step, loss=loss, seconds=seconds, tokens=tokens):
+                if step > self._now.step or generation > self._now.generation:
+                    rate = tokens / seconds if seconds else 0.0
+                    self._update(step=step, loss=loss, tokens_per_s=rate, generation=generation)
+            case CheckpointDurable(step=step, tier=tier, num_bytes=num_bytes) if (
+                step > self._now.durable_step
+            ):
+                self._update(durable_step=step)
+                self.happen("checkpoint", f"step {step} is durable on {tier} ({num_bytes / 2**20:.1f} MiB)")
+            case FormWorld(members=members, generation=generation):
+                self._update(world_size=len(members), generation=generation)
+                self._tell_message(entry)
+            case _:
+                self._tell_message(entry)
+
+    def _tell_message(self, entry: Entry | Instruction) -> None:
+        kind, message = _message(entry)
+        if isinstance(entry, Settled) and not entry.note:
+            key = (entry.generation, entry.source)
+            message = "" if key in self._settled or entry.source == "self" else message
+            self._settled.add(key)
+        if message:
+            self.happen(kind, message)
+
+    def _update(self, **changes: Any) -> None:
+        values = {name: getattr(self._now, name) for name in Progress.__slots__} | changes
+        self._now = Progress(**values)
+        if time.monotonic() - self._told_at > PROGRESS_EVERY_S:
+            self._told_at = time.monotonic()
+            self._observe(self._now)
+
+
+def _message(entry: Entry | Instruction) -> tuple[str, str]:
+    match entry:
+        case MemberReady(member, host, pid):
+            return "member", f"{member} is ready (pid {pid} on {host})"
+        case MemberLost(member, cause, evidence):
+            return "loss", f"{member} is lost: {cause}. {evidence}"
+        case FaultStruck(member, step):
+            return "drill", f"SIGKILL to {member} on purpose, at step {step}"
+        case FormWorld(generation, members, _, manner, reason):
+            when = "" if manner is Manner.AT_ONCE else f" {manner.value}"
+            return "world", f"world {generation}: {', '.join(members)}{when} ({reason})"
+        case Settled(member, generation, step, source, seconds, note):
+            extra = f". {note}" if note else ""
+            return (
+                "state",
+                f"{member} is at step {step} of world {generation}, from {source} ({seconds:.2f} s){extra}",
+            )
+        case CheckpointLost(_, _, step, why):
+            return "checkpoint", f"the snapshot of step {step} did not become a checkpoint: {why}"
+        case UserFailed(member, _, step, _, traceback):
+            return "failure", f"the job's code failed in {member} at step {step}\n{traceback}"
+        case KillMember(member, reason):
+            return "kill", f"{member} is killed: {reason}"
+        case StopWorld(_, reason):
+            return "stop", f"stopping at the next step boundary: {reason}"
+        case End(status, reason):
+            return "end", f"{status}: {reason}"
+        case _:
+            return "", ""

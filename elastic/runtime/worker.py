@@ -1,0 +1,300 @@
+"""A member's life: build the trainer, then form worlds as told, train in them, and leave them when they
+break.
+
+The training runs in a thread of its own; the member's methods are called by the driver, from other threads.
+"""
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from checkpoint import Catalog, KeeperConfig, Loaded, NoCheckpoint, Saver, connect, load, open_store
+from elastic.control.events import (
+    Ending,
+    Event,
+    MemberEnded,
+    MemberReady,
+    Settled,
+    UserFailed,
+    WorldBroken,
+    WorldFormed,
+)
+from elastic.control.instructions import FormWorld, Manner, StopWorld
+from elastic.errors import JobRejected
+from elastic.runtime.notices import LogLine
+from elastic.runtime.order import TrainOrder
+from elastic.runtime.world import Endpoint, Former, Place, World
+from elastic.training.job import load_job, load_settings
+from elastic.training.ports import Broken, Flags
+from elastic.training.state import weights_sha256
+from elastic.training.trainer import Storage, Trainer, TrainPlan, UserFailure
+
+log = logging.getLogger("holdfast.worker")
+MAX_UNREAD = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What a member is told when it starts: its name, its host, its own network address, and the run."""
+
+    member: str
+    host: str
+    address: str
+    order: TrainOrder
+
+
+@dataclass(frozen=True, slots=True)
+class WorldOrder:
+    """An order to form a world, with the place of the rendezvous store of the driver that gave it."""
+
+    form: FormWorld
+    endpoint: Endpoint
+
+
+class Mailbox:
+    """What the driver told a member that it has not acted on: the newest world order, and whether to stop."""
+
+    def __init__(self, lease_s: float) -> None:
+        self._changed = threading.Condition()
+        self._order: WorldOrder | None = None
+        self._taken = 0
+        self._stop_generation = 0
+        self._lease_s = lease_s
+        self._heard_at = time.monotonic()
+
+    def put(self, order: WorldOrder) -> bool:
+        """Accept an order that is newer than any before; return whether it is."""
+        with self._changed:
+            known = max(self._taken, self._order.form.generation if self._order else 0)
+            if order.form.generation <= known:
+                return False
+            self._order = order
+            self._changed.notify_all()
+            return True
+
+    def stop(self, generation: int) -> None:
+        """Ask for a clean end of this generation's world."""
+        with self._changed:
+            self._stop_generation = max(self._stop_generation, generation)
+
+    def hear(self) -> None:
+        """Note that a driver is alive."""
+        self._heard_at = time.monotonic()
+
+    @property
+    def is_orphaned(self) -> bool:
+        """Whether no driver was heard of for the lease."""
+        return time.monotonic() - self._heard_at > self._lease_s
+
+    def next(self) -> WorldOrder | None:
+        """Wait for the next world order; None when the lease runs out first."""
+        with self._changed:
+            while self._order is None:
+                if self.is_orphaned:
+                    return None
+                self._changed.wait(timeout=1.0)
+            order, self._order = self._order, None
+            self._taken = order.form.generation
+            return order
+
+    def has_newer(self) -> bool:
+        """Whether a newer world was ordered than the one taken last."""
+        return self._order is not None
+
+    def pending(self) -> Flags:
+        """Tell the trainer what to propose at the next step boundary."""
+        with self._changed:
+            newer = self._order.form.generation if self._order else 0
+            wants_stop = self._stop_generation >= self._taken or self.is_orphaned
+            return Flags(next_generation=newer, stop=int(wants_stop))
+
+
+class Outbox(logging.Handler):
+    """What a member has to tell the driver, in order: events, and its log records.
+
+    Bounded; the oldest go first.
+    """
+
+    def __init__(self, member: str) -> None:
+        super().__init__(logging.INFO)
+        self._member = member
+        self._unread: deque[Event | LogLine] = deque(maxlen=MAX_UNREAD)
+        self._changed = threading.Condition()
+
+    def put(self, message: Event | LogLine) -> None:
+        """Queue a message."""
+        with self._changed:
+            self._unread.append(message)
+            self._changed.notify_all()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a log record."""
+        self.put(LogLine(self._member, record.levelno, self.format(record)))
+
+    def take(self, timeout_s: float) -> list[Event | LogLine]:
+        """Return what is unread, waiting a while for something."""
+        with self._changed:
+            if not self._unread:
+                self._changed.wait(timeout=timeout_s)
+            taken = list(self._unread)
+            self._unread.clear()
+            return taken
+
+
+class Member:
+    """One process that may become a rank.
+
+    Made by the cluster; its methods are the driver's side of the conversation.
+    """
+
+    def __init__(self, assignment: Assignment) -> None:
+        self._assignment = assignment
+        self._mailbox = Mailbox(assignment.order.lease_s)
+        self._outbox = Outbox(assignment.member)
+        self._world: World | None = None
+        self._ready: MemberReady | None = None
+        logging.getLogger("holdfast").addHandler(self._outbox)
+        logging.getLogger("holdfast").setLevel(logging.INFO)
+        threading.Thread(target=self._live, name="training", daemon=True).start()
+
+    def poll(self, timeout_s: float) -> list[Event | LogLine]:
+        """Return what happened since the last poll; the call itself renews the lease."""
+        self._mailbox.hear()
+        return self._outbox.take(timeout_s)
+
+    def greet(self) -> None:
+        """Introduce this member to a new driver."""
+        self._mailbox.hear()
+        if self._ready is not None:
+            self._outbox.put(self._ready)
+
+    def form(self, order: WorldOrder) -> None:
+        """Take an order to form a world; an order at once also breaks the world the member is in."""
+        if self._mailbox.put(order) and order.form.manner is Manner.AT_ONCE and self._world is not None:
+            self._world.cut()
+
+    def stop(self, instruction: StopWorld) -> None:
+        """Take the request for a clean end."""
+        self._mailbox.stop(instruction.generation)
+
+    def die(self) -> None:
+        """Be SIGKILLed, for a drill."""
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def _live(self) -> None:
+        torch.set_num_threads(self._assignment.order.cluster.threads_per_worker)
+        try:
+            self._train_until_told()
+        except UserFailure as failure:
+            self._fail(failure.step, str(failure), failure.traceback)
+        except JobRejected as error:
+            self._fail(0, str(error), "")
+        except Exception as error:
+            log.exception("the worker failed")
+            self._fail(-1, f"{type(error).__name__}: {error}", "")
+
+    def _fail(self, step: int, message: str, traceback: str) -> None:
+        self._outbox.put(UserFailed(self._assignment.member, 0, step, message, traceback))
+
+    def _train_until_told(self) -> None:
+        assignment = self._assignment
+        device = _device(assignment.order)
+        former = Former(assignment.address, device)
+        saver = _saver(assignment)
+        trainer = _trainer(assignment, saver, device)
+        self._ready = MemberReady(assignment.member, assignment.host, os.getpid())
+        self._outbox.put(self._ready)
+        while (order := self._mailbox.next()) is not None:
+            self._serve(order, former, trainer)
+            if self._mailbox.is_orphaned:
+                break
+        log.warning("no driver for %.0f s: this worker ends", assignment.order.lease_s)
+        saver.close()
+        os._exit(0)
+
+    def _serve(self, order: WorldOrder, former: Former, trainer: Trainer) -> None:
+        """Live through one world, from its forming until it ends or breaks."""
+        member, form = self._assignment.member, order.form
+        started = time.monotonic()
+        try:
+            place = Place(form.generation, form.members.index(member), form.hosts, self._assignment.address)
+            self._world = former.form(
+                place, order.endpoint, lambda: not self._mailbox.has_newer(), time.sleep
+            )
+            self._outbox.put(WorldFormed(member, form.generation, time.monotonic() - started))
+            self._outbox.put(self._train(self._world, trainer))
+        except Broken as error:
+            error.__traceback__ = None
+            log.warning("world %d broke: %s", form.generation, error)
+            self._outbox.put(WorldBroken(member, form.generation, str(error)))
+        finally:
+            if self._world is not None:
+                self._world.leave()
+            self._world = None
+
+    def _train(self, world: World, trainer: Trainer) -> MemberEnded:
+        member = self._assignment.member
+        settled = trainer.settle(world)
+        self._outbox.put(
+            Settled(member, world.generation, settled.step, settled.source, settled.seconds, settled.note)
+        )
+        ending = trainer.run(world, self._mailbox, self._outbox.put)
+        sha256 = "" if ending is Ending.REGROUP else weights_sha256(trainer.model)
+        return MemberEnded(member, world.generation, trainer.standing.committed, ending, sha256)
+
+
+def _device(order: TrainOrder) -> torch.device:
+    return torch.device("cuda" if order.cluster.gpus_per_worker and torch.cuda.is_available() else "cpu")
+
+
+def _saver(assignment: Assignment) -> Saver:
+    order = assignment.order
+    config = KeeperConfig(
+        run=order.run,
+        host=assignment.host,
+        store_url=order.checkpoint.store_url,
+        arena_bytes=order.checkpoint.arena_bytes,
+        lease_s=order.lease_s,
+    )
+    return Saver(connect(config), order.run, order.checkpoint.save)
+
+
+def _trainer(assignment: Assignment, saver: Saver, device: torch.device) -> Trainer:
+    order = assignment.order
+    job = load_job(order.job.path)
+    settings = load_settings(job, order.job.settings)
+    training = order.training
+    plan = TrainPlan(
+        num_steps=training.num_steps,
+        virtual_ranks=training.virtual_ranks,
+        micro_batch=training.global_batch // training.virtual_ranks,
+        seed=training.seed,
+        determinism=training.determinism,
+        grad_clip=training.grad_clip,
+        save_every=order.checkpoint.every_steps,
+        source=order.job.source,
+        run=order.run,
+        spec_digest=order.spec_digest,
+    )
+    storage = Storage(saver, _restorer(order))
+    return Trainer(job, settings, plan, member=assignment.member, device=device, storage=storage)
+
+
+def _restorer(order: TrainOrder) -> Callable[[], Loaded | None]:
+    def restore() -> Loaded | None:
+        store = open_store(order.checkpoint.store_url)
+        if Catalog(store).latest() is None:
+            return None
+        try:
+            return load(store)
+        except NoCheckpoint:
+            return None
+
+    return restore

@@ -1,0 +1,236 @@
+"""A world: the process groups of one generation, and the ways out of them when they break.
+
+gloo never tells everybody that a peer died: only the victim's neighbours get an error, the others wait for
+the group's timeout, and its abort does nothing. So a world knows its own sockets (by the ports its members
+listen on) and shuts them down itself, which frees a blocked thread at once and cascades to the peers.
+"""
+
+import gc
+import json
+import os
+import socket
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from elastic.training.ports import Broken
+
+CONNECT_TIMEOUT = timedelta(seconds=5)
+COLLECTIVE_TIMEOUT = timedelta(seconds=600)
+POLL_S = 0.002
+Address = tuple[str, int]
+_OPS: dict[str, Any] = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where the driver's rendezvous store listens."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A member's place in a world: `rank` of `hosts`, whose length is the world's size; `address` is its own
+    network address.
+    """
+
+    generation: int
+    rank: int
+    hosts: tuple[str, ...]
+    address: str
+
+
+class World:
+    """The collectives of one generation. Every method raises Broken when the world is over.
+
+    CPU tensors travel over gloo, CUDA tensors over nccl.
+    """
+
+    def __init__(self, place: Place, groups: dict[str, Any], listeners: frozenset[Address]) -> None:
+        self.generation, self.rank, self.hosts = place.generation, place.rank, place.hosts
+        self.size = len(place.hosts)
+        self._groups = groups
+        self._listeners = listeners
+
+    def exchange(self, send: Sequence[torch.Tensor | None], receive: Sequence[torch.Tensor | None]) -> None:
+        """Swap tensors with every other rank; index is the peer, None means nothing."""
+        posted = []
+        for peer, tensor in enumerate(receive):
+            if tensor is not None and tensor.numel():
+                posted.append(self._call(lambda group, t, p: group.recv([t], p, 0), tensor, peer))
+        for peer, tensor in enumerate(send):
+            if tensor is not None and tensor.numel():
+                posted.append(self._call(lambda group, t, p: group.send([t], p, 0), tensor, peer))
+        for work in posted:
+            self._wait(work)
+
+    def all_gather(self, out: torch.Tensor, mine: torch.Tensor) -> None:
+        """Gather equal slices of all ranks into `out`, in rank order."""
+        self._wait(self._call(lambda group, t, o: group._allgather_base(o, t), mine, out))
+
+    def all_reduce(self, tensor: torch.Tensor, op: Literal["sum", "max"]) -> None:
+        """Reduce in place over all ranks."""
+        options = dist.AllreduceOptions()
+        options.reduceOp = _OPS[op]
+        self._wait(self._call(lambda group, t, o: group.allreduce([t], o), tensor, options))
+
+    def send(self, tensor: torch.Tensor, to: int) -> None:
+        """Send a tensor to a rank that receives it."""
+        self._wait(self._call(lambda group, t, p: group.send([t], p, 1), tensor, to))
+
+    def receive(self, tensor: torch.Tensor, source: int) -> None:
+        """Receive a tensor of the sent shape and dtype."""
+        self._wait(self._call(lambda group, t, p: group.recv([t], p, 1), tensor, source))
+
+    def cut(self) -> None:
+        """Break this world from any thread: whoever is blocked in it, here or elsewhere, gets Broken."""
+        _shut(self._listeners)
+
+    def leave(self) -> None:
+        """Drop the groups, so that their sockets close and peers that still wait are freed."""
+        if self.size > 1:
+            self.cut()
+        for backend, group in self._groups.items():
+            if backend == "cuda":
+                group.abort()
+        self._groups = {}
+        gc.collect()
+
+    def _call(self, start: Callable[..., dist.Work], tensor: torch.Tensor, argument: object) -> dist.Work:
+        group = self._groups.get(tensor.device.type)
+        if group is None:
+            raise Broken(self.generation, "this member has left the world")
+        try:
+            return start(group, tensor, argument)
+        except RuntimeError as error:
+            raise Broken(self.generation, _first_line(error)) from None
+
+    def _wait(self, work: dist.Work) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise Broken(self.generation, _first_line(error)) from None
+
+
+class Former:
+    """Forms worlds for one member.
+
+    It keeps one gloo device (a listening socket) for the member's whole life.
+    """
+
+    def __init__(self, address: str, device: torch.device) -> None:
+        self._address, self._device = address, device
+        before = _listening()
+        self._gloo = dist.ProcessGroupGloo.create_device(hostname=address)
+        self._listeners = _listening() - before
+
+    def form(
+        self, place: Place, endpoint: Endpoint, is_wanted: Callable[[], bool], wait: Callable[[float], None]
+    ) -> World:
+        """Meet the other members at the rendezvous store, then connect.
+
+        `is_wanted` turns false when a newer world has been ordered; `wait` sleeps. Raises Broken when this
+        one can't form.
+        """
+        try:
+            store = PrefixStore(
+                f"generation-{place.generation}",
+                TCPStore(endpoint.host, endpoint.port, is_master=False, timeout=timedelta(seconds=30)),
+            )
+            listeners = self._meet(store, place, is_wanted, wait)
+            return World(place, self._connect(store, place), listeners)
+        except RuntimeError as error:
+            raise Broken(place.generation, f"could not form: {_first_line(error)}") from None
+
+    def _meet(
+        self, store: Store, place: Place, is_wanted: Callable[[], bool], wait: Callable[[float], None]
+    ) -> frozenset[Address]:
+        """Wait until every rank has told where it listens; return all these addresses.
+
+        The wait polls, because a blocked store call could not be called off when a member dies meanwhile.
+        """
+        keys = [f"listens-{rank}" for rank in range(len(place.hosts))]
+        store.set(keys[place.rank], json.dumps(sorted(self._listeners)))
+        while not store.check(keys):
+            if not is_wanted():
+                raise Broken(place.generation, "a newer world was ordered while this one formed")
+            wait(POLL_S)
+        return frozenset((host, port) for key in keys for host, port in json.loads(store.get(key)))
+
+    def _connect(self, store: Store, place: Place) -> dict[str, Any]:
+        size = len(place.hosts)
+        gloo_class: Any = dist.ProcessGroupGloo  # its options are not in torch's type stubs
+        options = gloo_class._Options()
+        options._devices = [self._gloo]
+        options._timeout = CONNECT_TIMEOUT
+        gloo = gloo_class(PrefixStore("gloo", store), place.rank, size, options)
+        gloo._set_default_timeout(COLLECTIVE_TIMEOUT)
+        groups: dict[str, Any] = {"cpu": gloo}
+        if self._device.type == "cuda":
+            groups["cuda"] = dist.ProcessGroupNCCL(
+                PrefixStore("nccl", store), place.rank, size, dist.ProcessGroupNCCL.Options()
+            )
+        return groups
+
+
+def open_rendezvous(host: str) -> tuple[TCPStore, Endpoint]:
+    """Open a rendezvous store that listens on one address only; it lives as long as the returned object."""
+    listener = socket.create_server((host, 0), backlog=1024)
+    port = int(listener.getsockname()[1])
+    store = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    return store, Endpoint(host, port)
+
+
+def _first_line(error: BaseException) -> str:
+    """Take gloo's first line without the place in its source and its general advice."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return line.split("] ", 1)[-1].split(" This is typically")[0][:300]
+
+
+def _sockets() -> Iterator[socket.socket]:
+    """Yield a duplicate of each internet socket this process holds; the caller's use ends with the iteration
+    step.
+    """
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                continue
+            copy = socket.socket(fileno=os.dup(int(name)))
+        except OSError:
+            continue
+        with copy:
+            if copy.family in (socket.AF_INET, socket.AF_INET6):
+                yield copy
+
+
+def _listening() -> frozenset[Address]:
+    return frozenset(_address(each.getsockname()) for each in _sockets() if _is_listener(each))
+
+
+def _address(name: tuple[Any, ...]) -> Address:
+    return (str(name[0]), int(name[1]))
+
+
+def _is_listener(each: socket.socket) -> bool:
+    return bool(each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def _shut(listeners: frozenset[Address]) -> None:
+    """Shut down the connected sockets that have one of these addresses at either end; never a listener (gloo
+    would abort).
+    """
+    for each in _sockets():
+        try:
+            ends = {_address(each.getsockname()), _address(each.getpeername())}
+            if ends & listeners and not _is_listener(each):
+                each.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            continue

@@ -1,0 +1,72 @@
+"""The trainer's side of checkpoints: which snapshots were begun, and what became of them, as events."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from checkpoint import Durable, Outcome, Saver, Share
+from elastic.control.events import CheckpointCaptured, CheckpointDurable, CheckpointLost, Event
+from elastic.training.ports import World
+
+
+class Snapshots:
+    """One member's snapshots. Without a saver, saving does nothing."""
+
+    def __init__(self, saver: Saver | None, member: str, meta: Mapping[str, Any]) -> None:
+        self._saver = saver
+        self._member = member
+        self._meta = meta
+        self._newest: tuple[int, int] | None = None
+        self._capturing: tuple[int, int] | None = None
+        self._untold: list[Event] = []
+
+    def hold(self, generation: int, step: int) -> None:
+        """Note that the step needs no saving in this world: it was restored from its checkpoint."""
+        self._newest = (generation, step)
+
+    def save(self, world: World, step: int, tree: Callable[[int], Any]) -> None:
+        """Begin the snapshot of a step, unless this world has it already. Every rank has to do the same."""
+        this = (world.generation, step)
+        if self._saver is None or this == self._newest:
+            return
+        self.wait_captured()
+        share = Share(world.generation, world.rank, world.size, world.hosts)
+        self._saver.save(step, tree(step), share, self._meta)
+        self._newest = self._capturing = this
+
+    def wait_captured(self) -> float:
+        """Wait until the state may change again; return the seconds that took."""
+        if self._saver is None or self._capturing is None:
+            return 0.0
+        blocked_s = self._saver.wait_captured()
+        (generation, step), self._capturing = self._capturing, None
+        if (generation, step) not in self._read_outcomes():
+            self._untold.append(CheckpointCaptured(self._member, generation, step, blocked_s))
+        return blocked_s
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until the fate of every snapshot is known; False if time ran out."""
+        return self._saver is None or self._saver.drain(timeout_s)
+
+    def news(self) -> list[Event]:
+        """Return what happened since this was last asked."""
+        self._read_outcomes()
+        news, self._untold = self._untold, []
+        return news
+
+    def _read_outcomes(self) -> set[tuple[int, int]]:
+        """Read what became known; return the snapshots that were lost."""
+        outcomes = () if self._saver is None else self._saver.outcomes()
+        self._untold.extend(self._event(outcome) for outcome in outcomes)
+        return {(each.generation, each.step) for each in outcomes if not isinstance(each, Durable)}
+
+    def _event(self, outcome: Outcome) -> Event:
+        if isinstance(outcome, Durable):
+            return CheckpointDurable(
+                self._member,
+                outcome.generation,
+                outcome.step,
+                outcome.tier,
+                outcome.num_bytes,
+                outcome.seconds,
+            )
+        return CheckpointLost(self._member, outcome.generation, outcome.step, outcome.why)

@@ -1,0 +1,143 @@
+"""What a training step changes: model, optimizer and schedule; live, and as a plain nested state."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from checkpoint import Mismatch
+from elastic.errors import JobRejected
+from elastic.training.job import Job
+from elastic.training.randomness import INITIAL, keyed, seed_for
+
+_NAMED = 3
+
+
+class Learner:
+    """A model with its optimizer and schedule, freshly initialised from the seed.
+
+    As a state it is `{"model": {name: tensor}, "optimizer": {"state": {parameter: {...}}, "groups": [...]},
+    "schedule": ..., "cursor": {"step": n}, "seed": seed}`: names, never positions.
+    """
+
+    def __init__(self, job: Job, settings: Any, seed: int, num_steps: int, device: torch.device) -> None:
+        self._seed = seed
+        with keyed(seed_for(seed, INITIAL, INITIAL), torch.device("cpu")):
+            self.model: nn.Module = job.model(settings)
+        self.model.to(device).train()
+        self._optimizer: Optimizer = job.optimizer(self.model)
+        schedule = getattr(job, "schedule", None)
+        self._schedule = schedule(self._optimizer, num_steps) if schedule is not None else None
+        self._names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) not in self._names:
+                    raise JobRejected(
+                        "the job's optimizer has a parameter that is not the model's; make it of "
+                        "model.parameters()"
+                    )
+
+    def update(self) -> None:
+        """Apply the bound gradients: one optimizer step, one schedule step."""
+        self._optimizer.step()
+        if self._schedule is not None:
+            self._schedule.step()
+
+    def tree(self, step: int) -> dict[str, Any]:
+        """Return the state after `step` committed steps. Its tensors are the live ones."""
+        state = {self._names[id(parameter)]: dict(kept) for parameter, kept in self._optimizer.state.items()}
+        return {
+            "model": dict(self.model.state_dict()),
+            "optimizer": {"state": state, "groups": self._groups()},
+            "schedule": self._schedule.state_dict() if self._schedule is not None else None,
+            "cursor": {"step": step},
+            "seed": self._seed,
+        }
+
+    def load(self, tree: Mapping[str, Any]) -> int:
+        """Take over a state, whose tensors are then ours; return its step.
+
+        Raises Mismatch, having changed nothing, if it is not this training's.
+        """
+        self._check(tree)
+        load_model(self.model, tree["model"])
+        positions: dict[str, int] = {}
+        groups = []
+        for group in tree["optimizer"]["groups"]:
+            indices = [positions.setdefault(name, len(positions)) for name in group["params"]]
+            groups.append({**group, "params": indices})
+        state = {positions[name]: kept for name, kept in tree["optimizer"]["state"].items()}
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        if self._schedule is not None:
+            self._schedule.load_state_dict(dict(tree["schedule"]))
+        return int(tree["cursor"]["step"])
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [
+            {**group, "params": [self._names[id(parameter)] for parameter in group["params"]]}
+            for group in self._optimizer.param_groups
+        ]
+
+    def _check(self, tree: Mapping[str, Any]) -> None:
+        if missing := sorted({"model", "optimizer", "schedule", "cursor", "seed"} - set(tree)):
+            raise Mismatch(f"the checkpoint is not one of a training: it has no {missing[0]!r}")
+        if tree["seed"] != self._seed:
+            raise Mismatch(
+                f"the checkpoint was trained with seed {tree['seed']}, this run has {self._seed}: set "
+                f"training.seed = {tree['seed']}"
+            )
+        check_model(self.model, tree["model"])
+        ours = [group["params"] for group in self._groups()]
+        theirs = [list(group["params"]) for group in tree["optimizer"]["groups"]]
+        if ours != theirs:
+            raise Mismatch(
+                "the checkpoint's optimizer groups other parameters than the job's: resume with the job "
+                "that wrote it"
+            )
+        if (tree["schedule"] is None) != (self._schedule is None):
+            raise Mismatch(
+                "only one of checkpoint and job has a learning-rate schedule: resume with the job that "
+                "wrote it"
+            )
+
+
+def load_model(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy a state's tensors into the model. Raises Mismatch if they are another model's."""
+    check_model(model, tensors)
+    model.load_state_dict(dict(tensors))
+
+
+def check_model(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise Mismatch, naming the first differences, unless names, shapes and dtypes are this model's."""
+    ours = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+    theirs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if different:
+        named = "; ".join(
+            f"{name}: {_shown(theirs.get(name))} there, {_shown(ours.get(name))} here"
+            for name in different[:_NAMED]
+        )
+        raise Mismatch(
+            f"a checkpoint of another model: {len(different)} tensors differ ({named}); "
+            "resume with the job and the settings that wrote it"
+        )
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Hash a model's state: names in order, dtypes, shapes, bytes. What two names share counts once."""
+    digest = hashlib.sha256()
+    seen = set()
+    for name, tensor in sorted(model.state_dict().items()):
+        identity = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else id(tensor)
+        if identity not in seen:
+            seen.add(identity)
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _shown(kind: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
+    return "absent" if kind is None else f"{str(kind[0]).removeprefix('torch.')}{list(kind[1])}"

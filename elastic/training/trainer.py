@@ -1,0 +1,328 @@
+"""The training loop, read from top to bottom. Knows no processes, network or storage, only their ports."""
+
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint import Loaded, Saver
+from elastic.control.dealing import deal
+from elastic.control.events import Ending, Event, StepCommitted
+from elastic.control.standing import BLANK, Standing, settle
+from elastic.errors import JobRejected
+from elastic.training.gradients import GradientRows
+from elastic.training.handover import Parcel, accept, hand_over
+from elastic.training.job import Job, Split
+from elastic.training.ports import Broken, Emit, Flags, Orders, World
+from elastic.training.randomness import keyed, make_deterministic, seed_for
+from elastic.training.reduction import PlainReduction, Reduction, TreeReduction
+from elastic.training.saving import Snapshots
+from elastic.training.state import Learner
+
+FINAL_DRAIN_S = 600.0
+_DRAIN_POLL_S = 0.2
+Source = Literal["fresh", "self", "peer", "store"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainPlan:
+    """What a run computes: a function of these values and the data, whoever computes it.
+
+    `micro_batch` samples are a virtual rank's share of a step; `grad_clip` is the largest gradient norm
+    (None: any); a checkpoint is taken every `save_every` steps and at the end. `source` names the data.
+    """
+
+    num_steps: int
+    virtual_ranks: int
+    micro_batch: int
+    seed: int
+    determinism: Literal["bitwise", "fast"]
+    grad_clip: float | None
+    save_every: int
+    source: str
+    run: str
+    spec_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settling:
+    """How this member came to hold the world's state: `step` committed steps, from `source`, in `seconds`."""
+
+    step: int
+    source: Source
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """Where snapshots go (None: nowhere), and how to get the newest checkpoint (None, or returning None: the
+    first state comes from the seed).
+    """
+
+    saver: Saver | None = None
+    restore: Callable[[], Loaded | None] | None = None
+
+
+class UserFailure(Exception):
+    """The job's own code raised, in one step and virtual rank (-1: outside of any). Carries text only."""
+
+    def __init__(self, step: int, virtual_rank: int, what: str, trace: str) -> None:
+        place = f"in step {step}, virtual rank {virtual_rank}" if virtual_rank >= 0 else f"at step {step}"
+        super().__init__(f"the job failed {place}: {what}")
+        self.step = step
+        self.virtual_rank = virtual_rank
+        self.traceback = trace
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """The step whose reduced gradients this member holds, or held last."""
+
+    generation: int = 0
+    loss: float = float("nan")
+    started: float = 0.0
+
+
+class Trainer:
+    """One member's training, through as many worlds as it takes. Keeps no world between calls."""
+
+    def __init__(
+        self, job: Job, settings: Any, plan: TrainPlan, *, member: str, device: torch.device, storage: Storage
+    ) -> None:
+        if plan.determinism == "bitwise":
+            make_deterministic(device)
+        self._job, self._plan, self._member, self._device = job, plan, member, device
+        split = Split(
+            name="train", source=plan.source, seed=plan.seed, micro_batch=plan.micro_batch, settings=settings
+        )
+        with _blaming_the_job(0):
+            self._dataset = job.dataset(split)
+            self._learner = Learner(job, settings, plan.seed, plan.num_steps, device)
+        rows = GradientRows(self._learner.model, plan.virtual_ranks)
+        self._reduction: Reduction = (
+            TreeReduction(rows) if plan.determinism == "bitwise" else PlainReduction(rows)
+        )
+        self._restore = storage.restore
+        self._snapshots = Snapshots(storage.saver, member, _meta(job, plan))
+        self._standing = Standing(BLANK)
+        self._attempt = _Attempt()
+        self._num_tokens = 0
+        self._untold: list[Event] = []
+
+    @property
+    def standing(self) -> Standing:
+        """Where this member stands: what it would contribute to a new world."""
+        return self._standing
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, as of the last committed step."""
+        return self._learner.model
+
+    def settle(self, world: World) -> Settling:
+        """Come to the same committed step, with the same state, as all ranks of the world.
+
+        Raises Broken; this member then stands where it stood, or one step further. Raises `Mismatch` for
+        another model's checkpoint.
+        """
+        try:
+            return self._settle(world)
+        except Broken as broken:
+            generation, why = broken.generation, broken.why
+        del world  # so that the new exception's traceback holds neither the world nor the old one's frames
+        raise Broken(generation, why)
+
+    def run(self, world: World, orders: Orders, emit: Emit) -> Ending:
+        """Train until the end of the plan, a request to stop, or a boundary at which a newer world is to
+        form.
+
+        Raises Broken when the world ends before, `UserFailure` when the job's code does.
+        """
+        try:
+            return self._train(world, orders, emit)
+        except Broken as broken:
+            generation, why = broken.generation, broken.why
+        del world
+        raise Broken(generation, why)
+
+    def _train(self, world: World, orders: Orders, emit: Emit) -> Ending:
+        if self._is_save_point():
+            self._save(world)  # the world before may have died before all of its ranks had saved
+        while self._standing.committed < self._plan.num_steps:
+            agreed = self._step(world, orders)
+            if self._is_save_point() or agreed.stop:
+                self._save(world)
+            self._tell(emit)
+            if agreed.stop:
+                return self._finish(world, orders, emit, Ending.STOPPED)
+            if agreed.next_generation > world.generation:
+                return Ending.REGROUP
+        self._save(world)
+        return self._finish(world, orders, emit, Ending.FINISHED)
+
+    def _step(self, world: World, orders: Orders) -> Flags:
+        """Commit one step, on all ranks or on none; return what the ranks agreed to do after it."""
+        started, step = time.perf_counter(), self._standing.committed
+        self._standing = Standing(step)  # gradients still held from a lost attempt are given up now
+        dealt = deal(self._plan.virtual_ranks, world.size)
+        self._reduction.fold(dealt[world.rank], self._leaf)
+        loss = self._reduction.reduce(world, dealt)
+        if self._plan.grad_clip is not None:
+            self._reduction.clip(self._plan.grad_clip)
+        self._attempt = _Attempt(world.generation, loss, started)
+        self._standing = Standing(step, reduced=step)
+        agreed = _agree(
+            world, orders.pending()
+        )  # now all ranks hold the gradients: whoever survives can apply them
+        self._commit()
+        return agreed
+
+    def _leaf(self, virtual_rank: int) -> Tensor:
+        """Add the gradient of one virtual rank's micro-batch to the bound row; return its loss."""
+        step = self._standing.committed
+        key = seed_for(self._plan.seed, step, virtual_rank)
+        with _blaming_the_job(step, virtual_rank), keyed(key, self._device) as rng:
+            batch = self._job.batch(self._dataset, step, virtual_rank)
+            buffers = _buffers(self.model)
+            loss = self._job.loss(self.model, batch, rng)
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            if _buffers(self.model) != buffers:
+                raise JobRejected(
+                    "the model changes a buffer in its forward pass: its state would depend on who "
+                    "computes which "
+                    "micro-batch; use layers without running statistics (LayerNorm or GroupNorm for "
+                    "BatchNorm)"
+                )
+            self._num_tokens = self._count_tokens(batch)
+        return loss.detach()
+
+    def _commit(self) -> None:
+        """Apply the reduced gradients this member holds. Asks nobody: a broken world cannot interrupt it."""
+        blocked_s = self._snapshots.wait_captured()
+        with _blaming_the_job(self._standing.committed):
+            self._learner.update()
+        self._standing = Standing(self._standing.committed + 1)
+        self._untold.append(
+            StepCommitted(
+                member=self._member,
+                generation=self._attempt.generation,
+                step=self._standing.committed,
+                loss=self._attempt.loss,
+                seconds=time.perf_counter() - self._attempt.started,
+                tokens=self._num_tokens * self._plan.virtual_ranks,
+                blocked_s=blocked_s,
+            )
+        )
+
+    def _settle(self, world: World) -> Settling:
+        started = time.perf_counter()
+        settlement = settle(_gather_standings(world, self._standing))
+        if world.rank in settlement.appliers:
+            self._commit()
+        parcel = Parcel(None, "self")
+        if settlement.step == BLANK and world.rank == settlement.source:
+            parcel = self._begin()
+        if world.rank == settlement.source and settlement.receivers:
+            state = self._learner.tree(self._standing.committed)
+            hand_over(
+                world, sorted(settlement.receivers), Parcel(state, parcel.origin, parcel.note), self._device
+            )
+        source: Source = parcel.origin
+        if world.rank in settlement.receivers:
+            parcel = accept(world, settlement.source, self._device)
+            source = "peer" if parcel.origin == "self" else parcel.origin
+            self._take_over(parcel.state)
+        if parcel.origin == "store":
+            self._snapshots.hold(world.generation, self._standing.committed)
+        return Settling(self._standing.committed, source, time.perf_counter() - started, parcel.note)
+
+    def _begin(self) -> Parcel:
+        """Make the first state: the newest checkpoint if there is one, else what the seed gave."""
+        loaded = self._restore() if self._restore is not None else None
+        if loaded is None:
+            self._standing = Standing(0)
+            return Parcel(None, "fresh")
+        self._take_over(loaded.state)
+        passed_over = (f"passed over step {each.step}: {each.why}" for each in loaded.report.fallbacks)
+        return Parcel(None, "store", "; ".join(passed_over))
+
+    def _take_over(self, state: Any) -> None:
+        self._snapshots.wait_captured()
+        self._standing = Standing(BLANK)  # in between it is neither the old state nor the new one
+        self._standing = Standing(self._learner.load(state))
+
+    def _is_save_point(self) -> bool:
+        return self._standing.committed > 0 and self._standing.committed % self._plan.save_every == 0
+
+    def _save(self, world: World) -> None:
+        self._snapshots.save(world, self._standing.committed, self._learner.tree)
+
+    def _finish(self, world: World, orders: Orders, emit: Emit, ending: Ending) -> Ending:
+        """Wait until the last checkpoint is durable or lost, or a newer world (it saves again) is to form."""
+        self._snapshots.wait_captured()
+        deadline = time.monotonic() + FINAL_DRAIN_S
+        while not self._snapshots.drain(_DRAIN_POLL_S) and time.monotonic() < deadline:
+            self._tell(emit)
+            if orders.pending().next_generation > world.generation:
+                return Ending.REGROUP
+        self._tell(emit)
+        return ending
+
+    def _tell(self, emit: Emit) -> None:
+        """Emit what happened since the last time."""
+        untold, self._untold = [*self._untold, *self._snapshots.news()], []
+        for event in untold:
+            emit(event)
+
+    def _count_tokens(self, batch: Any) -> int:
+        count = getattr(self._job, "tokens", None)
+        return int(count(batch)) if count is not None else self._plan.micro_batch
+
+
+def _gather_standings(world: World, mine: Standing) -> list[Standing]:
+    everyones = torch.empty(world.size * 2, dtype=torch.int64)
+    world.all_gather(everyones, torch.tensor([mine.committed, mine.reduced]))
+    return [Standing(committed, reduced) for committed, reduced in everyones.view(-1, 2).tolist()]
+
+
+def _agree(world: World, flags: Flags) -> Flags:
+    """Return what any rank was told; that this returns says that every rank came here."""
+    told = torch.tensor([flags.next_generation, flags.stop])
+    world.all_reduce(told, "max")
+    next_generation, stop = told.tolist()
+    return Flags(next_generation, stop)
+
+
+@contextmanager
+def _blaming_the_job(step: int, virtual_rank: int = -1) -> Iterator[None]:
+    """Turn whatever the job's code raises into UserFailure. No world is asked inside: nothing is Broken."""
+    try:
+        yield
+    except (JobRejected, UserFailure):
+        raise
+    except Exception as error:  # noqa: BLE001  (this is the border to the user's code)
+        raise UserFailure(
+            step, virtual_rank, f"{type(error).__name__}: {error}", traceback.format_exc()
+        ) from None
+
+
+def _buffers(model: nn.Module) -> list[tuple[int, int]]:
+    return [(id(buffer), buffer._version) for buffer in model.buffers()]
+
+
+def _meta(job: Job, plan: TrainPlan) -> dict[str, Any]:
+    """What a checkpoint's manifest should say about its training."""
+    return {
+        "job": f"{type(job).__module__}:{type(job).__qualname__}",
+        "source": plan.source,
+        "seed": plan.seed,
+        "virtual_ranks": plan.virtual_ranks,
+        "micro_batch": plan.micro_batch,
+        "spec_digest": plan.spec_digest,
+    }

@@ -1,0 +1,211 @@
+"""Real SIGKILLs on real Ray: a worker, the driver, everything; the weights end the same bit for bit."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+import elastic
+from checkpoint import Catalog, SavePolicy, open_store
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+NUM_STEPS = 120
+SETTINGS = {"num_layers": 2, "width": 64, "num_heads": 2, "sequence": 64}
+
+
+def make_order(root: Path, name: str, *faults: elastic.Fault) -> elastic.TrainOrder:
+    """A small run of three workers on a piece of the standard library's text."""
+    return elastic.TrainOrder(
+        run=name,
+        run_dir=root / name,
+        spec_digest="0" * 32,
+        job=elastic.JobOrder(
+            path="elastic.training.gpt:GPTJob",
+            settings=SETTINGS,
+            source=str(Path(json.__file__).parent),
+            code_dir=Path.cwd(),
+        ),
+        training=elastic.TrainingOrder(
+            num_steps=NUM_STEPS,
+            global_batch=24,
+            virtual_ranks=6,
+            seed=7,
+            determinism="bitwise",
+            grad_clip=1.0,
+        ),
+        world=elastic.WorldPolicy(workers=3, min_workers=1),
+        cluster=elastic.ClusterOrder(),
+        checkpoint=elastic.CheckpointOrder(
+            store_url=f"file://{root / name / 'store'}",
+            every_steps=10,
+            keep_latest=3,
+            keep_every=None,
+            save=SavePolicy(),
+            arena_bytes=64 << 20,
+        ),
+        drill=faults,
+        lease_s=20.0,
+    )
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> elastic.TrainReport:
+    """The report of the run that nothing happened to."""
+    return elastic.train(make_order(tmp_path_factory.mktemp("runs"), "quiet"), lambda _: None)
+
+
+@pytest.fixture
+def drive(tmp_path: Path) -> Iterator[Callable[[elastic.TrainOrder], subprocess.Popen[bytes]]]:
+    """Start drivers as processes in sessions of their own; what is left of them is killed in the end."""
+    started: list[tuple[elastic.TrainOrder, subprocess.Popen[bytes]]] = []
+
+    def start(order: elastic.TrainOrder) -> subprocess.Popen[bytes]:
+        path = tmp_path / f"{order.run}-{len(started)}.pickle"
+        path.write_bytes(pickle.dumps(order))
+        command = [sys.executable, "-m", "tests.integration.drive", str(path)]
+        with path.with_suffix(".log").open("wb") as log:
+            process = subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log)
+        started.append((order, process))
+        return process
+
+    yield start
+    for order, process in started:
+        kill_group(process)
+        kill_ray(order)
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL a driver with its whole process group."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def kill_ray(order: elastic.TrainOrder) -> None:
+    """SIGKILL the run's local Ray: its warden and everything below it, workers included."""
+    pid = order.run_dir / "ray" / "pid"
+    if pid.exists() and psutil.pid_exists(int(pid.read_text())):
+        warden = psutil.Process(int(pid.read_text()))
+        for process in [*warden.children(recursive=True), warden]:
+            process.kill()
+
+
+def await_step(order: elastic.TrainOrder, step: int, process: subprocess.Popen[bytes]) -> None:
+    """Wait until the journal tells that a step is committed and a checkpoint durable."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the driver ended too early"
+        if (order.run_dir / "journal.jsonl").exists():
+            report = elastic.read_report(order.run_dir)
+            if report.committed_steps >= step and report.newest_durable_step is not None:
+                return
+        time.sleep(0.05)
+    pytest.fail(f"step {step} was not reached")
+
+
+def test_a_killed_worker_changes_no_bit_and_no_step_is_redone(
+    quiet: elastic.TrainReport, tmp_path: Path
+) -> None:
+    report = elastic.train(make_order(tmp_path, "killed", elastic.Fault(at_step=15, rank=1)), lambda _: None)
+    assert report.weights_sha256 == quiet.weights_sha256
+    assert report.last_loss == quiet.last_loss
+    (failure,) = report.failures
+    assert failure.cause == "process died"
+    assert failure.redone_steps == 0
+    assert [span.size for span in report.worlds][:2] == [3, 2]
+    survivors = {"w0", "w2"}
+    pids = ready_pids(tmp_path / "killed")
+    assert survivors <= pids.keys(), "survivors said hello once, so they kept their processes"
+
+
+def ready_pids(run_dir: Path) -> dict[str, int]:
+    """Which members introduced themselves, with their processes; a second introduction fails."""
+    pids: dict[str, int] = {}
+    for line in (run_dir / "journal.jsonl").read_text().splitlines():
+        record = json.loads(line or "{}")
+        if record.get("kind") == "MemberReady":
+            assert record["member"] not in pids
+            pids[record["member"]] = record["pid"]
+    return pids
+
+
+def test_a_world_that_ends_smaller_than_it_began_ends_with_the_same_bits(
+    quiet: elastic.TrainReport, tmp_path: Path
+) -> None:
+    faults = (elastic.Fault(at_step=NUM_STEPS - 4, rank=2), elastic.Fault(at_step=NUM_STEPS - 2, rank=0))
+    report = elastic.train(make_order(tmp_path, "shrunk", *faults), lambda _: None)
+    assert report.weights_sha256 == quiet.weights_sha256
+    assert report.worlds[-1].size < report.worlds[0].size
+    assert report.redone_steps == 0
+
+
+def test_a_killed_driver_is_succeeded_and_its_workers_go_on(
+    quiet: elastic.TrainReport, tmp_path: Path, drive: Callable[[elastic.TrainOrder], subprocess.Popen[bytes]]
+) -> None:
+    order = make_order(tmp_path, "driverless")
+    process = drive(order)
+    await_step(order, 20, process)
+    kill_group(process)
+    before = ready_pids(order.run_dir)
+    report = elastic.train(order, lambda _: None)
+    assert report.weights_sha256 == quiet.weights_sha256
+    assert report.segments == 2
+    assert report.failures[0].cause == "driver lost"
+    assert report.redone_steps == 0
+    assert not any(psutil.pid_exists(pid) for pid in before.values()), "the workers ended with the run"
+
+
+def test_after_everything_was_killed_a_resumed_run_ends_with_the_same_bits(
+    quiet: elastic.TrainReport, tmp_path: Path, drive: Callable[[elastic.TrainOrder], subprocess.Popen[bytes]]
+) -> None:
+    order = make_order(tmp_path, "razed")
+    process = drive(order)
+    await_step(order, 25, process)
+    kill_group(process)
+    kill_ray(order)
+    newest = Catalog(open_store(order.checkpoint.store_url)).latest()
+    assert newest is not None
+    report = elastic.train(order, lambda _: None)
+    assert report.weights_sha256 == quiet.weights_sha256
+    assert report.failures[0].state_source == "store"
+    assert report.status == "finished"
+
+
+def test_a_signal_stops_after_a_final_checkpoint_and_a_later_call_goes_on(
+    quiet: elastic.TrainReport, tmp_path: Path, drive: Callable[[elastic.TrainOrder], subprocess.Popen[bytes]]
+) -> None:
+    order = make_order(tmp_path, "stopped")
+    process = drive(order)
+    await_step(order, 12, process)
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=60)
+    stopped = elastic.read_report(order.run_dir)
+    assert stopped.status == "stopped"
+    assert stopped.newest_durable_step == stopped.committed_steps < NUM_STEPS
+    report = elastic.train(order, lambda _: None)
+    assert report.weights_sha256 == quiet.weights_sha256
+    assert report.redone_steps == 0
+
+
+def test_an_exception_in_the_job_ends_the_run_with_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "faulty_job.py").write_text(
+        "from elastic.training.gpt import GPTJob\n\n\n"
+        "class FaultyJob(GPTJob):\n"
+        "    def loss(self, model, batch, rng):\n"
+        "        raise ZeroDivisionError('the job divides by zero')\n"
+    )
+    order = make_order(tmp_path, "faulty")
+    order = replace(order, job=replace(order.job, path="faulty_job:FaultyJob", code_dir=tmp_path))
+    with pytest.raises(elastic.TrainingFailed, match="the job divides by zero"):
+        elastic.train(order, lambda _: None)
+    assert elastic.read_report(order.run_dir).status == "failed"
+    assert elastic.read_report(order.run_dir).failures == (), "a mistake in the job is no machine failure"
