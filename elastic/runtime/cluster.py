@@ -196,7 +196,7 @@ def _connect(address: str, namespace: str) -> None:
             _restore(handler)
 
 
-def _log(data: dict[str, Any], **_: object) -> None:
+def _log(data: dict[str, Any], ignore_prefix: bool) -> None:  # noqa: FBT001  (Ray's own signature)
     log.debug("Ray: %s", data.get("lines"))
 
 

@@ -6,6 +6,7 @@ import heapq
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 
@@ -117,7 +118,7 @@ class Simulation:
             self.story.append(f"{self.now:8.2f}   -> {instruction}")
             match instruction:
                 case StartMember(member):
-                    self.later(self.random.uniform(0.5, 8.0), lambda name=member: self.start(name))
+                    self.later(self.random.uniform(0.5, 8.0), partial(self.start, member))
                 case KillMember(member):
                     self.nodes.pop(member, None)
                 case FormWorld(generation):

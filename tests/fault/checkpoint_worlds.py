@@ -1,0 +1,75 @@
+"""States, worlds and comparisons that the checkpoint engine's tests share."""
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from checkpoint import Durable, Outcome, SavePolicy, Saver, Share, flatten_state
+from checkpoint.engine.pipeline import Tuning
+from checkpoint.format.codec import Codec
+
+QUICK = Tuning(poll_s=0.02, fenced_patience_s=0.3)
+RAW = SavePolicy(codec=Codec.RAW)
+MIB = 1 << 20
+
+
+def small_state(step: int) -> dict[str, Any]:
+    """A state of a few tensors that is different at every step, with Python values and a tied weight."""
+    generator = torch.Generator().manual_seed(step)
+    weight = torch.randn(64, 33, generator=generator)
+    return {
+        "model": {"weight": weight, "tied": weight, "bias": torch.randn(7, generator=generator).bfloat16()},
+        "optimizer": {"exp_avg": torch.full((3, 5), float("nan")), "step": torch.tensor(float(step))},
+        "cursor": {"step": step, "seen": (1, 2.5, None)},
+        "empty": torch.empty(0, 4),
+    }
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    """Whether two states hold the same names, dtypes, shapes, bits and Python values."""
+    skeletons, tensors = zip(flatten_state(one), flatten_state(other), strict=True)
+    return skeletons[0] == skeletons[1] and _bits(tensors[0]) == _bits(tensors[1])
+
+
+def _bits(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    return {
+        name: (
+            str(tensor.dtype),
+            tuple(tensor.shape),
+            tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(),
+        )
+        for name, tensor in tensors.items()
+    }
+
+
+def durable_steps(outcomes: tuple[Outcome, ...]) -> list[int]:
+    """List the steps that were acknowledged."""
+    return sorted({outcome.step for outcome in outcomes if isinstance(outcome, Durable)})
+
+
+def save_alone(saver: Saver, step: int, generation: int = 0) -> tuple[Outcome, ...]:
+    """Save one step of a world of one and wait for its outcome."""
+    saver.save(step, small_state(step), Share.alone(generation=generation), {})
+    assert saver.drain(20)
+    return saver.outcomes()
+
+
+def at_once(actions: list[Callable[[], None]]) -> None:
+    """Run actions in threads of their own, and wait for all of them; raise what one of them raised."""
+    errors: list[BaseException] = []
+
+    def run(action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 -- raised below, in the caller's thread
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(action,)) for action in actions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]

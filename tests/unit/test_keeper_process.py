@@ -1,0 +1,134 @@
+"""A real keeper process: joined, left, ended, and what it says when it cannot start."""
+
+import os
+import signal
+import time
+from contextlib import suppress
+
+import pytest
+
+from checkpoint import (
+    ArenaFull,
+    Catalog,
+    KeeperConfig,
+    Saver,
+    Share,
+    StoreUnavailable,
+    connect,
+    load,
+    open_store,
+)
+from tests.fault.checkpoint_worlds import MIB, at_once, durable_steps, same_bits, small_state
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def config(tmp_path):
+    config = KeeperConfig(
+        run="run",
+        host="h0",
+        store_url=str(tmp_path / "store"),
+        arena_bytes=8 * MIB,
+        lease_s=0.3,
+        directory=tmp_path / "keeper",
+    )
+    yield config
+    with suppress(OSError, ValueError):
+        os.kill(int(config.life_lock_path.read_text()), signal.SIGKILL)
+
+
+def keeper_pid(config: KeeperConfig) -> int:
+    return int(config.life_lock_path.read_text())
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def ends_within(pid: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not is_alive(pid)
+
+
+def test_a_keeper_saves_lives_in_its_own_session_and_ends_by_its_lease(config):
+    with connect(config) as host:
+        pid = keeper_pid(config)
+        assert os.getsid(pid) != os.getsid(0)
+        saver = Saver(host, "run")
+        saver.save(1, small_state(1), Share.alone("h0"), {})
+        assert saver.drain(20) and durable_steps(saver.outcomes()) == [1]
+        saver.close()
+    assert same_bits(load(open_store(config.store_url)).state, small_state(1))
+    assert ends_within(pid, 10)
+    assert not config.socket_path.exists()
+    assert "everything durable" in config.log_path.read_text()
+
+
+def test_what_is_captured_when_its_saver_leaves_becomes_durable(config):
+    host = connect(config)
+    saver = Saver(host, "run")
+    saver.save(1, small_state(1), Share.alone("h0"), {})
+    saver.wait_captured()
+    saver.close()
+    host.close()
+    assert ends_within(keeper_pid(config), 10)
+    assert Catalog(open_store(config.store_url)).latest() == 1
+
+
+def test_clients_that_come_at_once_share_one_keeper_and_one_manifest(config):
+    hosts = []
+    at_once([lambda: hosts.append(connect(config)) for _ in range(4)])
+    savers = [Saver(host, "run") for host in hosts]
+    for step in (1, 2):
+        for rank, saver in enumerate(savers):
+            saver.save(step, small_state(step), Share(1, rank, 4, ("h0",) * 4), {})
+        assert all(saver.drain(20) for saver in savers)
+        assert [durable_steps(saver.outcomes()) for saver in savers] == [[step]] * 4
+    for saver, host in zip(savers, hosts, strict=True):
+        saver.close()
+        host.close()
+    assert config.log_path.read_text().count("keeping run") == 1
+    assert Catalog(open_store(config.store_url)).steps() == [1, 2]
+
+
+def test_sigterm_flushes_and_ends(config):
+    host = connect(config)
+    saver = Saver(host, "run")
+    saver.save(1, small_state(1), Share.alone("h0"), {})
+    saver.wait_captured()
+    os.kill(keeper_pid(config), signal.SIGTERM)
+    assert ends_within(keeper_pid(config), 10)
+    assert saver.drain(10)
+    saver.close()
+    host.close()
+    assert Catalog(open_store(config.store_url)).latest() == 1
+
+
+def test_a_keeper_that_cannot_write_its_store_says_so_at_once(config, tmp_path):
+    (tmp_path / "store").write_text("a file where a directory is needed")
+    with pytest.raises(StoreUnavailable, match="store"):
+        connect(config)
+
+
+def test_an_arena_too_large_for_the_machine_is_one_clear_error(tmp_path):
+    config = KeeperConfig("run", "h0", str(tmp_path / "s"), arena_bytes=1 << 50, directory=tmp_path / "k")
+    with pytest.raises(ArenaFull, match=r"checkpoint\.arena_mib"):
+        connect(config)
+
+
+def test_a_state_larger_than_the_arena_is_one_clear_error_through_the_keeper(config):
+    import torch
+
+    with connect(config) as host:
+        saver = Saver(host, "run")
+        saver.save(1, {"w": torch.zeros(3 * MIB)}, Share.alone("h0"), {})
+        with pytest.raises(ArenaFull, match=r"checkpoint\.arena_mib"):
+            saver.wait_captured()
+        saver.close()

@@ -1,0 +1,151 @@
+"""The specification: its defaults, its bounds, and one clear error for each mistake."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.errors import SpecError
+from tasks.loading import check_spec, describe_keys, known_keys, load_spec, read_spec
+from tasks.spec import RunSpec, with_drill
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def test_the_defaults_are_a_valid_run_that_breaks_nothing():
+    spec = load_spec(None)
+    assert spec == RunSpec()
+    assert spec.drill.faults == []
+
+
+def test_every_key_has_a_description_and_a_default():
+    for key, _default, _bounds, meaning in describe_keys():
+        assert meaning, f"{key} has no description"
+    assert RunSpec.model_validate({}) == RunSpec()
+
+
+def test_the_first_run_is_the_defaults_and_a_drill():
+    spec = load_spec(REPOSITORY / "examples" / "first_run.toml")
+    assert len(spec.drill.faults) == 1
+    assert spec.model_copy(update={"drill": RunSpec().drill}) == RunSpec()
+
+
+def test_a_file_and_settings_add_up(tmp_path):
+    path = tmp_path / "spec.toml"
+    path.write_text("[training]\nsteps = 7\n[job]\n")
+    spec = load_spec(path, ["world.workers=2", "job.settings.width=64", "data.source=/some/text"])
+    assert (spec.training.steps, spec.world.workers, spec.data.source) == (7, 2, "/some/text")
+    assert spec.job.settings == {"width": 64}
+
+
+def test_a_value_that_is_no_toml_is_a_string():
+    assert load_spec(None, ["data.source=s3://bucket/a b=c"]).data.source == "s3://bucket/a b=c"
+
+
+def test_none_takes_an_optional_default_away():
+    assert load_spec(None, ["training.grad_clip=none"]).training.grad_clip is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["training.step=3"], ["unknown key training.step", "did you mean training.steps?"]),
+        (["steps=4"], ["unknown key steps", "training.steps"]),
+        (["nonsense.xyzzy=1"], ["unknown key nonsense.xyzzy", "job, data, training"]),
+        (["training.steps=4", "training.steps=5"], ["training.steps", "twice"]),
+        (["job.settings.a=1", "job.settings={b=1}"], ["job.settings", "twice"]),
+        (["training.steps"], ["section.key=value"]),
+        (["training=4"], ["training", "dictionary"]),
+        (["training.steps=0"], ["training.steps = 0", "greater than or equal to 1"]),
+        (["training.steps=many"], ["training.steps = 'many'", "integer"]),
+        (["checkpoint.codec=lz4"], ["checkpoint.codec = 'lz4'", "'raw' or 'zstd'"]),
+        (["job.path=not-a-path"], ["job.path"]),
+        (["drill.faults=[{at_stp=1}]"], ["drill.faults[0].at_step", "missing"]),
+        (["drill.faults=[{at_step=1, rnk=1}]"], ["drill.faults[0].rnk", "at_step, kind, rank"]),
+    ],
+)
+def test_a_mistake_gives_an_error_that_names_it(settings, words):
+    with pytest.raises(SpecError) as caught:
+        load_spec(None, settings)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        (["training.global_batch=10", "training.virtual_ranks=4"], "training.global_batch = 10"),
+        (["training.global_batch=4"], "training.virtual_ranks = 8"),
+        (["world.workers=9"], "world.workers = 9"),
+        (["world.min_workers=5"], "world.min_workers = 5"),
+        (["training.steps=9", "drill.faults=[{at_step=9}]"], "drill.faults[0].at_step = 9"),
+        (["drill.faults=[{at_step=9, rank=4}]"], "drill.faults[0].rank = 4"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_named_with_a_remedy(settings, key):
+    with pytest.raises(SpecError) as caught:
+        load_spec(None, settings)
+    assert str(caught.value).startswith(key)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_key_of_the_file_is_not_overridden_by_a_setting(tmp_path):
+    path = tmp_path / "spec.toml"
+    path.write_text("[training]\nsteps = 7\n")
+    with pytest.raises(
+        SpecError, match=r"training\.steps is set twice, in .*spec\.toml and by training\.steps=8"
+    ):
+        load_spec(path, ["training.steps=8"])
+
+
+def test_an_unreadable_file_is_named(tmp_path):
+    with pytest.raises(SpecError, match=r"missing\.toml"):
+        load_spec(tmp_path / "missing.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[training\n")
+    with pytest.raises(SpecError, match=r"broken\.toml is not TOML"):
+        load_spec(broken)
+
+
+def test_unknown_keys_of_a_file_are_all_listed():
+    with pytest.raises(SpecError) as caught:
+        check_spec({"training": {"stepps": 1}, "wrld": {"workers": 2}})
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_a_specification_survives_its_file(tmp_path):
+    spec = load_spec(None, ["drill.faults=[{at_step=3}]", "job.settings.width=8", "checkpoint.keep_every=5"])
+    path = tmp_path / "spec.json"
+    path.write_text(spec.model_dump_json())
+    assert read_spec(path) == spec
+
+
+def test_a_damaged_specification_is_refused_by_name(tmp_path):
+    path = tmp_path / "spec.json"
+    path.write_text('{"training": {"steps": 0}}')
+    with pytest.raises(SpecError, match=r"spec\.json"):
+        read_spec(path)
+
+
+def test_a_drill_without_faults_gets_one_it_can_survive():
+    assert len(with_drill(RunSpec()).drill.faults) == 1
+    RunSpec.model_validate(with_drill(RunSpec()).model_dump())
+    own = load_spec(None, ["drill.faults=[{at_step=3}]"])
+    assert with_drill(own) == own
+
+
+def test_the_form_forbids_unknown_keys_everywhere():
+    schema = RunSpec.model_json_schema()
+    models = [schema, *schema["$defs"].values()]
+    assert all(model["additionalProperties"] is False for model in models if "properties" in model)
+    json.dumps(schema)
+
+
+@given(key=st.sampled_from(known_keys()), text=st.text(max_size=20))
+def test_any_value_of_any_key_is_taken_or_refused_clearly(key, text):
+    try:
+        load_spec(None, [f"{key}={text}"])
+    except SpecError as error:
+        assert key.split(".")[0] in str(error)  # noqa: PT017 - hypothesis gives both kinds
