@@ -108,6 +108,12 @@ class Mailbox:
         """Whether a newer world was ordered than the one taken last."""
         return self._order is not None
 
+    def check(self, generation: int) -> None:
+        """Raise Broken if a newer world than this one is to form at once."""
+        order = self._order
+        if order is not None and order.form.manner is Manner.AT_ONCE and order.form.generation > generation:
+            raise Broken(generation, f"world {order.form.generation} was ordered at once")
+
     def pending(self) -> Flags:
         """Tell the trainer what to propose at the next step boundary."""
         with self._changed:

@@ -61,3 +61,6 @@ class Orders(Protocol):
 
     def pending(self) -> Flags:
         """Return it, without waiting."""
+
+    def check(self, generation: int) -> None:
+        """Raise Broken if this generation's world is to be left at once, in the middle of a step."""

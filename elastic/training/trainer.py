@@ -171,16 +171,19 @@ class Trainer:
         started, step = time.perf_counter(), self._standing.committed
         self._standing = Standing(step)  # gradients still held from a lost attempt are given up now
         dealt = deal(self._plan.virtual_ranks, world.size)
-        self._reduction.fold(dealt[world.rank], self._leaf)
+
+        def leaf(virtual_rank: int) -> Tensor:
+            orders.check(world.generation)  # a world that is over is not worth another gradient
+            return self._leaf(virtual_rank)
+
+        self._reduction.fold(dealt[world.rank], leaf)
         loss = self._reduction.reduce(world, dealt)
         if self._plan.grad_clip is not None:
             self._reduction.clip(self._plan.grad_clip)
         self._attempt = _Attempt(world.generation, loss, started)
         self._standing = Standing(step, reduced=step)
-        agreed = _agree(
-            world, orders.pending()
-        )  # now all ranks hold the gradients: whoever survives can apply them
-        self._commit()
+        agreed = _agree(world, orders.pending())
+        self._commit()  # all ranks hold the gradients now: whoever survives can apply them
         return agreed
 
     def _leaf(self, virtual_rank: int) -> Tensor:

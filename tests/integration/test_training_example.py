@@ -33,6 +33,8 @@ class Alone:
     def pending(self) -> Flags:
         return Flags()
 
+    def check(self, generation: int) -> None: ...
+
 
 @pytest.mark.parametrize("determinism", ["bitwise", "fast"])
 def test_the_tiny_job_learns_its_line(determinism):

@@ -132,6 +132,8 @@ class Boundary:
         is_due = self._committed() + 1 >= self._chapter.until < NUM_STEPS
         return Flags(next_generation=self._generation + 1 if is_due else 0)
 
+    def check(self, generation: int) -> None: ...
+
 
 def live(
     member: int, stories: dict[str, list[Chapter]], endpoint: Endpoint, source: str, told: "Queue[Any]"

@@ -1,12 +1,16 @@
 """What members are told and what they tell: orders only get newer, and nothing is told twice."""
 
 import logging
+from dataclasses import replace
+
+import pytest
 
 from elastic.control.events import WorldBroken
 from elastic.control.instructions import FormWorld, Manner
 from elastic.runtime.notices import LogLine
 from elastic.runtime.worker import Mailbox, Outbox, WorldOrder
 from elastic.runtime.world import Endpoint
+from elastic.training.ports import Broken
 
 
 def order(generation: int) -> WorldOrder:
@@ -33,6 +37,17 @@ def test_a_pending_order_is_proposed_at_the_next_boundary() -> None:
     mailbox.put(order(2))
     assert mailbox.pending().next_generation == 2
     assert mailbox.has_newer()
+
+
+def test_an_order_at_once_breaks_the_older_world_and_one_at_a_boundary_does_not() -> None:
+    mailbox = Mailbox(lease_s=60.0)
+    mailbox.put(order(2))
+    with pytest.raises(Broken, match="at once"):
+        mailbox.check(1)
+    mailbox.check(2)
+    polite = WorldOrder(replace(order(3).form, manner=Manner.AT_BOUNDARY), order(3).endpoint)
+    mailbox.put(polite)
+    mailbox.check(2)
 
 
 def test_a_stop_counts_for_its_generation_and_not_for_a_later_one() -> None:

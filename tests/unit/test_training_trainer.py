@@ -61,6 +61,8 @@ class Told:
     def pending(self) -> Flags:
         return self.flags
 
+    def check(self, generation: int) -> None: ...
+
 
 @pytest.fixture
 def plan(tmp_path) -> TrainPlan:
