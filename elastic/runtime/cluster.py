@@ -27,7 +27,7 @@ log = logging.getLogger("holdfast.cluster")
 LOOPBACK = "127.0.0.1"
 START_LIMIT_S = 120.0
 POLL_S = 0.5
-WARDEN_GRACE_S = 30.0
+WARDEN_GRACE_S = 15.0
 
 
 class Actor(Member):
@@ -196,7 +196,7 @@ def _connect(address: str, namespace: str) -> None:
             _restore(handler)
 
 
-def _log(data: dict[str, Any], ignore_prefix: bool) -> None:  # noqa: FBT001  (Ray's own signature)
+def _log(data: dict[str, Any], ignore_prefix: bool) -> None:  # noqa: ARG001, FBT001  (Ray calls it so)
     log.debug("Ray: %s", data.get("lines"))
 
 

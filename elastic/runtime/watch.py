@@ -84,7 +84,7 @@ def _message(entry: Entry | Instruction) -> tuple[str, str]:
         case MemberReady(member, host, pid):
             return "member", f"{member} is ready (pid {pid} on {host})"
         case MemberLost(member, cause, evidence):
-            return "loss", f"{member} is lost: {cause}. {evidence}"
+            return "lost", f"{member} is lost: {cause}. {evidence}"
         case FaultStruck(member, step):
             return "drill", f"SIGKILL to {member} on purpose, at step {step}"
         case FormWorld(generation, members, _, manner, reason):
@@ -97,7 +97,7 @@ def _message(entry: Entry | Instruction) -> tuple[str, str]:
                 f"{member} is at step {step} of world {generation}, from {source} ({seconds:.2f} s){extra}",
             )
         case CheckpointLost(_, _, step, why):
-            return "checkpoint", f"the snapshot of step {step} did not become a checkpoint: {why}"
+            return "checkpoint lost", f"the snapshot of step {step} did not become a checkpoint: {why}"
         case UserFailed(member, _, step, _, traceback):
             return "failure", f"the job's code failed in {member} at step {step}\n{traceback}"
         case KillMember(member, reason):

@@ -99,14 +99,17 @@ def kill_ray(order: elastic.TrainOrder) -> None:
             process.kill()
 
 
-def await_step(order: elastic.TrainOrder, step: int, process: subprocess.Popen[bytes]) -> None:
-    """Wait until the journal tells that a step is committed and a checkpoint durable."""
+def await_step(
+    order: elastic.TrainOrder, step: int, process: subprocess.Popen[bytes], durable: int | None = 1
+) -> None:
+    """Wait until the journal tells that a step is committed and, unless None, that one as late is durable."""
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         assert process.poll() is None, "the driver ended too early"
         if (order.run_dir / "journal.jsonl").exists():
             report = elastic.read_report(order.run_dir)
-            if report.committed_steps >= step and report.newest_durable_step is not None:
+            is_durable = durable is None or (report.newest_durable_step or 0) >= durable
+            if report.committed_steps >= step and is_durable:
                 return
         time.sleep(0.05)
     pytest.fail(f"step {step} was not reached")
@@ -194,6 +197,26 @@ def test_a_signal_stops_after_a_final_checkpoint_and_a_later_call_goes_on(
     report = elastic.train(order, lambda _: None)
     assert report.weights_sha256 == quiet.weights_sha256
     assert report.redone_steps == 0
+
+
+def test_without_a_driver_for_its_lease_a_run_saves_its_last_step_and_leaves_no_process(
+    tmp_path: Path, drive: Callable[[elastic.TrainOrder], subprocess.Popen[bytes]]
+) -> None:
+    order = make_order(tmp_path, "orphaned")
+    order = replace(order, lease_s=5.0, training=replace(order.training, num_steps=1_000_000))
+    order = replace(order, checkpoint=replace(order.checkpoint, every_steps=10_000))
+    process = drive(order)
+    await_step(order, 10, process, durable=None)
+    kill_group(process)
+    warden = int((order.run_dir / "ray" / "pid").read_text())
+    orphans = [psutil.Process(pid) for pid in [warden, *ready_pids(order.run_dir).values()]]
+    catalog = Catalog(open_store(order.checkpoint.store_url))
+    _, alive = psutil.wait_procs(orphans, timeout=90)
+    assert not alive
+    newest = catalog.latest()
+    assert newest is not None
+    told = elastic.read_report(order.run_dir).committed_steps
+    assert newest > told, "they trained on until the lease ran out, and saved the step they stopped at"
 
 
 def test_an_exception_in_the_job_ends_the_run_with_one_clear_error(tmp_path: Path) -> None:
