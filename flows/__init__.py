@@ -1,0 +1,1 @@
+"""What runs, in which order: Prefect flows, the command line and the deployments."""

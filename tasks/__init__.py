@@ -1,0 +1,1 @@
+"""One verb each, as Prefect tasks: provision, train, verify, evaluate, publish, report, tend."""
