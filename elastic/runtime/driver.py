@@ -47,7 +47,7 @@ from elastic.control.instructions import (
 from elastic.control.report import TrainReport
 from elastic.errors import Fenced, TrainingFailed
 from elastic.runtime.cluster import Cluster
-from elastic.runtime.journal import Journal, read_report
+from elastic.runtime.journal import Journal, read_moments, read_report
 from elastic.runtime.notices import LogLine, Observer
 from elastic.runtime.order import Fault, TrainOrder
 from elastic.runtime.watch import Watch
@@ -90,7 +90,7 @@ class Driver:
         generation = newest_generation(self._store)
         prefix = f"w{generation}." if generation else "w"
         self._controller = Controller(order.world, prefix, generation)
-        self._faults = sorted(order.drill, key=lambda fault: fault.at_step)
+        self._faults = sorted(order.drill, key=lambda fault: fault.at_step)[_num_struck(order) :]
         self._cleaner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prune")
         self._cleaning: Future[PruneReport] | None = None
         self._end: End | None = None
@@ -210,6 +210,11 @@ class Driver:
     def _note(self, entry: Entry | Instruction) -> None:
         self._journal.record(time.monotonic(), entry)
         self._watch.see(entry)
+
+
+def _num_struck(order: TrainOrder) -> int:
+    """Count the drill's faults that earlier drivers of this run have carried out; they are not due again."""
+    return sum(isinstance(moment.entry, FaultStruck) for moment in read_moments(order.run_dir))
 
 
 def _finished_report(order: TrainOrder) -> TrainReport | None:

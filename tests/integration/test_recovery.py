@@ -170,7 +170,7 @@ def test_a_killed_driver_is_succeeded_and_its_workers_go_on(
 def test_after_everything_was_killed_a_resumed_run_ends_with_the_same_bits(
     quiet: elastic.TrainReport, tmp_path: Path, drive: Callable[[elastic.TrainOrder], subprocess.Popen[bytes]]
 ) -> None:
-    order = make_order(tmp_path, "razed")
+    order = make_order(tmp_path, "razed", elastic.Fault(at_step=12, rank=2))
     process = drive(order)
     await_step(order, 25, process)
     kill_group(process)
@@ -179,7 +179,9 @@ def test_after_everything_was_killed_a_resumed_run_ends_with_the_same_bits(
     assert newest is not None
     report = elastic.train(order, lambda _: None)
     assert report.weights_sha256 == quiet.weights_sha256
-    assert report.failures[0].state_source == "store"
+    drilled, razed = report.failures
+    assert (drilled.cause, razed.cause) == ("process died", "driver lost"), "a drill is not repeated"
+    assert razed.state_source == "store"
     assert report.status == "finished"
 
 
