@@ -50,6 +50,8 @@ class Intake:
         self._readers: list[News] = []
         self._why_ending: str | None = None
         self._is_closed = False
+        self._newest_generation = 0
+        self._newer_since_s = 0.0
 
     def subscribe(self) -> News:
         """Return a queue that every later outcome is put into."""
@@ -78,6 +80,8 @@ class Intake:
             raise Mismatch(f"rank {ticket.rank} of hosts {plan.hosts} does not live on {self.host!r}")
         deadline = time.monotonic() + plan.handling.max_wait_s
         with self._changed:
+            if ticket.generation > self._newest_generation:
+                self._newest_generation, self._newer_since_s = ticket.generation, time.monotonic()
             self._supersede(ticket)
             entry = self._admit(ticket, plan)
             if entry is None:
@@ -205,14 +209,21 @@ class Intake:
             failed, self._failed = self._failed, []
             return failed
 
-    def expire(self, patience_s: float, fenced_patience_s: float) -> None:
-        """Give up snapshots that a local rank owes for too long; for less, once a newer world exists."""
+    def expire(self, patience_s: float, straggler_s: float) -> None:
+        """Give up snapshots that a local rank owes for `patience_s`, or `straggler_s` after a newer world
+        saved.
+
+        All living ranks are in the newer world; what is still owed to an older one is a last capture in hand,
+        or a dead rank's.
+        """
         now = time.monotonic()
         with self._changed:
-            newest = max((entry.generation for entry in self._live.values()), default=0)
             for entry in list(self._live.values()):
-                limit_s = fenced_patience_s if entry.generation < newest else patience_s
-                if not entry.is_captured and now - entry.started_s > limit_s:
+                is_old = entry.generation < self._newest_generation
+                limit_s, since_s = (
+                    (straggler_s, self._newer_since_s) if is_old else (patience_s, entry.started_s)
+                )
+                if not entry.is_captured and now - since_s > limit_s:
                     self._fail(entry, f"{entry.missing()} within {limit_s:.0f} s")
 
     # All of the following under the lock.

@@ -37,12 +37,17 @@ Output = TypeVar("Output")
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """Sizes and patience; `fenced_patience_s` is that for receipts once a newer generation exists."""
+    """Sizes and patience, which is shorter once a newer world exists.
+
+    Other hosts then have `fenced_patience_s` to bring their receipts, ranks of this host `straggler_s` to
+    deliver.
+    """
 
     pack_bytes: int = 64 << 20
     poll_s: float = 0.25
     patience_s: float = 600.0
     fenced_patience_s: float = 15.0
+    straggler_s: float = 3.0
     tier: str = "store"
 
 
@@ -164,7 +169,7 @@ class Pipeline:
                 with self._costing(one.entry):
                     self._commit(one)
             waiting = [one for one in waiting if one.entry.is_live]
-            self._intake.expire(self._tuning.patience_s, self._tuning.fenced_patience_s)
+            self._intake.expire(self._tuning.patience_s, self._tuning.straggler_s)
 
     def _commit(self, one: _Waiting) -> None:
         manifest = try_commit(self._store, one.receipt, datetime.now(UTC).isoformat(timespec="seconds"))

@@ -191,3 +191,18 @@ def test_a_checkpoint_of_another_model_is_told_by_its_first_differing_tensors(st
         Mismatch, match=r"b: float32\[2\] in the checkpoint, absent.*w: float32\[3\].*float64\[3\]"
     ):
         check_fits(specs_of({"w": torch.ones(3).double()}), manifest)
+
+
+def test_a_rank_that_died_before_it_delivered_holds_nobody_up_once_a_newer_world_saves(store, world_of):
+    world = world_of("a", "a")
+    world.savers[0].save(5, small_state(5), Share(1, 0, 2, ("a", "a")), {"rank": 0})
+    world.savers[0].wait_captured()
+    alone = Share(2, 0, 1, ("a",))
+    world.savers[0].save(5, small_state(5), alone, {"rank": 0})
+    assert world.savers[0].drain(20), (
+        "the old world's snapshot has its outcome, though nothing newer is under way"
+    )
+    lost, *_ = [outcome for outcome in world.savers[0].outcomes() if isinstance(outcome, Failed)]
+    assert (lost.generation, lost.step) == (1, 5)
+    assert "rank 1" in lost.why
+    assert Catalog(store).latest() == 5
