@@ -43,7 +43,7 @@ class Torchrun:
 def run(effort: Effort) -> list[Row]:
     """Measure ours and torchrun in turn."""
     ours, peer = [], []
-    for _ in range(1 if effort is Effort.QUICK else 5):
+    for _ in range(1 if effort is Effort.QUICK else 3):
         with tempfile.TemporaryDirectory() as directory:
             ours.append(_ours(Path(directory)))
             peer.append(_torchrun(Path(directory)))
