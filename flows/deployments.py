@@ -44,11 +44,17 @@ def deployments() -> list[RunnerDeployment]:
         expect={"prefect.flow-run.Crashed"},
         match={"prefect.resource.id": "prefect.flow-run.*"},
         match_related={"prefect.resource.role": "deployment", "prefect.resource.name": ["train", "resume"]},
-        parameters={"name": "{{ flow_run.name }}", "runs_dir": _RUNS_DIR, "because": "crashed"},
+        parameters={
+            "name": "{{ flow_run.name }}",
+            "runs_dir": _RUNS_DIR,
+            "crashed": "{{ flow_run.id | string }}",
+        },
     )
     made = [
         training.to_deployment(
-            "train", schedules=[Cron(NIGHTLY, active=False, slug="nightly")], concurrency_limit=_ONE_AT_A_TIME
+            "train",
+            schedules=[Cron(NIGHTLY, active=False, slug="nightly", parameters={"spec": {}})],
+            concurrency_limit=_ONE_AT_A_TIME,
         ),
         resume.to_deployment("resume", triggers=[after_crash]),
         drill.to_deployment("drill", concurrency_limit=_ONE_AT_A_TIME),

@@ -1,7 +1,5 @@
 """The main road: provision, train, verify, evaluate, publish; and the way back onto it."""
 
-from typing import Literal
-
 from prefect import flow
 
 from tasks.evaluate import evaluate
@@ -27,16 +25,16 @@ def training(spec: RunSpec, name: str | None = None) -> str:
 
 
 @flow(name="resume")
-def resume(name: str, runs_dir: str = "runs", because: Literal["asked", "crashed"] = "asked") -> str:
+def resume(name: str, runs_dir: str = "runs", crashed: str = "") -> str:
     """Go on with a run that was stopped or has crashed, from its living workers or its newest checkpoint.
 
     Args:
         name: The run's name.
         runs_dir: Where runs have their directories.
-        because: crashed counts as one of the automatic restarts that the run's specification allows.
+        crashed: Filled in by the automation that answers a crash: the id of the crashed flow run.
     """
-    run = reopen(name, runs_dir, because)
-    return _complete(run)
+    run = reopen(name, runs_dir, crashed)
+    return name if run is None else _complete(run)
 
 
 def _complete(run: Run) -> str:

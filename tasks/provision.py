@@ -1,5 +1,6 @@
 """Make a run: choose its name, see that job, data and store can serve it, write down its specification."""
 
+import fcntl
 import secrets
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,15 +41,18 @@ def provision(spec: RunSpec, name: str | None) -> Run:
 
 
 @task(name="reopen", timeout_seconds=300, cache_policy=NO_CACHE)
-def reopen(name: str, runs_dir: str, because: str) -> Run:
-    """Open a run that was made before, to go on with it; `because` "crashed" counts as an automatic restart.
+def reopen(name: str, runs_dir: str, crashed: str) -> Run | None:
+    """Open a run that was made before, to go on with it.
 
-    Raises NoSuchRun if there is none, TooManyRestarts if it has crashed too often.
+    `crashed` is the id of the flow run whose crash this answers by itself; None is returned if that has been
+    answered already, as Prefect may deliver an event twice. Raises NoSuchRun if there is no such run,
+    TooManyRestarts if it has crashed too often.
     """
     run = open_run(name, Path(runs_dir))
     name_flow_run(name)
-    if because == "crashed":
-        _count_restart(run)
+    if crashed and not _count_restart(run, crashed):
+        say("reopen", f"the crash of flow run {crashed} has been answered already")
+        return None
     say("reopen", f"run {name} goes on in {run.directory}")
     return run
 
@@ -104,16 +108,20 @@ def _claim(directory: Path, spec: RunSpec) -> None:
     write_whole(spec_path(directory), (spec.model_dump_json(indent=2) + "\n").encode())
 
 
-def _count_restart(run: Run) -> None:
-    """Count an automatic restart, a line in the run's directory each, and refuse one too many."""
+def _count_restart(run: Run, crashed: str) -> bool:
+    """Count the answer to a crash, a line in the run's directory each; False if it was counted before."""
     limit = run.spec.recovery.max_restarts
     with run.restarts_path.open("a+", encoding="utf-8") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
         log.seek(0)
-        num_before = sum(1 for _ in log)
-        if num_before >= limit:
+        answered = [line.split()[-1] for line in log]
+        if crashed in answered:
+            return False
+        if len(answered) >= limit:
             raise TooManyRestarts(
-                f"run {run.name} crashed again after {num_before} automatic restarts "
+                f"run {run.name} crashed again after {len(answered)} automatic restarts "
                 f"(recovery.max_restarts = {limit}); "
                 f"see its logs, then continue it with `holdfast resume {run.name}`"
             )
-        log.write(f"{datetime.now(UTC).isoformat()} {flow_run.id}\n")
+        log.write(f"{datetime.now(UTC).isoformat()} {crashed}\n")
+    return True

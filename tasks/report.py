@@ -8,6 +8,7 @@ from prefect import task
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
+import elastic
 from tasks.files import write_whole
 from tasks.findings import Findings, gather, write_report
 from tasks.picture import draw_course
@@ -21,6 +22,8 @@ def reported(run: Run) -> Iterator[None]:
     """Report on the run whichever way the block is left, by an error or an interruption too."""
     try:
         yield
+    except elastic.Fenced:
+        raise  # the run belongs to another driver now, and so does its report
     except BaseException as failure:
         conclude(run, gather(run, failure))
         raise

@@ -30,6 +30,7 @@ def test_every_flow_is_deployed_with_its_schedule_and_its_limit(served):
     }
     assert schedules["upkeep"] == [("7 * * * *", True)]
     assert schedules["train"] == [("0 3 * * *", False)]
+    assert found["train"]["schedules"][0]["parameters"] == {"spec": {}}
     assert found["train"]["concurrency_options"]["collision_strategy"] == "ENQUEUE"
     assert found["train"]["global_concurrency_limit"]["limit"] == 1
 
@@ -118,7 +119,8 @@ def test_a_run_whose_process_is_killed_is_resumed_by_itself(served):
     again = eventually(
         lambda: [run for run in served.flow_runs("resume") if run["name"] == "killed"], 60, "a resume"
     )
-    assert served.await_end(again[0]["id"], 120)["state_type"] == "COMPLETED"
+    for run in again:  # two, if Prefect delivered the crash twice: then one of them does nothing
+        assert served.await_end(run["id"], 120)["state_type"] == "COMPLETED"
     assert again[0]["created_by"]["type"] == "AUTOMATION"
     assert len(_read(directory / "restarts.log").splitlines()) == 1
 
