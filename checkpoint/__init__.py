@@ -29,6 +29,7 @@ from checkpoint.errors import (
 from checkpoint.format.codec import Codec
 from checkpoint.format.manifest import Manifest
 from checkpoint.keeper import KeeperConfig, KeeperHost, connect
+from checkpoint.lifecycle.aside import set_aside
 from checkpoint.lifecycle.retention import EverySteps, LatestN, Pinned, PruneReport, prune
 from checkpoint.lifecycle.scrub import VerifyReport, verify
 from checkpoint.store.contract import Store
@@ -91,6 +92,7 @@ __all__ = [
     "open_store",
     "probe",
     "prune",
+    "set_aside",
     "specs_of",
     "unflatten_state",
     "verify",

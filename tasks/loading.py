@@ -187,6 +187,8 @@ def _explain_one(details: Any) -> str:
         case "extra_forbidden":
             fields = ", ".join(sorted(_fields_at(location)))
             return f"unknown key {key}" + (f"; there are {fields}" if fields else "")
+        case "value_error":  # our own: it says what may be repeated
+            return f"{key}: {message}"
         case _:
             wish = message.replace("Input should be", "it should be", 1)
             return f"{key} = {details['input']!r}: {wish[:1].lower()}{wish[1:]}"

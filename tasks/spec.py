@@ -1,14 +1,29 @@
 """Everything a run is, as one frozen model: the schema of TOML files and the form of the Prefect UI."""
 
+import re
 from typing import Annotated, Any, ClassVar, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def _read_none(value: Any) -> Any:
     return None if value == "none" else value
 
 
+def _refuse_secrets(url: str) -> str:
+    """Refuse a URL that carries credentials, without repeating them: a specification is stored and shown."""
+    parts = urlsplit(url)
+    if parts.scheme and ("@" in parts.netloc or _SECRET.search(parts.query)):
+        raise ValueError(
+            "this URL carries credentials; leave them out and give them in the environment (AWS_*, or the "
+            "store's own variables)"
+        )
+    return url
+
+
+_SECRET = re.compile(r"(?i)(^|&)[^=&]*(key|secret|token|sig|signature|password|credential)=")
+Location = Annotated[str, AfterValidator(_refuse_secrets)]
 # TOML has no null: a value that may be absent, but is present by default, can be given as "none".
 OptionalFloat = Annotated[float | None, BeforeValidator(_read_none)]
 
@@ -16,7 +31,7 @@ OptionalFloat = Annotated[float | None, BeforeValidator(_read_none)]
 class _Section(BaseModel):
     """A frozen part of the specification; unknown keys are errors."""
 
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class JobSpec(_Section):
@@ -40,7 +55,7 @@ class JobSpec(_Section):
 class DataSpec(_Section):
     """What it is trained on."""
 
-    source: str = Field(
+    source: Location = Field(
         default="stdlib",
         description="A file, directory, glob or fsspec URL of text; stdlib is Python's standard library.",
         min_length=1,
@@ -99,7 +114,7 @@ class WorldSpec(_Section):
 class CheckpointSpec(_Section):
     """Where the state is kept, how often, and for how long."""
 
-    store: str | None = Field(
+    store: Location | None = Field(
         default=None,
         description="URL of the store, such as s3://bucket/{run}; {run} becomes the run's name. "
         "Empty: the run's own directory.",

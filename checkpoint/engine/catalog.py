@@ -1,6 +1,6 @@
 """The catalog: which checkpoints a store holds, computed from its manifests and nothing else."""
 
-from checkpoint.errors import Corrupt, NoCheckpoint, NotFound
+from checkpoint.errors import Corrupt, FormatError, NoCheckpoint, NotFound
 from checkpoint.format.keys import MANIFESTS, manifest_key, parse_manifest_key
 from checkpoint.format.manifest import Manifest, decode_manifest
 from checkpoint.store.contract import Store
@@ -32,11 +32,14 @@ class Catalog:
         return manifest
 
     def latest(self) -> int | None:
-        """Return the newest step whose manifest is sound, None when there is no such checkpoint."""
+        """Return the newest step whose manifest can be read, None when there is no such checkpoint.
+
+        Whether there are others, damaged or of a later version, `steps` tells.
+        """
         for step in reversed(self.steps()):
             try:
                 self.manifest(step)
-            except (Corrupt, NoCheckpoint):
+            except (FormatError, NoCheckpoint):
                 continue  # `load` names it among the fallbacks; `verify` says what is wrong with it
             return step
         return None

@@ -12,7 +12,16 @@ from checkpoint.engine.catalog import Catalog
 from checkpoint.engine.contract import Content
 from checkpoint.engine.plan import check_cover, group_by_tensor
 from checkpoint.engine.receipt import Receipt, read_receipts
-from checkpoint.errors import AlreadyExists, Conflict, Corrupt, Incomplete, Mismatch, NoCheckpoint, NotFound
+from checkpoint.errors import (
+    AlreadyExists,
+    Conflict,
+    Corrupt,
+    FormatError,
+    Incomplete,
+    Mismatch,
+    NoCheckpoint,
+    NotFound,
+)
 from checkpoint.format.codec import checksum
 from checkpoint.format.keys import generation_key, manifest_key, page_key
 from checkpoint.format.manifest import (
@@ -86,7 +95,7 @@ def proof_of(chunks: Sequence[ChunkRecord]) -> str:
 def try_commit(store: Store, own: Receipt, created_utc: str) -> Manifest | None:
     """Create the manifest if the receipts of all hosts are there; return it, or None to be asked again.
 
-    Raises Conflict if the step exists with other content, Mismatch if the hosts hold different states,
+    Raises Conflict if the step exists with other content, Corrupt if what exists cannot be read, Mismatch if the hosts hold different states,
     Incomplete if the chunks do not cover a tensor or a host gave up.
     """
     existing = _existing(store, own.step)
@@ -180,6 +189,11 @@ def _existing(store: Store, step: int) -> Manifest | None:
         return Catalog(store).manifest(step)
     except NoCheckpoint:
         return None
+    except FormatError as error:
+        raise Corrupt(
+            f"{manifest_key(step)} stands in the way and cannot be read ({error}): see `holdfast verify`; "
+            "resuming the run sets it aside"
+        ) from error
 
 
 def _identity(manifest: Manifest) -> object:

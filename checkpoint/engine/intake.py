@@ -158,6 +158,11 @@ class Intake:
         with self._changed:
             return sum(entry.is_captured for entry in self._live.values())
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing more is taken or given."""
+        return self._is_closed
+
     def close(self) -> None:
         """Take and give nothing more; who waits is let go."""
         with self._changed:

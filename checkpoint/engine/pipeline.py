@@ -23,13 +23,15 @@ from checkpoint.engine.intake import Intake, Work
 from checkpoint.engine.ledger import SnapshotEntry
 from checkpoint.engine.packing import OpenPack, PackNumbers
 from checkpoint.engine.receipt import Receipt, void_receipt, write_receipt
-from checkpoint.errors import CheckpointError
+from checkpoint.errors import CheckpointError, StoreRefused, StoreUnavailable
 from checkpoint.format.manifest import Manifest
 from checkpoint.store.contract import Store
+from checkpoint.store.wrappers import Retrying, RetryPolicy
 
 log = logging.getLogger("holdfast.checkpoint")
 
 _MIN_PACK_BYTES = 4 << 20
+_LONGEST_WAIT_S = 15.0  # between tries during an outage
 
 Input = TypeVar("Input")
 Output = TypeVar("Output")
@@ -40,7 +42,8 @@ class Tuning:
     """Sizes and patience, which is shorter once a newer world exists.
 
     Other hosts then have `fenced_patience_s` to bring their receipts, ranks of this host `straggler_s` to
-    deliver.
+    deliver. A store that cannot be reached is asked again for `outage_s`, beyond what its own wrapper tries;
+    meanwhile snapshots wait in the arena.
     """
 
     pack_bytes: int = 64 << 20
@@ -48,6 +51,7 @@ class Tuning:
     patience_s: float = 600.0
     fenced_patience_s: float = 15.0
     straggler_s: float = 3.0
+    outage_s: float = 600.0
     tier: str = "store"
 
 
@@ -68,8 +72,11 @@ class Pipeline:
         self._store = store
         self._intake = intake
         self._tuning = tuning or Tuning()
+        outage = RetryPolicy(self._tuning.outage_s, self._tuning.poll_s, _LONGEST_WAIT_S)
+        # For packing and writing. The commit thread keeps the books as well, so it never waits in a request.
+        self._patient_store = Retrying(store, outage, may_go_on=lambda: not intake.is_closed)
         self._pack_bytes = min(self._tuning.pack_bytes, max(intake.arena.num_bytes // 4, _MIN_PACK_BYTES))
-        self._numbers = PackNumbers(store, intake.host)
+        self._numbers = PackNumbers(self._patient_store, intake.host)
         self._pack: OpenPack | None = None
         self._to_write: queue.Queue[OpenPack | SnapshotEntry | None] = queue.Queue(maxsize=1)
         self._to_commit: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
@@ -130,7 +137,7 @@ class Pipeline:
                 continue
             with self._costing(entry):
                 if isinstance(item, OpenPack):
-                    entry.packs.append(item.write(self._store))
+                    entry.packs.append(item.write(self._patient_store))
                     entry.chunks += item.chunks
                 else:
                     receipt = self._write_receipt(entry)
@@ -148,12 +155,12 @@ class Pipeline:
             hosts=entry.hosts,
             digest=entry.content.digest,
             packs=tuple(entry.packs),
-            pages=tuple(write_pages(self._store, place, entry.chunks)),
+            pages=tuple(write_pages(self._patient_store, place, entry.chunks)),
             proof=proof_of(entry.chunks),
             content=entry.content if leads else None,
             meta=entry.shares[0].plan.meta if leads else None,
         )
-        return write_receipt(self._store, receipt)
+        return write_receipt(self._patient_store, receipt)
 
     def _keep_committing(self) -> None:
         waiting: list[_Waiting] = []
@@ -167,9 +174,18 @@ class Pipeline:
                 self._tell_others(failed)
             for one in waiting:
                 with self._costing(one.entry):
-                    self._commit(one)
+                    self._commit_or_wait(one)
             waiting = [one for one in waiting if one.entry.is_live]
             self._intake.expire(self._tuning.patience_s, self._tuning.straggler_s)
+
+    def _commit_or_wait(self, one: _Waiting) -> None:
+        """Commit; while the store cannot be reached, keep the snapshot for the next round."""
+        try:
+            self._commit(one)
+        except StoreUnavailable as error:
+            if isinstance(error, StoreRefused) or time.monotonic() - one.since_s > self._tuning.outage_s:
+                raise
+            log.warning("the commit of step %d waits for the store: %s", one.entry.step, error)
 
     def _commit(self, one: _Waiting) -> None:
         manifest = try_commit(self._store, one.receipt, datetime.now(UTC).isoformat(timespec="seconds"))

@@ -82,11 +82,7 @@ def load(store: Store, step: int | None = None) -> Loaded:
             return _load_one(store, catalog.manifest(candidate), tuple(fallbacks))
         except (FormatError, Incomplete, NoCheckpoint) as error:
             fallbacks.append(Fallback(candidate, f"{type(error).__name__}: {error}"))
-    raise NoCheckpoint(
-        "no checkpoint is whole: " + "; ".join(f"step {one.step}: {one.why}" for one in fallbacks)
-        if fallbacks
-        else "there is no checkpoint in the store yet"
-    )
+    raise NoCheckpoint(_none_whole(fallbacks) if fallbacks else "there is no checkpoint in the store yet")
 
 
 def check_fits(specs: Sequence[TensorSpec], manifest: Manifest) -> None:
@@ -189,6 +185,15 @@ def _place(manifest: Manifest, chunk: ChunkRecord, stored: Buffer, target: Array
 
 def _as_tensor(array: Array, dtype: str) -> torch.Tensor:
     return torch.from_numpy(array).view(torch_dtype(dtype))
+
+
+def _none_whole(fallbacks: Sequence[Fallback]) -> str:
+    named = "; ".join(f"step {one.step}: {one.why}" for one in fallbacks[:_MAX_NAMED])
+    others = ", ".join(str(one.step) for one in fallbacks[_MAX_NAMED:])
+    return (
+        f"no checkpoint is whole: {named}{f'; and steps {others}' if others else ''}. "
+        "Run `holdfast verify`, restore the store from a backup, or start a new run"
+    )
 
 
 def _described(what: tuple[str, tuple[int, ...]] | None) -> str:

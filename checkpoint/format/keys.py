@@ -9,6 +9,7 @@ MANIFESTS = "manifests/"
 PACKS = "packs/"
 INDEX = "index/"
 GENERATIONS = "control/generations/"
+DAMAGED = "control/damaged/"
 
 MAX_STEP = 10**12 - 1
 MAX_GENERATION = 10**6 - 1
@@ -63,6 +64,11 @@ def pages_prefix(generation: int, step: int) -> str:
 def generation_key(generation: int) -> str:
     """Return the key whose creation claims a generation."""
     return f"{GENERATIONS}{_number(generation, 6, 'generation')}"
+
+
+def damaged_key(step: int, digest: str) -> str:
+    """Return the key for what stood as a step's manifest when it was set aside; `digest` is of its bytes."""
+    return f"{DAMAGED}{_number(step, 12, 'step')}-{digest[:16]}"
 
 
 def parse_manifest_key(key: str) -> int | None:

@@ -1,7 +1,6 @@
 """The keeper's process: `python -m checkpoint.keeper`, started by a client in a session of its own."""
 
 import argparse
-import fcntl
 import json
 import logging
 import os
@@ -12,7 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from checkpoint.errors import CheckpointError, KeeperLost, StoreRefused
+from checkpoint.errors import CheckpointError, StoreRefused
+from checkpoint.keeper.home import hold_life_lock, remove_home
 from checkpoint.keeper.server import Server
 from checkpoint.keeper.settings import KeeperConfig
 from checkpoint.store.open import open_store, probe
@@ -29,6 +29,7 @@ def main(arguments: list[str]) -> int:
     )
     with os.fdopen(options.ready_fd, "w", encoding="utf-8") as ready:
         try:
+            life_lock = hold_life_lock(config)
             server = _start(config)
         except (CheckpointError, OSError) as error:
             json.dump({"kind": type(error).__name__, "error": str(error)}, ready)
@@ -38,14 +39,15 @@ def main(arguments: list[str]) -> int:
         signal.signal(number, lambda *_: server.stop())
     log.info("keeping run %s on host %s for %s", config.run, config.host, config.store_url)
     is_flushed = server.serve()
-    with suppress(FileNotFoundError):
-        config.socket_path.unlink()
-    log.info("ended, %s", "everything durable" if is_flushed else "NOT everything durable")
-    return 0 if is_flushed else 1
+    if not is_flushed:
+        log.error("ended, NOT everything durable")
+        return 1
+    log.info("ended, everything durable")
+    remove_home(config, life_lock)
+    return 0
 
 
 def _start(config: KeeperConfig) -> Server:
-    _hold_life_lock(config)
     store = open_store(config.store_url)
     found = probe(store)  # what cannot be used is told now, not at the first checkpoint
     if not (found.is_readable and found.is_writable):
@@ -59,17 +61,6 @@ def _start(config: KeeperConfig) -> Server:
     server = Server(config, store, listener)
     listener.listen(128)
     return server
-
-
-def _hold_life_lock(config: KeeperConfig) -> None:
-    """Make sure, for as long as this process lives, that it is the only keeper here."""
-    fd = os.open(config.life_lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise KeeperLost(f"another keeper still lives in {config.home}") from error
-    os.ftruncate(fd, 0)
-    os.write(fd, str(os.getpid()).encode())
 
 
 def _parse(arguments: list[str]) -> Any:

@@ -1,19 +1,18 @@
 """The trainer's side of the keeper: joins the one that lives or starts one, and replaces one that died."""
 
-import fcntl
 import logging
 import os
 import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 from checkpoint.engine.arena import map_arena
 from checkpoint.engine.contract import Failed, Outcome, SnapshotPlan, Ticket
 from checkpoint.errors import ArenaFull, KeeperLost, Mismatch
+from checkpoint.keeper.home import is_free, start_locked
 from checkpoint.keeper.launch import launch
 from checkpoint.keeper.messages import (
     Message,
@@ -24,7 +23,7 @@ from checkpoint.keeper.messages import (
     send,
     ticket_to_wire,
 )
-from checkpoint.keeper.settings import KeeperConfig, make_private
+from checkpoint.keeper.settings import KeeperConfig
 
 log = logging.getLogger("holdfast.keeper")
 
@@ -193,9 +192,8 @@ class _Link:
 
 def _join_or_start(config: KeeperConfig) -> _Link:
     """Find a living keeper or start one; a lock sees to it that one client does so at a time."""
-    make_private(config.home)
     deadline = time.monotonic() + config.start_s
-    with _locked(config, deadline):
+    with start_locked(config, deadline):
         while True:
             with suppress(KeeperLost, OSError):
                 return _dial(config)
@@ -204,7 +202,7 @@ def _join_or_start(config: KeeperConfig) -> _Link:
                     f"a keeper (process {_pid(config)}) holds {config.home} and does not answer: "
                     f"end it, or see {config.log_path}"
                 )
-            if _is_free(config):
+            if is_free(config):
                 log.info("started keeper %d of host %s", launch(config), config.host)
             else:
                 time.sleep(_POLL_S)  # it is about to end
@@ -219,35 +217,6 @@ def _dial(config: KeeperConfig) -> _Link:
     except (OSError, KeeperLost):
         channel.close()
         raise
-
-
-@contextmanager
-def _locked(config: KeeperConfig, deadline: float) -> Iterator[None]:
-    fd = os.open(config.start_lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        while not _try_lock(fd):
-            if time.monotonic() > deadline:
-                raise KeeperLost(f"somebody has been starting a keeper in {config.home} for too long")
-            time.sleep(_POLL_S)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _is_free(config: KeeperConfig) -> bool:
-    fd = os.open(config.life_lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        return _try_lock(fd)
-    finally:
-        os.close(fd)
-
-
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _pid(config: KeeperConfig) -> str:

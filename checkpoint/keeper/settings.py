@@ -2,12 +2,11 @@
 
 import hashlib
 import os
-import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint.errors import KeeperLost, StoreRefused
+from checkpoint.errors import StoreRefused
 from checkpoint.store.open import open_store
 
 
@@ -16,8 +15,8 @@ class KeeperConfig:
     """The keeper of a run's snapshots on one host.
 
     It ends `lease_s` after its last client left, once all it was given is durable, or `flush_s` later in any
-    case. `directory` holds its socket, locks and log; by default a private one under the system's temporary
-    directory.
+    case. `directory` holds its socket, locks and log, and goes with it; by default a private one under the
+    system's temporary directory. Another one has to be private too, and to lie in a private one.
     """
 
     run: str
@@ -66,14 +65,3 @@ def absolute_url(store_url: str) -> str:
             "use a path or an object store's URL, or LocalHost instead of a keeper"
         )
     return str(open_store(store_url))
-
-
-def make_private(directory: Path) -> None:
-    """Create a directory that only this user can enter. Raises KeeperLost if it is somebody else's."""
-    for path in (directory.parent, directory):
-        path.mkdir(mode=0o700, exist_ok=True, parents=True)
-    found = directory.stat()
-    if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
-        raise KeeperLost(
-            f"{directory} is open to other users: remove it, or give the keeper another directory"
-        )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from checkpoint.engine.catalog import Catalog
 from checkpoint.errors import FormatError, NoCheckpoint
-from checkpoint.format.keys import INDEX, PACKS, manifest_key, parse_page_key
+from checkpoint.format.keys import DAMAGED, INDEX, PACKS, manifest_key, parse_page_key
 from checkpoint.format.manifest import Manifest, PackRef, PageRef
 from checkpoint.store.contract import Entry, Store
 
@@ -101,7 +101,7 @@ def prune(store: Store, policies: Sequence[Policy], *, now_s: float, grace_s: fl
     A checkpoint's manifest goes first, then the pages and packs that no other manifest names; a crash between
     leaves only orphans, which a later prune removes. `grace_s` has to be longer than any save takes. A
     manifest that cannot be read is left alone; while there is one, no pack or page is deleted, for it may
-    need them. The newest checkpoint never expires, nor does the newest one that has all of its objects.
+    need them; nor any orphan within `grace_s` of a checkpoint being set aside. The newest checkpoint never expires, nor does the newest one that has all of its objects.
     """
     listing = [*store.list(PACKS), *store.list(INDEX)]  # before the manifests, so that no newer one is missed
     manifests, problems = _read_manifests(Catalog(store))
@@ -115,7 +115,10 @@ def prune(store: Store, policies: Sequence[Policy], *, now_s: float, grace_s: fl
         store.delete(manifest_key(step))
         removed.append(Removed(manifest_key(step), 0, f"step {step} expired: {rule}"))
     staying = [manifests[step] for step in kept]
-    reasons = _Reasons([manifests[step] for step in gone], now_s, grace_s)
+    asides = [entry.modified_s for entry in store.list(DAMAGED)]
+    reasons = _Reasons(
+        [manifests[step] for step in gone], now_s, grace_s, orphaned_s=max(asides, default=0.0)
+    )
     for entry in _unnamed(listing, staying) if not problems else ():
         if why := reasons.to_delete(entry):
             store.delete(entry.key)
@@ -152,11 +155,14 @@ def _unnamed(listing: Iterable[Entry], staying: Iterable[Manifest]) -> list[Entr
 class _Reasons:
     """Why an object that no staying manifest names is to go."""
 
-    def __init__(self, expiring: Iterable[Manifest], now_s: float, grace_s: float) -> None:
+    def __init__(
+        self, expiring: Iterable[Manifest], now_s: float, grace_s: float, *, orphaned_s: float
+    ) -> None:
         self._steps = {one.key: manifest.step for manifest in expiring for one in _objects(manifest)}
         self._receipts = {(manifest.generation, manifest.step) for manifest in expiring}
         self._now_s = now_s
         self._grace_s = grace_s
+        self._orphaned_s = orphaned_s  # a checkpoint set aside then may have left any of the orphans
 
     def to_delete(self, entry: Entry) -> str:
         """Say why the object is to be deleted now; nothing if it is not."""
@@ -165,6 +171,6 @@ class _Reasons:
         page = parse_page_key(entry.key)
         if page is not None and (page.generation, page.step) in self._receipts:
             return f"it belonged to step {page.step}, which expired"
-        if self._now_s - entry.modified_s > self._grace_s:
+        if self._now_s - max(entry.modified_s, self._orphaned_s) > self._grace_s:
             return f"an orphan: no manifest has named it for {self._grace_s:.0f} s"
         return ""

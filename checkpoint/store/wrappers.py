@@ -20,7 +20,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How long a request is tried again: no try begins later than `deadline_s` after the first one."""
+    """How long a request is tried again: no try begins later than `deadline_s` after the first one; 0: never."""
 
     deadline_s: float = 60.0
     first_wait_s: float = 0.1
@@ -31,12 +31,15 @@ class Retrying:
     """Tries again while the store is unavailable, with growing, jittered waits. The one layer that retries.
 
     A write whose answer was lost may have happened: a second `put_new` that finds its own value in place is
-    content with it.
+    content with it. Once `may_go_on` says no, the error at hand is the last one.
     """
 
-    def __init__(self, store: Store, policy: RetryPolicy | None = None) -> None:
+    def __init__(
+        self, store: Store, policy: RetryPolicy | None = None, *, may_go_on: Callable[[], bool] = lambda: True
+    ) -> None:
         self._store = store
         self._policy = policy or RetryPolicy()
+        self._may_go_on = may_go_on
 
     def __str__(self) -> str:
         return str(self._store)
@@ -75,7 +78,7 @@ class Retrying:
     def _tried(self, request: Callable[[], Answer]) -> Answer:
         policy = self._policy
         for attempt in stamina.retry_context(
-            on=_may_pass,
+            on=lambda error: _may_pass(error) and self._may_go_on(),
             attempts=None,
             timeout=policy.deadline_s,
             wait_initial=policy.first_wait_s,

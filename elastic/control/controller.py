@@ -14,6 +14,7 @@ from elastic.control.events import (
     Ending,
     Event,
     MemberEnded,
+    MemberFailed,
     MemberLost,
     MemberReady,
     Settled,
@@ -37,7 +38,9 @@ from elastic.control.membership import Membership
 from elastic.control.policy import Action, WorldPolicy, choose_world
 
 SUSPICION_S = 1.0
-FORMING_LIMIT_S = 300.0
+FOUND_LIMIT_S = 10.0
+# Longer than a capture or a last drain may take (600 s each); who does not even answer is judged sooner.
+STALL_LIMIT_S = 900.0
 MAX_STALLS_IN_A_ROW = 3
 
 
@@ -54,17 +57,23 @@ class Phase(Enum):
 class Controller:
     """Decides which world forms next, from what happened.
 
-    `generation` is the newest one claimed so far (0: none). `prefix` names this controller's members.
+    `generation` is the newest one claimed so far (0: none), `formed` the newest that this controller formed:
+    what members still have to tell of an earlier driver's world is not about ours. `prefix` names this
+    controller's members.
     """
 
     policy: WorldPolicy
     prefix: str
     generation: int = 0
+    formed: int = 0
     phase: Phase = Phase.GATHERING
     members: Membership = field(init=False)
     stopping: str | None = None
     num_failures: int = 0
     _losses_in_a_row: int = 0
+    _stalls_in_a_row: int = 0
+    _why_broken: str = ""
+    _found: frozenset[str] = frozenset()
     _settled: set[str] = field(default_factory=set)
     _ended: dict[str, Ending] = field(default_factory=dict)
     _is_broken: bool = True
@@ -79,7 +88,8 @@ class Controller:
     def begin(self, found: Iterable[str], now: float) -> list[Instruction]:
         """Start the run: `found` members are alive already (an earlier driver's); start what is missing."""
         self._idle_since = self._progress_at = now
-        self.members.starting.extend(found)
+        self._found = frozenset(found)
+        self.members.starting.extend(sorted(self._found))
         return list(self._replenish())
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
@@ -92,28 +102,38 @@ class Controller:
                 return self._consider(now)
             case MemberLost():
                 return self._lose(event, now)
-            case WorldBroken(generation=generation) if generation == self.generation:
-                self._broken_at = self._broken_at if self._broken_at is not None else now
-            case Settled(member, generation) if generation == self.generation:
-                return self._settle(member, now)
-            case StepCommitted(generation=generation, seconds=seconds) if generation == self.generation:
-                self._progress_at = now
-                self._losses_in_a_row = 0
-                self._step_s = seconds if self._step_s == 0.0 else 0.8 * self._step_s + 0.2 * seconds
-            case MemberEnded(member=member, generation=generation, ending=ending) if (
-                generation == self.generation
-            ):
-                return self._end_member(member, ending)
+            case MemberFailed(member, evidence):
+                return [
+                    KillMember(member, evidence),
+                    *self._lose(MemberLost(member, Cause.FAILED, evidence), now),
+                ]
             case UserFailed():
-                return self._end(
-                    Status.FAILED, f"the job's own code failed at step {event.step}: {event.message}"
-                )
+                return self._end(Status.FAILED, event.message)
             case StopRequested(reason):
-                return self._stop(reason)
+                return self._stop(reason, now)
             case Tick():
                 return self._wait(event, now)
+            case WorldBroken() | Settled() | StepCommitted() | MemberEnded():
+                return self._handle_of_world(event, now) if event.generation == self.formed else []
             case _:
-                pass
+                return []
+
+    def _handle_of_world(
+        self, event: WorldBroken | Settled | StepCommitted | MemberEnded, now: float
+    ) -> list[Instruction]:
+        """Take an event of the present world."""
+        match event:
+            case WorldBroken(evidence=evidence):
+                self._broken_at = self._broken_at if self._broken_at is not None else now
+                self._why_broken = evidence
+            case Settled(member):
+                return self._settle(member, now)
+            case StepCommitted(seconds=seconds):
+                self._progress_at = now
+                self._losses_in_a_row = self._stalls_in_a_row = 0
+                self._step_s = seconds if self._step_s == 0.0 else 0.8 * self._step_s + 0.2 * seconds
+            case MemberEnded(member=member, ending=ending):
+                return self._end_member(member, ending)
         return []
 
     def _lose(self, lost: MemberLost, now: float) -> list[Instruction]:
@@ -134,7 +154,7 @@ class Controller:
                 f"{self._losses_in_a_row} workers were lost in a row without a step: {lost.evidence}",
             )
         if was_in_world:
-            if self.members.world and self._all_ended():
+            if self._all_ended():
                 return self._conclude()
             self._break(now)
         return [*self._consider(now), *self._replenish()]
@@ -152,7 +172,7 @@ class Controller:
         if not self._is_broken and (not outside or len(world) >= self.policy.workers):
             return []
         if self.stopping:
-            return self._form_last(world, now)
+            return self._form_last(world or tuple(member for member in outside if member in self._found), now)
         decision = choose_world(
             world,
             outside,
@@ -168,15 +188,16 @@ class Controller:
         return [self._form(decision.members, manner, decision.reason, now)]
 
     def _form_last(self, survivors: tuple[str, ...], now: float) -> list[Instruction]:
-        """A stop was asked for and the world broke: whoever is left saves the state, be they ever so few."""
+        """A stop was asked for without a world: whoever holds state saves it, be they ever so few."""
+        is_expecting = any(member in self._found for member in self.members.starting)
+        if is_expecting and now - self._idle_since < FOUND_LIMIT_S:
+            return []
         if not survivors:
-            return self._end(
-                Status.STOPPED, f"{self.stopping}; all workers were lost before a final checkpoint"
-            )
+            return self._end(Status.STOPPED, f"{self.stopping}; no worker is left to save a final checkpoint")
         return [self._form(survivors, Manner.AT_ONCE, "the survivors save the state and stop", now)]
 
     def _form(self, members: tuple[str, ...], manner: Manner, reason: str, now: float) -> Instruction:
-        self.generation += 1
+        self.generation = self.formed = self.generation + 1
         self.members.world = members
         self.phase = Phase.FORMING
         self._is_broken, self._broken_at = False, None
@@ -202,44 +223,45 @@ class Controller:
         return self._conclude() if self._all_ended() else []
 
     def _all_ended(self) -> bool:
-        return self._ended.keys() >= set(self.members.world)
+        return bool(self.members.world) and self._ended.keys() >= set(self.members.world)
 
     def _conclude(self) -> list[Instruction]:
         if Ending.FINISHED in self._ended.values():
             return self._end(Status.FINISHED, "all steps are committed and durable")
         return self._end(Status.STOPPED, self.stopping or "the workers' lease ran out")
 
-    def _stop(self, reason: str) -> list[Instruction]:
+    def _stop(self, reason: str, now: float) -> list[Instruction]:
         if self.stopping:
             return []
         self.stopping = reason
-        if not self.members.world:
-            return self._end(Status.STOPPED, reason)
+        if self._is_broken:
+            return self._consider(now)
         return [StopWorld(self.generation, reason)]
 
     def _wait(self, tick: Tick, now: float) -> list[Instruction]:
         if self._broken_at is not None and now - self._broken_at > SUSPICION_S and not self._is_broken:
-            self._break(now)
+            return self._stall(self._why_broken, now)
         if self._is_broken:
             return self._consider(now)
-        limit_s = max(self.policy.hang_floor_s, self.policy.hang_factor * self._step_s)
-        if self.phase is not Phase.TRAINING:
-            limit_s = max(limit_s, FORMING_LIMIT_S)
-        silent = [member for member in self.members.world if member in tick.silent]
-        if self._ended or now - self._progress_at < (self.policy.hang_floor_s if silent else limit_s):
-            return []
-        return self._unhang(silent, now)
+        idle_s = now - self._progress_at
+        silent = [
+            member for member in self.members.world if member in tick.silent and member not in self._ended
+        ]
+        if silent and idle_s > self.policy.hang_floor_s:
+            return self._kill(silent, now)
+        if idle_s > max(STALL_LIMIT_S, self.policy.hang_factor * self._step_s):
+            return self._stall(f"no step was committed for {idle_s:.0f} s, though all workers answer", now)
+        return []
 
-    def _unhang(self, silent: list[str], now: float) -> list[Instruction]:
-        if not silent:
-            self._losses_in_a_row += 1
-            if self._losses_in_a_row > MAX_STALLS_IN_A_ROW:
-                return self._end(
-                    Status.FAILED,
-                    f"no step was committed for {now - self._progress_at:.0f} s, though all workers answer",
-                )
-            self._break(now)
-            return self._consider(now)
+    def _stall(self, why: str, now: float) -> list[Instruction]:
+        """The world cannot go on though nobody was lost: form it anew, a few times."""
+        self._stalls_in_a_row += 1
+        if self._stalls_in_a_row > MAX_STALLS_IN_A_ROW:
+            return self._end(Status.FAILED, f"{self._stalls_in_a_row} worlds in a row got nowhere: {why}")
+        self._break(now)
+        return self._consider(now)
+
+    def _kill(self, silent: list[str], now: float) -> list[Instruction]:
         instructions: list[Instruction] = []
         for member in silent:
             evidence = (

@@ -13,6 +13,7 @@ class Cause(StrEnum):
     PROCESS_DIED = "process died"
     HOST_DIED = "host died"
     HUNG = "hung"
+    FAILED = "worker failed"
     START_FAILED = "start failed"
 
 
@@ -126,13 +127,25 @@ class CheckpointLost:
 
 @dataclass(frozen=True, slots=True)
 class UserFailed:
-    """The job's own code raised; it would raise again elsewhere, so it is not retried."""
+    """The job or its data cannot be trained as they are; that would be so elsewhere too, so it is not
+    retried.
+    """
 
     member: str
     generation: int
     step: int
     message: str
     traceback: str
+
+
+@dataclass(frozen=True, slots=True)
+class MemberFailed:
+    """A member cannot go on for a reason of its machine (no keeper, no room, no port); another may be able
+    to.
+    """
+
+    member: str
+    evidence: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +211,7 @@ Event = (
     | CheckpointDurable
     | CheckpointLost
     | UserFailed
+    | MemberFailed
     | MemberEnded
     | StopRequested
     | Tick

@@ -19,7 +19,8 @@ class Membership:
 
     def name_next(self) -> str:
         """Name a member that is about to start."""
-        member = f"{self.prefix}{self.num_named}"
+        while self.knows(member := f"{self.prefix}{self.num_named}"):
+            self.num_named += 1  # an earlier driver that claimed nothing yet used the same prefix
         self.num_named += 1
         self.starting.append(member)
         return member

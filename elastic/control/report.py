@@ -1,11 +1,13 @@
 """What a run's journal amounts to: the training part of report.json. Pure arithmetic over its moments."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from statistics import median
 from typing import TypeVar
 
 from elastic.control.events import (
+    Cause,
     CheckpointCaptured,
     CheckpointDurable,
     CheckpointLost,
@@ -21,11 +23,11 @@ from elastic.control.events import (
     WorldBroken,
     WorldFormed,
 )
-from elastic.control.instructions import End, FormWorld, Instruction
+from elastic.control.instructions import End, FormWorld, Instruction, KillMember, Manner
 
 DRIVER_LOST = "driver lost"
+WORLD_BROKEN = "world broken"
 E = TypeVar("E")
-G = TypeVar("G", WorldFormed, Settled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +57,14 @@ class FailureSpan:
 
     `detect_s` until the driver knew, `decide_s` until the next world was ordered, `form_s` until it had
     formed, `restore_s` until all its ranks held the same state, `total_s` until the next step was committed;
-    `full_strength_s` until a world as large as the one before held its state. `redone_steps` had been
-    committed before and were computed again; `dropped_attempts` counts the uncommitted step that was begun
-    and thrown away (0 or 1). None: the run ended first.
+    `full_strength_s` until a world as large as the one before held its state. `step` is where the run stood;
+    `redone_steps` of its steps the recovery gave up, to compute them again; `dropped_attempts` counts the
+    uncommitted step that was begun and thrown away (0 or 1). Of several failures that one new world
+    recovers from, the last carries both. None: the run ended first.
+
+    A world that broke though no member was lost (its members formed the next one at once) is a failure too:
+    cause "world broken", member "world N". So are a member killed as "hung", and "driver lost": a segment
+    that begins though the one before did not end.
     """
 
     cause: str
@@ -77,8 +84,10 @@ class FailureSpan:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointCount:
-    """Checkpoints by fate; `blocked_s_*` is how long the loop waited for capture, over all captures (None:
-    none).
+    """Checkpoints by fate.
+
+    `captured` counts the steps that every rank of a world captured; `blocked_s_*` is how long the loop waited
+    for capture, over all ranks' captures (None: none).
     """
 
     captured: int
@@ -93,7 +102,8 @@ class TrainReport:
     """The training part of a run's report, over all its segments (a resumed run has several).
 
     `losses` are (committed step, loss, seconds since the first worker was ready); `ettr` is the time spent
-    computing committed steps over the wall time since then.
+    computing committed steps over the wall time since then. `redone_steps` counts the steps that were
+    committed again in a later world, whether or not a failure explains it.
     """
 
     run: str
@@ -119,64 +129,269 @@ class TrainReport:
 
 
 def build_report(run: str, moments: Sequence[Moment]) -> TrainReport:
-    """Compute a run's report from its journal's moments, in order of time."""
-    steps = _first_of_each_step(moments)
-    starts = _entries(moments, SegmentStarted)
+    """Compute a run's report from its journal's moments, in the order they were written.
+
+    The segments of a run may come from different boots or machines, whose monotonic clocks know nothing of
+    each other: the wall clock at each segment's start makes them one.
+    """
+    moments = list(_on_one_clock(moments))
+    course = _Course()
+    for moment in moments:
+        course.take(moment.at_s, moment.entry)
+    steps = [course.steps[number] for number in sorted(course.steps)]
     zero = next((at for at, _ in _entries(moments, MemberReady)), moments[0].at_s if moments else 0.0)
     wall_s = moments[-1].at_s - zero if moments else 0.0
-    computing_s = sum(step.seconds for _, step in steps.values())
-    failures = tuple(_failure(moments, index, zero) for index in _failures_begin(moments))
-    status, reason = _status(moments)
-    ordered = [steps[number] for number in sorted(steps)]
+    computing_s = sum(step.seconds for _, step in steps)
+    failures = tuple(course.span(blow, zero) for blow in course.blows)
     sha256 = [ended.weights_sha256 for _, ended in _entries(moments, MemberEnded) if ended.weights_sha256]
     durable_at = _durable_at(moments, zero)
     return TrainReport(
         run=run,
-        status=status,
-        reason=reason,
-        num_steps=starts[-1][1].num_steps if starts else 0,
-        committed_steps=max(steps, default=0),
-        redone_steps=sum(failure.redone_steps for failure in failures),
+        status=course.status,
+        reason=course.reason,
+        num_steps=course.num_steps,
+        committed_steps=max(course.steps, default=0),
+        redone_steps=len(course.commits) - len(course.steps),
         dropped_attempts=sum(failure.dropped_attempts for failure in failures),
-        segments=len(starts),
-        worlds=_worlds(moments, zero),
+        segments=course.num_segments,
+        worlds=tuple(world.span(zero) for world in course.worlds.values() if world.step is not None),
         failures=failures,
         ettr=computing_s / wall_s if wall_s > 0 and steps else None,
         wall_s=wall_s,
         computing_s=computing_s,
-        first_loss=ordered[0][1].loss if ordered else None,
-        last_loss=ordered[-1][1].loss if ordered else None,
-        losses=tuple((step.step, step.loss, at - zero) for at, step in ordered),
+        first_loss=steps[0][1].loss if steps else None,
+        last_loss=steps[-1][1].loss if steps else None,
+        losses=tuple((step.step, step.loss, at - zero) for at, step in steps),
         durable_at=durable_at,
-        checkpoints=_checkpoints(moments),
+        checkpoints=_checkpoints(moments, course.worlds.values()),
         newest_durable_step=max((step for step, _ in durable_at), default=None),
         weights_sha256=sha256[-1] if sha256 else None,
     )
 
 
-def _entries(moments: Sequence[Moment], kind: type[E]) -> list[tuple[float, E]]:
-    return [(moment.at_s, moment.entry) for moment in moments if isinstance(moment.entry, kind)]
+@dataclass(slots=True)
+class _World:
+    """What became of one ordered world. `num_ends` segments had ended in good order before it."""
 
+    order: FormWorld
+    ordered_at: float
+    num_ends: int
+    formed: dict[str, float] = field(default_factory=dict)
+    settled: dict[str, float] = field(default_factory=dict)
+    sources: set[str] = field(default_factory=set)
+    step: int | None = None
+    resumed_at: float = inf
+    broken_at: float = inf
+    captured: dict[int, set[str]] = field(default_factory=dict)
 
-def _first_of_each_step(moments: Sequence[Moment]) -> dict[int, tuple[float, StepCommitted]]:
-    steps: dict[int, tuple[float, StepCommitted]] = {}
-    for at, step in _entries(moments, StepCommitted):
-        steps.setdefault(step.step, (at, step))
-    return steps
-
-
-def _status(moments: Sequence[Moment]) -> tuple[str, str | None]:
-    for moment in reversed(moments):
-        match moment.entry:
-            case End(status, reason):
-                return str(status), reason
-            case SegmentEnded(status, reason):
-                return status, reason
-            case SegmentStarted():
-                return "running", None
+    def take(self, at: float, entry: Entry | Instruction) -> None:
+        """Take in an event of this generation."""
+        match entry:
+            case WorldFormed(member=member):
+                self.formed[member] = at
+            case Settled(member=member, step=step, source=source):
+                self.settled[member] = at
+                self.sources.add(source)
+                self.step = step if self.step is None else self.step
+            case StepCommitted():
+                self.resumed_at = min(self.resumed_at, at)
+            case WorldBroken():
+                self.broken_at = min(self.broken_at, at)
+            case CheckpointCaptured(member=member, step=step):
+                self.captured.setdefault(step, set()).add(member)
             case _:
-                continue
-    return "running", None
+                pass
+
+    @property
+    def size(self) -> int:
+        return len(self.order.members)
+
+    @property
+    def formed_at(self) -> float | None:
+        return max(self.formed.values()) if self.is_everyone(self.formed) else None
+
+    @property
+    def settled_at(self) -> float | None:
+        return max(self.settled.values()) if self.is_everyone(self.settled) else None
+
+    def is_everyone(self, members: Iterable[str]) -> bool:
+        return set(self.order.members) <= set(members)
+
+    def span(self, zero: float) -> WorldSpan:
+        order = self.order
+        return WorldSpan(order.generation, self.size, self.step or 0, self.ordered_at - zero, order.reason)
+
+
+@dataclass(slots=True)
+class _Blow:
+    """A failure when it was noticed.
+
+    `has_attempt` says that a step was begun and not committed, `world` is the one that is ordered to recover
+    from it; `is_last` of the failures that it recovers from.
+    """
+
+    cause: str
+    member: str
+    step: int
+    struck_at: float
+    known_at: float
+    size_before: int
+    has_attempt: bool
+    world: _World | None = None
+    is_last: bool = False
+
+
+@dataclass(slots=True)
+class _Course:
+    """The run so far, folded over its moments.
+
+    `world` are the members of the present world that are not lost, `open_blows` the failures that no new
+    world was ordered for yet. `position` is (generation, committed step); steps told late, of an older
+    generation, do not move it. `attempt_in` is the generation in which a step is in progress (0: none is).
+    """
+
+    status: str = "running"
+    reason: str | None = None
+    num_steps: int = 0
+    num_segments: int = 0
+    num_ends: int = 0
+    steps: dict[int, tuple[float, StepCommitted]] = field(default_factory=dict)
+    commits: set[tuple[int, int]] = field(default_factory=set)
+    worlds: dict[int, _World] = field(default_factory=dict)
+    blows: list[_Blow] = field(default_factory=list)
+    open_blows: list[_Blow] = field(default_factory=list)
+    world: set[str] = field(default_factory=set)
+    generation: int = 0
+    position: tuple[int, int] = (0, 0)
+    attempt_in: int = 0
+    struck: dict[str, float] = field(default_factory=dict)
+    is_driven: bool = False
+    told_at: float = 0.0
+
+    def take(self, at: float, entry: Entry | Instruction) -> None:
+        """Take in the next moment."""
+        match entry:
+            case SegmentStarted(num_steps=num_steps):
+                self._start_segment(at, num_steps)
+            case SegmentEnded(status, reason):
+                self._end_segment(status, reason)
+            case End(status, reason):
+                self.status, self.reason = str(status), reason
+            case FormWorld():
+                self._form(at, entry)
+            case Settled(generation=generation, step=step):
+                self.position = max(self.position, (generation, step))
+                self.attempt_in = max(self.attempt_in, generation)
+            case StepCommitted(generation=generation, step=step):
+                self.position = max(self.position, (generation, step))
+                self.steps.setdefault(step, (at, entry))
+                self.commits.add((generation, step))
+            case MemberEnded(generation=generation) if generation >= self.attempt_in:
+                self.attempt_in = 0
+            case FaultStruck(member=member):
+                self.struck[member] = at
+            case MemberLost(member=member, cause=cause):
+                self._lose(at, member, cause)
+            case KillMember(member=member):
+                self._lose(at, member, Cause.HUNG)
+            case _:
+                pass
+        world = self.worlds.get(getattr(entry, "generation", 0))
+        if world is not None:
+            world.take(at, entry)
+        self.told_at = at
+
+    def span(self, blow: _Blow, zero: float) -> FailureSpan:
+        """Measure a failure's recovery, once everything is taken in."""
+        bare = FailureSpan(
+            blow.cause, blow.member, blow.step, blow.struck_at - zero, detect_s=blow.known_at - blow.struck_at
+        )
+        world = blow.world
+        if world is None:
+            return bare
+        later = [
+            each
+            for generation, each in self.worlds.items()
+            if generation >= world.order.generation and each.num_ends == world.num_ends
+        ]
+        full = next(
+            (each for each in later if each.settled_at is not None and each.size >= blow.size_before), None
+        )
+        until = (full or world).order.generation
+        sources = {source for each in later if each.order.generation <= until for source in each.sources}
+        resumed_at = min(each.resumed_at for each in later)
+        is_settled = blow.is_last and world.step is not None
+        return replace(
+            bare,
+            decide_s=world.ordered_at - blow.known_at,
+            form_s=_between(world.ordered_at, world.formed_at),
+            restore_s=_between(world.formed_at, world.settled_at),
+            total_s=_between(blow.struck_at, None if resumed_at == inf else resumed_at),
+            full_strength_s=_between(blow.struck_at, full and full.settled_at),
+            redone_steps=max(0, blow.step - (world.step or 0)) if is_settled else 0,
+            dropped_attempts=int(is_settled and blow.has_attempt and (world.step or 0) <= blow.step),
+            state_source="+".join(sorted(sources)) or None,
+        )
+
+    def _start_segment(self, at: float, num_steps: int) -> None:
+        if self.is_driven and self.world:
+            self._fail(DRIVER_LOST, "driver", self.told_at, at)
+        self.is_driven = True
+        self.num_segments += 1
+        self.num_steps = num_steps
+        self.status, self.reason = "running", None
+
+    def _end_segment(self, status: str, reason: str) -> None:
+        self.is_driven = False
+        self.num_ends += 1
+        self.status, self.reason = str(status), reason
+        self.world, self.open_blows, self.attempt_in = set(), [], 0
+
+    def _form(self, at: float, order: FormWorld) -> None:
+        if self.world and not self.open_blows and order.manner is Manner.AT_ONCE:
+            broken_at = self.worlds[self.generation].broken_at
+            self._fail(WORLD_BROKEN, f"world {self.generation}", min(broken_at, at), at)
+        world = self.worlds[order.generation] = _World(order, at, self.num_ends)
+        for blow in self.open_blows:
+            blow.world, blow.is_last = world, blow is self.open_blows[-1]
+        self.open_blows = []
+        self.generation, self.world = order.generation, set(order.members)
+
+    def _lose(self, at: float, member: str, cause: Cause) -> None:
+        """A failure begins if the member is of the world: at the drill's blow, else the first evidence."""
+        if member in self.world:
+            self.world.discard(member)
+            evident_at = min(at, self.worlds[self.generation].broken_at)
+            self._fail(cause.value, member, self.struck.get(member, evident_at), at)
+
+    def _fail(self, cause: str, member: str, struck_at: float, known_at: float) -> None:
+        step, size = self.position[1], self.worlds[self.generation].size
+        has_attempt = self.attempt_in > 0 and step < self.num_steps
+        blow = _Blow(cause, member, step, struck_at, known_at, size, has_attempt)
+        self.blows.append(blow)
+        self.open_blows.append(blow)
+
+
+def _on_one_clock(moments: Iterable[Moment]) -> Iterator[Moment]:
+    """Shift each segment's times by what the wall clock says, so that they run on and never back."""
+    first: float | None = None
+    offset, latest = 0.0, -inf
+    for moment in moments:
+        if isinstance(moment.entry, SegmentStarted):
+            booted = moment.entry.wall_s - moment.at_s
+            first = booted if first is None else first
+            offset = max(booted - first, latest - moment.at_s)
+        at = moment.at_s + offset
+        latest = max(latest, at)
+        yield Moment(at, moment.entry)
+
+
+def _between(begin: float | None, end: float | None) -> float | None:
+    return None if begin is None or end is None else end - begin
+
+
+def _entries(moments: Iterable[Moment], kind: type[E]) -> list[tuple[float, E]]:
+    return [(moment.at_s, moment.entry) for moment in moments if isinstance(moment.entry, kind)]
 
 
 def _durable_at(moments: Sequence[Moment], zero: float) -> tuple[tuple[int, float], ...]:
@@ -186,122 +401,20 @@ def _durable_at(moments: Sequence[Moment], zero: float) -> tuple[tuple[int, floa
     return tuple(sorted(first.items()))
 
 
-def _worlds(moments: Sequence[Moment], zero: float) -> tuple[WorldSpan, ...]:
-    settled = {entry.generation: entry.step for _, entry in reversed(_entries(moments, Settled))}
-    return tuple(
-        WorldSpan(form.generation, len(form.members), settled[form.generation], at - zero, form.reason)
-        for at, form in _entries(moments, FormWorld)
-        if form.generation in settled
-    )
-
-
-def _checkpoints(moments: Sequence[Moment]) -> CheckpointCount:
-    captured = _entries(moments, CheckpointCaptured)
-    blocked = [entry.blocked_s for _, entry in captured]
+def _checkpoints(moments: Sequence[Moment], worlds: Iterable[_World]) -> CheckpointCount:
+    captured = {
+        step for world in worlds for step, members in world.captured.items() if world.is_everyone(members)
+    }
+    blocked = [entry.blocked_s for _, entry in _entries(moments, CheckpointCaptured)]
     durable: dict[str, set[int]] = {}
     for _, entry in _entries(moments, CheckpointDurable):
         durable.setdefault(entry.tier, set()).add(entry.step)
     everywhere = set().union(*durable.values()) if durable else set()
     lost = {entry.step for _, entry in _entries(moments, CheckpointLost)} - everywhere
     return CheckpointCount(
-        captured=len({entry.step for _, entry in captured}),
+        captured=len(captured),
         durable={tier: len(steps) for tier, steps in sorted(durable.items())},
         lost=len(lost),
         blocked_s_median=median(blocked) if blocked else None,
         blocked_s_max=max(blocked, default=None),
     )
-
-
-def _failures_begin(moments: Sequence[Moment]) -> list[int]:
-    """List where failures begin: a member of the world is lost, or a segment begins though the last one did
-    not end.
-    """
-    begins: list[int] = []
-    world: set[str] = set()
-    is_open = False
-    for index, moment in enumerate(moments):
-        match moment.entry:
-            case FormWorld(members=members):
-                world = set(members)
-            case MemberLost(member=member) if member in world:
-                world.discard(member)
-                begins.append(index)
-            case SegmentStarted():
-                if is_open and world:
-                    begins.append(index)
-                is_open = True
-            case SegmentEnded():
-                is_open, world = False, set()
-            case _:
-                pass
-    return begins
-
-
-def _failure(moments: Sequence[Moment], index: int, zero: float) -> FailureSpan:
-    at, entry = moments[index].at_s, moments[index].entry
-    before, after = moments[:index], moments[index:]
-    committed = max((step.step for _, step in _entries(before, StepCommitted)), default=0)
-    if isinstance(entry, MemberLost):
-        struck_at = _struck_at(before, entry.member, at)
-        span = FailureSpan(
-            entry.cause.value, entry.member, committed, struck_at - zero, detect_s=at - struck_at
-        )
-    else:
-        struck_at = before[-1].at_s
-        span = FailureSpan(DRIVER_LOST, "driver", committed, struck_at - zero, detect_s=at - struck_at)
-    return _recovery(span, before, after, struck_at)
-
-
-def _struck_at(before: Sequence[Moment], member: str, lost_at: float) -> float:
-    """When a failure began: the drill's blow, else the first evidence in that world, else its discovery."""
-    for moment in reversed(before):
-        if isinstance(moment.entry, FaultStruck) and moment.entry.member == member:
-            return moment.at_s
-        if isinstance(moment.entry, FormWorld):
-            break
-    generation = next((form.generation for _, form in reversed(_entries(before, FormWorld))), 0)
-    evidence = [at for at, broken in _entries(before, WorldBroken) if broken.generation == generation]
-    return min([*evidence, lost_at])
-
-
-def _recovery(
-    span: FailureSpan, before: Sequence[Moment], after: Sequence[Moment], struck_at: float
-) -> FailureSpan:
-    known_at = after[0].at_s
-    form = _first(after, FormWorld, lambda _: True)
-    if form is None:
-        return span
-    ordered_at, order = form
-    formed = _last(after, WorldFormed, order.generation)
-    settled = _last(after, Settled, order.generation)
-    resumed = _first(after, StepCommitted, lambda step: step.generation >= order.generation)
-    size_before = max((len(old.members) for _, old in _entries(before, FormWorld)[-1:]), default=0)
-    full = [new for _, new in _entries(after, FormWorld) if len(new.members) >= size_before]
-    restored = _last(after, Settled, full[0].generation) if full else None
-    until = full[0].generation if full else order.generation
-    sources = {
-        entry.source for _, entry in _entries(after, Settled) if order.generation <= entry.generation <= until
-    }
-    settled_step = settled[1].step if settled else span.step
-    span = replace(
-        span,
-        decide_s=ordered_at - known_at,
-        form_s=formed[0] - ordered_at if formed else None,
-        restore_s=settled[0] - formed[0] if formed and settled else None,
-        total_s=resumed[0] - struck_at if resumed else None,
-        full_strength_s=restored[0] - struck_at if restored else None,
-        redone_steps=max(0, span.step - settled_step),
-        state_source="+".join(sorted(sources)) or None,
-    )
-    return replace(span, dropped_attempts=int(settled is not None and settled_step <= span.step))
-
-
-def _first(
-    moments: Sequence[Moment], kind: type[E], is_wanted: Callable[[E], bool]
-) -> tuple[float, E] | None:
-    return next(((at, entry) for at, entry in _entries(moments, kind) if is_wanted(entry)), None)
-
-
-def _last(moments: Sequence[Moment], kind: type[G], generation: int) -> tuple[float, G] | None:
-    found = [(at, entry) for at, entry in _entries(moments, kind) if entry.generation == generation]
-    return found[-1] if found else None

@@ -34,7 +34,9 @@ class Actor(Member):
     """A member in a Ray actor: it learns from Ray on which node it runs."""
 
     def __init__(self, member: str, order: TrainOrder) -> None:
-        host = ray.get_runtime_context().get_node_id()[:12]
+        # A local Ray's node has another id each time, but the host's keeper may still be there.
+        is_local = order.cluster.address is None
+        host = "local" if is_local else ray.get_runtime_context().get_node_id()[:12]
         super().__init__(Assignment(member, host, _own_address(order), order))
 
 
@@ -62,7 +64,10 @@ class Cluster:
         self._seats: dict[str, Seat] = {}
         self._is_local = order.cluster.address is None
         self._warden: subprocess.Popen[bytes] | None = None
-        _connect(order.cluster.address or self._local_address(), order.run)
+        if order.cluster.address is None:
+            self._connect_locally()
+        else:
+            _connect(order.cluster.address, order.run)
 
     @property
     def address(self) -> str:
@@ -129,8 +134,10 @@ class Cluster:
             (self._directory / warden.LEASE).touch()
 
     def detach(self) -> None:
-        """Let go of the run without ending anything."""
+        """Let go of the run without ending anything; the workers and the local Ray have their lease."""
         ray.shutdown()
+        if self._warden is not None:
+            self._warden.returncode = 0  # it lives on, so nobody here has to wait for it
 
     def end(self) -> None:
         """End all members, and the local Ray if there is one."""
@@ -157,11 +164,22 @@ class Cluster:
         seat.call = seat.actor.poll.remote(POLL_S)
         yield from news
 
+    def _connect_locally(self) -> None:
+        """Join the local Ray there is, or start one; one that does not answer (half dead, or just ending) is
+        replaced.
+        """
+        try:
+            _connect(self._local_address(), self._order.run)
+        except TrainingFailed:
+            log.warning("the local Ray does not answer; starting another")
+            _end_warden(self._directory)
+            _connect(self._local_address(), self._order.run)
+
     def _local_address(self) -> str:
         self._directory.mkdir(parents=True, exist_ok=True)
         self.renew()
         address = self._directory / warden.ADDRESS
-        if _is_alive(_warden_pid(self._directory)) and address.exists():
+        if _is_warden(_warden_pid(self._directory), self._directory) and address.exists():
             return address.read_text()
         address.unlink(missing_ok=True)
         self._warden = _start_warden(self._directory, self._order)
@@ -255,7 +273,7 @@ def _start_warden(directory: Path, order: TrainOrder) -> subprocess.Popen[bytes]
 def _await_address(directory: Path) -> str:
     deadline = time.monotonic() + START_LIMIT_S
     pid = _warden_pid(directory)
-    while time.monotonic() < deadline and _is_alive(pid):
+    while time.monotonic() < deadline and _is_warden(pid, directory):
         if (directory / warden.ADDRESS).exists():
             return (directory / warden.ADDRESS).read_text()
         time.sleep(0.05)
@@ -267,25 +285,26 @@ def _warden_pid(directory: Path) -> int | None:
     return int(path.read_text()) if path.exists() else None
 
 
-def _is_alive(pid: int | None) -> bool:
-    """Whether this process exists and is a warden (a number may have been given to another process since)."""
+def _is_warden(pid: int | None, directory: Path) -> bool:
+    """Whether this process lives and is this directory's warden (numbers are given again)."""
     if pid is None:
         return False
     try:
         process = psutil.Process(pid)
         command = process.cmdline()  # empty for a moment while it starts
-        return process.status() != psutil.STATUS_ZOMBIE and (not command or warden.__file__ in command)
+        is_ours = warden.__file__ in command and str(directory) in command
+        return process.status() != psutil.STATUS_ZOMBIE and (is_ours or not command)
     except psutil.NoSuchProcess:
         return False
 
 
 def _end_warden(directory: Path) -> None:
     pid = _warden_pid(directory)
-    if pid is None or not _is_alive(pid):
+    if pid is None or not _is_warden(pid, directory):
         return
     os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + WARDEN_GRACE_S
-    while _is_alive(pid) and time.monotonic() < deadline:
+    while _is_warden(pid, directory) and time.monotonic() < deadline:
         time.sleep(0.05)
-    if _is_alive(pid):
+    if _is_warden(pid, directory):
         os.kill(pid, signal.SIGKILL)

@@ -76,6 +76,8 @@ def train(order: TrainOrder, observe: Observer) -> TrainReport:
     report = read_report(order.run_dir)
     if end.status is Status.FAILED:
         raise TrainingFailed(end.reason)
+    if end.status is Status.STOPPED and not asked:
+        raise TrainingFailed(f"the run stopped: {end.reason}; continue with: holdfast resume {order.run}")
     return report
 
 
@@ -95,30 +97,40 @@ class Driver:
         self._cleaning: Future[PruneReport] | None = None
         self._end: End | None = None
         self._note(SegmentStarted(order.training.num_steps, generation, time.time()))
-        self._watch.phase("starting the cluster")
-        self._cluster = Cluster(order)
-        self._rendezvous, self._endpoint = open_rendezvous(self._cluster.address)
 
     def run(self, asked: list[int]) -> End:
         """Drive until the controller says that the run is over.
 
-        `asked` holds the signals that asked for its end.
+        `asked` holds the signals that asked for its end. An error lets go of the workers without ending them:
+        they hold the state, and whoever takes the run up within their lease finds them.
         """
+        with self._recorded():
+            self._watch.phase("starting the cluster")
+            self._cluster = Cluster(self._order)
+            try:
+                self._rendezvous, self._endpoint = open_rendezvous(self._cluster.address)
+                end = self._loop(asked)
+            except KeyboardInterrupt:
+                self._cluster.end()
+                raise
+            except BaseException:
+                self._cluster.detach()
+                raise
+            finally:
+                self._cleaner.shutdown(wait=False, cancel_futures=True)
+            self._note(SegmentEnded(end.status, end.reason))
+            self._watch.phase("ending the cluster")
+            self._cluster.end()
+        return end
+
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """Note the error, if there is one, with which this driver leaves."""
         try:
-            end = self._loop(asked)
-        except Fenced as fenced:
-            self._note(SegmentEnded(Status.FAILED, str(fenced)))
-            self._cluster.detach()
-            raise
+            yield
         except BaseException as error:
             self._note(SegmentEnded(Status.FAILED, f"{type(error).__name__}: {error}"))
-            self._cluster.end()
             raise
-        self._note(SegmentEnded(end.status, end.reason))
-        self._watch.phase("ending the cluster")
-        self._cleaner.shutdown()
-        self._cluster.end()
-        return end
 
     def _loop(self, asked: list[int]) -> End:
         stop_at: float | None = None
@@ -187,7 +199,7 @@ class Driver:
         while self._faults and self._faults[0].at_step <= step and self._controller.phase is Phase.TRAINING:
             fault: Fault = self._faults.pop(0)
             world = self._controller.members.world
-            victim = world[fault.rank % len(world)]
+            victim = world[min(fault.rank, len(world) - 1)]
             self._note(FaultStruck(victim, step))
             self._cluster.tell(victim, "die")
 

@@ -2,8 +2,12 @@
 computed from it.
 """
 
+import errno
 import json
+import logging
+from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +17,9 @@ from elastic.control import events, instructions
 from elastic.control.report import Moment, TrainReport, build_report
 from elastic.errors import RunGone
 
+log = logging.getLogger("holdfast.driver")
 NAME = "journal.jsonl"
+MAX_UNWRITTEN = 100_000
 _KINDS: dict[str, type[Any]] = {
     kind.__name__: kind
     for module in (events, instructions)
@@ -26,13 +32,15 @@ _ENUMS: dict[str, type[Any]] = {"cause": events.Cause, "ending": events.Ending, 
 class Journal:
     """Appends moments to `run_dir/journal.jsonl`.
 
-    One writer; a torn last line (a killed driver) is skipped by readers.
+    One writer; a torn last line (a killed driver) is skipped by readers. What the disk does not take is kept
+    in memory (bounded; the oldest go first) and written before the next moment; recording never raises.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._file = (run_dir / NAME).open("a", encoding="utf-8")
-        if self._file.tell():
-            self._file.write("\n")
+        self._file = (run_dir / NAME).open("ab", buffering=0)
+        self._is_torn = self._file.tell() > 0
+        self._unwritten: deque[bytes] = deque(maxlen=MAX_UNWRITTEN)
+        self._is_failing = False
         self._written: set[tuple[int, int]] = set()
 
     def record(self, at: float, entry: events.Entry | instructions.Instruction) -> None:
@@ -45,8 +53,8 @@ class Journal:
                 return
             self._written.add(key)
         line = {"t": round(at, 6), "kind": type(entry).__name__, **asdict(entry)}
-        self._file.write(json.dumps(line, default=_plain, separators=(",", ":")) + "\n")
-        self._file.flush()
+        self._unwritten.append(json.dumps(line, default=_plain, separators=(",", ":")).encode() + b"\n")
+        self._write()
 
     def __enter__(self) -> Self:
         return self
@@ -54,7 +62,34 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._write()
+        if self._unwritten:
+            log.error(
+                "the journal lacks its last %d moments: the disk did not take them", len(self._unwritten)
+            )
+        with suppress(OSError):
+            self._file.close()
+
+    def _write(self) -> None:
+        """Write what is unwritten, as far as the disk takes it."""
+        try:
+            while self._unwritten:
+                self._write_first()
+        except OSError as error:
+            if not self._is_failing:
+                log.warning("the journal cannot be written and is kept in memory for now: %s", error)
+            self._is_failing = True
+        else:
+            self._is_failing = False
+
+    def _write_first(self) -> None:
+        """Write the first unwritten line, on a line of its own. Raises OSError if it does not fit."""
+        line = b"\n" + self._unwritten[0] if self._is_torn else self._unwritten[0]
+        self._is_torn = True  # until all of it is there
+        if self._file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, "only a part of a line could be written")
+        self._is_torn = False
+        self._unwritten.popleft()
 
 
 def read_moments(run_dir: Path) -> Iterator[Moment]:

@@ -36,6 +36,7 @@ def keep(directory: Path, *, num_cpus: int, num_gpus: int, lease_s: float) -> No
     while not is_over.wait(CHECK_S):
         if time.time() - lease.stat().st_mtime > lease_s:
             break
+    (directory / ADDRESS).unlink(missing_ok=True)
     ray.shutdown()
 
 

@@ -1,5 +1,6 @@
 """Turns what a driver sees into what a person wants to see."""
 
+import logging
 import time
 from typing import Any
 
@@ -15,28 +16,33 @@ from elastic.control.events import (
     UserFailed,
 )
 from elastic.control.instructions import End, FormWorld, Instruction, KillMember, Manner, StopWorld
-from elastic.runtime.notices import Happening, LogLine, Observer, Progress
+from elastic.runtime.notices import Happening, LogLine, Notice, Observer, Progress
 from elastic.runtime.order import TrainOrder
 
+log = logging.getLogger("holdfast.driver")
 PROGRESS_EVERY_S = 0.25
 
 
 class Watch:
-    """Keeps a run's picture and tells its observer: happenings at once, progress a few times a second."""
+    """Keeps a run's picture and tells its observer: happenings at once, progress a few times a second.
+
+    An observer that raises is told nothing more; training goes on without it.
+    """
 
     def __init__(self, order: TrainOrder, observe: Observer) -> None:
-        self._observe = observe
+        self._observe: Observer | None = observe
         self._now = Progress(0, order.training.num_steps, float("nan"), 0.0, 0, 0, -1, "starting")
         self._told_at = 0.0
+        self._position = (0, -1)  # (generation, step); a world that is only ordered does not move it
         self._settled: set[tuple[int, str]] = set()
 
     def tell(self, line: LogLine) -> None:
         """Pass a worker's log line on."""
-        self._observe(line)
+        self._notify(line)
 
     def happen(self, kind: str, message: str) -> None:
         """Tell a happening that is no event."""
-        self._observe(Happening(kind, message))
+        self._notify(Happening(kind, message))
 
     def phase(self, phase: str) -> None:
         """Note what the run is doing."""
@@ -48,9 +54,13 @@ class Watch:
         """Take in one event or instruction."""
         match entry:
             case StepCommitted(generation=generation, step=step, loss=loss, seconds=seconds, tokens=tokens):
-                if step > self._now.step or generation > self._now.generation:
+                if self._moves_to(generation, step):
                     rate = tokens / seconds if seconds else 0.0
-                    self._update(step=step, loss=loss, tokens_per_s=rate, generation=generation)
+                    self._update(step=step, loss=loss, tokens_per_s=rate)
+            case Settled(generation=generation, step=step):
+                if self._moves_to(generation, step):
+                    self._update(step=step)
+                self._tell_message(entry)
             case CheckpointDurable(step=step, tier=tier, num_bytes=num_bytes) if (
                 step > self._now.durable_step
             ):
@@ -61,6 +71,12 @@ class Watch:
                 self._tell_message(entry)
             case _:
                 self._tell_message(entry)
+
+    def _moves_to(self, generation: int, step: int) -> bool:
+        """Take over a position unless it is old; a newer world's counts, though it may be a step back."""
+        is_new = (generation, step) > self._position
+        self._position = max(self._position, (generation, step))
+        return is_new
 
     def _tell_message(self, entry: Entry | Instruction) -> None:
         kind, message = _message(entry)
@@ -76,7 +92,18 @@ class Watch:
         self._now = Progress(**values)
         if time.monotonic() - self._told_at > PROGRESS_EVERY_S:
             self._told_at = time.monotonic()
-            self._observe(self._now)
+            self._notify(self._now)
+
+    def _notify(self, notice: Notice) -> None:
+        if self._observe is None:
+            return
+        try:
+            self._observe(notice)
+        except Exception as error:  # noqa: BLE001  (the border to whoever looks on: a broken pipe, a server)
+            self._observe = None
+            log.warning(
+                "an observer failed, and is told nothing more of the run: %s: %s", type(error).__name__, error
+            )
 
 
 def _message(entry: Entry | Instruction) -> tuple[str, str]:

@@ -15,11 +15,25 @@ from dataclasses import dataclass
 
 import torch
 
-from checkpoint import Catalog, KeeperConfig, Loaded, NoCheckpoint, Saver, connect, load, open_store
+from checkpoint import (
+    Catalog,
+    KeeperConfig,
+    Loaded,
+    Mismatch,
+    NoCheckpoint,
+    Saver,
+    claim_generation,
+    connect,
+    load,
+    newest_generation,
+    open_store,
+    set_aside,
+)
 from elastic.control.events import (
     Ending,
     Event,
     MemberEnded,
+    MemberFailed,
     MemberReady,
     Settled,
     UserFailed,
@@ -199,14 +213,15 @@ class Member:
         try:
             self._train_until_told()
         except UserFailure as failure:
-            self._fail(failure.step, str(failure), failure.traceback)
-        except JobRejected as error:
-            self._fail(0, str(error), "")
+            self._blame(failure.step, str(failure), failure.traceback)
+        except (JobRejected, Mismatch, NoCheckpoint) as error:
+            self._blame(0, str(error), "")
         except Exception as error:
-            log.exception("the worker failed")
-            self._fail(-1, f"{type(error).__name__}: {error}", "")
+            log.exception("the worker failed")  # the border: another machine may do better
+            self._outbox.put(MemberFailed(self._assignment.member, f"{type(error).__name__}: {error}"))
 
-    def _fail(self, step: int, message: str, traceback: str) -> None:
+    def _blame(self, step: int, message: str, traceback: str) -> None:
+        """Tell what no other worker could do better."""
         self._outbox.put(UserFailed(self._assignment.member, 0, step, message, traceback))
 
     def _train_until_told(self) -> None:
@@ -221,9 +236,12 @@ class Member:
             self._serve(order, former, trainer)
             if self._mailbox.is_orphaned:
                 break
-        log.warning("no driver for %.0f s: this worker ends", assignment.order.lease_s)
-        saver.close()
-        os._exit(0)
+        try:
+            log.warning("no driver for %.0f s: this worker ends", assignment.order.lease_s)
+            _save_alone(assignment, trainer)
+            saver.close()
+        finally:
+            os._exit(0)  # nothing outlives its lease
 
     def _serve(self, order: WorldOrder, former: Former, trainer: Trainer) -> None:
         """Live through one world, from its forming until it ends or breaks."""
@@ -254,6 +272,16 @@ class Member:
         ending = trainer.run(world, self._mailbox, self._outbox.put)
         sha256 = "" if ending is Ending.REGROUP else weights_sha256(trainer.model)
         return MemberEnded(member, world.generation, trainer.standing.committed, ending, sha256)
+
+
+def _save_alone(assignment: Assignment, trainer: Trainer) -> None:
+    """Save what no world is left to save: the driver died, and then a member, before the lease ran out."""
+    store = open_store(assignment.order.checkpoint.store_url)
+    if trainer.standing.committed <= (Catalog(store).latest() or 0):
+        return
+    generation = newest_generation(store) + 1
+    if claim_generation(store, generation, assignment.member):  # else another survivor saves
+        trainer.save_alone(generation, assignment.host)
 
 
 def _device(order: TrainOrder) -> torch.device:
@@ -296,11 +324,11 @@ def _trainer(assignment: Assignment, saver: Saver, device: torch.device) -> Trai
 def _restorer(order: TrainOrder) -> Callable[[], Loaded | None]:
     def restore() -> Loaded | None:
         store = open_store(order.checkpoint.store_url)
-        if Catalog(store).latest() is None:
+        if not Catalog(store).steps():
             return None
-        try:
-            return load(store)
-        except NoCheckpoint:
-            return None
+        loaded = load(store)
+        for damaged in loaded.report.fallbacks:  # else the redone step could not be saved under its name
+            set_aside(store, damaged.step, damaged.why)
+        return loaded
 
     return restore

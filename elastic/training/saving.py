@@ -5,7 +5,6 @@ from typing import Any
 
 from checkpoint import Durable, Outcome, Saver, Share
 from elastic.control.events import CheckpointCaptured, CheckpointDurable, CheckpointLost, Event
-from elastic.training.ports import World
 
 
 class Snapshots:
@@ -17,19 +16,19 @@ class Snapshots:
         self._meta = meta
         self._newest: tuple[int, int] | None = None
         self._capturing: tuple[int, int] | None = None
+        self._lost: dict[tuple[int, int], str] = {}
         self._untold: list[Event] = []
 
     def hold(self, generation: int, step: int) -> None:
         """Note that the step needs no saving in this world: it was restored from its checkpoint."""
         self._newest = (generation, step)
 
-    def save(self, world: World, step: int, tree: Callable[[int], Any]) -> None:
+    def save(self, share: Share, step: int, tree: Callable[[int], Any]) -> None:
         """Begin the snapshot of a step, unless this world has it already. Every rank has to do the same."""
-        this = (world.generation, step)
+        this = (share.generation, step)
         if self._saver is None or this == self._newest:
             return
         self.wait_captured()
-        share = Share(world.generation, world.rank, world.size, world.hosts)
         self._saver.save(step, tree(step), share, self._meta)
         self._newest = self._capturing = this
 
@@ -47,6 +46,11 @@ class Snapshots:
         """Wait until the fate of every snapshot is known; False if time ran out."""
         return self._saver is None or self._saver.drain(timeout_s)
 
+    def why_newest_lost(self) -> str | None:
+        """Say why the newest snapshot became no checkpoint; None if it did, or nothing is known yet."""
+        self._read_outcomes()
+        return self._lost.get(self._newest) if self._newest else None
+
     def news(self) -> list[Event]:
         """Return what happened since this was last asked."""
         self._read_outcomes()
@@ -57,7 +61,9 @@ class Snapshots:
         """Read what became known; return the snapshots that were lost."""
         outcomes = () if self._saver is None else self._saver.outcomes()
         self._untold.extend(self._event(outcome) for outcome in outcomes)
-        return {(each.generation, each.step) for each in outcomes if not isinstance(each, Durable)}
+        lost = {(each.generation, each.step): each.why for each in outcomes if not isinstance(each, Durable)}
+        self._lost |= lost
+        return set(lost)
 
     def _event(self, outcome: Outcome) -> Event:
         if isinstance(outcome, Durable):

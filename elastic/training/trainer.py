@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from checkpoint import Loaded, Saver
+from checkpoint import Loaded, Saver, Share
 from elastic.control.dealing import deal
 from elastic.control.events import Ending, Event, StepCommitted
 from elastic.control.standing import BLANK, Standing, settle
@@ -87,6 +87,7 @@ class _Attempt:
     generation: int = 0
     loss: float = float("nan")
     started: float = 0.0
+    blocked_s: float = 0.0
 
 
 class Trainer:
@@ -124,6 +125,11 @@ class Trainer:
     def model(self) -> nn.Module:
         """The model, as of the last committed step."""
         return self._learner.model
+
+    def save_alone(self, generation: int, host: str) -> bool:
+        """Save the whole state as a world of one; return whether it became durable."""
+        self._snapshots.save(Share(generation, 0, 1, (host,)), self._standing.committed, self._learner.tree)
+        return self._snapshots.drain(FINAL_DRAIN_S) and self._snapshots.why_newest_lost() is None
 
     def settle(self, world: World) -> Settling:
         """Come to the same committed step, with the same state, as all ranks of the world.
@@ -180,7 +186,8 @@ class Trainer:
         loss = self._reduction.reduce(world, dealt)
         if self._plan.grad_clip is not None:
             self._reduction.clip(self._plan.grad_clip)
-        self._attempt = _Attempt(world.generation, loss, started)
+        # Capture ends before the agreement: after it, survivors may go past what a lost member still owes.
+        self._attempt = _Attempt(world.generation, loss, started, self._snapshots.wait_captured())
         self._standing = Standing(step, reduced=step)
         agreed = _agree(world, orders.pending())
         self._commit()  # all ranks hold the gradients now: whoever survives can apply them
@@ -207,7 +214,7 @@ class Trainer:
 
     def _commit(self) -> None:
         """Apply the reduced gradients this member holds. Asks nobody: a broken world cannot interrupt it."""
-        blocked_s = self._snapshots.wait_captured()
+        blocked_s = self._attempt.blocked_s + self._snapshots.wait_captured()
         with _blaming_the_job(self._standing.committed):
             self._learner.update()
         self._standing = Standing(self._standing.committed + 1)
@@ -264,17 +271,24 @@ class Trainer:
         return self._standing.committed > 0 and self._standing.committed % self._plan.save_every == 0
 
     def _save(self, world: World) -> None:
-        self._snapshots.save(world, self._standing.committed, self._learner.tree)
+        share = Share(world.generation, world.rank, world.size, world.hosts)
+        self._snapshots.save(share, self._standing.committed, self._learner.tree)
 
     def _finish(self, world: World, orders: Orders, emit: Emit, ending: Ending) -> Ending:
-        """Wait until the last checkpoint is durable or lost, or a newer world (it saves again) is to form."""
+        """Wait until the last checkpoint is durable, or a newer world (it saves again) is to form.
+
+        Raises Broken if it was lost, so that a newer world saves it again: the state is still in memory.
+        """
         self._snapshots.wait_captured()
         deadline = time.monotonic() + FINAL_DRAIN_S
         while not self._snapshots.drain(_DRAIN_POLL_S) and time.monotonic() < deadline:
             self._tell(emit)
             if orders.pending().next_generation > world.generation:
                 return Ending.REGROUP
+        why = self._snapshots.why_newest_lost()
         self._tell(emit)
+        if why is not None:
+            raise Broken(world.generation, f"the final checkpoint was lost: {why}")
         return ending
 
     def _tell(self, emit: Emit) -> None:

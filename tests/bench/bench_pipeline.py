@@ -149,7 +149,8 @@ def _torchrun(directory: Path) -> Torchrun:
     )
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     killed_at = next(line["time"] for line in lines if line["what"] == "kill")
-    after = [line for line in lines if line["what"] == "step" and line["time"] > killed_at + 1e-3]
+    # By restart, not by time: a survivor may write down the step of the kill just after it.
+    after = [line for line in lines if line["what"] == "step" and line["restart"] > 0]
     again = {line["step"] for line in after if line["step"] <= KILL_STEP}
     return Torchrun(
         next_step_s=min(line["time"] for line in after) - killed_at,

@@ -10,7 +10,7 @@ from checkpoint import Durable, Outcome, SavePolicy, Saver, Share, flatten_state
 from checkpoint.engine.pipeline import Tuning
 from checkpoint.format.codec import Codec
 
-QUICK = Tuning(poll_s=0.02, fenced_patience_s=0.3, straggler_s=0.3)
+QUICK = Tuning(poll_s=0.02, fenced_patience_s=0.3, straggler_s=0.3, outage_s=0.0)
 RAW = SavePolicy(codec=Codec.RAW)
 MIB = 1 << 20
 

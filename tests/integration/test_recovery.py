@@ -221,6 +221,24 @@ def test_without_a_driver_for_its_lease_a_run_saves_its_last_step_and_leaves_no_
     assert newest > told, "they trained on until the lease ran out, and saved the step they stopped at"
 
 
+def test_when_a_worker_dies_without_a_driver_the_others_save_their_state_at_the_end_of_the_lease(
+    tmp_path: Path, drive: Callable[[elastic.TrainOrder], subprocess.Popen[bytes]]
+) -> None:
+    order = make_order(tmp_path, "bereft")
+    order = replace(order, lease_s=5.0, training=replace(order.training, num_steps=1_000_000))
+    order = replace(order, checkpoint=replace(order.checkpoint, every_steps=10_000))
+    process = drive(order)
+    await_step(order, 10, process, durable=None)
+    kill_group(process)
+    pids = ready_pids(order.run_dir)
+    os.kill(pids["w0"], signal.SIGKILL)
+    _, alive = psutil.wait_procs([psutil.Process(pids[name]) for name in ("w1", "w2")], timeout=60)
+    assert not alive
+    newest = Catalog(open_store(order.checkpoint.store_url)).latest()
+    assert newest is not None
+    assert newest >= elastic.read_report(order.run_dir).committed_steps
+
+
 def test_an_exception_in_the_job_ends_the_run_with_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "faulty_job.py").write_text(
         "from elastic.training.gpt import GPTJob\n\n\n"

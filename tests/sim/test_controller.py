@@ -273,7 +273,7 @@ def test_a_stop_ends_the_run_with_a_durable_checkpoint_of_its_last_step(seed: in
     simulation = Simulation(seed, stop_at_s=random.Random(seed).uniform(0.0, 20.0))
     end = simulation.run()
     assert end.status in (Status.STOPPED, Status.FINISHED), simulation.explain(f"the run ended as {end}")
-    if simulation.committed and "all workers were lost" not in end.reason:
+    if simulation.committed and "no worker is left" not in end.reason:
         assert simulation.durable == simulation.committed[-1][1], simulation.explain(
             "the last step is not durable"
         )

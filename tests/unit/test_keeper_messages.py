@@ -12,7 +12,7 @@ from checkpoint.engine.plan import TensorSpec
 from checkpoint.format.codec import Codec
 from checkpoint.format.layout import Box
 from checkpoint.keeper import messages
-from checkpoint.keeper.settings import make_private
+from checkpoint.keeper.home import make_private
 
 
 @pytest.fixture
@@ -85,5 +85,33 @@ def test_a_directory_that_others_can_enter_is_refused(tmp_path):
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o755)
-    with pytest.raises(KeeperLost, match="open to other users"):
+    with pytest.raises(KeeperLost, match=f"{shared} is open to other users"):
         make_private(shared)
+    with pytest.raises(KeeperLost, match=f"{shared} is open to other users"):
+        make_private(shared / "home")
+
+
+@pytest.mark.parametrize("level", ["above", "above/home"])
+@pytest.mark.parametrize("kind", ["link", "dangling link", "file"])
+def test_what_stands_in_place_of_the_directory_is_refused(tmp_path, level, kind):
+    (tmp_path / "theirs").mkdir(mode=0o700)
+    place = tmp_path / level
+    place.parent.mkdir(mode=0o700, exist_ok=True)
+    match kind:
+        case "link":
+            place.symlink_to(tmp_path / "theirs")
+        case "dangling link":
+            place.symlink_to(tmp_path / "absent")
+        case "file":
+            place.touch(mode=0o600)
+    with pytest.raises(KeeperLost, match=f"{place} is no directory"):
+        make_private(tmp_path / "above" / "home")
+
+
+def test_a_directory_of_somebody_else_is_refused(tmp_path, monkeypatch):
+    home = tmp_path / "above" / "home"
+    make_private(home)
+    make_private(home)
+    monkeypatch.setattr(os, "getuid", lambda: os.stat(home).st_uid + 1)
+    with pytest.raises(KeeperLost, match=f"{home.parent} belongs to another user"):
+        make_private(home)

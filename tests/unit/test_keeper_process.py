@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
@@ -67,18 +68,18 @@ def test_a_keeper_saves_lives_in_its_own_session_and_ends_by_its_lease(config):
         saver.close()
     assert same_bits(load(open_store(config.store_url)).state, small_state(1))
     assert ends_within(pid, 10)
-    assert not config.socket_path.exists()
-    assert "everything durable" in config.log_path.read_text()
+    assert not config.home.exists()
 
 
 def test_what_is_captured_when_its_saver_leaves_becomes_durable(config):
     host = connect(config)
+    pid = keeper_pid(config)
     saver = Saver(host, "run")
     saver.save(1, small_state(1), Share.alone("h0"), {})
     saver.wait_captured()
     saver.close()
     host.close()
-    assert ends_within(keeper_pid(config), 10)
+    assert ends_within(pid, 10)
     assert Catalog(open_store(config.store_url)).latest() == 1
 
 
@@ -91,10 +92,10 @@ def test_clients_that_come_at_once_share_one_keeper_and_one_manifest(config):
             saver.save(step, small_state(step), Share(1, rank, 4, ("h0",) * 4), {})
         assert all(saver.drain(20) for saver in savers)
         assert [durable_steps(saver.outcomes()) for saver in savers] == [[step]] * 4
+    assert config.log_path.read_text().count("keeping run") == 1
     for saver, host in zip(savers, hosts, strict=True):
         saver.close()
         host.close()
-    assert config.log_path.read_text().count("keeping run") == 1
     assert Catalog(open_store(config.store_url)).steps() == [1, 2]
 
 
@@ -103,12 +104,52 @@ def test_sigterm_flushes_and_ends(config):
     saver = Saver(host, "run")
     saver.save(1, small_state(1), Share.alone("h0"), {})
     saver.wait_captured()
-    os.kill(keeper_pid(config), signal.SIGTERM)
-    assert ends_within(keeper_pid(config), 10)
+    pid = keeper_pid(config)
+    os.kill(pid, signal.SIGTERM)
+    assert ends_within(pid, 10)
     assert saver.drain(10)
     saver.close()
     host.close()
     assert Catalog(open_store(config.store_url)).latest() == 1
+
+
+def test_clients_that_come_while_a_keeper_ends_find_it_or_start_another(config):
+    hasty = replace(config, lease_s=0.0)
+    for number in range(6):
+        hosts = []
+        at_once([lambda: hosts.append(connect(hasty)) for _ in range(2)])
+        pid = keeper_pid(hasty)
+        for host in hosts:
+            host.close()
+        time.sleep(0.1 * number)  # the keeper looks after its lease four times a second
+    assert ends_within(pid, 10)
+    assert not hasty.home.exists()
+
+
+def test_a_keeper_that_does_not_end_in_order_leaves_its_log(config):
+    with connect(config) as host:
+        pid = keeper_pid(config)
+        saver = Saver(host, "run")
+        saver.save(1, small_state(1), Share.alone("h0"), {})
+        assert saver.drain(20)
+        os.kill(pid, signal.SIGKILL)
+        assert ends_within(pid, 10)
+        saver.close()
+    assert "keeping run" in config.log_path.read_text()
+
+
+def test_a_keeper_whose_directory_was_taken_over_leaves_it_alone(config, tmp_path):
+    with connect(config):
+        first = keeper_pid(config)
+        config.home.rename(tmp_path / "swept")
+        with connect(config) as successor:
+            os.kill(first, signal.SIGTERM)
+            assert ends_within(first, 10)
+            saver = Saver(successor, "run")
+            saver.save(1, small_state(1), Share.alone("h0"), {})
+            assert saver.drain(20) and durable_steps(saver.outcomes()) == [1]
+            saver.close()
+            assert config.socket_path.exists()
 
 
 def test_a_keeper_that_cannot_write_its_store_says_so_at_once(config, tmp_path):

@@ -149,3 +149,17 @@ def test_any_value_of_any_key_is_taken_or_refused_clearly(key, text):
         load_spec(None, [f"{key}={text}"])
     except SpecError as error:
         assert key.split(".")[0] in str(error)  # noqa: PT017 - hypothesis gives both kinds
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["data.source=https://user:hunter2@example.org/text"],
+        ["checkpoint.store=s3://AKIA:hunter2@bucket/run"],
+        ["data.source=https://example.org/text?X-Amz-Signature=hunter2"],
+    ],
+)
+def test_a_url_with_credentials_is_refused_without_repeating_them(settings):
+    with pytest.raises(SpecError, match="carries credentials") as refused:
+        load_spec(None, settings)
+    assert "hunter2" not in str(refused.value)

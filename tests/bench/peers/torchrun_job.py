@@ -1,8 +1,8 @@
 """The default job as a torchrun user writes it: DDP over gloo, torch.save by rank 0, resume from the newest
 file.
 
-`torchrun ... torchrun_job.py LOG CHECKPOINT NUM_STEPS EVERY KILL_STEP`: appends {time, step, rank, what}
-lines to LOG.
+`torchrun ... torchrun_job.py LOG CHECKPOINT NUM_STEPS EVERY KILL_STEP`: appends {time, restart, step, rank,
+what} lines to LOG.
 """
 
 import json
@@ -11,20 +11,42 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from elastic.training.gpt import GPTJob, GPTSettings
-from elastic.training.job import Split
-
 VIRTUAL_RANKS, GLOBAL_BATCH = 8, 16
+RESTART = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # how often the agent began again
+
+
+class Parallel(DistributedDataParallel):
+    """DDP that also answers for its model's attributes, which a job's loss may read."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+
+def without_face(name: str) -> None:
+    """Let `name`'s modules be imported without its __init__, which loads Ray: this peer's restarts do not
+    pay for it.
+    """
+    package = ModuleType(name)
+    package.__path__ = [str(Path(__file__).parents[3] / name)]
+    sys.modules[name] = package
 
 
 def main() -> None:
     """Train, and be killed once if this is the last rank."""
+    without_face("elastic")
+    from elastic.training.gpt import GPTJob, GPTSettings
+    from elastic.training.job import Split
+
     log, checkpoint, num_steps, every, kill_step = (
         Path(sys.argv[1]),
         Path(sys.argv[2]),
@@ -46,7 +68,7 @@ def main() -> None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
-    ddp: Any = DistributedDataParallel(model)
+    ddp: Any = Parallel(model)
     rng = torch.Generator()
     for step in range(start, num_steps):
         mine = range(rank, VIRTUAL_RANKS, size)
@@ -64,7 +86,7 @@ def main() -> None:
                 {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, partial
             )
             partial.replace(checkpoint)
-        if rank == size - 1 and step + 1 == kill_step and start == 0:
+        if rank == size - 1 and step + 1 == kill_step and RESTART == 0:
             tell(log, step + 1, rank, "kill")
             os.kill(os.getpid(), signal.SIGKILL)
     dist.destroy_process_group()
@@ -73,7 +95,8 @@ def main() -> None:
 def tell(log: Path, step: int, rank: int, what: str) -> None:
     """Append one line; small appends do not mix."""
     with log.open("a") as file:
-        file.write(json.dumps({"time": time.monotonic(), "step": step, "rank": rank, "what": what}) + "\n")
+        line = {"time": time.monotonic(), "restart": RESTART, "step": step, "rank": rank, "what": what}
+        file.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

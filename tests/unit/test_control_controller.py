@@ -1,0 +1,114 @@
+"""The controller, case by case: what an earlier driver left, names, late stops, worlds that cannot form."""
+
+from elastic.control.controller import SUSPICION_S, Controller, Phase
+from elastic.control.events import (
+    Cause,
+    Ending,
+    MemberEnded,
+    MemberFailed,
+    MemberLost,
+    MemberReady,
+    Settled,
+    StepCommitted,
+    StopRequested,
+    Tick,
+    UserFailed,
+    WorldBroken,
+)
+from elastic.control.instructions import End, FormWorld, KillMember, StartMember, Status, StopWorld
+from elastic.control.policy import WorldPolicy
+
+
+def training(workers: int = 2) -> Controller:
+    """A controller whose first world trains: generation 1, members w0, w1, ..."""
+    controller = Controller(WorldPolicy(workers=workers), "w")
+    controller.begin((), 0.0)
+    for index in range(workers):
+        controller.handle(MemberReady(f"w{index}", "h", index), 1.0)
+    for index in range(workers):
+        controller.handle(Settled(f"w{index}", 1, 0, "fresh", 0.1), 2.0)
+    assert controller.phase is Phase.TRAINING
+    return controller
+
+
+def test_what_members_still_tell_of_an_earlier_drivers_world_neither_ends_nor_starts_anything() -> None:
+    controller = Controller(WorldPolicy(workers=2), "w7.", generation=7)
+    controller.begin(["w0", "w1"], 0.0)
+    assert controller.handle(Settled("w0", 7, 10, "self", 0.1), 0.1) == []
+    assert controller.handle(StepCommitted("w0", 7, 11, 1.0, 0.5, 1, 0.0), 0.2) == []
+    assert controller.handle(MemberEnded("w0", 7, 11, Ending.STOPPED), 0.3) == []
+    assert controller.phase is Phase.GATHERING
+    controller.handle(MemberReady("w0", "h", 1), 0.4)
+    (formed,) = controller.handle(MemberReady("w1", "h", 2), 0.5)
+    assert isinstance(formed, FormWorld)
+    assert formed.generation == 8
+
+
+def test_a_new_member_never_gets_the_name_of_one_that_an_earlier_driver_left() -> None:
+    controller = Controller(WorldPolicy(workers=4), "w")
+    started = controller.begin(["w0", "w2", "w3"], 0.0)
+    assert started == [StartMember("w1")]
+
+
+def test_a_stop_before_the_found_workers_said_hello_still_saves_their_state() -> None:
+    controller = Controller(WorldPolicy(workers=3), "w5.", generation=5)
+    controller.begin(["w0", "w1"], 0.0)
+    assert controller.handle(StopRequested("test"), 0.1) == []
+    controller.handle(MemberReady("w0", "h", 1), 0.2)
+    (formed,) = controller.handle(MemberReady("w1", "h", 2), 0.3)
+    assert isinstance(formed, FormWorld)
+    assert formed.members == ("w0", "w1")
+    controller.handle(Settled("w0", 6, 9, "self", 0.1), 0.4)
+    assert controller.handle(Settled("w1", 6, 9, "self", 0.1), 0.4) == [StopWorld(6, "test")]
+
+
+def test_a_stop_without_any_worker_that_holds_state_ends_at_once() -> None:
+    controller = Controller(WorldPolicy(workers=2), "w")
+    controller.begin((), 0.0)
+    controller.handle(MemberReady("w0", "h", 1), 0.2)
+    (end,) = controller.handle(StopRequested("test"), 0.3)
+    assert isinstance(end, End)
+    assert end.status is Status.STOPPED
+
+
+def test_a_world_that_breaks_again_and_again_though_nobody_is_lost_ends_the_run_with_its_reason() -> None:
+    controller, now = training(), 10.0
+    for _ in range(100):
+        controller.handle(WorldBroken("w0", controller.generation, "port 7 is blocked"), now)
+        now += SUSPICION_S + 0.1
+        for instruction in controller.handle(Tick(), now):
+            if isinstance(instruction, End):
+                assert instruction.status is Status.FAILED
+                assert "port 7 is blocked" in instruction.reason
+                return
+    raise AssertionError("it went on for ever")
+
+
+def test_a_joiner_that_cannot_start_is_replaced_and_the_others_train_on() -> None:
+    controller = training(workers=3)
+    controller.handle(MemberLost("w2", Cause.PROCESS_DIED, "test"), 3.0)
+    for member in ("w0", "w1"):
+        controller.handle(Settled(member, 2, 5, "self", 0.1), 3.5)
+    told = controller.handle(MemberFailed("w3", "OSError: no room"), 4.0)
+    assert told == [KillMember("w3", "OSError: no room"), StartMember("w4")]
+    assert controller.phase is Phase.TRAINING
+
+
+def test_a_mistake_in_the_job_ends_the_run_in_the_workers_own_words() -> None:
+    (end,) = training().handle(UserFailed("w0", 1, 4, "the job failed in step 4: no", ""), 5.0)
+    assert end == End(Status.FAILED, "the job failed in step 4: no")
+
+
+def test_a_rank_that_hangs_after_the_others_have_ended_is_found() -> None:
+    controller = training()
+    controller.handle(StepCommitted("w0", 1, 1, 1.0, 0.5, 1, 0.0), 3.0)
+    controller.handle(MemberEnded("w0", 1, 1, Ending.FINISHED), 4.0)
+    told = controller.handle(Tick(silent=("w1",)), 60.0)
+    assert isinstance(told[0], KillMember)
+    assert told[-1] == End(Status.FINISHED, "all steps are committed and durable")
+
+
+def test_a_slow_last_checkpoint_is_no_hang() -> None:
+    controller = training()
+    controller.handle(StepCommitted("w0", 1, 1, 1.0, 0.5, 1, 0.0), 3.0)
+    assert controller.handle(Tick(), 500.0) == []

@@ -1,0 +1,86 @@
+"""What a person is shown of a run, and that nobody who looks on can end it."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from elastic.control.events import Entry, Settled, StepCommitted
+from elastic.control.instructions import FormWorld, Instruction, Manner
+from elastic.runtime.notices import LogLine, Notice, Progress
+from elastic.runtime.watch import Watch
+
+
+def committed(generation: int, step: int) -> StepCommitted:
+    return StepCommitted("w0", generation, step, 100.0 - step, 0.5, 100, 0.0)
+
+
+def world(generation: int, manner: Manner = Manner.AT_ONCE) -> FormWorld:
+    return FormWorld(generation, ("w0",), ("h",), manner, "test")
+
+
+def settled(generation: int, step: int) -> Settled:
+    return Settled("w0", generation, step, "store", 0.1)
+
+
+@pytest.fixture
+def steps_shown(monkeypatch):
+    """Give what shows the steps a person saw, after the run told of some entries."""
+    monkeypatch.setattr("elastic.runtime.watch.PROGRESS_EVERY_S", -1.0)
+
+    def show(*entries: Entry | Instruction) -> list[tuple[int, int]]:
+        seen: list[Notice] = []
+        watch = Watch(SimpleNamespace(training=SimpleNamespace(num_steps=200)), seen.append)
+        for entry in entries:
+            watch.see(entry)
+        return [(each.generation, each.step) for each in seen if isinstance(each, Progress)]
+
+    return show
+
+
+def test_progress_goes_on_after_the_run_was_rolled_back(steps_shown):
+    shown = steps_shown(
+        *(world(1), settled(1, 0), committed(1, 100)),
+        *(world(2), settled(2, 80), committed(2, 81), committed(2, 82)),
+    )
+    assert shown[-4:] == [(2, 100), (2, 80), (2, 81), (2, 82)]
+
+
+def test_steps_told_again_or_late_do_not_move_the_progress_back(steps_shown):
+    shown = steps_shown(
+        *(world(1), settled(1, 0), committed(1, 29), committed(1, 30), committed(1, 29)),
+        *(world(2), settled(2, 31), committed(1, 31), settled(2, 31), committed(2, 32)),
+    )
+    assert [step for _, step in shown] == [0, 0, 29, 30, 30, 31, 32]
+
+
+def test_progress_goes_on_while_a_world_waits_for_its_boundary(steps_shown):
+    shown = steps_shown(
+        world(1), settled(1, 0), committed(1, 1), world(2, Manner.AT_BOUNDARY), committed(1, 2)
+    )
+    assert shown[-1] == (2, 2)
+
+
+def test_an_observer_that_raises_is_dropped_with_one_line_and_ends_nothing(caplog):
+    seen: list[Notice] = []
+
+    def broken_pipe(notice: Notice) -> None:
+        seen.append(notice)
+        raise BrokenPipeError("nobody reads this any more")
+
+    watch = Watch(SimpleNamespace(training=SimpleNamespace(num_steps=200)), broken_pipe)
+    watch.tell(LogLine("w0", 20, "hello"))
+    watch.happen("world", "a new one")
+    watch.phase("training")
+    watch.see(committed(1, 1))
+    assert len(seen) == 1
+    (record,) = caplog.records
+    assert "nobody reads this any more" in record.getMessage()
+
+
+def test_an_interrupt_while_an_observer_runs_is_not_swallowed():
+    def interrupted(_: Notice) -> None:
+        raise KeyboardInterrupt
+
+    watch = Watch(SimpleNamespace(training=SimpleNamespace(num_steps=200)), interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        watch.happen("world", "a new one")
