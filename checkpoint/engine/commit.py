@@ -95,8 +95,8 @@ def proof_of(chunks: Sequence[ChunkRecord]) -> str:
 def try_commit(store: Store, own: Receipt, created_utc: str) -> Manifest | None:
     """Create the manifest if the receipts of all hosts are there; return it, or None to be asked again.
 
-    Raises Conflict if the step exists with other content, Corrupt if what exists cannot be read, Mismatch if the hosts hold different states,
-    Incomplete if the chunks do not cover a tensor or a host gave up.
+    Raises Conflict if the step exists with other content, Corrupt if what exists cannot be read, Mismatch if
+    the hosts hold different states, Incomplete if the chunks do not cover a tensor or a host gave up.
     """
     existing = _existing(store, own.step)
     if existing is not None and existing.generation == own.generation:

@@ -1,4 +1,4 @@
-"""The keeper's directory: private, locked while a client looks for a keeper, removed when one ends in order."""
+"""The keeper's directory: private, locked by who looks for a keeper, removed when one ends in order."""
 
 import fcntl
 import os
@@ -79,7 +79,7 @@ def remove_home(config: KeeperConfig, life_lock: int) -> None:
             if _try_lock(start_lock) and _lies_at(life_lock, config.life_lock_path):
                 for path in (config.socket_path, config.log_path, config.life_lock_path):
                     path.unlink(missing_ok=True)
-                config.start_lock_path.unlink()  # the last one: who finds none there makes one, and rmdir fails
+                config.start_lock_path.unlink()  # last: who misses it makes another, and rmdir fails
                 config.home.rmdir()
         finally:
             os.close(start_lock)

@@ -101,7 +101,8 @@ def prune(store: Store, policies: Sequence[Policy], *, now_s: float, grace_s: fl
     A checkpoint's manifest goes first, then the pages and packs that no other manifest names; a crash between
     leaves only orphans, which a later prune removes. `grace_s` has to be longer than any save takes. A
     manifest that cannot be read is left alone; while there is one, no pack or page is deleted, for it may
-    need them; nor any orphan within `grace_s` of a checkpoint being set aside. The newest checkpoint never expires, nor does the newest one that has all of its objects.
+    need them; nor any orphan within `grace_s` of a checkpoint being set aside. The newest checkpoint never
+    expires, nor does the newest one that has all of its objects.
     """
     listing = [*store.list(PACKS), *store.list(INDEX)]  # before the manifests, so that no newer one is missed
     manifests, problems = _read_manifests(Catalog(store))

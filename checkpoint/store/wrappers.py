@@ -20,7 +20,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How long a request is tried again: no try begins later than `deadline_s` after the first one; 0: never."""
+    """How long a request is tried again: none begins more than `deadline_s` after the first; 0: never."""
 
     deadline_s: float = 60.0
     first_wait_s: float = 0.1
@@ -79,8 +79,8 @@ class Retrying:
         policy = self._policy
         for attempt in stamina.retry_context(
             on=lambda error: _may_pass(error) and self._may_go_on(),
-            attempts=None,
-            timeout=policy.deadline_s,
+            attempts=None if policy.deadline_s else 1,
+            timeout=policy.deadline_s or None,
             wait_initial=policy.first_wait_s,
             wait_max=policy.longest_wait_s,
             wait_jitter=policy.first_wait_s,

@@ -145,16 +145,21 @@ def build_report(run: str, moments: Sequence[Moment]) -> TrainReport:
     failures = tuple(course.span(blow, zero) for blow in course.blows)
     sha256 = [ended.weights_sha256 for _, ended in _entries(moments, MemberEnded) if ended.weights_sha256]
     durable_at = _durable_at(moments, zero)
+    status, reason = _status(moments)
     return TrainReport(
         run=run,
-        status=course.status,
-        reason=course.reason,
+        status=status,
+        reason=reason,
         num_steps=course.num_steps,
         committed_steps=max(course.steps, default=0),
         redone_steps=len(course.commits) - len(course.steps),
         dropped_attempts=sum(failure.dropped_attempts for failure in failures),
         segments=course.num_segments,
-        worlds=tuple(world.span(zero) for world in course.worlds.values() if world.step is not None),
+        worlds=tuple(
+            WorldSpan(generation, world.size, world.step, world.ordered_at - zero, world.order.reason)
+            for generation, world in course.worlds.items()
+            if world.step is not None
+        ),
         failures=failures,
         ettr=computing_s / wall_s if wall_s > 0 and steps else None,
         wall_s=wall_s,
@@ -206,29 +211,17 @@ class _World:
     def size(self) -> int:
         return len(self.order.members)
 
-    @property
-    def formed_at(self) -> float | None:
-        return max(self.formed.values()) if self.is_everyone(self.formed) else None
-
-    @property
-    def settled_at(self) -> float | None:
-        return max(self.settled.values()) if self.is_everyone(self.settled) else None
-
     def is_everyone(self, members: Iterable[str]) -> bool:
         return set(self.order.members) <= set(members)
 
-    def span(self, zero: float) -> WorldSpan:
-        order = self.order
-        return WorldSpan(order.generation, self.size, self.step or 0, self.ordered_at - zero, order.reason)
+    def all_at(self, told: dict[str, float]) -> float | None:
+        """When the last of its members told something; None: not all of them did."""
+        return max(told.values()) if self.is_everyone(told) else None
 
 
 @dataclass(slots=True)
 class _Blow:
-    """A failure when it was noticed.
-
-    `has_attempt` says that a step was begun and not committed, `world` is the one that is ordered to recover
-    from it; `is_last` of the failures that it recovers from.
-    """
+    """A failure as it was noticed, and the `world` ordered to recover from it and those before it."""
 
     cause: str
     member: str
@@ -250,8 +243,6 @@ class _Course:
     generation, do not move it. `attempt_in` is the generation in which a step is in progress (0: none is).
     """
 
-    status: str = "running"
-    reason: str | None = None
     num_steps: int = 0
     num_segments: int = 0
     num_ends: int = 0
@@ -272,11 +263,13 @@ class _Course:
         """Take in the next moment."""
         match entry:
             case SegmentStarted(num_steps=num_steps):
-                self._start_segment(at, num_steps)
-            case SegmentEnded(status, reason):
-                self._end_segment(status, reason)
-            case End(status, reason):
-                self.status, self.reason = str(status), reason
+                if self.is_driven and self.world:
+                    self._fail(at, DRIVER_LOST, "driver", self.told_at)
+                self.is_driven, self.num_steps = True, num_steps
+                self.num_segments += 1
+            case SegmentEnded():
+                self.is_driven, self.world, self.open_blows, self.attempt_in = False, set(), [], 0
+                self.num_ends += 1
             case FormWorld():
                 self._form(at, entry)
             case Settled(generation=generation, step=step):
@@ -296,61 +289,41 @@ class _Course:
                 self._lose(at, member, Cause.HUNG)
             case _:
                 pass
-        world = self.worlds.get(getattr(entry, "generation", 0))
-        if world is not None:
+        if (world := self.worlds.get(getattr(entry, "generation", 0))) is not None:
             world.take(at, entry)
         self.told_at = at
 
     def span(self, blow: _Blow, zero: float) -> FailureSpan:
         """Measure a failure's recovery, once everything is taken in."""
-        bare = FailureSpan(
-            blow.cause, blow.member, blow.step, blow.struck_at - zero, detect_s=blow.known_at - blow.struck_at
-        )
-        world = blow.world
-        if world is None:
+        detect_s = blow.known_at - blow.struck_at
+        bare = FailureSpan(blow.cause, blow.member, blow.step, blow.struck_at - zero, detect_s)
+        if blow.world is None:
             return bare
-        later = [
-            each
-            for generation, each in self.worlds.items()
-            if generation >= world.order.generation and each.num_ends == world.num_ends
-        ]
-        full = next(
-            (each for each in later if each.settled_at is not None and each.size >= blow.size_before), None
-        )
-        until = (full or world).order.generation
+        world, first = blow.world, blow.world.order.generation
+        later = [each for each in self.worlds.values() if each.order.generation >= first]
+        later = [each for each in later if each.num_ends == world.num_ends]
+        full = [each for each in later if each.size >= blow.size_before and each.is_everyone(each.settled)]
+        formed_at, settled_at = world.all_at(world.formed), world.all_at(world.settled)
+        resumed = [each.resumed_at for each in later if each.resumed_at < inf]
+        until = (full or [world])[0].order.generation
         sources = {source for each in later if each.order.generation <= until for source in each.sources}
-        resumed_at = min(each.resumed_at for each in later)
-        is_settled = blow.is_last and world.step is not None
-        return replace(
+        span = replace(
             bare,
             decide_s=world.ordered_at - blow.known_at,
-            form_s=_between(world.ordered_at, world.formed_at),
-            restore_s=_between(world.formed_at, world.settled_at),
-            total_s=_between(blow.struck_at, None if resumed_at == inf else resumed_at),
-            full_strength_s=_between(blow.struck_at, full and full.settled_at),
-            redone_steps=max(0, blow.step - (world.step or 0)) if is_settled else 0,
-            dropped_attempts=int(is_settled and blow.has_attempt and (world.step or 0) <= blow.step),
+            form_s=_between(world.ordered_at, formed_at),
+            restore_s=_between(formed_at, settled_at),
+            total_s=_between(blow.struck_at, min(resumed, default=None)),
+            full_strength_s=_between(blow.struck_at, full[0].all_at(full[0].settled) if full else None),
             state_source="+".join(sorted(sources)) or None,
         )
-
-    def _start_segment(self, at: float, num_steps: int) -> None:
-        if self.is_driven and self.world:
-            self._fail(DRIVER_LOST, "driver", self.told_at, at)
-        self.is_driven = True
-        self.num_segments += 1
-        self.num_steps = num_steps
-        self.status, self.reason = "running", None
-
-    def _end_segment(self, status: str, reason: str) -> None:
-        self.is_driven = False
-        self.num_ends += 1
-        self.status, self.reason = str(status), reason
-        self.world, self.open_blows, self.attempt_in = set(), [], 0
+        if world.step is None or not blow.is_last:
+            return span
+        is_dropped = blow.has_attempt and world.step <= blow.step
+        return replace(span, redone_steps=max(0, blow.step - world.step), dropped_attempts=int(is_dropped))
 
     def _form(self, at: float, order: FormWorld) -> None:
         if self.world and not self.open_blows and order.manner is Manner.AT_ONCE:
-            broken_at = self.worlds[self.generation].broken_at
-            self._fail(WORLD_BROKEN, f"world {self.generation}", min(broken_at, at), at)
+            self._fail(at, WORLD_BROKEN, f"world {self.generation}")
         world = self.worlds[order.generation] = _World(order, at, self.num_ends)
         for blow in self.open_blows:
             blow.world, blow.is_last = world, blow is self.open_blows[-1]
@@ -358,16 +331,16 @@ class _Course:
         self.generation, self.world = order.generation, set(order.members)
 
     def _lose(self, at: float, member: str, cause: Cause) -> None:
-        """A failure begins if the member is of the world: at the drill's blow, else the first evidence."""
         if member in self.world:
             self.world.discard(member)
-            evident_at = min(at, self.worlds[self.generation].broken_at)
-            self._fail(cause.value, member, self.struck.get(member, evident_at), at)
+            self._fail(at, cause.value, member, self.struck.get(member))
 
-    def _fail(self, cause: str, member: str, struck_at: float, known_at: float) -> None:
-        step, size = self.position[1], self.worlds[self.generation].size
+    def _fail(self, at: float, cause: str, member: str, struck_at: float | None = None) -> None:
+        """Note a failure; not knowing when it struck, the first evidence in the present world counts."""
+        world, step = self.worlds[self.generation], self.position[1]
+        struck_at = min(at, world.broken_at) if struck_at is None else struck_at
         has_attempt = self.attempt_in > 0 and step < self.num_steps
-        blow = _Blow(cause, member, step, struck_at, known_at, size, has_attempt)
+        blow = _Blow(cause, member, step, struck_at, at, world.size, has_attempt)
         self.blows.append(blow)
         self.open_blows.append(blow)
 
@@ -394,10 +367,15 @@ def _entries(moments: Iterable[Moment], kind: type[E]) -> list[tuple[float, E]]:
     return [(moment.at_s, moment.entry) for moment in moments if isinstance(moment.entry, kind)]
 
 
+def _status(moments: Sequence[Moment]) -> tuple[str, str | None]:
+    told = [each.entry for each in moments if isinstance(each.entry, SegmentStarted | End | SegmentEnded)]
+    if not told or isinstance(told[-1], SegmentStarted):
+        return "running", None
+    return str(told[-1].status), told[-1].reason
+
+
 def _durable_at(moments: Sequence[Moment], zero: float) -> tuple[tuple[int, float], ...]:
-    first: dict[int, float] = {}
-    for at, durable in _entries(moments, CheckpointDurable):
-        first.setdefault(durable.step, at - zero)
+    first = {entry.step: at - zero for at, entry in reversed(_entries(moments, CheckpointDurable))}
     return tuple(sorted(first.items()))
 
 

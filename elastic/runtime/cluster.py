@@ -204,7 +204,8 @@ def _connect(address: str, namespace: str) -> None:
     authentication.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         ray.init(address=address, namespace=namespace, log_to_driver=False, configure_logging=False)
-        ray._private.worker.print_to_stdstream = _log  # else it prints each lost worker, with general advice
+        # Else it prints each lost worker, with general advice.
+        ray._private.worker.print_to_stdstream = _log  # type: ignore[assignment]  # Ray names its option
     except (RayError, OSError, RuntimeError) as error:
         raise TrainingFailed(
             f"cannot reach the Ray cluster at {address}: {error}; check world.address"
@@ -214,7 +215,7 @@ def _connect(address: str, namespace: str) -> None:
             _restore(handler)
 
 
-def _log(data: dict[str, Any], ignore_prefix: bool) -> None:  # noqa: ARG001, FBT001  (Ray calls it so)
+def _log(data: dict[str, Any], **_: object) -> None:
     log.debug("Ray: %s", data.get("lines"))
 
 

@@ -1,4 +1,4 @@
-"""While the store cannot be reached snapshots wait; when it is back they become durable, if patience lasts."""
+"""While the store cannot be reached snapshots wait; they become durable when it is back in time."""
 
 import threading
 import time

@@ -1,13 +1,21 @@
-"""What a person is shown of a run, and that nobody who looks on can end it."""
+"""What the driver tells: a run's picture and its journal. Neither an onlooker nor a full disk ends a run."""
 
+import errno
+import io
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from elastic.control.events import Entry, Settled, StepCommitted
 from elastic.control.instructions import FormWorld, Instruction, Manner
+from elastic.control.report import Moment
+from elastic.runtime.journal import NAME, Journal, read_moments
 from elastic.runtime.notices import LogLine, Notice, Progress
 from elastic.runtime.watch import Watch
+
+ORDER: Any = SimpleNamespace(training=SimpleNamespace(num_steps=200))
 
 
 def committed(generation: int, step: int) -> StepCommitted:
@@ -29,7 +37,7 @@ def steps_shown(monkeypatch):
 
     def show(*entries: Entry | Instruction) -> list[tuple[int, int]]:
         seen: list[Notice] = []
-        watch = Watch(SimpleNamespace(training=SimpleNamespace(num_steps=200)), seen.append)
+        watch = Watch(ORDER, seen.append)
         for entry in entries:
             watch.see(entry)
         return [(each.generation, each.step) for each in seen if isinstance(each, Progress)]
@@ -67,7 +75,7 @@ def test_an_observer_that_raises_is_dropped_with_one_line_and_ends_nothing(caplo
         seen.append(notice)
         raise BrokenPipeError("nobody reads this any more")
 
-    watch = Watch(SimpleNamespace(training=SimpleNamespace(num_steps=200)), broken_pipe)
+    watch = Watch(ORDER, broken_pipe)
     watch.tell(LogLine("w0", 20, "hello"))
     watch.happen("world", "a new one")
     watch.phase("training")
@@ -81,6 +89,57 @@ def test_an_interrupt_while_an_observer_runs_is_not_swallowed():
     def interrupted(_: Notice) -> None:
         raise KeyboardInterrupt
 
-    watch = Watch(SimpleNamespace(training=SimpleNamespace(num_steps=200)), interrupted)
+    watch = Watch(ORDER, interrupted)
     with pytest.raises(KeyboardInterrupt):
         watch.happen("world", "a new one")
+
+
+class FullDisk(io.FileIO):
+    """A file on a disk with room for `room` more bytes."""
+
+    room = 0
+
+    def write(self, data: Any) -> int:
+        if self.room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = bytes(data)[: self.room]
+        self.room -= len(taken)
+        return super().write(taken)
+
+
+def fill(journal: Journal, path: Path, room: int) -> FullDisk:
+    journal._file.close()
+    journal._file = disk = FullDisk(path, "ab")
+    disk.room = room
+    return disk
+
+
+def test_a_full_disk_ends_no_training_and_loses_no_moment(tmp_path: Path, caplog) -> None:
+    told = [Moment(float(number), committed(1, number)) for number in range(1, 21)]
+    with Journal(tmp_path) as journal:
+        disk = fill(journal, tmp_path / NAME, room=400)
+        for moment in told[:-2]:
+            journal.record(moment.at_s, moment.entry)
+        assert 0 < len(list(read_moments(tmp_path))) < 10
+        disk.room = 1_000_000
+        for moment in told[-2:]:
+            journal.record(moment.at_s, moment.entry)
+    assert list(read_moments(tmp_path)) == told
+    assert len(caplog.records) == 1
+
+
+def test_what_a_full_disk_keeps_in_memory_is_bounded(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("elastic.runtime.journal.MAX_UNWRITTEN", 3)
+    with Journal(tmp_path) as journal:
+        disk = fill(journal, tmp_path / NAME, room=0)
+        for number in range(1, 11):
+            journal.record(float(number), committed(1, number))
+        disk.room = 1_000_000
+    assert [moment.at_s for moment in read_moments(tmp_path)] == [8.0, 9.0, 10.0]
+
+
+def test_a_disk_that_stays_full_costs_the_rest_of_the_journal_and_says_so(tmp_path: Path, caplog) -> None:
+    with Journal(tmp_path) as journal:
+        fill(journal, tmp_path / NAME, room=0)
+        journal.record(1.0, committed(1, 1))
+    assert "lacks its last 1 moments" in caplog.records[-1].getMessage()
