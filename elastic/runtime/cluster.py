@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -64,10 +65,7 @@ class Cluster:
         self._seats: dict[str, Seat] = {}
         self._is_local = order.cluster.address is None
         self._warden: subprocess.Popen[bytes] | None = None
-        if order.cluster.address is None:
-            self._connect_locally()
-        else:
-            _connect(order.cluster.address, order.run)
+        _connect(order.cluster.address or self._join_or_start(), order.run)
 
     @property
     def address(self) -> str:
@@ -164,23 +162,17 @@ class Cluster:
         seat.call = seat.actor.poll.remote(POLL_S)
         yield from news
 
-    def _connect_locally(self) -> None:
-        """Join the local Ray there is, or start one; one that does not answer (half dead, or just ending) is
-        replaced.
-        """
-        try:
-            _connect(self._local_address(), self._order.run)
-        except TrainingFailed:
-            log.warning("the local Ray does not answer; starting another")
-            _end_warden(self._directory)
-            _connect(self._local_address(), self._order.run)
-
-    def _local_address(self) -> str:
+    def _join_or_start(self) -> str:
+        """Return the address of the local Ray there is, or of a new one in place of a dead one."""
         self._directory.mkdir(parents=True, exist_ok=True)
         self.renew()
         address = self._directory / warden.ADDRESS
         if _is_warden(_warden_pid(self._directory), self._directory) and address.exists():
-            return address.read_text()
+            known = address.read_text()
+            if _answers(known):
+                return known
+            log.warning("the local Ray does not answer; starting another")
+            _end_warden(self._directory)
         address.unlink(missing_ok=True)
         self._warden = _start_warden(self._directory, self._order)
         return _await_address(self._directory)
@@ -217,6 +209,16 @@ def _connect(address: str, namespace: str) -> None:
 
 def _log(data: dict[str, Any], **_: object) -> None:
     log.debug("Ray: %s", data.get("lines"))
+
+
+def _answers(address: str) -> bool:
+    """Whether something listens there: Ray itself tries for minutes to reach a cluster that is gone."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=2.0).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _restore(handler: Any) -> None:
