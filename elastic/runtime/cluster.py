@@ -29,6 +29,7 @@ LOOPBACK = "127.0.0.1"
 START_LIMIT_S = 120.0
 POLL_S = 0.5
 WARDEN_GRACE_S = 15.0
+SURELY_DEAD_S = 1.0
 
 
 class Actor(Member):
@@ -167,12 +168,10 @@ class Cluster:
         self._directory.mkdir(parents=True, exist_ok=True)
         self.renew()
         address = self._directory / warden.ADDRESS
-        if _is_warden(_warden_pid(self._directory), self._directory) and address.exists():
-            known = address.read_text()
-            if _answers(known):
-                return known
-            log.warning("the local Ray does not answer; starting another")
-            _end_warden(self._directory)
+        known = address.read_text() if address.exists() else ""
+        if known and _is_well(self._directory, known):
+            return known
+        _end_warden(self._directory)
         address.unlink(missing_ok=True)
         self._warden = _start_warden(self._directory, self._order)
         return _await_address(self._directory)
@@ -209,6 +208,19 @@ def _connect(address: str, namespace: str) -> None:
 
 def _log(data: dict[str, Any], **_: object) -> None:
     log.debug("Ray: %s", data.get("lines"))
+
+
+def _is_well(directory: Path, address: str) -> bool:
+    """Whether the local Ray lives, and goes on to for a second: what was just killed still answers while it
+    dies.
+    """
+    until = time.monotonic() + SURELY_DEAD_S
+    while _is_warden(_warden_pid(directory), directory) and _answers(address):
+        if time.monotonic() > until:
+            return True
+        time.sleep(0.1)
+    log.warning("the local Ray is gone or does not answer; starting another")
+    return False
 
 
 def _answers(address: str) -> bool:
