@@ -11,7 +11,7 @@ from elastic.control.policy import WorldPolicy
 
 
 class FaultKind(StrEnum):
-    """What a drill breaks: one worker's process, or all of the run's processes on this machine."""
+    """What a drill breaks: one worker's process."""
 
     KILL_WORKER = "kill_worker"
 
