@@ -1,18 +1,67 @@
 """Who computes which virtual ranks. Pure."""
 
-from itertools import pairwise
+from collections.abc import Collection, Sequence
+from itertools import accumulate, pairwise
+
+WORTH = (
+    0.85  # a dealing by speed has to shorten a step to this share of its time, or it is not worth a change
+)
+
+Dealing = tuple[tuple[int, ...], ...]
+"""`dealing[rank]` are the virtual ranks of each rank, in order."""
 
 
-def deal(num_virtual: int, world_size: int) -> tuple[range, ...]:
-    """Deal `num_virtual` virtual ranks over `world_size` ranks in contiguous ranges that differ by at most
-    one.
+def deal(num_virtual: int, seconds: Sequence[float]) -> Dealing:
+    """Deal `num_virtual` virtual ranks in contiguous ranges over ranks that need `seconds` for one each.
 
-    Raises ValueError if a rank would get none.
+    Evenly, unless dealing by speed is clearly faster: a step lasts as long as its slowest rank. A rank whose
+    speed is not known yet (0 seconds) makes it even. Raises ValueError if a rank would get none.
     """
-    if not 1 <= world_size <= num_virtual:
+    size = len(seconds)
+    if not 1 <= size <= num_virtual:
         raise ValueError(
-            f"cannot deal {num_virtual} virtual ranks over {world_size} workers: "
+            f"cannot deal {num_virtual} virtual ranks over {size} workers: "
             "raise training.virtual_ranks or lower world.workers"
         )
-    cuts = [num_virtual * rank // world_size for rank in range(world_size + 1)]
-    return tuple(range(start, stop) for start, stop in pairwise(cuts))
+    cuts = [num_virtual * rank // size for rank in range(size + 1)]
+    even = [stop - start for start, stop in pairwise(cuts)]
+    counts = even
+    if min(seconds) > 0:
+        by_speed = _shares(num_virtual, seconds)
+        if _makespan(by_speed, seconds) <= WORTH * _makespan(even, seconds):
+            counts = by_speed
+    return _cut(range(num_virtual), counts)
+
+
+def deal_rest(num_virtual: int, held: Sequence[Collection[int]]) -> Dealing:
+    """Deal a step anew that a lost rank interrupted: `held[rank]` are those whose gradients a rank holds.
+
+    It keeps them; the rest is dealt evenly, so that nothing is computed twice. Two holders of one virtual
+    rank: the lower rank keeps it.
+    """
+    owners: dict[int, int] = {}
+    for rank, virtual_ranks in enumerate(held):
+        for virtual_rank in virtual_ranks:
+            owners.setdefault(virtual_rank, rank)
+    rest = [virtual_rank for virtual_rank in range(num_virtual) if virtual_rank not in owners]
+    cuts = [len(rest) * rank // len(held) for rank in range(len(held) + 1)]
+    fresh = _cut(rest, [stop - start for start, stop in pairwise(cuts)])
+    return tuple(
+        tuple(sorted({*new, *(v for v in held[rank] if owners[v] == rank)})) for rank, new in enumerate(fresh)
+    )
+
+
+def _cut(virtual_ranks: Sequence[int], counts: Sequence[int]) -> Dealing:
+    return tuple(tuple(virtual_ranks[start:stop]) for start, stop in pairwise(accumulate(counts, initial=0)))
+
+
+def _shares(num_virtual: int, seconds: Sequence[float]) -> list[int]:
+    """Give one to each, then each to the rank that would be done with it first: no dealing is faster."""
+    counts = [1] * len(seconds)
+    for _ in range(num_virtual - len(seconds)):
+        counts[min(range(len(counts)), key=lambda rank: ((counts[rank] + 1) * seconds[rank], rank))] += 1
+    return counts
+
+
+def _makespan(counts: Sequence[int], seconds: Sequence[float]) -> float:
+    return max(count * each for count, each in zip(counts, seconds, strict=True))

@@ -1,35 +1,33 @@
-"""Ray, and nothing else: find or start the cluster, start members as named actors, hear them, end them."""
+"""Ray, and nothing else: join the cluster, start members as named actors, hear them, end them."""
 
 import logging
 import os
 import signal
-import socket
-import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
-import psutil
 import ray
 from ray._private.authentication import authentication_token_setup as authentication
 from ray.exceptions import RayActorError, RayError
 
 from elastic.control.events import Cause, Event, MemberLost
 from elastic.errors import TrainingFailed
-from elastic.runtime import warden
+from elastic.runtime.lifeline import Anchor, Lifelines
+from elastic.runtime.local_ray import LocalRay
 from elastic.runtime.notices import LogLine
 from elastic.runtime.order import TrainOrder
 from elastic.runtime.worker import Assignment, Member
 
 log = logging.getLogger("holdfast.cluster")
 LOOPBACK = "127.0.0.1"
-START_LIMIT_S = 120.0
 POLL_S = 0.5
-WARDEN_GRACE_S = 15.0
-SURELY_DEAD_S = 1.0
+LISTEN_S = 0.1
 
 
 class Actor(Member):
@@ -40,6 +38,13 @@ class Actor(Member):
         is_local = order.cluster.address is None
         host = "local" if is_local else ray.get_runtime_context().get_node_id()[:12]
         super().__init__(Assignment(member, host, _own_address(order), order))
+
+
+@dataclass(frozen=True, slots=True)
+class _CutOff:
+    """A member whose lifeline ended."""
+
+    member: str
 
 
 @dataclass(slots=True)
@@ -54,31 +59,39 @@ class Seat:
 class Cluster:
     """The run's members on Ray.
 
-    Actors are detached and named in the run's own namespace, so a later driver finds them.
-
-    Without an address a local Ray is started under a warden in a session of its own; its files lie in
-    `run_dir/ray`.
+    Actors are detached and named in the run's own namespace, so a later driver finds them. Without an address
+    the run gets a local Ray. One thread waits for what members tell, another for the ends of their lifelines.
     """
 
     def __init__(self, order: TrainOrder) -> None:
         self._order = order
-        self._directory = order.run_dir / "ray"
         self._seats: dict[str, Seat] = {}
-        self._is_local = order.cluster.address is None
-        self._warden: subprocess.Popen[bytes] | None = None
-        _connect(order.cluster.address or self._join_or_start(), order.run)
+        self._seating = threading.Lock()
+        self._news: SimpleQueue[Event | LogLine | _CutOff | Exception] = SimpleQueue()
+        self._local = LocalRay(order) if order.cluster.address is None else None
+        _connect(order.cluster.address or (self._local.join_or_start() if self._local else ""), order.run)
+        self._lifelines = Lifelines(self.address, lambda member: self._news.put(_CutOff(member)))
+        self._is_over = threading.Event()
+        self._listener = threading.Thread(target=self._listen, name="listen", daemon=True)
+        self._listener.start()
 
     @property
     def address(self) -> str:
         """The driver's own network address, where members can reach it."""
         return _own_address(self._order)
 
+    @property
+    def anchor(self) -> Anchor:
+        """Where members hold their lifelines."""
+        return self._lifelines.anchor
+
     def find(self) -> list[str]:
         """Return the living members that an earlier driver of this run left, and greet them."""
         names: list[str] = [str(name) for name in ray.util.list_named_actors()]
         for name in names:
-            self._seat(name, ray.get_actor(name))
-            self._seats[name].actor.greet.remote()
+            actor: Any = ray.get_actor(name)
+            actor.greet.remote()
+            self._seat(name, actor)
         return names
 
     def start(self, member: str) -> None:
@@ -102,79 +115,106 @@ class Cluster:
 
     def tell(self, member: str, method: str, *arguments: object) -> None:
         """Call a member without waiting; one that is gone is heard of as lost."""
-        if member in self._seats:
-            getattr(self._seats[member].actor, method).remote(*arguments)
+        seat = self._seats.get(member)
+        if seat is not None:
+            getattr(seat.actor, method).remote(*arguments)
 
     def hear(self, timeout_s: float) -> Iterator[Event | LogLine]:
-        """Yield what members tell, and that members are lost, within about `timeout_s`."""
-        calls = {seat.call: member for member, seat in self._seats.items()}
-        if not calls:
-            time.sleep(timeout_s)
+        """Yield what members tell, and that members are lost, waiting `timeout_s` for something."""
+        try:
+            message = self._news.get(timeout=timeout_s)
+            while True:
+                yield from self._understood(message)
+                message = self._news.get_nowait()
+        except Empty:
             return
-        done, _ = ray.wait(list(calls), num_returns=1, timeout=timeout_s)
-        more, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0)
-        for call in dict.fromkeys([*done, *more]):
-            yield from self._read(calls[call], call)
 
     def silent(self, limit_s: float) -> tuple[str, ...]:
         """Name the members that have not answered for `limit_s`."""
         now = time.monotonic()
-        return tuple(member for member, seat in self._seats.items() if now - seat.heard_at > limit_s)
+        with self._seating:
+            return tuple(member for member, seat in self._seats.items() if now - seat.heard_at > limit_s)
 
     def kill(self, member: str) -> None:
         """End a member's process."""
-        seat = self._seats.pop(member, None)
+        seat = self._unseat(member)
         if seat is not None:
             ray.kill(seat.actor)
 
     def renew(self) -> None:
         """Keep the local Ray alive for another lease."""
-        if self._is_local:
-            (self._directory / warden.LEASE).touch()
+        if self._local is not None:
+            self._local.renew()
 
     def detach(self) -> None:
         """Let go of the run without ending anything; the workers and the local Ray have their lease."""
-        ray.shutdown()
-        if self._warden is not None:
-            self._warden.returncode = 0  # it lives on, so nobody here has to wait for it
+        self._close()
+        if self._local is not None:
+            self._local.detach()
 
     def end(self) -> None:
         """End all members, and the local Ray if there is one."""
         for member in list(self._seats):
             self.kill(member)
+        self._close()
+        if self._local is not None:
+            self._local.end()
+
+    def _close(self) -> None:
+        self._lifelines.close()
+        self._is_over.set()
+        self._listener.join()
         ray.shutdown()
-        if self._is_local:
-            _end_warden(self._directory)
-            if self._warden is not None:
-                self._warden.wait()
 
     def _seat(self, member: str, actor: Any) -> None:
-        self._seats[member] = Seat(actor, actor.poll.remote(POLL_S), time.monotonic())
+        with self._seating:
+            self._seats[member] = Seat(actor, actor.poll.remote(POLL_S), time.monotonic())
 
-    def _read(self, member: str, call: Any) -> Iterator[Event | LogLine]:
-        seat = self._seats[member]
+    def _unseat(self, member: str) -> Seat | None:
+        with self._seating:
+            return self._seats.pop(member, None)
+
+    def _understood(self, message: Event | LogLine | _CutOff | Exception) -> Iterator[Event | LogLine]:
+        match message:
+            case Exception():
+                raise message
+            case _CutOff(member) if (seat := self._unseat(member)) is not None:
+                yield MemberLost(member, Cause.PROCESS_DIED, "its connection to the driver ended")
+                ray.kill(seat.actor)  # should only the connection have ended
+            case _CutOff():
+                return  # it was known
+            case _:
+                yield message
+
+    def _listen(self) -> None:
+        try:
+            while not self._is_over.is_set():
+                with self._seating:
+                    calls = {seat.call: member for member, seat in self._seats.items()}
+                if not calls:
+                    self._is_over.wait(LISTEN_S)
+                    continue
+                done, _ = ray.wait(list(calls), num_returns=1, timeout=LISTEN_S)
+                more, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0)
+                for call in dict.fromkeys([*done, *more]):
+                    self._read(calls[call], call)
+        except Exception as error:  # noqa: BLE001  (the thread's border: the driver's loop raises it)
+            self._news.put(error)
+
+    def _read(self, member: str, call: Any) -> None:
         try:
             news: list[Event | LogLine] = ray.get(call)
         except RayActorError as error:
-            del self._seats[member]
-            yield MemberLost(member, _cause(error), _evidence(error))
+            if self._unseat(member) is not None:
+                self._news.put(MemberLost(member, _cause(error), _evidence(error)))
             return
-        seat.heard_at = time.monotonic()
-        seat.call = seat.actor.poll.remote(POLL_S)
-        yield from news
-
-    def _join_or_start(self) -> str:
-        """Return the address of the local Ray there is, or of a new one in place of a dead one."""
-        self._directory.mkdir(parents=True, exist_ok=True)
-        self.renew()
-        address = self._directory / warden.ADDRESS
-        known = address.read_text() if address.exists() else ""
-        if known and _is_well(self._directory, known):
-            return known
-        _end_warden(self._directory)
-        address.unlink(missing_ok=True)
-        self._warden = _start_warden(self._directory, self._order)
-        return _await_address(self._directory)
+        with self._seating:
+            seat = self._seats.get(member)
+            if seat is not None:
+                seat.heard_at = time.monotonic()
+                seat.call = seat.actor.poll.remote(POLL_S)
+        for message in news:
+            self._news.put(message)
 
 
 def _own_address(order: TrainOrder) -> str:
@@ -208,29 +248,6 @@ def _connect(address: str, namespace: str) -> None:
 
 def _log(data: dict[str, Any], **_: object) -> None:
     log.debug("Ray: %s", data.get("lines"))
-
-
-def _is_well(directory: Path, address: str) -> bool:
-    """Whether the local Ray lives, and goes on to for a second: what was just killed still answers while it
-    dies.
-    """
-    until = time.monotonic() + SURELY_DEAD_S
-    while _is_warden(_warden_pid(directory), directory) and _answers(address):
-        if time.monotonic() > until:
-            return True
-        time.sleep(0.1)
-    log.warning("the local Ray is gone or does not answer; starting another")
-    return False
-
-
-def _answers(address: str) -> bool:
-    """Whether something listens there: Ray itself tries for minutes to reach a cluster that is gone."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=2.0).close()
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _restore(handler: Any) -> None:
@@ -267,59 +284,3 @@ def _evidence(error: RayActorError) -> str:
     text = " ".join(str(error).split())
     reason = text[text.find("The actor is dead because") :] if "The actor is dead because" in text else text
     return f"Ray: {reason.split(' Some common causes')[0][:300]}"
-
-
-def _start_warden(directory: Path, order: TrainOrder) -> subprocess.Popen[bytes]:
-    num_cpus = (order.world.workers + 2) * order.cluster.threads_per_worker
-    num_gpus = round(order.world.workers * order.cluster.gpus_per_worker)
-    arguments = [str(directory), str(num_cpus), str(num_gpus), str(order.lease_s + WARDEN_GRACE_S)]
-    with (directory / "warden.log").open("ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-P", warden.__file__, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    warden.publish(directory / "pid", str(process.pid))
-    return process
-
-
-def _await_address(directory: Path) -> str:
-    deadline = time.monotonic() + START_LIMIT_S
-    pid = _warden_pid(directory)
-    while time.monotonic() < deadline and _is_warden(pid, directory):
-        if (directory / warden.ADDRESS).exists():
-            return (directory / warden.ADDRESS).read_text()
-        time.sleep(0.05)
-    raise TrainingFailed(f"the local Ray did not start; its log is {directory / 'warden.log'}")
-
-
-def _warden_pid(directory: Path) -> int | None:
-    path = directory / "pid"
-    return int(path.read_text()) if path.exists() else None
-
-
-def _is_warden(pid: int | None, directory: Path) -> bool:
-    """Whether this process lives and is this directory's warden (numbers are given again)."""
-    if pid is None:
-        return False
-    try:
-        process = psutil.Process(pid)
-        command = process.cmdline()  # empty for a moment while it starts
-        is_ours = warden.__file__ in command and str(directory) in command
-        return process.status() != psutil.STATUS_ZOMBIE and (is_ours or not command)
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _end_warden(directory: Path) -> None:
-    pid = _warden_pid(directory)
-    if pid is None or not _is_warden(pid, directory):
-        return
-    os.kill(pid, signal.SIGTERM)
-    deadline = time.monotonic() + WARDEN_GRACE_S
-    while _is_warden(pid, directory) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    if _is_warden(pid, directory):
-        os.kill(pid, signal.SIGKILL)

@@ -178,7 +178,7 @@ class Driver:
                     self._cluster.kill(member)
                 case FormWorld(members=members):
                     self._claim(instruction.generation)
-                    self._tell(members, "form", WorldOrder(instruction, self._endpoint))
+                    self._tell(members, "form", WorldOrder(instruction, self._endpoint, self._cluster.anchor))
                 case StopWorld():
                     self._tell(self._controller.members.world, "stop", instruction)
                 case End():

@@ -4,6 +4,7 @@ break.
 The training runs in a thread of its own; the member's methods are called by the driver, from other threads.
 """
 
+import gc
 import logging
 import os
 import signal
@@ -42,6 +43,7 @@ from elastic.control.events import (
 )
 from elastic.control.instructions import FormWorld, Manner, StopWorld
 from elastic.errors import JobRejected
+from elastic.runtime.lifeline import Anchor, Lifeline
 from elastic.runtime.notices import LogLine
 from elastic.runtime.order import TrainOrder
 from elastic.runtime.world import Endpoint, Former, Place, World
@@ -66,10 +68,11 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class WorldOrder:
-    """An order to form a world, with the place of the rendezvous store of the driver that gave it."""
+    """An order to form a world, and where the driver that gave it has its rendezvous and its lifelines."""
 
     form: FormWorld
     endpoint: Endpoint
+    anchor: Anchor
 
 
 class Mailbox:
@@ -180,6 +183,7 @@ class Member:
         self._outbox = Outbox(assignment.member)
         self._world: World | None = None
         self._ready: MemberReady | None = None
+        self._lifeline = Lifeline(assignment.member)
         logging.getLogger("holdfast").addHandler(self._outbox)
         logging.getLogger("holdfast").setLevel(logging.INFO)
         threading.Thread(target=self._live, name="training", daemon=True).start()
@@ -230,6 +234,8 @@ class Member:
         former = Former(assignment.address, device)
         saver = _saver(assignment)
         trainer = _trainer(assignment, saver, device)
+        gc.collect()
+        gc.freeze()  # what lives by now lives on: searching the rest for cycles takes milliseconds
         self._ready = MemberReady(assignment.member, assignment.host, os.getpid())
         self._outbox.put(self._ready)
         while (order := self._mailbox.next()) is not None:
@@ -247,6 +253,7 @@ class Member:
         """Live through one world, from its forming until it ends or breaks."""
         member, form = self._assignment.member, order.form
         started = time.monotonic()
+        self._lifeline.hold(order.anchor)
         try:
             place = Place(form.generation, form.members.index(member), form.hosts, self._assignment.address)
             self._world = former.form(

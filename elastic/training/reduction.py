@@ -13,19 +13,28 @@ from torch import Tensor
 
 from elastic.training.gradients import GradientRows
 from elastic.training.ports import World
-from elastic.training.tree import Node, partial_sums, place, slice_length
+from elastic.training.tree import Node, grow, leaves_of, partial_sums, slice_length
 
 Compute = Callable[[int], Tensor]
 """Runs forward and backward of a virtual rank, adding to the bound gradients, and returns its loss."""
 
+Dealt = Sequence[Sequence[int]]
+"""`dealt[rank]` are the virtual ranks of each rank, in order."""
+
 
 class Reduction(Protocol):
-    """Two steps to the mean gradient. `dealt[rank]` are the virtual ranks of each rank."""
+    """Two steps to the mean gradient, of which the first survives a broken world."""
 
-    def fold(self, leaves: range, compute: Compute) -> None:
-        """Compute this rank's leaves and add them up as far as that goes alone."""
+    def fold(self, leaves: Sequence[int], compute: Compute) -> None:
+        """Compute those leaves of this rank that are not held yet; add them up as far as that goes alone."""
 
-    def reduce(self, world: World, dealt: Sequence[range]) -> float:
+    def held(self) -> list[int]:
+        """List the leaves whose gradients are held since the last `forget`, also after a failed reduction."""
+
+    def forget(self) -> None:
+        """Give up what is held: the parameters have changed."""
+
+    def reduce(self, world: World, dealt: Dealt) -> float:
         """Add everybody's up, bind the mean gradient, and return the mean loss."""
 
     def clip(self, largest_norm: float) -> None:
@@ -42,69 +51,92 @@ class TreeReduction:
 
     def __init__(self, rows: GradientRows) -> None:
         self._rows = rows
-        self._sums: list[Tensor] = []
+        self._sums: dict[Node, Tensor] = {}
         self._result: Tensor | None = None
         self._inbox = torch.empty(0)
 
-    def fold(self, leaves: range, compute: Compute) -> None:
+    def fold(self, leaves: Sequence[int], compute: Compute) -> None:
         """Compute the leaves one by one, adding up subtrees as soon as they are whole."""
-        self._forget()
-        nodes: list[Node] = []
+        self._keep_within(set(leaves))
+        held = set(self.held())
         for leaf in leaves:
+            if leaf in held:
+                continue
             row = self._rows.take().zero_()
-            self._sums.append(row)
             self._rows.bind(row)
-            self._rows.losses(row)[leaf] = compute(leaf)
-            for _ in range(place(nodes, Node(0, leaf), self._rows.virtual_ranks)):
-                right = self._sums.pop()
-                self._sums[-1].add_(right)
-                self._rows.give_back(right)
+            try:
+                self._rows.losses(row)[leaf] = compute(leaf)
+            except BaseException:
+                self._rows.give_back(row)
+                raise
+            grow(self._sums, Node(0, leaf), row, self._rows.virtual_ranks, self._add)
 
-    def reduce(self, world: World, dealt: Sequence[range]) -> float:
-        """Swap slices of partial sums, combine ours in tree order, gather everybody's."""
+    def held(self) -> list[int]:
+        """List the leaves of the subtrees that are held."""
+        return sorted(leaf for node in self._sums for leaf in leaves_of(node, self._rows.virtual_ranks))
+
+    def forget(self) -> None:
+        """Give up all subtrees, and the result."""
+        self._keep_within(set())
+        self._drop_result()
+
+    def reduce(self, world: World, dealt: Dealt) -> float:
+        """Swap slices of partial sums, combine copies in tree order, gather everybody's."""
+        self._drop_result()
         length = slice_length(self._rows.num_elements, world.size)
         mine = _combine(self._swap(world, dealt, length), dealt, self._rows.virtual_ranks)
         mine.div_(self._rows.virtual_ranks)
+        result = self._result = self._rows.take()
         if world.size == 1:
-            self._result = self._sums.pop()
+            result[:length] = mine
         else:
-            self._result = self._rows.take()
-            world.all_gather(self._result[: world.size * length], mine)
-        return _mean_loss(self._rows, self._result)
+            world.all_gather(result[: world.size * length], mine)
+        return _mean_loss(self._rows, result)
 
     def clip(self, largest_norm: float) -> None:
         """Scale the reduced gradient down; every rank does the same arithmetic on the same bits."""
         _clip(self._rows, self._result, largest_norm)
 
-    def _swap(self, world: World, dealt: Sequence[range], length: int) -> list[list[Tensor]]:
-        """Return our slice of every rank's partial sums, by rank."""
-        counts = [len(partial_sums(leaves, self._rows.virtual_ranks)) for leaves in dealt]
-        inbox = self._make_room(sum(counts) - counts[world.rank], length)
+    def _swap(self, world: World, dealt: Dealt, length: int) -> list[list[Tensor]]:
+        """Return our slice of every rank's partial sums: copies, so that no broken world spoils the sums."""
+        nodes = [partial_sums(leaves, self._rows.virtual_ranks) for leaves in dealt]
+        inbox = self._make_room(sum(map(len, nodes)), length)
+        swapped = [[next(inbox) for _ in each] for each in nodes]
+        mine = [self._sums[node] for node in nodes[world.rank]]
         cuts = [slice(peer * length, (peer + 1) * length) for peer in range(world.size)]
-        swapped = [
-            [next(inbox) for _ in range(count)] if rank != world.rank else []
-            for rank, count in enumerate(counts)
-        ]
-        for index in range(max(counts) if world.size > 1 else 0):
-            send: list[Tensor | None] = [None] * world.size
-            if index < len(self._sums):
-                send = [
-                    self._sums[index][cut] if peer != world.rank else None for peer, cut in enumerate(cuts)
-                ]
-            world.exchange(send, [sums[index] if index < len(sums) else None for sums in swapped])
-        swapped[world.rank] = [row[cuts[world.rank]] for row in self._sums]
+        for copy, row in zip(swapped[world.rank], mine, strict=True):
+            copy.copy_(row[cuts[world.rank]])
+        for index in range(max(map(len, nodes)) if world.size > 1 else 0):
+            sent = mine[index] if index < len(mine) else None
+            world.exchange(
+                [None if sent is None or peer == world.rank else sent[cut] for peer, cut in enumerate(cuts)],
+                [
+                    rows[index] if index < len(rows) and peer != world.rank else None
+                    for peer, rows in enumerate(swapped)
+                ],
+            )
         return swapped
 
     def _make_room(self, num_slices: int, length: int) -> Iterator[Tensor]:
-        """Return memory for received slices; it is kept while the world stays the same."""
+        """Return memory for slices; it is kept while the world stays the same."""
         if self._inbox.shape != (num_slices, length):
             self._inbox = torch.empty(num_slices, length, device=self._rows.device)
         return iter(self._inbox)
 
-    def _forget(self) -> None:
-        for row in [*self._sums, *([] if self._result is None else [self._result])]:
-            self._rows.give_back(row)
-        self._sums, self._result = [], None
+    def _keep_within(self, leaves: set[int]) -> None:
+        """Give up the subtrees that reach beyond some leaves: others compute those."""
+        for node in list(self._sums):
+            if not leaves.issuperset(leaves_of(node, self._rows.virtual_ranks)):
+                self._rows.give_back(self._sums.pop(node))
+
+    def _drop_result(self) -> None:
+        if self._result is not None:
+            self._rows.give_back(self._result)
+            self._result = None
+
+    def _add(self, left: Tensor, right: Tensor) -> None:
+        left.add_(right)
+        self._rows.give_back(right)
 
 
 class PlainReduction:
@@ -113,16 +145,31 @@ class PlainReduction:
     def __init__(self, rows: GradientRows) -> None:
         self._rows = rows
         self._row = rows.take()
+        self._held: list[int] = []
 
-    def fold(self, leaves: range, compute: Compute) -> None:
+    def fold(self, leaves: Sequence[int], compute: Compute) -> None:
         """Let backward add all leaves to one row."""
-        self._row.zero_()
+        if not set(self._held) <= set(leaves):
+            self._held = []
+        if not self._held:
+            self._row.zero_()
         self._rows.bind(self._row)
         for leaf in leaves:
-            self._rows.losses(self._row)[leaf] = compute(leaf)
+            if leaf not in self._held:
+                self._rows.losses(self._row)[leaf] = compute(leaf)
+                self._held.append(leaf)
 
-    def reduce(self, world: World, dealt: Sequence[range]) -> float:  # noqa: ARG002  (the dealing does not matter here)
-        """Add the rows up with the library's all-reduce."""
+    def held(self) -> list[int]:
+        """List the leaves that are in the row."""
+        return sorted(self._held)
+
+    def forget(self) -> None:
+        """Give up the row's content."""
+        self._held = []
+
+    def reduce(self, world: World, dealt: Dealt) -> float:  # noqa: ARG002  (the dealing does not matter here)
+        """Add the rows up with the library's all-reduce; what a broken one leaves is worthless."""
+        self._held = []
         if world.size > 1:
             world.all_reduce(self._row, "sum")
         self._row.div_(self._rows.virtual_ranks)
@@ -133,18 +180,18 @@ class PlainReduction:
         _clip(self._rows, self._row, largest_norm)
 
 
-def _combine(swapped: Sequence[Sequence[Tensor]], dealt: Sequence[range], num_leaves: int) -> Tensor:
+def _combine(swapped: Sequence[Sequence[Tensor]], dealt: Dealt, num_leaves: int) -> Tensor:
     """Add the slices of all ranks' partial sums in the tree's order, in place; return the root's."""
-    nodes: list[Node] = []
-    sums: list[Tensor] = []
+    forest: dict[Node, Tensor] = {}
     for slices, leaves in zip(swapped, dealt, strict=True):
         for node, one in zip(partial_sums(leaves, num_leaves), slices, strict=True):
-            sums.append(one)
-            for _ in range(place(nodes, node, num_leaves)):
-                right = sums.pop()
-                sums[-1].add_(right)
-    (root,) = sums
+            grow(forest, node, one, num_leaves, _add)
+    (root,) = forest.values()
     return root
+
+
+def _add(left: Tensor, right: Tensor) -> None:
+    left.add_(right)
 
 
 def _mean_loss(rows: GradientRows, reduced: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import Loaded, Saver, Share
-from elastic.control.dealing import deal
+from elastic.control.dealing import Dealing, deal, deal_rest
 from elastic.control.events import Ending, Event, StepCommitted
 from elastic.control.standing import BLANK, Standing, settle
 from elastic.errors import JobRejected
 from elastic.training.gradients import GradientRows
 from elastic.training.handover import Parcel, accept, hand_over
 from elastic.training.job import Job, Split
+from elastic.training.pace import Pace
 from elastic.training.ports import Broken, Emit, Flags, Orders, World
 from elastic.training.randomness import keyed, make_deterministic, seed_for
 from elastic.training.reduction import PlainReduction, Reduction, TreeReduction
@@ -26,6 +27,7 @@ from elastic.training.state import Learner
 
 FINAL_DRAIN_S = 600.0
 _DRAIN_POLL_S = 0.2
+_WORD_BITS = 62  # of virtual ranks in one 64-bit integer
 Source = Literal["fresh", "self", "peer", "store"]
 
 
@@ -113,6 +115,8 @@ class Trainer:
         self._snapshots = Snapshots(storage.saver, member, _meta(job, plan))
         self._standing = Standing(BLANK)
         self._attempt = _Attempt()
+        self._pace = Pace(device)
+        self._dealing: Dealing | None = None  # of the step that a lost rank interrupted
         self._num_tokens = 0
         self._untold: list[Event] = []
 
@@ -176,11 +180,12 @@ class Trainer:
         """Commit one step, on all ranks or on none; return what the ranks agreed to do after it."""
         started, step = time.perf_counter(), self._standing.committed
         self._standing = Standing(step)  # gradients still held from a lost attempt are given up now
-        dealt = deal(self._plan.virtual_ranks, world.size)
+        dealt = self._dealing or deal(self._plan.virtual_ranks, self._pace.everyones(world.size))
 
         def leaf(virtual_rank: int) -> Tensor:
-            orders.check(world.generation)  # a world that is over is not worth another gradient
-            return self._leaf(virtual_rank)
+            orders.check(world.generation)  # what is held by now is still good in the world after it
+            with self._pace.measured():
+                return self._leaf(virtual_rank)
 
         self._reduction.fold(dealt[world.rank], leaf)
         loss = self._reduction.reduce(world, dealt)
@@ -189,9 +194,18 @@ class Trainer:
         # Capture ends before the agreement: after it, survivors may go past what a lost member still owes.
         self._attempt = _Attempt(world.generation, loss, started, self._snapshots.wait_captured())
         self._standing = Standing(step, reduced=step)
-        agreed = _agree(world, orders.pending())
+        agreed = self._agree(world, orders.pending())
         self._commit()  # all ranks hold the gradients now: whoever survives can apply them
         return agreed
+
+    def _agree(self, world: World, flags: Flags) -> Flags:
+        """Return what any rank was told; that it returns says that every rank came here. Tells paces too."""
+        told = torch.zeros(2 + world.size, dtype=torch.int64)
+        told[0], told[1], told[2 + world.rank] = flags.next_generation, flags.stop, self._pace.mine_us
+        world.all_reduce(told, "max")
+        next_generation, stop, *everyones_us = told.tolist()
+        self._pace.learn(everyones_us)
+        return Flags(next_generation, stop)
 
     def _leaf(self, virtual_rank: int) -> Tensor:
         """Add the gradient of one virtual rank's micro-batch to the bound row; return its loss."""
@@ -218,6 +232,8 @@ class Trainer:
         with _blaming_the_job(self._standing.committed):
             self._learner.update()
         self._standing = Standing(self._standing.committed + 1)
+        self._reduction.forget()
+        self._dealing = None
         self._untold.append(
             StepCommitted(
                 member=self._member,
@@ -232,7 +248,8 @@ class Trainer:
 
     def _settle(self, world: World) -> Settling:
         started = time.perf_counter()
-        settlement = settle(_gather_standings(world, self._standing))
+        standings, held = self._gather(world)
+        settlement = settle(standings)
         if world.rank in settlement.appliers:
             self._commit()
         parcel = Parcel(None, "self")
@@ -250,7 +267,31 @@ class Trainer:
             self._take_over(parcel.state)
         if parcel.origin == "store":
             self._snapshots.hold(world.generation, self._standing.committed)
+        self._deal_rest(
+            [held[rank] if standings[rank].committed == settlement.step else () for rank in range(world.size)]
+        )
         return Settling(self._standing.committed, source, time.perf_counter() - started, parcel.note)
+
+    def _gather(self, world: World) -> tuple[list[Standing], list[list[int]]]:
+        """Learn where every rank stands, and of which virtual ranks it holds its next step's gradients."""
+        num_words = -(-self._plan.virtual_ranks // _WORD_BITS)
+        mine = torch.zeros(2 + num_words, dtype=torch.int64)
+        mine[0], mine[1] = self._standing.committed, self._standing.reduced
+        for virtual_rank in self._reduction.held():
+            mine[2 + virtual_rank // _WORD_BITS] |= 1 << virtual_rank % _WORD_BITS
+        everyones = torch.empty(world.size * len(mine), dtype=torch.int64)
+        world.all_gather(everyones, mine)
+        told = everyones.view(world.size, -1).tolist()
+        held = [
+            [v for v in range(self._plan.virtual_ranks) if words[v // _WORD_BITS] >> v % _WORD_BITS & 1]
+            for _, _, *words in told
+        ]
+        return [Standing(committed, reduced) for committed, reduced, *_ in told], held
+
+    def _deal_rest(self, held: list[Sequence[int]]) -> None:
+        """Deal the interrupted step so that nothing that survived is computed again; the pace begins anew."""
+        self._pace.forget_others()
+        self._dealing = deal_rest(self._plan.virtual_ranks, held) if any(held) else None
 
     def _begin(self) -> Parcel:
         """Make the first state: the newest checkpoint if there is one, else what the seed gave."""
@@ -264,6 +305,7 @@ class Trainer:
 
     def _take_over(self, state: Any) -> None:
         self._snapshots.wait_captured()
+        self._reduction.forget()
         self._standing = Standing(BLANK)  # in between it is neither the old state nor the new one
         self._standing = Standing(self._learner.load(state))
 
@@ -300,20 +342,6 @@ class Trainer:
     def _count_tokens(self, batch: Any) -> int:
         count = getattr(self._job, "tokens", None)
         return int(count(batch)) if count is not None else self._plan.micro_batch
-
-
-def _gather_standings(world: World, mine: Standing) -> list[Standing]:
-    everyones = torch.empty(world.size * 2, dtype=torch.int64)
-    world.all_gather(everyones, torch.tensor([mine.committed, mine.reduced]))
-    return [Standing(committed, reduced) for committed, reduced in everyones.view(-1, 2).tolist()]
-
-
-def _agree(world: World, flags: Flags) -> Flags:
-    """Return what any rank was told; that this returns says that every rank came here."""
-    told = torch.tensor([flags.next_generation, flags.stop])
-    world.all_reduce(told, "max")
-    next_generation, stop = told.tolist()
-    return Flags(next_generation, stop)
 
 
 @contextmanager

@@ -4,8 +4,10 @@ Leaves are the virtual ranks 0 .. V-1; the node (level l, position k) covers the
 that exist. A node whose right half has no leaves is its left half, so that any V has a tree.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
+
+Sum = TypeVar("Sum")
 
 ALIGNMENT = 16
 """Slices begin at multiples of this many elements."""
@@ -18,33 +20,42 @@ class Node(NamedTuple):
     position: int
 
 
-def place(nodes: list[Node], node: Node, num_leaves: int) -> int:
-    """Put `node` behind its left neighbours, and join it with as many of them as are its siblings.
+def grow(
+    forest: dict[Node, Sum], node: Node, value: Sum, num_leaves: int, add: Callable[[Sum, Sum], None]
+) -> None:
+    """Put the sum of a subtree into a forest, and join siblings for as long as there are any.
 
-    Changes `nodes`; returns the number of additions: each joins the last two sums into the place of the
-    former.
+    `add(left, right)` adds the right sum to the left one in place. The order in which subtrees come does not
+    matter: each addition is that of a node's two halves.
     """
-    nodes.append(node)
-    additions = 0
-    while (1 << nodes[-1].level) < num_leaves:
-        level, position = nodes[-1]
-        parent = Node(level + 1, position // 2)
-        if position % 2 and len(nodes) > 1 and nodes[-2] == Node(level, position - 1):
-            nodes[-2:] = [parent]
-            additions += 1
-        elif position % 2 == 0 and (position + 1) << level >= num_leaves:
-            nodes[-1] = parent
-        else:
-            break
-    return additions
+    while (1 << node.level) < num_leaves:
+        level, position = node
+        if position % 2 or (position + 1) << level < num_leaves:
+            sibling = Node(level, position ^ 1)
+            if sibling not in forest:
+                break
+            other = forest.pop(sibling)
+            left, right = (other, value) if position % 2 else (value, other)
+            add(left, right)
+            value = left
+        node = Node(level + 1, position // 2)
+    forest[node] = value
 
 
-def partial_sums(leaves: range, num_leaves: int) -> tuple[Node, ...]:
-    """List the subtrees that a rank with these leaves sums up alone, from left to right: at most 2 log2 V."""
-    nodes: list[Node] = []
+def leaves_of(node: Node, num_leaves: int) -> range:
+    """Return the leaves that a subtree covers."""
+    return range(node.position << node.level, min((node.position + 1) << node.level, num_leaves))
+
+
+def partial_sums(leaves: Iterable[int], num_leaves: int) -> tuple[Node, ...]:
+    """List the subtrees that a rank with these leaves sums up alone, from left to right.
+
+    At most 2 log2 V for a contiguous range of leaves.
+    """
+    forest: dict[Node, None] = {}
     for leaf in leaves:
-        place(nodes, Node(0, leaf), num_leaves)
-    return tuple(nodes)
+        grow(forest, Node(0, leaf), None, num_leaves, lambda _left, _right: None)
+    return tuple(sorted(forest, key=lambda node: node.position << node.level))
 
 
 def slice_length(num_elements: int, world_size: int) -> int:

@@ -64,6 +64,6 @@ def test_dealing_gives_every_virtual_rank_to_exactly_one_rank_and_is_even(
 ) -> None:
     if size > num_virtual:
         return
-    hands = deal(num_virtual, size)
+    hands = deal(num_virtual, (0.0,) * size)
     assert [v for hand in hands for v in hand] == list(range(num_virtual))
     assert max(map(len, hands)) - min(map(len, hands)) <= 1

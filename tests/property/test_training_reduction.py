@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from elastic.control.dealing import deal
+from elastic.control.dealing import deal, deal_rest
 from elastic.training.gradients import GradientRows
+from elastic.training.ports import Broken
 from elastic.training.reduction import PlainReduction, TreeReduction
-from elastic.training.tree import Node, partial_sums, place
+from elastic.training.tree import Node, grow, leaves_of, partial_sums
 
 SHAPES = [(3, 5), (7,), (1, 1), (4, 2, 2)]
 
@@ -74,7 +74,13 @@ def leaf_gradients(leaf: int) -> list[Tensor]:
     return [torch.randn(shape, generator=rng) * scale for shape in SHAPES]
 
 
-def reduced(reduction_class: type, dealt: Sequence[range], num_leaves: int) -> list[tuple[float, Tensor]]:
+def even(num_leaves: int, size: int) -> tuple[tuple[int, ...], ...]:
+    return deal(num_leaves, (0.0,) * size)
+
+
+def reduced(
+    reduction_class: type, dealt: Sequence[Sequence[int]], num_leaves: int
+) -> list[tuple[float, Tensor]]:
     """Return every rank's mean loss and its gradient, flat, as the optimizer would see it."""
     board: dict[Any, Any] = {}
     barrier = threading.Barrier(len(dealt), timeout=20)
@@ -91,6 +97,7 @@ def reduced(reduction_class: type, dealt: Sequence[range], num_leaves: int) -> l
 
         loss = 0.0
         for _ in range(2):  # the second time over memory that is dirty from the first
+            reduction.forget()
             reduction.fold(dealt[rank], compute)
             loss = reduction.reduce(ThreadWorld(rank, len(dealt), board, barrier), dealt)
         return loss, torch.cat([parameter.grad.flatten() for parameter in model.all])
@@ -109,15 +116,11 @@ def tree_sum(leaves: Sequence[Tensor], start: int, stop: int) -> Tensor:
 
 
 @st.composite
-def dealings(draw: st.DrawFn) -> tuple[int, list[range]]:
+def dealings(draw: st.DrawFn) -> tuple[int, list[list[int]]]:
     num_leaves = draw(st.integers(1, 19))
     size = draw(st.integers(1, min(5, num_leaves)))
-    inner = (
-        draw(st.sets(st.integers(1, num_leaves - 1), min_size=size - 1, max_size=size - 1))
-        if size > 1
-        else set()
-    )
-    return num_leaves, [range(*cut) for cut in pairwise([0, *sorted(inner), num_leaves])]
+    hands = draw(st.lists(st.integers(0, size - 1), min_size=num_leaves, max_size=num_leaves))
+    return num_leaves, [[leaf for leaf in range(num_leaves) if hands[leaf] == rank] for rank in range(size)]
 
 
 @settings(max_examples=60)
@@ -136,14 +139,14 @@ def test_worlds_of_one_to_five_agree_bit_for_bit_at_eight_virtual_ranks():
     results = {
         (loss, gradient.numpy().tobytes())
         for size in range(1, 6)
-        for loss, gradient in reduced(TreeReduction, deal(8, size), 8)
+        for loss, gradient in reduced(TreeReduction, even(8, size), 8)
     }
     assert len(results) == 1
 
 
 def test_the_plain_reduction_gives_the_same_mean_but_for_rounding():
-    ((loss, tree),) = reduced(TreeReduction, deal(8, 1), 8)
-    for plain_loss, plain in reduced(PlainReduction, deal(8, 3), 8):
+    ((loss, tree),) = reduced(TreeReduction, even(8, 1), 8)
+    for plain_loss, plain in reduced(PlainReduction, even(8, 3), 8):
         assert plain_loss == loss
         torch.testing.assert_close(plain, tree, rtol=1e-4, atol=1e-4 * float(tree.abs().max()))
 
@@ -153,14 +156,113 @@ def test_a_rank_sums_its_leaves_into_few_subtrees_that_cover_them_exactly(num_le
     start = data.draw(st.integers(0, num_leaves - 1))
     stop = data.draw(st.integers(start + 1, num_leaves))
     sums = partial_sums(range(start, stop), num_leaves)
-    covered = [leaf for level, k in sums for leaf in range(k << level, min((k + 1) << level, num_leaves))]
+    covered = [leaf for node in sums for leaf in leaves_of(node, num_leaves)]
     assert covered == list(range(start, stop))
     assert len(sums) <= max(1, 2 * (num_leaves - 1).bit_length())
 
 
-@given(st.integers(1, 300))
-def test_all_leaves_join_into_one_root_with_one_addition_less_than_leaves(num_leaves):
-    nodes: list[Node] = []
-    additions = sum(place(nodes, Node(0, leaf), num_leaves) for leaf in range(num_leaves))
-    assert len(nodes) == 1
-    assert additions == num_leaves - 1
+@given(st.permutations(range(23)), st.integers(1, 23))
+def test_leaves_that_come_in_any_order_join_into_one_root_with_one_addition_less_than_leaves(
+    order, num_leaves
+):
+    forest: dict[Node, list[int]] = {}
+    additions = []
+
+    def add(left: list[int], right: list[int]) -> None:
+        additions.append((left[:], right[:]))
+        left += right
+
+    for leaf in (each for each in order if each < num_leaves):
+        grow(forest, Node(0, leaf), [leaf], num_leaves, add)
+    assert list(forest.values()) == [list(range(num_leaves))]
+    assert len(additions) == num_leaves - 1
+
+
+class BrokenWorld(ThreadWorld):
+    """A world that breaks when its members swap, or when they gather what they combined."""
+
+    def __init__(self, rank: int, size: int, at: str) -> None:
+        super().__init__(rank, size, {}, threading.Barrier(1))
+        self._at = at
+
+    def exchange(self, send: Sequence[Tensor | None], receive: Sequence[Tensor | None]) -> None:
+        if self._at == "exchange":
+            raise Broken(1, "a peer died")
+        for tensor in receive:
+            if tensor is not None:
+                tensor.fill_(float("nan"))
+
+    def all_gather(self, out: Tensor, mine: Tensor) -> None:
+        out.fill_(float("nan"))
+        raise Broken(1, "a peer died")
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_a_step_that_a_death_interrupted_keeps_what_survived_and_comes_to_the_same_bits(data):
+    num_leaves = data.draw(st.integers(2, 13))
+    size = data.draw(st.integers(2, min(5, num_leaves)))
+    dead = data.draw(st.integers(0, size - 1))
+    at = data.draw(st.sampled_from(["fold", "exchange", "all_gather"]))
+    dealt = even(num_leaves, size)
+    computed: list[int] = []
+
+    def compute_for(model: Parameters, limit: int) -> Any:
+        def compute(leaf: int) -> Tensor:
+            nonlocal limit
+            if not limit:
+                raise Broken(1, "a newer world was ordered")
+            limit -= 1
+            computed.append(leaf)
+            for parameter, gradient in zip(model.all, leaf_gradients(leaf), strict=True):
+                parameter.grad.add_(gradient)
+            return torch.tensor(1.5 * leaf)
+
+        return compute
+
+    models = [Parameters() for _ in range(size)]
+    reductions = [TreeReduction(GradientRows(model, num_leaves)) for model in models]
+    for rank in range(size):
+        limit = data.draw(st.integers(0, len(dealt[rank]))) if at == "fold" else num_leaves
+        try:
+            reductions[rank].fold(dealt[rank], compute_for(models[rank], limit))
+            if at != "fold":
+                reductions[rank].reduce(BrokenWorld(rank, size, at), dealt)
+        except Broken:
+            continue
+    survivors = [rank for rank in range(size) if rank != dead]
+    kept = [leaf for rank in survivors for leaf in reductions[rank].held()]
+    again = deal_rest(num_leaves, [reductions[rank].held() for rank in survivors])
+    assert sorted(leaf for hand in again for leaf in hand) == list(range(num_leaves))
+    computed.clear()
+    board: dict[Any, Any] = {}
+    barrier = threading.Barrier(len(survivors), timeout=20)
+
+    def finish(place: int) -> bytes:
+        rank = survivors[place]
+        reductions[rank].fold(again[place], compute_for(models[rank], num_leaves))
+        reductions[rank].reduce(ThreadWorld(place, len(survivors), board, barrier), again)
+        return torch.cat([parameter.grad.flatten() for parameter in models[rank].all]).numpy().tobytes()
+
+    with ThreadPoolExecutor(len(survivors)) as pool:
+        results = set(pool.map(finish, range(len(survivors))))
+    assert sorted(computed + kept) == list(range(num_leaves)), "something was computed twice, or not at all"
+    assert results == {reduced(TreeReduction, even(num_leaves, 1), num_leaves)[0][1].numpy().tobytes()}
+
+
+@given(st.integers(1, 40), st.lists(st.floats(0.01, 10.0), min_size=1, max_size=6))
+def test_dealing_by_speed_is_a_cover_and_never_slower_than_an_even_one(num_virtual, seconds):
+    num_virtual = max(num_virtual, len(seconds))
+    dealt = deal(num_virtual, seconds)
+    slowest = max(len(hand) * each for hand, each in zip(dealt, seconds, strict=True))
+    evenly = max(
+        len(hand) * each for hand, each in zip(even(num_virtual, len(seconds)), seconds, strict=True)
+    )
+    assert [leaf for hand in dealt for leaf in hand] == list(range(num_virtual))
+    assert min(map(len, dealt)) >= 1
+    assert slowest <= evenly
+
+
+def test_a_rank_at_half_speed_gets_about_half_the_work():
+    assert [len(hand) for hand in deal(28, (1.0, 1.0, 1.0, 2.0))] == [8, 8, 8, 4]
+    assert [len(hand) for hand in deal(28, (1.0, 1.0, 1.05, 1.0))] == [7, 7, 7, 7]

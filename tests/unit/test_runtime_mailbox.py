@@ -7,6 +7,7 @@ import pytest
 
 from elastic.control.events import WorldBroken
 from elastic.control.instructions import FormWorld, Manner
+from elastic.runtime.lifeline import Anchor
 from elastic.runtime.notices import LogLine
 from elastic.runtime.worker import Mailbox, Outbox, WorldOrder
 from elastic.runtime.world import Endpoint
@@ -15,7 +16,7 @@ from elastic.training.ports import Broken
 
 def order(generation: int) -> WorldOrder:
     form = FormWorld(generation, ("w0",), ("h",), Manner.AT_ONCE, "test")
-    return WorldOrder(form, Endpoint("127.0.0.1", 1))
+    return WorldOrder(form, Endpoint("127.0.0.1", 1), Anchor("127.0.0.1", 1, "token"))
 
 
 def test_an_older_order_is_refused_and_a_newer_one_replaces_what_was_not_taken() -> None:
@@ -45,7 +46,7 @@ def test_an_order_at_once_breaks_the_older_world_and_one_at_a_boundary_does_not(
     with pytest.raises(Broken, match="at once"):
         mailbox.check(1)
     mailbox.check(2)
-    polite = WorldOrder(replace(order(3).form, manner=Manner.AT_BOUNDARY), order(3).endpoint)
+    polite = WorldOrder(replace(order(3).form, manner=Manner.AT_BOUNDARY), order(3).endpoint, order(3).anchor)
     mailbox.put(polite)
     mailbox.check(2)
 

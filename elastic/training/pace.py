@@ -1,0 +1,45 @@
+"""How fast each rank computes a virtual rank: measured, told to everybody, used to deal the next step."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+NEWEST = 0.25  # weight of the newest measurement in the moving average
+
+
+class Pace:
+    """A member's own seconds per virtual rank, a moving average, and those that the others told last."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._mine_s = 0.0
+        self._everyones: tuple[float, ...] = ()
+
+    @property
+    def mine_us(self) -> int:
+        """Our microseconds per virtual rank, 0 while nothing was measured."""
+        return round(self._mine_s * 1e6)
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Measure one virtual rank's forward and backward; on a device, until they are done."""
+        started = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        seconds = time.perf_counter() - started
+        self._mine_s += (seconds - self._mine_s) * (NEWEST if self._mine_s else 1.0)
+
+    def learn(self, everyones_us: Sequence[int]) -> None:
+        """Take what every rank of the world told, the same numbers on all of them."""
+        self._everyones = tuple(each / 1e6 for each in everyones_us)
+
+    def forget_others(self) -> None:
+        """A new world: nobody has told anything yet."""
+        self._everyones = ()
+
+    def everyones(self, size: int) -> tuple[float, ...]:
+        """Return every rank's seconds per virtual rank; zeros while they are not known."""
+        return self._everyones if len(self._everyones) == size else (0.0,) * size
