@@ -36,11 +36,13 @@ from elastic.control.instructions import (
 )
 from elastic.control.membership import Membership
 from elastic.control.policy import Action, WorldPolicy, choose_world
+from elastic.control.suspicion import Suspicion
 
 SUSPICION_S = 1.0
 FOUND_LIMIT_S = 10.0
 # Longer than a capture or a last drain may take (600 s each); who does not even answer is judged sooner.
 STALL_LIMIT_S = 900.0
+STALL_STEPS = 20
 MAX_STALLS_IN_A_ROW = 3
 
 
@@ -81,8 +83,10 @@ class Controller:
     _idle_since: float = 0.0
     _progress_at: float = 0.0
     _step_s: float = 0.0
+    _suspicion: Suspicion = field(init=False)
 
     def __post_init__(self) -> None:
+        self._suspicion = Suspicion(self.policy.hang_floor_s)
         self.members = Membership(self.prefix)
 
     def begin(self, found: Iterable[str], now: float) -> list[Instruction]:
@@ -239,17 +243,19 @@ class Controller:
         return [StopWorld(self.generation, reason)]
 
     def _wait(self, tick: Tick, now: float) -> list[Instruction]:
+        self._suspicion.look(tick.silence_s)
+        suspects = self._suspicion.silent()
         if self._broken_at is not None and now - self._broken_at > SUSPICION_S and not self._is_broken:
             return self._stall(self._why_broken, now)
         if self._is_broken:
             return self._consider(now)
         idle_s = now - self._progress_at
-        silent = [
-            member for member in self.members.world if member in tick.silent and member not in self._ended
-        ]
-        if silent and idle_s > self.policy.hang_floor_s:
+        is_training = self.phase is Phase.TRAINING and self._step_s > 0
+        patience_s = self.policy.hang_factor * self._step_s if is_training else self.policy.forming_s
+        silent = [member for member in self.members.world if member in suspects and member not in self._ended]
+        if silent and idle_s > patience_s:
             return self._kill(silent, now)
-        if idle_s > max(STALL_LIMIT_S, self.policy.hang_factor * self._step_s):
+        if idle_s > max(STALL_LIMIT_S, STALL_STEPS * self._step_s):
             return self._stall(f"no step was committed for {idle_s:.0f} s, though all workers answer", now)
         return []
 

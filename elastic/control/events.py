@@ -3,7 +3,8 @@
 Members and the driver make them; the controller and the journal read them.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -168,9 +169,9 @@ class StopRequested:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time passed; `silent` members have not answered for a while."""
+    """Time passed; `silence_s` tells how long ago each member answered last."""
 
-    silent: tuple[str, ...] = ()
+    silence_s: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

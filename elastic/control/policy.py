@@ -11,7 +11,9 @@ class WorldPolicy:
 
     The first world waits `gather_s` for all `workers`; after a failure the survivors go on at once if they
     are at least `min_workers`, and otherwise wait `wait_s` for replacements. `max_failures` member losses end
-    the run, and so do three losses in a row without a committed step between them.
+    the run, and so do three losses in a row without a committed step between them. While a
+    world trains, a member hangs if it is silent for `hang_floor_s` (longer where longer pauses are usual) and
+    no step was committed for `hang_factor` times what one takes; while a world forms, after `forming_s`.
     """
 
     workers: int
@@ -19,8 +21,9 @@ class WorldPolicy:
     gather_s: float = 120.0
     wait_s: float = 300.0
     max_failures: int = 100
-    hang_factor: float = 20.0
-    hang_floor_s: float = 30.0
+    hang_factor: float = 3.0
+    hang_floor_s: float = 1.0
+    forming_s: float = 30.0
 
 
 class Action(Enum):

@@ -26,7 +26,7 @@ from elastic.runtime.worker import Assignment, Member
 
 log = logging.getLogger("holdfast.cluster")
 LOOPBACK = "127.0.0.1"
-POLL_S = 0.5
+POLL_S = 0.2
 LISTEN_S = 0.1
 
 
@@ -129,11 +129,11 @@ class Cluster:
         except Empty:
             return
 
-    def silent(self, limit_s: float) -> tuple[str, ...]:
-        """Name the members that have not answered for `limit_s`."""
+    def silence_s(self) -> dict[str, float]:
+        """Return how long ago each member answered last."""
         now = time.monotonic()
         with self._seating:
-            return tuple(member for member, seat in self._seats.items() if now - seat.heard_at > limit_s)
+            return {member: now - seat.heard_at for member, seat in self._seats.items()}
 
     def kill(self, member: str) -> None:
         """End a member's process."""

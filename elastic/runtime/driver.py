@@ -56,7 +56,6 @@ from elastic.runtime.world import open_rendezvous
 
 log = logging.getLogger("holdfast.driver")
 HEAR_S = 0.1
-SILENT_S = 5.0
 STOP_LIMIT_S = 25.0
 PRUNE_GRACE_S = 3600.0
 
@@ -146,7 +145,7 @@ class Driver:
                 self._take(StopRequested(f"asked to by {signal.Signals(asked[0]).name}"))
             if stop_at is not None and time.monotonic() > stop_at and self._end is None:
                 self._end = End(Status.STOPPED, f"the final checkpoint took longer than {STOP_LIMIT_S:.0f} s")
-            self._take(Tick(self._cluster.silent(SILENT_S)))
+            self._take(Tick(self._cluster.silence_s()))
             self._cluster.renew()
             self._watch.phase(self._controller.phase.value)
         return self._end

@@ -49,6 +49,7 @@ class Node:
     standing: Standing = field(default_factory=lambda: Standing(BLANK))
     generation: int = 0
     is_hung: bool = False
+    hung_at: float = 0.0
 
 
 @dataclass
@@ -72,7 +73,7 @@ class Simulation:
         self.queue: list[tuple[float, int, Callable[[], None]]] = []
         self.num_queued = 0
         policy = WorldPolicy(
-            workers=self.random.randint(2, 6), min_workers=self.random.randint(1, 2), hang_floor_s=5.0
+            workers=self.random.randint(2, 6), min_workers=self.random.randint(1, 2), forming_s=5.0
         )
         self.controller = Controller(policy, "w")
 
@@ -244,12 +245,19 @@ class Simulation:
             return
         member = self.random.choice(sorted(self.nodes))
         if self.random.random() < 0.3:
-            self.nodes[member].is_hung = True
+            self.nodes[member].is_hung, self.nodes[member].hung_at = True, self.now
         else:
             self.die(member)
 
     def tick(self) -> None:
-        self.tell(Tick(tuple(member for member, node in self.nodes.items() if node.is_hung)))
+        self.tell(
+            Tick(
+                {
+                    member: self.now - node.hung_at if node.is_hung else self.random.uniform(0.0, 0.4)
+                    for member, node in self.nodes.items()
+                }
+            )
+        )
         self.later(0.1, self.tick)
 
 

@@ -103,7 +103,7 @@ def test_a_rank_that_hangs_after_the_others_have_ended_is_found() -> None:
     controller = training()
     controller.handle(StepCommitted("w0", 1, 1, 1.0, 0.5, 1, 0.0), 3.0)
     controller.handle(MemberEnded("w0", 1, 1, Ending.FINISHED), 4.0)
-    told = controller.handle(Tick(silent=("w1",)), 60.0)
+    told = controller.handle(Tick({"w1": 30.0}), 60.0)
     assert isinstance(told[0], KillMember)
     assert told[-1] == End(Status.FINISHED, "all steps are committed and durable")
 
