@@ -93,7 +93,7 @@ class Controller:
         """Start the run: `found` members are alive already (an earlier driver's); start what is missing."""
         self._idle_since = self._progress_at = now
         self._found = frozenset(found)
-        self.members.starting.extend(sorted(self._found))
+        self.members.expect(sorted(self._found))
         return list(self._replenish())
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
@@ -143,7 +143,7 @@ class Controller:
     def _lose(self, lost: MemberLost, now: float) -> list[Instruction]:
         if not self.members.knows(lost.member):
             return []
-        was_in_world = lost.member in self.members.world
+        was_in_world = self.members.is_ranked(lost.member)
         self.members.drop(lost.member)
         self.num_failures += 1
         self._losses_in_a_row += 1
@@ -172,7 +172,7 @@ class Controller:
         """Form the next world if there is a reason to; `_is_broken`: the present one cannot go on."""
         if not self._is_broken and (self.phase is not Phase.TRAINING or self._ended or self.stopping):
             return []
-        world, outside = self.members.world, self.members.outside()
+        world, outside = self.members.world, self.members.outside
         if not self._is_broken and (not outside or len(world) >= self.policy.workers):
             return []
         if self.stopping:
@@ -202,7 +202,7 @@ class Controller:
 
     def _form(self, members: tuple[str, ...], manner: Manner, reason: str, now: float) -> Instruction:
         self.generation = self.formed = self.generation + 1
-        self.members.world = members
+        self.members.rank(members)
         self.phase = Phase.FORMING
         self._is_broken, self._broken_at = False, None
         self._settled, self._ended = set(), {}
@@ -213,7 +213,7 @@ class Controller:
     def _settle(self, member: str, now: float) -> list[Instruction]:
         self._settled.add(member)
         self._progress_at = now
-        if not self._settled.issuperset(self.members.world):
+        if len(self._settled) < len(self.members.world) or not self._settled.issuperset(self.members.world):
             return []
         self.phase = Phase.TRAINING
         if self.stopping:
@@ -227,7 +227,8 @@ class Controller:
         return self._conclude() if self._all_ended() else []
 
     def _all_ended(self) -> bool:
-        return bool(self.members.world) and self._ended.keys() >= set(self.members.world)
+        is_possible = 0 < len(self.members.world) <= len(self._ended)
+        return is_possible and self._ended.keys() >= set(self.members.world)
 
     def _conclude(self) -> list[Instruction]:
         if Ending.FINISHED in self._ended.values():
@@ -252,7 +253,11 @@ class Controller:
         idle_s = now - self._progress_at
         is_training = self.phase is Phase.TRAINING and self._step_s > 0
         patience_s = self.policy.hang_factor * self._step_s if is_training else self.policy.forming_s
-        silent = [member for member in self.members.world if member in suspects and member not in self._ended]
+        silent = (
+            [one for one in self.members.world if one in suspects and one not in self._ended]
+            if suspects
+            else []
+        )
         if silent and idle_s > patience_s:
             return self._kill(silent, now)
         if idle_s > max(STALL_LIMIT_S, STALL_STEPS * self._step_s):

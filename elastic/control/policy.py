@@ -1,8 +1,9 @@
 """Which world forms next, and why: one pure decision over who is there."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import chain, islice
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,31 +46,33 @@ class Decision:
 
 
 def choose_world(
-    current: Sequence[str], ready: Sequence[str], policy: WorldPolicy, *, num_starting: int, waited_s: float
+    current: Sequence[str], ready: Collection[str], policy: WorldPolicy, *, num_starting: int, waited_s: float
 ) -> Decision:
     """Choose the next world from the `current` one (its living members) and the `ready` ones outside it.
 
     `num_starting` members are on their way; `waited_s` is how long nobody has trained. Members keep their
     order, so survivors keep low ranks and a joiner, who holds no state, comes last.
     """
-    members = (*current, *ready)[: policy.workers]
-    if len(members) == policy.workers:
-        return Decision(Action.FORM, f"all {policy.workers} workers are there", members)
-    if current and len(members) >= policy.min_workers:
-        return Decision(Action.FORM, f"{len(members)} of {policy.workers} workers go on", members)
+    count = min(len(current) + len(ready), policy.workers)
+    if count == policy.workers:
+        return _form(f"all {policy.workers} workers are there", current, ready, count)
+    if current and count >= policy.min_workers:
+        return _form(f"{count} of {policy.workers} workers go on", current, ready, count)
     patience_s = policy.wait_s if current else policy.gather_s
     if num_starting and waited_s < patience_s:
         return Decision(
-            Action.WAIT, f"{len(members)} of {policy.workers} workers are there, {num_starting} are starting"
+            Action.WAIT, f"{count} of {policy.workers} workers are there, {num_starting} are starting"
         )
-    if len(members) >= policy.min_workers:
-        return Decision(
-            Action.FORM, f"{len(members)} workers after waiting {waited_s:.0f} s for more", members
-        )
+    if count >= policy.min_workers:
+        return _form(f"{count} workers after waiting {waited_s:.0f} s for more", current, ready, count)
     if waited_s < patience_s:
-        return Decision(Action.WAIT, f"{len(members)} workers are too few, {policy.min_workers} are needed")
+        return Decision(Action.WAIT, f"{count} workers are too few, {policy.min_workers} are needed")
     return Decision(
         Action.GIVE_UP,
-        f"only {len(members)} of at least {policy.min_workers} workers came within {patience_s:.0f} s; "
+        f"only {count} of at least {policy.min_workers} workers came within {patience_s:.0f} s; "
         "give the cluster more resources or lower world.min_workers",
     )
+
+
+def _form(reason: str, current: Sequence[str], ready: Collection[str], count: int) -> Decision:
+    return Decision(Action.FORM, reason, tuple(islice(chain(current, ready), count)))
