@@ -34,6 +34,7 @@ def to_order(run: Run) -> elastic.TrainOrder:
             seed=spec.training.seed,
             determinism=spec.training.determinism,
             grad_clip=spec.training.grad_clip,
+            compare_every=spec.recovery.compare_every,
         ),
         world=elastic.WorldPolicy(
             workers=spec.world.workers,

@@ -150,6 +150,12 @@ class RecoverySpec(_Section):
         le=3600,
         description="How long workers live on without their driver before they save and end.",
     )
+    compare_every: int = Field(
+        default=100,
+        ge=0,
+        description="Compare the workers' copies of the state every so many steps, and heal a corrupt one; "
+        "0: never.",
+    )
     max_restarts: int = Field(
         default=3, ge=0, le=100, description="Automatic resumes after the flow run itself crashed."
     )

@@ -17,6 +17,7 @@ from elastic.control.events import (
     MemberFailed,
     MemberLost,
     MemberReady,
+    ReplicaHealed,
     Settled,
     StepCommitted,
     StopRequested,
@@ -44,6 +45,7 @@ FOUND_LIMIT_S = 10.0
 STALL_LIMIT_S = 900.0
 STALL_STEPS = 20
 MAX_STALLS_IN_A_ROW = 3
+HEALINGS_TO_EVICT = 2
 
 
 class Phase(Enum):
@@ -83,6 +85,7 @@ class Controller:
     _idle_since: float = 0.0
     _progress_at: float = 0.0
     _step_s: float = 0.0
+    _num_healed: dict[str, int] = field(default_factory=dict)
     _suspicion: Suspicion = field(init=False)
 
     def __post_init__(self) -> None:
@@ -111,6 +114,8 @@ class Controller:
                     KillMember(member, evidence),
                     *self._lose(MemberLost(member, Cause.FAILED, evidence), now),
                 ]
+            case ReplicaHealed(member):
+                return self._distrust(member, now)
             case UserFailed():
                 return self._end(Status.FAILED, event.message)
             case StopRequested(reason):
@@ -139,6 +144,14 @@ class Controller:
             case MemberEnded(member=member, ending=ending):
                 return self._end_member(member, ending)
         return []
+
+    def _distrust(self, member: str, now: float) -> list[Instruction]:
+        """A member's state was corrupt: once may be a cosmic ray, twice is a broken machine."""
+        self._num_healed[member] = self._num_healed.get(member, 0) + 1
+        if self._num_healed[member] < HEALINGS_TO_EVICT or not self.members.knows(member):
+            return []
+        evidence = f"{member} held corrupt state {self._num_healed[member]} times"
+        return [KillMember(member, evidence), *self._lose(MemberLost(member, Cause.FAILED, evidence), now)]
 
     def _lose(self, lost: MemberLost, now: float) -> list[Instruction]:
         if not self.members.knows(lost.member):

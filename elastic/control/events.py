@@ -127,6 +127,16 @@ class CheckpointLost:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaHealed:
+    """A member's state differed from the majority's in some tensors, and was replaced by a good replica."""
+
+    member: str
+    generation: int
+    step: int
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class UserFailed:
     """The job or its data cannot be trained as they are; that would be so elsewhere too, so it is not
     retried.
@@ -211,6 +221,7 @@ Event = (
     | CheckpointCaptured
     | CheckpointDurable
     | CheckpointLost
+    | ReplicaHealed
     | UserFailed
     | MemberFailed
     | MemberEnded

@@ -70,6 +70,7 @@ class TrainingOrder:
     seed: int
     determinism: Literal["bitwise", "fast"]
     grad_clip: float | None
+    compare_every: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from elastic.control.events import (
     FaultStruck,
     MemberLost,
     MemberReady,
+    ReplicaHealed,
     Settled,
     StepCommitted,
     UserFailed,
@@ -125,6 +126,12 @@ def _message(entry: Entry | Instruction) -> tuple[str, str]:
             )
         case CheckpointLost(_, _, step, why):
             return "checkpoint lost", f"the snapshot of step {step} did not become a checkpoint: {why}"
+        case ReplicaHealed(member, _, step, tensors):
+            named = ", ".join(tensors[:3]) + (", ..." if len(tensors) > 3 else "")
+            return (
+                "corruption",
+                f"{member} was corrupt at step {step}, and healed: {named}",
+            )
         case UserFailed(member, _, step, _, traceback):
             return "failure", f"the job's code failed in {member} at step {step}\n{traceback}"
         case KillMember(member, reason):

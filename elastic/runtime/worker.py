@@ -323,6 +323,7 @@ def _trainer(assignment: Assignment, saver: Saver, device: torch.device) -> Trai
         source=order.job.source,
         run=order.run,
         spec_digest=order.spec_digest,
+        compare_every=training.compare_every,
     )
     storage = Storage(saver, _restorer(order))
     return Trainer(job, settings, plan, member=assignment.member, device=device, storage=storage)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from checkpoint import Loaded, Saver, Share
 from elastic.control.dealing import Dealing, deal, deal_rest
-from elastic.control.events import Ending, Event, StepCommitted
+from elastic.control.events import Ending, Event, ReplicaHealed, StepCommitted
 from elastic.control.standing import BLANK, Standing, settle
 from elastic.errors import JobRejected
 from elastic.training.gradients import GradientRows
@@ -22,6 +22,7 @@ from elastic.training.pace import Pace
 from elastic.training.ports import Broken, Emit, Flags, Orders, World
 from elastic.training.randomness import keyed, make_deterministic, seed_for
 from elastic.training.reduction import PlainReduction, Reduction, TreeReduction
+from elastic.training.replicas import compare
 from elastic.training.saving import Snapshots
 from elastic.training.state import Learner
 
@@ -36,7 +37,8 @@ class TrainPlan:
     """What a run computes: a function of these values and the data, whoever computes it.
 
     `micro_batch` samples are a virtual rank's share of a step; `grad_clip` is the largest gradient norm
-    (None: any); a checkpoint is taken every `save_every` steps and at the end. `source` names the data.
+    (None: any); a checkpoint is taken every `save_every` steps and at the end. `source` names the data. Every
+    `compare_every` steps (0: never) the replicas are compared.
     """
 
     num_steps: int
@@ -49,6 +51,7 @@ class TrainPlan:
     source: str
     run: str
     spec_digest: str
+    compare_every: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +169,8 @@ class Trainer:
             self._save(world)  # the world before may have died before all of its ranks had saved
         while self._standing.committed < self._plan.num_steps:
             agreed = self._step(world, orders)
+            if self._plan.compare_every and self._standing.committed % self._plan.compare_every == 0:
+                self._compare(world)
             if self._is_save_point() or agreed.stop:
                 self._save(world)
             self._tell(emit)
@@ -271,6 +276,24 @@ class Trainer:
             [held[rank] if standings[rank].committed == settlement.step else () for rank in range(world.size)]
         )
         return Settling(self._standing.committed, source, time.perf_counter() - started, parcel.note)
+
+    def _compare(self, world: World) -> None:
+        """Find replicas that hold other bits than the majority, and heal them from one that does not.
+
+        Without a majority nobody's state can be trusted: raises Broken, and the next world restores.
+        """
+        step = self._standing.committed
+        found = compare(world, self._learner.tree(step))
+        corrupt, source = found.verdict.corrupt, found.verdict.source
+        if source is None:
+            self._snapshots.wait_captured()
+            self._standing = Standing(BLANK)
+            raise Broken(world.generation, f"the replicas differ at step {step}, and none has a majority")
+        if corrupt and world.rank == source:
+            hand_over(world, sorted(corrupt), Parcel(self._learner.tree(step), "self"), self._device)
+        if world.rank in corrupt:
+            self._take_over(accept(world, source, self._device).state)
+            self._untold.append(ReplicaHealed(self._member, world.generation, step, found.differing))
 
     def _gather(self, world: World) -> tuple[list[Standing], list[list[int]]]:
         """Learn where every rank stands, and of which virtual ranks it holds its next step's gradients."""

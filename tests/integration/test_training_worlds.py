@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from elastic.control.events import Ending, Event, StepCommitted
+from elastic.control.events import Ending, Event, ReplicaHealed, StepCommitted
 from elastic.runtime.world import Endpoint, Former, Place, World, open_rendezvous
 from elastic.training.gpt import GPTJob, GPTSettings
 from elastic.training.ports import Broken, Flags
@@ -36,6 +36,8 @@ class Chapter:
     victim: int = -1
     dies_at: int = -1
     phase: Phase = "leaf"
+    flipped: int = -1
+    flips_at: int = -1
 
 
 QUIET = {f"a world of {size}": [Chapter(tuple(range(size)))] for size in range(1, 6)}
@@ -49,6 +51,9 @@ CHURN = [
     Chapter((4, 6), victim=6, dies_at=11, phase="all_gather"),
     Chapter((4,)),
 ]
+
+
+FLIP = [Chapter((0, 1, 2), flipped=1, flips_at=3)]
 
 
 @dataclass
@@ -116,19 +121,27 @@ class Diary:
     sources: list[str] = field(default_factory=list)
     steps: list[tuple[int, float]] = field(default_factory=list)
     sha256: str = ""
+    healed: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
 
     def write(self, event: Event) -> None:
         if isinstance(event, StepCommitted):
             self.steps.append((event.step, event.loss))
+        if isinstance(event, ReplicaHealed):
+            self.healed.append((event.step, event.tensors))
 
 
 class Boundary:
-    """Orders the next world once a step is committed."""
+    """Orders the next world once a step is committed; may flip a bit when all gradients are reduced."""
 
-    def __init__(self, chapter: Chapter, generation: int, committed: Callable[[], int]) -> None:
+    def __init__(
+        self, chapter: Chapter, generation: int, committed: Callable[[], int], flip: Callable[[], None]
+    ) -> None:
         self._chapter, self._generation, self._committed = chapter, generation, committed
+        self._flip = flip
 
     def pending(self) -> Flags:
+        if self._committed() == self._chapter.flips_at:
+            self._flip()
         is_due = self._committed() + 1 >= self._chapter.until < NUM_STEPS
         return Flags(next_generation=self._generation + 1 if is_due else 0)
 
@@ -143,7 +156,7 @@ def live(
     former = Former(LOOPBACK, CPU)
     first_generation = 1
     for name, chapters in stories.items():
-        plan = TrainPlan(NUM_STEPS, 8, 2, 7, "bitwise", 1.0, 5, source, "run", "")
+        plan = TrainPlan(NUM_STEPS, 8, 2, 7, "bitwise", 1.0, 5, source, "run", "", compare_every=1)
         job, diary = DoomedJob(), Diary()
         trainer = Trainer(job, SETTINGS, plan, member=str(member), device=CPU, storage=Storage())
         for generation, chapter in enumerate(chapters, first_generation):
@@ -168,12 +181,21 @@ def play(
         return trainer.standing.committed
 
     place = Place(generation, chapter.members.index(member), ("here",) * len(chapter.members), LOOPBACK)
+
+    def flip() -> None:
+        if member == chapter.flipped:
+            weight = trainer.model.get_parameter("blocks.0.up.weight").detach().view(torch.int32)
+            weight[3, 5] ^= 1 << 20
+
     world = former.form(place, endpoint, lambda: True, time.sleep)
     job.doom = Doom(chapter, committed, member == chapter.victim)
     doomed = DoomedWorld(world, job.doom)
     try:
         diary.sources.append(trainer.settle(doomed).source)
-        if trainer.run(doomed, Boundary(chapter, generation, committed), diary.write) is Ending.FINISHED:
+        if (
+            trainer.run(doomed, Boundary(chapter, generation, committed, flip), diary.write)
+            is Ending.FINISHED
+        ):
             diary.sha256 = weights_sha256(trainer.model)
     except Broken as broken:
         broken.__traceback__ = None
@@ -212,7 +234,7 @@ def perform(stories: dict[str, list[Chapter]], source: str) -> dict[str, dict[in
 def performed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, Diary]]:
     text = tmp_path_factory.mktemp("data") / "text"
     text.write_text("".join(f"{number} is followed by {number + 1}.\n" for number in range(4000)))
-    return perform({**QUIET, "churn": CHURN}, str(text))
+    return perform({**QUIET, "flip": FLIP, "churn": CHURN}, str(text))
 
 
 def test_worlds_of_every_size_and_a_world_that_loses_and_gains_members_end_with_the_same_bits(performed):
@@ -236,3 +258,9 @@ def test_survivors_keep_their_state_and_joiners_get_theirs_from_a_peer(performed
     assert performed["churn"][4].sources == ["peer", "self", "self", "self", "self"]
     assert [step for step, _ in performed["churn"][4].steps] == list(range(7, NUM_STEPS + 1))
     assert all(diary.sources[0] == "fresh" for diary in performed["a world of 5"].values() if diary.sources)
+
+
+def test_a_bit_that_flips_in_one_replica_is_found_named_and_healed_by_the_majority(performed):
+    assert performed["flip"][1].healed == [(4, ("model/blocks.0.up.weight",))]
+    assert performed["flip"][0].healed == performed["flip"][2].healed == []
+    assert not any(diary.healed for name in performed if name != "flip" for diary in performed[name].values())
