@@ -1,5 +1,6 @@
 """A small checkpoint made by hand, from the format alone: what readers are tested on without any writer."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,8 +56,9 @@ def write_checkpoint(
         for box in split_box(Box.whole(bits.shape), dtype_of(dtype).itemsize, max_chunk_bytes):
             raw = np.ascontiguousarray(bits[box.within(Box.whole(bits.shape))]).tobytes()
             mark = fingerprint(raw, dtype, bits.shape, box)
-            chunk = ChunkRecord(number, box, codec, 0, 0, 0, checksum(raw), mark)
-            chunks.append(builder.add(chunk, encode(codec, raw)))
+            used, stored = encode(codec, raw, dtype=dtype)
+            chunk = ChunkRecord(number, box, used, 0, 0, 0, checksum(raw), mark)
+            chunks.append(builder.add(chunk, stored))
     pack = builder.seal(described)
     page = encode_page(chunks)
     manifest = Manifest(
@@ -70,6 +72,8 @@ def write_checkpoint(
         packs=(PackRef(pack_key(generation, HOST, step), len(pack)),),
         pages=(page_ref(page_key(generation, step, HOST, 1), page, len(chunks)),),
         skeleton={name: {"$": "tensor", "name": name} for name in tensors},
+        data_cursor={"epoch": 0, "position": step},
+        metrics={"loss": 0.5, "grad_norm": math.inf},
         meta={"note": "made by hand"},
     )
     store.put_new(manifest.packs[0].key, pack)

@@ -2,12 +2,16 @@
 
 from enum import IntEnum
 
+import numpy as np
 import xxhash
-import zstandard
 
 from checkpoint.errors import Corrupt
+from checkpoint.format.frames import WORTH_IT, Buffer, compress, decompress, sample
+from checkpoint.format.planes import PLANE_WIDTHS, join_planes, split_planes
 
-Buffer = bytes | bytearray | memoryview
+__all__ = ["Buffer", "Codec", "checksum", "decode", "encode", "xor_bytes"]
+
+_MIN_BYTES = 4096  # less is not worth the time that it takes to set up a compressor
 
 
 class Codec(IntEnum):
@@ -15,6 +19,7 @@ class Codec(IntEnum):
 
     RAW = 0
     ZSTD = 1
+    PLANES = 2
 
 
 def checksum(data: Buffer) -> bytes:
@@ -22,17 +27,30 @@ def checksum(data: Buffer) -> bytes:
     return xxhash.xxh3_128_digest(data)
 
 
-def encode(codec: Codec, data: Buffer, level: int = 1) -> Buffer:
-    """Return the data as it is to be stored; RAW returns the very buffer it was given."""
+def encode(codec: Codec, data: Buffer, level: int = 1, *, dtype: str = "uint8") -> tuple[Codec, Buffer]:
+    """Return the data as it is to be stored, and by which codec: RAW, the very buffer, if nothing is gained.
+
+    PLANES takes floats apart; of anything else it asks a sample whether `level` of zstandard pays. The buffer
+    is never written to.
+    """
+    raw = memoryview(data).cast("B")
     match codec:
-        case Codec.RAW:
-            return data
         case Codec.ZSTD:
-            return zstandard.ZstdCompressor(level=level).compress(data)
+            stored = compress(raw, level)
+            return (Codec.ZSTD, stored) if len(stored) < len(raw) else (Codec.RAW, data)
+        case Codec.PLANES if len(raw) >= _MIN_BYTES:
+            width = PLANE_WIDTHS.get(dtype)
+            if width and len(raw) % width == 0:
+                planes = split_planes(raw, width)
+                return (Codec.RAW, data) if planes is None else (Codec.PLANES, planes)
+            few = sample(raw)
+            if len(compress(few, level)) < WORTH_IT * len(few):
+                return encode(Codec.ZSTD, data, level)
+    return Codec.RAW, data
 
 
 def decode(codec: Codec, stored: Buffer, num_raw_bytes: int) -> Buffer:
-    """Return the raw bytes. Allocates no more than `num_raw_bytes`, whatever the stored bytes claim.
+    """Return the raw bytes. Allocates at most a few times `num_raw_bytes`, whatever the stored bytes claim.
 
     Raises Corrupt if they do not decode to exactly that many.
     """
@@ -44,18 +62,17 @@ def decode(codec: Codec, stored: Buffer, num_raw_bytes: int) -> Buffer:
                 )
             return stored
         case Codec.ZSTD:
-            return _unzstd(stored, num_raw_bytes)
+            return decompress(stored, num_raw_bytes)
+        case Codec.PLANES:
+            return join_planes(stored, num_raw_bytes)
 
 
-def _unzstd(stored: Buffer, num_raw_bytes: int) -> bytes:
-    # The frame's own claim decides what the library allocates: believe it only if it is what we expect.
-    try:
-        claimed = zstandard.frame_content_size(stored)
-        if claimed != num_raw_bytes:
-            raise Corrupt(f"a ZSTD chunk claims {claimed} raw bytes instead of {num_raw_bytes}")
-        raw = zstandard.ZstdDecompressor().decompress(stored, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise Corrupt(f"a ZSTD chunk does not decode: {error}") from error
-    if len(raw) != num_raw_bytes:
-        raise Corrupt(f"a ZSTD chunk holds {len(raw)} bytes instead of {num_raw_bytes}")
-    return raw
+def xor_bytes(one: Buffer, other: Buffer) -> Buffer:
+    """Return the XOR of two buffers of the same length: a delta, or what a delta makes of its base.
+
+    Raises Corrupt if they differ in length.
+    """
+    first, second = np.frombuffer(one, np.uint8), np.frombuffer(other, np.uint8)
+    if len(first) != len(second):
+        raise Corrupt(f"a chunk of {len(first)} bytes cannot be a delta against {len(second)} bytes")
+    return (first ^ second).data

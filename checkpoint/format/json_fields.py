@@ -8,6 +8,10 @@ from checkpoint.errors import Corrupt, FormatError
 from checkpoint.format.codec import Buffer
 from checkpoint.format.tree import Json
 
+_HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
+_MAX_VALUES = 1 << 24  # in one document: what is parsed takes up to some 60 bytes for each,
+_MAX_CONTAINERS = 1 << 22  # and some 250 for each of these
+
 
 def dump_json(value: Any, where: str) -> bytes:
     """Return plain JSON, ASCII only. Raises FormatError for what JSON cannot say."""
@@ -18,9 +22,12 @@ def dump_json(value: Any, where: str) -> bytes:
 
 
 def parse_json(data: Buffer, where: str) -> Json:
-    """Read JSON that may be hostile. Raises Corrupt."""
+    """Read JSON that may be hostile: it takes no more than some 2 GiB to read. Raises Corrupt."""
+    text = bytes(data)
+    if text.count(b",") > _MAX_VALUES or text.count(b"[") + text.count(b"{") > _MAX_CONTAINERS:
+        raise Corrupt(f"{where} has more values in it than any sound JSON of ours")
     try:
-        parsed: Json = json.loads(bytes(data), parse_constant=_refuse_constant)
+        parsed: Json = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise Corrupt(f"{where} is no sound JSON: {error}") from error
     return parsed
@@ -39,6 +46,8 @@ class Fields:
         """Take a string that matches the pattern as a whole."""
         value = self.json(name)
         if not isinstance(value, str) or not re.fullmatch(pattern, value, re.DOTALL | re.ASCII):
+            raise self._wrong(name, value)
+        if _HALF_A_CHARACTER.search(value):
             raise self._wrong(name, value)
         return value
 
@@ -68,7 +77,8 @@ class Fields:
             raise Corrupt(f"{self._where} has the unknown fields {sorted(self._left)[:5]}")
 
     def _wrong(self, name: str, value: Json) -> Corrupt:
-        return Corrupt(f"the field {name!r} of {self._where} cannot be {str(value)[:80]!r}")
+        said = f"a {type(value).__name__}" if isinstance(value, list | dict) else ascii(value)[:80]
+        return Corrupt(f"the field {name!r} of {self._where} cannot be {said}")
 
 
 def _refuse_constant(name: str) -> Json:

@@ -10,6 +10,12 @@ PACKS = "packs/"
 INDEX = "index/"
 GENERATIONS = "control/generations/"
 DAMAGED = "control/damaged/"
+EXPIRED = "control/expired/"
+SCORES = "control/scores/"
+TAGS = "control/tags/"
+VERIFIED = "control/verified/"
+PROMOTING = "control/promoting/"
+SWEEPS = "control/sweeps/"
 
 MAX_STEP = 10**12 - 1
 MAX_GENERATION = 10**6 - 1
@@ -19,6 +25,8 @@ _HOST = re.compile(r"[a-z0-9]{1,32}", re.ASCII)
 _MANIFEST_KEY = re.compile(r"manifests/([0-9]{12})", re.ASCII)
 _PACK_KEY = re.compile(r"packs/([0-9]{6})-([a-z0-9]{1,32})-([0-9]{6})", re.ASCII)
 _PAGE_KEY = re.compile(r"index/([0-9]{6})-([0-9]{12})-([a-z0-9]{1,32})-([0-9]{4})", re.ASCII)
+_TAG = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", re.ASCII)
+_STEP_AND_DIGEST = re.compile(r"([0-9]{12})-([0-9a-f]{16})", re.ASCII)
 _GENERATION_KEY = re.compile(r"control/generations/([0-9]{6})", re.ASCII)
 
 
@@ -39,6 +47,14 @@ class PageKey:
     step: int
     host: str
     seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepKey:
+    """What a key says that belongs to one manifest: its step, and how the checksum of its bytes begins."""
+
+    step: int
+    digest: str
 
 
 def manifest_key(step: int) -> str:
@@ -68,7 +84,41 @@ def generation_key(generation: int) -> str:
 
 def damaged_key(step: int, digest: str) -> str:
     """Return the key for what stood as a step's manifest when it was set aside; `digest` is of its bytes."""
-    return f"{DAMAGED}{_number(step, 12, 'step')}-{digest[:16]}"
+    return f"{DAMAGED}{_step_and_digest(step, digest)}"
+
+
+def expired_key(step: int, digest: str) -> str:
+    """Return the key where an expired manifest awaits the sweep of its objects; `digest` is of its bytes."""
+    return f"{EXPIRED}{_step_and_digest(step, digest)}"
+
+
+def score_key(step: int, digest: str) -> str:
+    """Return the key for what was found out about a checkpoint later; `digest` is of its manifest's bytes."""
+    return f"{SCORES}{_step_and_digest(step, digest)}"
+
+
+def verified_key(step: int, digest: str) -> str:
+    """Return the key that records that a checkpoint was read back and proved; `digest` is of its manifest."""
+    return f"{VERIFIED}{_step_and_digest(step, digest)}"
+
+
+def promoting_key(step: int, digest: str) -> str:
+    """Return the key where a manifest announces, on its target, a promotion under way."""
+    return f"{PROMOTING}{_step_and_digest(step, digest)}"
+
+
+def sweep_key(digest: str) -> str:
+    """Return the key of a list of objects that are about to be deleted; `digest` is of its bytes."""
+    return f"{SWEEPS}{digest[:16]}"
+
+
+def tag_key(name: str) -> str:
+    """Return the key of a tag: a name that a person gives to a step."""
+    if not _TAG.fullmatch(name):
+        raise FormatError(
+            f"a tag is 1 to 64 of A-Z a-z 0-9 . _ - and does not begin with a dot: not {name!r}"
+        )
+    return f"{TAGS}{name}"
 
 
 def parse_manifest_key(key: str) -> int | None:
@@ -95,14 +145,45 @@ def parse_generation_key(key: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def parse_expired_key(key: str) -> StepKey | None:
+    """Return what the key of an expired manifest says; None if it is no such key."""
+    return _parse_step_and_digest(key, EXPIRED)
+
+
+def parse_score_key(key: str) -> StepKey | None:
+    """Return what the key of a checkpoint's scores says; None if it is no such key."""
+    return _parse_step_and_digest(key, SCORES)
+
+
+def parse_verified_key(key: str) -> StepKey | None:
+    """Return what the key of a proof says; None if it is no such key."""
+    return _parse_step_and_digest(key, VERIFIED)
+
+
+def parse_tag_key(key: str) -> str | None:
+    """Return the name of a tag's key; None if it is no such key."""
+    name = key.removeprefix(TAGS)
+    return name if name != key and _TAG.fullmatch(name) else None
+
+
 def check_key(key: object, where: str) -> str:
     """Return a key that was read from a checkpoint, if it is one that can be asked for.
 
     Raises Corrupt for anything that could lead out of the store.
     """
     if not isinstance(key, str) or len(key) > _MAX_KEY_LENGTH or not _KEY.fullmatch(key):
-        raise Corrupt(f"{where} names an object that no store can hold: {str(key)[:80]!r}")
+        said = ascii(key)[:80] if isinstance(key, str) else f"a {type(key).__name__}"
+        raise Corrupt(f"{where} names an object that no store can hold: {said}")
     return key
+
+
+def _step_and_digest(step: int, digest: str) -> str:
+    return f"{_number(step, 12, 'step')}-{digest[:16]}"
+
+
+def _parse_step_and_digest(key: str, prefix: str) -> StepKey | None:
+    found = _STEP_AND_DIGEST.fullmatch(key.removeprefix(prefix)) if key.startswith(prefix) else None
+    return StepKey(int(found[1]), found[2]) if found else None
 
 
 def _number(value: int, digits: int, what: str) -> str:

@@ -1,174 +1,270 @@
-"""Geometry: boxes in tensors, meshes of ranks, and which box a rank holds. Pure arithmetic."""
+"""Geometry: meshes of ranks on named axes, and which boxes of a tensor a rank holds. Pure arithmetic."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, product
 
 from checkpoint.errors import FormatError
+from checkpoint.format.box import Box, boxes_of_run, split_box
+from checkpoint.format.placement import (
+    Only,
+    Partial,
+    Placement,
+    Replicate,
+    SectionShard,
+    Shard,
+    Spans,
+    StridedShard,
+    divide,
+    length,
+)
 
+__all__ = [
+    "AXES",
+    "Box",
+    "FlatGroup",
+    "Layout",
+    "Mesh",
+    "Only",
+    "Part",
+    "Partial",
+    "Placement",
+    "Replicate",
+    "SectionShard",
+    "Shard",
+    "Spread",
+    "StridedShard",
+    "boxes_of",
+    "boxes_of_run",
+    "holders_of",
+    "local_shape",
+    "parts_of",
+    "shard_box",
+    "split_box",
+]
 
-@dataclass(frozen=True, slots=True)
-class Box:
-    """A region of a tensor: where it starts and how far it reaches, per dim. A 0-d box has one element."""
-
-    start: tuple[int, ...]
-    size: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.start) != len(self.size):
-            raise FormatError(f"a box needs one start and one size per dim, not {self.start} and {self.size}")
-        if any(n < 0 for n in self.start) or any(n < 0 for n in self.size):
-            raise FormatError(f"a box cannot start or reach below zero: start {self.start}, size {self.size}")
-
-    @classmethod
-    def whole(cls, shape: Sequence[int]) -> "Box":
-        """Return the box that holds all of a tensor of this shape."""
-        return cls((0,) * len(shape), tuple(shape))
-
-    @property
-    def stop(self) -> tuple[int, ...]:
-        """Where the box ends along each dim, exclusive."""
-        return tuple(a + n for a, n in zip(self.start, self.size, strict=True))
-
-    @property
-    def numel(self) -> int:
-        """How many elements the box holds."""
-        return math.prod(self.size)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether the box holds no element."""
-        return 0 in self.size
-
-    def intersect(self, other: "Box") -> "Box | None":
-        """Return what both boxes hold, or None if that is nothing."""
-        _same_rank(self, other)
-        start = tuple(map(max, self.start, other.start))
-        stop = tuple(map(min, self.stop, other.stop))
-        if self.is_empty or other.is_empty or any(b <= a for a, b in zip(start, stop, strict=True)):
-            return None
-        return Box(start, tuple(b - a for a, b in zip(start, stop, strict=True)))
-
-    def within(self, other: "Box") -> tuple[slice, ...]:
-        """Return the slices that select this box from an array that holds `other`.
-
-        Raises FormatError if the box reaches outside of it.
-        """
-        _same_rank(self, other)
-        if any(a < b for a, b in zip(self.start, other.start, strict=True)) or any(
-            a > b for a, b in zip(self.stop, other.stop, strict=True)
-        ):
-            raise FormatError(f"{self} does not lie within {other}")
-        return tuple(
-            slice(a - origin, a - origin + n)
-            for a, n, origin in zip(self.start, self.size, other.start, strict=True)
-        )
+AXES = ("replica", "shard", "tensor", "pipeline", "expert", "context")  # as people name them
 
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Ranks on named axes, row-major: the last axis varies fastest with the rank."""
+    """Ranks on named axes, row-major: the last axis varies fastest.
+
+    `ranks` are the world's ranks in that order; left out, they are 0, 1, 2, ...
+    """
 
     axes: tuple[tuple[str, int], ...]
+    ranks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         names = [name for name, _ in self.axes]
         if len(set(names)) != len(names) or any(size < 1 for _, size in self.axes):
             raise FormatError(f"a mesh needs distinct axes of at least one rank each, not {self.axes}")
+        if self.ranks and (len(self.ranks) != self.size or len(set(self.ranks)) != self.size):
+            raise FormatError(f"a mesh {self.axes} needs {self.size} distinct ranks, not {self.ranks}")
 
     @property
     def size(self) -> int:
         """How many ranks the mesh has."""
         return math.prod(size for _, size in self.axes)
 
+    @property
+    def members(self) -> Sequence[int]:
+        """The world's ranks, row-major."""
+        return self.ranks or range(self.size)
+
+    def place(self, rank: int) -> int:
+        """Return the rank's place among the members. Raises FormatError if it is none."""
+        if rank not in self.members:
+            raise FormatError(f"rank {rank} is not on a mesh of {self.size} ranks {self.axes}")
+        return self.members.index(rank)
+
     def coordinates(self, rank: int) -> tuple[int, ...]:
         """Return the rank's place on each axis."""
-        if not 0 <= rank < self.size:
-            raise FormatError(f"rank {rank} is not on a mesh of {self.size} ranks {self.axes}")
-        place = []
+        place, coordinates = self.place(rank), []
         for _, size in reversed(self.axes):
-            rank, coordinate = divmod(rank, size)
-            place.append(coordinate)
-        return tuple(reversed(place))
+            place, coordinate = divmod(place, size)
+            coordinates.append(coordinate)
+        return tuple(reversed(coordinates))
+
+    def axis(self, name: str) -> int:
+        """Return the number of the axis of this name. Raises FormatError."""
+        for number, (axis, _) in enumerate(self.axes):
+            if axis == name:
+                return number
+        raise FormatError(f"there is no axis {name!r} on the mesh {self.axes}")
 
 
 @dataclass(frozen=True, slots=True)
-class Replicate:
-    """Every rank of the axis holds the same region."""
+class Spread:
+    """How one tensor lies on a mesh: one placement per axis."""
+
+    mesh: Mesh
+    placements: tuple[Placement, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
-    """The ranks of the axis divide one dim among them, in order, as `torch.chunk` does."""
+class FlatGroup:
+    """Tensors laid end to end in one flat buffer, which the ranks of some axes divide evenly: ZeRO, FSDP1.
 
-    dim: int
+    Each tensor starts at a multiple of `start_multiple` elements. Each rank's part has the same length, a
+    multiple of `part_multiple`; what the tensors leave of it is padding. A tensor that a rank does not hold
+    takes no room.
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class Partial:
-    """Every rank of the axis holds a summand of the same region."""
-
-
-Placement = Replicate | Shard | Partial
+    names: tuple[str, ...]
+    axes: tuple[str, ...]
+    start_multiple: int = 1
+    part_multiple: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where every tensor of a state lives: one placement per mesh axis, by tensor name."""
+    """Where every tensor of a state lives: one placement per mesh axis, by tensor name, and the flat groups.
+
+    A tensor of a flat group is replicated over that group's axes here; the group divides it.
+    """
 
     mesh: Mesh
     placements: Mapping[str, tuple[Placement, ...]]
+    flats: tuple[FlatGroup, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A box of a tensor, and where its holder keeps these elements, in the same row-major order.
+
+    `local` is a box of the rank's own tensor; for a flat group it is a run of the rank's part, of one dim.
+    """
+
+    box: Box
+    local: Box
+
+
+def boxes_of(spread: Spread, shape: Sequence[int]) -> list[tuple[Box, ...]]:
+    """Return the boxes of a tensor that each rank of the mesh holds, in the order of `mesh.members`.
+
+    Together they cover the tensor once per replica. A rank that holds nothing has no box; one that holds
+    several keeps them in this order in its own tensor (`parts_of` tells where).
+
+    Raises FormatError if the placements do not fit the mesh or the shape.
+    """
+    return [tuple(part.box for part in parts) for parts in _all_parts(spread, tuple(shape))]
+
+
+def parts_of(spread: Spread, shape: Sequence[int], rank: int) -> tuple[Part, ...]:
+    """Return the boxes that one rank holds, each with its place in the rank's own tensor."""
+    region = _region(spread, tuple(shape), rank)
+    return () if region is None else _parts(region)
+
+
+def local_shape(spread: Spread, shape: Sequence[int], rank: int) -> tuple[int, ...] | None:
+    """Return the shape of the rank's own tensor; None if the rank has no such tensor at all."""
+    region = _region(spread, tuple(shape), rank)
+    return None if region is None else tuple(length(spans) for spans in region)
+
+
+def holders_of(spread: Spread, shape: Sequence[int]) -> dict[Box, tuple[int, ...]]:
+    """Return which ranks of the world hold each box: any one of them can write it.
+
+    Raises FormatError for partial sums, which nobody holds: sum them first.
+    """
+    if any(isinstance(placement, Partial) for placement in spread.placements):
+        raise FormatError(f"partial sums over {spread.mesh.axes} have no holder: reduce the tensor first")
+    holders: dict[Box, list[int]] = {}
+    for rank, boxes in zip(spread.mesh.members, boxes_of(spread, shape), strict=True):
+        for box in boxes:
+            holders.setdefault(box, []).append(rank)
+    return {box: tuple(ranks) for box, ranks in holders.items()}
 
 
 def shard_box(shape: Sequence[int], mesh: Mesh, placements: Sequence[Placement], rank: int) -> Box:
-    """Return the box of a tensor that a rank holds; empty if there is nothing left for it.
+    """Return the one box of a tensor that a rank holds; empty if there is nothing left for it.
 
-    Axes that shard the same dim divide it one after the other, outermost first. Shards are as even as
-    `torch.chunk` makes them: all of ceil(n / ranks) but the last ones.
+    Axes that shard the same dim divide it one after the other, outermost first.
+
+    Raises FormatError if it holds several: `boxes_of` lists them.
     """
-    if len(placements) != len(mesh.axes):
-        raise FormatError(f"{len(placements)} placements for the {len(mesh.axes)} axes of {mesh.axes}")
-    start, size = [0] * len(shape), list(shape)
-    for (axis, ranks), coordinate, placement in zip(
-        mesh.axes, mesh.coordinates(rank), placements, strict=True
-    ):
-        if not isinstance(placement, Shard):
-            continue
-        dim = placement.dim
-        if not 0 <= dim < len(shape):
-            raise FormatError(f"axis {axis!r} shards dim {dim} of a tensor of shape {tuple(shape)}")
-        step = -(-size[dim] // ranks)
-        begin = min(step * coordinate, size[dim])
-        start[dim] += begin
-        size[dim] = min(step, size[dim] - begin)
-    return Box(tuple(start), tuple(size))
+    region = _region(Spread(mesh, tuple(placements)), tuple(shape), rank)
+    if region is None:
+        return Box((0,) * len(shape), (0,) * len(shape))
+    if any(len(spans) > 1 for spans in region):
+        raise FormatError(f"rank {rank} holds several boxes of a tensor placed as {list(placements)}")
+    one = [spans[0] if spans else (n, 0) for spans, n in zip(region, shape, strict=True)]
+    return Box(tuple(start for start, _ in one), tuple(size for _, size in one))
 
 
-def split_box(box: Box, itemsize: int, max_bytes: int) -> list[Box]:
-    """Cut a box into boxes of at most `max_bytes`, each a contiguous run of it; an empty box into none.
-
-    Rows of the outermost dim stay together as far as they fit; a row that does not is cut along the next dim.
-    """
-    if not 0 < itemsize <= max_bytes:
-        raise FormatError(f"an element of {itemsize} bytes does not fit into chunks of {max_bytes} bytes")
-    return [] if box.is_empty else list(_cut(box, 0, itemsize, max_bytes))
+Region = tuple[Spans, ...]  # per dim; None instead of one: the rank has no such tensor
 
 
-def _cut(box: Box, dim: int, itemsize: int, max_bytes: int) -> Iterator[Box]:
-    num_bytes = box.numel * itemsize
-    if num_bytes <= max_bytes:
-        yield box
-        return
-    num_rows = box.size[dim]
-    most = max(1, max_bytes // (num_bytes // num_rows))
-    rows = -(-num_rows // -(-num_rows // most))  # the same number of cuts, evenly
-    for first in range(0, num_rows, rows):
-        start, size = list(box.start), list(box.size)
-        start[dim] += first
-        size[dim] = min(rows, num_rows - first)
-        yield from _cut(Box(tuple(start), tuple(size)), dim + 1, itemsize, max_bytes)
+def _region(spread: Spread, shape: tuple[int, ...], rank: int) -> Region | None:
+    """Return what one rank holds: every axis in turn divides what the axes before it left."""
+    _check(spread, shape)
+    region: Region | None = _whole(shape)
+    coordinates = spread.mesh.coordinates(rank)
+    for (_, ranks), place, placement in zip(spread.mesh.axes, coordinates, spread.placements, strict=True):
+        region = _cut(region, placement, ranks, place)
+    return region
 
 
-def _same_rank(one: Box, other: Box) -> None:
-    if len(one.start) != len(other.start):
-        raise FormatError(f"{one} and {other} lie in tensors of different rank")
+@lru_cache(maxsize=4096)
+def _all_parts(spread: Spread, shape: tuple[int, ...]) -> tuple[tuple[Part, ...], ...]:
+    """Return what each rank holds, row-major; ranks that hold the same share one value."""
+    _check(spread, shape)
+    regions: list[Region | None] = [_whole(shape)]
+    for (_, ranks), placement in zip(spread.mesh.axes, spread.placements, strict=True):
+        divided = {
+            name: [_cut(one, placement, ranks, place) for place in range(ranks)]
+            for name, one in _distinct(regions).items()
+        }
+        regions = [cut for one in regions for cut in divided[id(one)]]
+    parts = {name: _parts(one) if one is not None else () for name, one in _distinct(regions).items()}
+    return tuple(parts[id(one)] for one in regions)
+
+
+def _distinct(regions: list[Region | None]) -> dict[int, Region | None]:
+    """Return every region once, by identity: copies on many ranks are one object."""
+    return {id(one): one for one in regions}
+
+
+def _whole(shape: tuple[int, ...]) -> Region:
+    return tuple(((0, size),) if size else () for size in shape)
+
+
+def _cut(region: Region | None, placement: Placement, ranks: int, place: int) -> Region | None:
+    if region is None:
+        return None
+    match placement:
+        case Only(coordinates):
+            return region if place in coordinates else None
+        case Shard(dim) | StridedShard(dim) | SectionShard(dim):
+            return (*region[:dim], divide(region[dim], placement, ranks, place), *region[dim + 1 :])
+        case Replicate() | Partial():
+            return region
+
+
+def _check(spread: Spread, shape: tuple[int, ...]) -> None:
+    axes, placements = spread.mesh.axes, spread.placements
+    if len(placements) != len(axes):
+        raise FormatError(f"{len(placements)} placements for the {len(axes)} axes of {axes}")
+    for (axis, ranks), placement in zip(axes, placements, strict=True):
+        match placement:
+            case Shard(dim) | StridedShard(dim) | SectionShard(dim) if not 0 <= dim < len(shape):
+                raise FormatError(f"axis {axis!r} shards dim {dim} of a tensor of shape {shape}")
+            case StridedShard(split=split) if split < 1:
+                raise FormatError(f"axis {axis!r} cannot split a dim into {split} pieces")
+            case Only(coordinates) if not all(0 <= one < ranks for one in coordinates):
+                raise FormatError(f"axis {axis!r} has {ranks} ranks, not all of {coordinates}")
+
+
+def _parts(region: Region) -> tuple[Part, ...]:
+    origins = [list(accumulate((size for _, size in spans), initial=0)) for spans in region]
+    parts = []
+    for picks in product(*(range(len(spans)) for spans in region)):
+        chosen = [spans[pick] for spans, pick in zip(region, picks, strict=True)]
+        size = tuple(size for _, size in chosen)
+        local = tuple(origin[pick] for origin, pick in zip(origins, picks, strict=True))
+        parts.append(Part(Box(tuple(start for start, _ in chosen), size), Box(local, size)))
+    return tuple(parts)

@@ -3,11 +3,16 @@
 A checkpoint exists once its manifest does.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from checkpoint.errors import Corrupt
+from checkpoint.format.checks import check_table
 from checkpoint.format.codec import Buffer, checksum
 from checkpoint.format.json_fields import Fields, dump_json, parse_json
 from checkpoint.format.keys import MAX_GENERATION, MAX_STEP, check_key
@@ -21,17 +26,17 @@ from checkpoint.format.records import (
     PackRef,
     PageRef,
     TensorRecord,
-    check_chunk,
     dtype_from_json,
     shape_from_json,
 )
 from checkpoint.format.sealed import VERSION, seal, unseal
-from checkpoint.format.table import decode_table, encode_table
+from checkpoint.format.table import ChunkTable, decode_table, encode_table
 from checkpoint.format.tree import Json, leaf_names
 
 __all__ = [
     "MAX_CHUNKS_PER_PAGE",
     "ChunkRecord",
+    "ChunkTable",
     "Manifest",
     "PackRef",
     "PageRef",
@@ -41,7 +46,11 @@ __all__ = [
     "decode_page",
     "encode_manifest",
     "encode_page",
+    "encode_pages",
+    "metrics_from_json",
+    "metrics_to_json",
     "page_ref",
+    "pages_with",
 ]
 
 _HEX64 = r"[0-9a-f]{16}"
@@ -52,7 +61,9 @@ _HEX128 = r"[0-9a-f]{32}"
 class Manifest:
     """What a checkpoint contains: tensors, the packs and pages that hold them, and the skeleton of the state.
 
-    `token` tells who wrote it, `spec_digest` of which run's specification; `meta` is the saver's own JSON.
+    `token` tells who wrote it, `spec_digest` of which run's specification. `data_cursor` is where the run
+    stood in its data, as plain JSON; `metrics` are what policies may judge the checkpoint by; `meta` is the
+    saver's own JSON.
     """
 
     version: int = VERSION
@@ -66,11 +77,13 @@ class Manifest:
     packs: tuple[PackRef, ...]
     pages: tuple[PageRef, ...]
     skeleton: Json
+    data_cursor: Json = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
     meta: Mapping[str, Any]
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """Return the manifest's bytes. Raises FormatError if meta is not plain JSON."""
+    """Return the manifest's bytes. Raises FormatError if meta or data cursor are not plain JSON."""
     body = {
         "run": manifest.run,
         "step": manifest.step,
@@ -84,10 +97,19 @@ def encode_manifest(manifest: Manifest) -> bytes:
         ],
         "packs": [{"key": p.key, "num_bytes": p.num_bytes} for p in manifest.packs],
         "pages": [
-            {"key": p.key, "num_bytes": p.num_bytes, "num_chunks": p.num_chunks, "xxh3_128": p.checksum.hex()}
+            {
+                "key": p.key,
+                "num_bytes": p.num_bytes,
+                "num_chunks": p.num_chunks,
+                "first_tensor": p.first_tensor,
+                "last_tensor": p.last_tensor,
+                "xxh3_128": p.checksum.hex(),
+            }
             for p in manifest.pages
         ],
         "skeleton": manifest.skeleton,
+        "data_cursor": manifest.data_cursor,
+        "metrics": metrics_to_json(manifest.metrics),
         "meta": dict(manifest.meta),
     }
     return seal("manifest", dump_json(body, f"the manifest of step {manifest.step}"))
@@ -112,6 +134,8 @@ def decode_manifest(data: Buffer, where: str = "a manifest") -> Manifest:
         packs=tuple(_pack(node, where) for node in fields.items("packs", MAX_LISTED)),
         pages=tuple(_page(node, where) for node in fields.items("pages", MAX_LISTED)),
         skeleton=fields.json("skeleton"),
+        data_cursor=fields.json("data_cursor"),
+        metrics=metrics_from_json(fields.json("metrics"), where),
         meta=_meta(fields.json("meta"), where),
     )
     fields.end()
@@ -119,27 +143,77 @@ def decode_manifest(data: Buffer, where: str = "a manifest") -> Manifest:
     return manifest
 
 
+def metrics_to_json(metrics: Mapping[str, float]) -> Json:
+    """Return metrics as plain JSON, in which what is not finite is the text "nan", "inf" or "-inf"."""
+    return {
+        name: value if math.isfinite(value) else repr(value)
+        for name, value in ((name, float(value)) for name, value in metrics.items())
+    }
+
+
+def metrics_from_json(node: Json, where: str) -> dict[str, float]:
+    """Read metrics that may be hostile. Raises Corrupt."""
+    if not isinstance(node, dict):
+        raise Corrupt(f"the metrics in {where} are not a JSON object")
+    for name, value in node.items():
+        if type(value) not in (int, float) and value not in ("nan", "inf", "-inf"):
+            raise Corrupt(f"the metric {name[:80]!a} in {where} is no number")
+    try:
+        return {name: float(value) for name, value in node.items()}  # type: ignore[arg-type]  # checked above
+    except OverflowError as error:
+        raise Corrupt(f"a metric in {where} is no number: {error}") from None
+
+
 def encode_page(chunks: Sequence[ChunkRecord]) -> bytes:
-    """Return the bytes of an index page. Raises FormatError for more than MAX_CHUNKS_PER_PAGE chunks."""
-    return seal("page", encode_table(chunks))
+    """Return the bytes of an index page, which lists chunks in the order of their tensors.
+
+    Raises FormatError for more than MAX_CHUNKS_PER_PAGE chunks and bases.
+    """
+    return seal("page", encode_table(ChunkTable.of(chunks).sorted_by_tensor()))
 
 
-def decode_page(data: Buffer, where: str = "a page") -> tuple[ChunkRecord, ...]:
+def encode_pages(chunks: Sequence[ChunkRecord]) -> Iterator[tuple[bytes, int]]:
+    """Yield as many pages as the chunks need, in the order of the tensors, and how many chunks each lists."""
+    table = ChunkTable.of(chunks).sorted_by_tensor()
+    num_rows = np.cumsum(np.bincount(table.owners(), minlength=len(table)))
+    first = 0
+    while first < len(table):
+        before = int(num_rows[first - 1]) if first else 0
+        last = int(np.searchsorted(num_rows, before + MAX_CHUNKS_PER_PAGE, side="right"))
+        yield encode_page(table[first:last]), last - first
+        first = last
+
+
+def decode_page(data: Buffer, where: str = "a page") -> ChunkTable:
     """Read a page that may be hostile; `where` (its key) is named in errors. Raises Corrupt, Unsupported.
 
     Whether the chunks lie within tensors and packs, only their manifest can tell: see `chunks_of_page`.
     """
     if memoryview(data).nbytes > MAX_PAGE_BYTES:
         raise Corrupt(f"{where} is larger than any page: {memoryview(data).nbytes} bytes")
-    return decode_table(unseal("page", data, where), where)
+    table = decode_table(unseal("page", data, where), where)
+    if (np.diff(table.tensor.astype(np.int64)) < 0).any():
+        raise Corrupt(f"{where} does not list its chunks in the order of their tensors")
+    return table
 
 
 def page_ref(key: str, data: Buffer, num_chunks: int) -> PageRef:
-    """Return what a manifest says about a page of these bytes."""
-    return PageRef(key, memoryview(data).nbytes, num_chunks, checksum(data))
+    """Return what a manifest says about a page of these bytes. Raises Corrupt if they are no page."""
+    first, last = _tensor_range(decode_page(data, key))
+    return PageRef(key, memoryview(data).nbytes, num_chunks, checksum(data), first, last)
 
 
-def chunks_of_page(manifest: Manifest, ref: PageRef, data: Buffer) -> tuple[ChunkRecord, ...]:
+def pages_with(manifest: Manifest, tensors: Collection[int]) -> tuple[PageRef, ...]:
+    """Return the pages that can list chunks of these tensors (places in the manifest's list)."""
+    wanted = sorted(tensors)
+    return tuple(
+        page
+        for page in manifest.pages
+        if bisect_left(wanted, page.first_tensor) < bisect_right(wanted, page.last_tensor)
+    )
+
+
+def chunks_of_page(manifest: Manifest, ref: PageRef, data: Buffer) -> ChunkTable:
     """Read one of a manifest's pages, and hold it against the manifest.
 
     Every box that is returned lies in its tensor, every range in its pack, and no chunk is larger, raw or
@@ -147,19 +221,18 @@ def chunks_of_page(manifest: Manifest, ref: PageRef, data: Buffer) -> tuple[Chun
     """
     if memoryview(data).nbytes != ref.num_bytes or checksum(data) != ref.checksum:
         raise Corrupt(f"{ref.key} is not the page that the manifest of step {manifest.step} names: damaged")
-    chunks = decode_page(data, ref.key)
-    if len(chunks) != ref.num_chunks:
-        raise Corrupt(f"{ref.key} lists {len(chunks)} chunks instead of {ref.num_chunks}")
-    for chunk in chunks:
-        check_chunk(chunk, manifest.tensors, ref.key)
-        if chunk.pack >= len(manifest.packs):
-            raise Corrupt(
-                f"a chunk in {ref.key} lies in the pack number {chunk.pack} of {len(manifest.packs)}"
-            )
-        pack = manifest.packs[chunk.pack]
-        if chunk.offset + chunk.num_bytes > pack.num_bytes:
-            raise Corrupt(f"a chunk in {ref.key} reaches beyond the end of {pack.key}")
-    return chunks
+    table = decode_page(data, ref.key)
+    if len(table) != ref.num_chunks or _tensor_range(table) != (ref.first_tensor, ref.last_tensor):
+        raise Corrupt(
+            f"{ref.key} lists {len(table)} chunks of the tensors {_tensor_range(table)} "
+            f"instead of {ref.num_chunks} of {(ref.first_tensor, ref.last_tensor)}"
+        )
+    check_table(table, manifest.tensors, manifest.packs, ref.key)
+    return table
+
+
+def _tensor_range(table: ChunkTable) -> tuple[int, int]:
+    return (int(table.tensor[0]), int(table.tensor[-1])) if len(table) else (0, 0)
 
 
 def _pack(node: Json, where: str) -> PackRef:
@@ -187,6 +260,8 @@ def _page(node: Json, where: str) -> PageRef:
         fields.count("num_bytes", MAX_PAGE_BYTES),
         fields.count("num_chunks", MAX_CHUNKS_PER_PAGE),
         bytes.fromhex(fields.text("xxh3_128", _HEX128)),
+        fields.count("first_tensor", MAX_LISTED),
+        fields.count("last_tensor", MAX_LISTED),
     )
     fields.end()
     return page
@@ -204,6 +279,9 @@ def _check_names(manifest: Manifest, where: str) -> None:
     objects = [*(pack.key for pack in manifest.packs), *(page.key for page in manifest.pages)]
     if len(tensors) != len(manifest.tensors) or len(set(objects)) != len(objects):
         raise Corrupt(f"{where} lists a tensor, a pack or a page twice")
+    for page in manifest.pages:
+        if not page.first_tensor <= page.last_tensor < len(manifest.tensors) and page.num_chunks:
+            raise Corrupt(f"the page {page.key} in {where} lists chunks of tensors that there are not")
     for name in leaf_names(manifest.skeleton):
         if name not in tensors:
-            raise Corrupt(f"the skeleton in {where} refers to the tensor {name[:80]!r}, which is not listed")
+            raise Corrupt(f"the skeleton in {where} refers to the tensor {name[:80]!a}, which is not listed")

@@ -1,7 +1,6 @@
 """What a manifest, its pages and its packs are made of, and the bounds that every one of them keeps."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from checkpoint.errors import Corrupt
@@ -18,13 +17,15 @@ MAX_MANIFEST_BYTES = 256 << 20
 MAX_LISTED = 1 << 22  # tensors, packs or pages of one checkpoint
 MAX_TENSOR_BYTES = 1 << 60
 MAX_DIMS = 32
+MAX_CHAIN = 16  # deltas between a chunk and a base that is no delta
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkRecord:
     """A stored box: `num_bytes` at `offset` of a pack. Checksum and fingerprint are of the raw bytes.
 
-    `tensor` and `pack` are places in the lists of tensors and packs that the record is read with.
+    `tensor` and `pack` are places in the lists of tensors and packs that the record is read with. With a
+    `base`, what is stored is the raw bytes XOR those of the base: the same box of the same tensor, earlier.
     """
 
     tensor: int
@@ -35,6 +36,12 @@ class ChunkRecord:
     num_bytes: int
     checksum: bytes
     fingerprint: int
+    base: "ChunkRecord | None" = None
+
+    @property
+    def num_bases(self) -> int:
+        """How many chunks have to be read besides this one to know its content."""
+        return 0 if self.base is None else 1 + self.base.num_bases
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,32 +69,17 @@ class PackRef:
 
 @dataclass(frozen=True, slots=True)
 class PageRef:
-    """An index page object; the checksum is of all its bytes."""
+    """An index page object; the checksum is of all its bytes.
+
+    Its chunks belong to tensors from number `first_tensor` to number `last_tensor`, and to no other.
+    """
 
     key: str
     num_bytes: int
     num_chunks: int
     checksum: bytes
-
-
-def check_chunk(chunk: ChunkRecord, tensors: Sequence[TensorRecord], where: str) -> None:
-    """Raise Corrupt if a chunk is no part of the tensor it names, or of a size that no chunk has."""
-    if chunk.tensor >= len(tensors):
-        raise Corrupt(f"a chunk in {where} belongs to the tensor number {chunk.tensor} of {len(tensors)}")
-    tensor = tensors[chunk.tensor]
-    whole = Box.whole(tensor.shape)
-    num_dims = len(chunk.box.size)
-    if num_dims != len(tensor.shape) or chunk.box.is_empty or chunk.box.intersect(whole) != chunk.box:
-        raise Corrupt(
-            f"a chunk in {where} does not lie within {tensor.name} of shape {tensor.shape}: {chunk.box}"
-        )
-    num_raw_bytes = chunk.box.numel * DTYPES[tensor.dtype].itemsize
-    most = num_raw_bytes if chunk.codec is Codec.RAW else num_raw_bytes + num_raw_bytes // 64 + 1024
-    least = num_raw_bytes if chunk.codec is Codec.RAW else 1
-    if num_raw_bytes > MAX_CHUNK_BYTES or not least <= chunk.num_bytes <= most:
-        raise Corrupt(
-            f"a chunk of {tensor.name} in {where} cannot store {num_raw_bytes} bytes in {chunk.num_bytes}"
-        )
+    first_tensor: int
+    last_tensor: int
 
 
 def shape_from_json(fields: Fields, dtype: str, where: str) -> tuple[int, ...]:
@@ -98,7 +90,7 @@ def shape_from_json(fields: Fields, dtype: str, where: str) -> tuple[int, ...]:
         size for size in shape if size
     )  # an empty tensor's other dims are bounded all the same
     if len(shape) != len(sizes) or occupied * DTYPES[dtype].itemsize > MAX_TENSOR_BYTES:
-        raise Corrupt(f"a tensor in {where} cannot have the shape {str(sizes)[:80]}")
+        raise Corrupt(f"a tensor in {where} cannot have a shape like {shape[:8]}")
     return shape
 
 

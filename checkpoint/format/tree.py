@@ -8,6 +8,7 @@ finite, a complex number.
 import base64
 import binascii
 import math
+import reprlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -171,5 +172,7 @@ def _untag(node: dict[str, Json], leaves: Mapping[str, Any], depth: int) -> Any:
             f"the skeleton refers to the tensor {error}, which the checkpoint does not hold"
         ) from None
     except (ValueError, TypeError, binascii.Error) as error:
-        raise Corrupt(f"the skeleton holds a value that means nothing: {str(node)[:80]} ({error})") from error
-    raise Corrupt(f"the skeleton holds a value of no known kind: {str(node)[:80]}")
+        raise Corrupt(
+            f"the skeleton holds a value that means nothing: {reprlib.repr(node)} ({error})"
+        ) from error
+    raise Corrupt(f"the skeleton holds a value of no known kind: {reprlib.repr(node)}")

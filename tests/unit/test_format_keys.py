@@ -8,16 +8,25 @@ from checkpoint.format.dtypes import DTYPES, itemsize
 from checkpoint.format.keys import (
     PackKey,
     PageKey,
+    StepKey,
     check_key,
+    expired_key,
     generation_key,
     manifest_key,
     pack_key,
     page_key,
     pages_prefix,
+    parse_expired_key,
     parse_generation_key,
     parse_manifest_key,
     parse_pack_key,
     parse_page_key,
+    parse_score_key,
+    parse_tag_key,
+    parse_verified_key,
+    score_key,
+    tag_key,
+    verified_key,
 )
 
 
@@ -27,6 +36,9 @@ def test_keys_are_as_the_format_says():
     assert page_key(3, 20, "h0", 1) == "index/000003-000000000020-h0-0001"
     assert generation_key(3) == "control/generations/000003"
     assert page_key(3, 20, "h0", 1).startswith(pages_prefix(3, 20))
+    assert expired_key(20, "0123456789abcdef0123") == "control/expired/000000000020-0123456789abcdef"
+    assert score_key(20, "0123456789abcdef0123") == "control/scores/000000000020-0123456789abcdef"
+    assert tag_key("best") == "control/tags/best"
 
 
 def test_keys_are_read_back():
@@ -34,10 +46,17 @@ def test_keys_are_read_back():
     assert parse_pack_key(pack_key(3, "h0", 7)) == PackKey(3, "h0", 7)
     assert parse_page_key(page_key(3, 20, "h0", 1)) == PageKey(3, 20, "h0", 1)
     assert parse_generation_key(generation_key(3)) == 3
+    digest = "0123456789abcdef"
+    assert parse_expired_key(expired_key(20, digest)) == StepKey(20, digest)
+    assert parse_score_key(score_key(20, digest)) == StepKey(20, digest)
+    assert parse_verified_key(verified_key(20, digest)) == StepKey(20, digest)
+    assert parse_tag_key(tag_key("v1.0_final-x")) == "v1.0_final-x"
 
 
 NO_KEYS = [
     *("", "manifests/20", "manifests/0000000000200", "manifests/00000000002x", "manifests/٠٠٠٠٠٠٠٠٠٠٢٠"),
+    *("control/expired/000000000020-XY", "control/scores/20-0123456789abcdef", "control/tags/"),
+    *("control/tags/.x", "control/tags/a/b", "tags/a", "000000000020-0123456789abcdef"),
     *("packs/000003-H0-000007", "index/3", "control/generations/000003.tmp", "manifests/000000000020\n"),
 ]
 
@@ -45,9 +64,11 @@ NO_KEYS = [
 @pytest.mark.parametrize("key", NO_KEYS)
 def test_what_is_no_such_key_is_none(key: str):
     found = [
-        parse(key) for parse in (parse_manifest_key, parse_pack_key, parse_page_key, parse_generation_key)
+        *(parse(key) for parse in (parse_manifest_key, parse_pack_key, parse_page_key)),
+        *(parse(key) for parse in (parse_generation_key, parse_expired_key, parse_score_key, parse_tag_key)),
+        parse_verified_key(key),
     ]
-    assert found == [None] * 4
+    assert found == [None] * 8
 
 
 def test_numbers_and_hosts_that_do_not_fit_are_refused():
@@ -60,6 +81,10 @@ def test_numbers_and_hosts_that_do_not_fit_are_refused():
         lambda: pack_key(0, "", 0),
         lambda: pack_key(0, "h" * 33, 0),
         lambda: pack_key(0, "Host", 0),
+        lambda: tag_key(""),
+        lambda: tag_key("../x"),
+        lambda: tag_key("x" * 65),
+        lambda: expired_key(10**12, "0123456789abcdef"),
     ):
         with pytest.raises(FormatError):
             make()

@@ -1,0 +1,158 @@
+"""Flat partitions: tensors end to end in one buffer that ranks divide evenly, as ZeRO and FSDP1 do. Pure.
+
+ZeRO-1 and 2 flatten all parameters of a group into one buffer, pad it, and give each rank an equal part;
+ZeRO-3 and FSDP do so tensor by tensor or unit by unit. A part cuts tensors anywhere, so a rank's share of
+one is a run of its raveled elements: a few boxes (`boxes_of_run`). Padding belongs to no tensor and so to no
+share. (Rajbhandari et al., ZeRO, SC 2020.)
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from checkpoint.errors import FormatError
+from checkpoint.format.box import Box, boxes_of_run, runs_of
+from checkpoint.format.layout import FlatGroup, Layout, Part, Replicate, Spread, local_shape, parts_of
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class FlatPlan:
+    """Where a group's tensors lie in the buffer of one set of ranks, and how it is divided; in elements."""
+
+    starts: Mapping[str, int]
+    num_elements: int  # without padding at the end
+    part_length: int
+    num_parts: int
+
+    @property
+    def num_padding(self) -> int:
+        """How many elements at the end of the buffer belong to no tensor."""
+        return self.part_length * self.num_parts - self.num_elements
+
+
+def plan_flat(group: FlatGroup, numels: Mapping[str, int], num_parts: int) -> FlatPlan:
+    """Lay tensors of so many elements end to end, in the group's order, and divide the buffer.
+
+    Raises FormatError if the group's multiples cannot be.
+    """
+    if group.start_multiple < 1 or group.part_multiple < 1:
+        raise FormatError(f"a flat group aligns to multiples of at least one element, not {group}")
+    starts, end = {}, 0
+    for name in group.names:
+        if name in numels:
+            starts[name] = _round_up(end, group.start_multiple)
+            end = starts[name] + numels[name]
+    part_length = _round_up(-(-end // num_parts), group.part_multiple)
+    return FlatPlan(starts, end, part_length, num_parts)
+
+
+def share_of(layout: Layout, shapes: Shapes, rank: int) -> dict[str, tuple[Part, ...]]:
+    """Return what one rank holds of every tensor of a layout, those of flat groups included.
+
+    `shapes` has the global shape of each. A tensor of which the rank holds nothing has no parts. In a flat
+    group, a part's `local` is a run of the rank's own part of the buffer, which begins at 0.
+
+    Raises FormatError if a name is missing or in two groups, or if an axis of its group divides a tensor too.
+    """
+    _check_groups(layout, shapes)
+    share = {
+        name: parts_of(Spread(layout.mesh, placements), shapes[name], rank)
+        for name, placements in layout.placements.items()
+    }
+    for group in layout.flats:
+        share.update(_flat_share(layout, group, shapes, rank))
+    return share
+
+
+def flat_plan_of(layout: Layout, group: FlatGroup, shapes: Shapes, rank: int) -> FlatPlan:
+    """Return how the ranks that divide the group together with this one lay it out."""
+    sizes = dict(layout.mesh.axes)
+    numels = {name: math.prod(local) for name, local in _local_shapes(layout, group, shapes, rank).items()}
+    return plan_flat(group, numels, math.prod(sizes[axis] for axis in group.axes))
+
+
+def all_shares(layout: Layout, shapes: Shapes) -> Iterator[tuple[int, dict[str, tuple[Part, ...]]]]:
+    """Yield (rank, its share) for every rank of the world that is on the mesh."""
+    for rank in layout.mesh.members:
+        yield rank, share_of(layout, shapes, rank)
+
+
+def holders_in(layout: Layout, shapes: Shapes) -> dict[str, dict[Box, tuple[int, ...]]]:
+    """Return for every tensor which ranks hold each box of it: any one of them can write it."""
+    holders: dict[str, dict[Box, list[int]]] = {name: {} for name in layout.placements}
+    for rank, share in all_shares(layout, shapes):
+        for name, parts in share.items():
+            for part in parts:
+                holders[name].setdefault(part.box, []).append(rank)
+    return {name: {box: tuple(ranks) for box, ranks in boxes.items()} for name, boxes in holders.items()}
+
+
+def part_number(layout: Layout, axes: Sequence[str], rank: int) -> int:
+    """Return which part of a group over these axes is the rank's: row-major, the last axis fastest."""
+    coordinates, number = layout.mesh.coordinates(rank), 0
+    for axis in axes:
+        place = layout.mesh.axis(axis)
+        number = number * layout.mesh.axes[place][1] + coordinates[place]
+    return number
+
+
+def _flat_share(layout: Layout, group: FlatGroup, shapes: Shapes, rank: int) -> dict[str, tuple[Part, ...]]:
+    plan = flat_plan_of(layout, group, shapes, rank)
+    begin = part_number(layout, group.axes, rank) * plan.part_length
+    locals_ = _local_shapes(layout, group, shapes, rank)
+    share: dict[str, tuple[Part, ...]] = {}
+    for name in group.names:
+        share[name] = ()
+        if name in locals_:
+            parts = parts_of(Spread(layout.mesh, layout.placements[name]), shapes[name], rank)
+            offset = plan.starts[name] - begin
+            share[name] = tuple(_flat_parts(parts, locals_[name], offset, plan.part_length))
+    return share
+
+
+def _flat_parts(
+    parts: tuple[Part, ...], local: tuple[int, ...], offset: int, part_length: int
+) -> Iterator[Part]:
+    """Yield what the rank's part holds of a tensor that begins `offset` elements after the part does."""
+    numel = math.prod(local)
+    first, stop = max(0, -offset), min(numel, part_length - offset)
+    if stop <= first:
+        return
+    for box in boxes_of_run(local, first, stop):
+        for part in parts:
+            common = box.intersect(part.local)
+            if common is None:
+                continue
+            for run, start in runs_of(common, local):
+                yield Part(run.moved(part.local.start, part.box.start), Box((start + offset,), (run.numel,)))
+
+
+def _local_shapes(layout: Layout, group: FlatGroup, shapes: Shapes, rank: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of the rank's own tensor before it is flattened, for those that it has."""
+    found = {}
+    for name in group.names:
+        local = local_shape(Spread(layout.mesh, layout.placements[name]), shapes[name], rank)
+        if local is not None:
+            found[name] = local
+    return found
+
+
+def _check_groups(layout: Layout, shapes: Shapes) -> None:
+    missing = sorted(layout.placements.keys() - shapes.keys())
+    if missing:
+        raise FormatError(f"the layout places {missing[:5]}, whose shapes are not given")
+    seen: set[str] = set()
+    for group in layout.flats:
+        axes = [layout.mesh.axis(axis) for axis in group.axes]
+        for name in group.names:
+            if name in seen or name not in layout.placements:
+                raise FormatError(f"tensor {name!r} is in two flat groups, or in no placement")
+            seen.add(name)
+            if not all(layout.placements[name][axis] == Replicate() for axis in axes):
+                raise FormatError(f"tensor {name!r} is divided over an axis of its flat group {group.axes}")
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,183 @@
+"""Byte planes of floating point numbers: exponents shrink, mantissas do not; so each is stored by itself.
+
+A number is cut into fields, lowest first: whatever is below its upper 16 bits; then those, rotated left by
+one: their lower byte (mantissa and sign), and their upper one (the exponent). docs/format.md has the layout.
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoint.errors import Corrupt
+from checkpoint.format.exponents import ExponentCoder, decode_exponents, highest_exponent
+from checkpoint.format.frames import WORTH_IT, Buffer, compress_by_entropy, decompress
+
+PLANE_WIDTHS = {  # bytes of the numbers that elements of a dtype consist of
+    **dict.fromkeys(("float16", "bfloat16", "complex32"), 2),
+    **dict.fromkeys(("float32", "complex64"), 4),
+    **dict.fromkeys(("float64", "complex128"), 8),
+}
+
+_RAW, _FRAME, _CODES = range(3)
+_LOWER = {2: [], 4: [(0, 2)], 8: [(0, 4), (4, 2)]}  # below the upper 16 bits: where fields begin; their sizes
+_HEAD = struct.Struct("<BB")  # width, number of fields
+_FIELD = struct.Struct("<BBI")  # bytes of a number, how they are stored, stored bytes
+_BLOCK = 1 << 16  # numbers that are worked on at a time: they fit a core's cache, and malloc's free lists
+_SLICES, _SLICE = 16, 128  # of the numbers that are looked at to decide
+_WORTH_ENTROPY = 0.8  # of a plane: coding one takes longer than all the rest
+_FEW_EQUAL = 2 ** (-8 * _WORTH_ENTROPY)  # of all pairs: then the entropy (Renyi's, a lower bound) is too high
+
+Array = NDArray[Any]
+Plane = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class _Field:
+    """Some bytes of every number: `size` of them, stored as `body`."""
+
+    size: int
+    kind: int
+    body: Buffer
+
+
+def split_planes(data: Buffer, width: int) -> Buffer | None:
+    """Return the fields of numbers of `width` bytes, one after the other; None if they would not shrink."""
+    numbers = np.frombuffer(data, f"<u{width}")
+    few = _few(numbers)
+    highest = highest_exponent((few >> (8 * width - 9)).astype(np.uint8))
+    coder = None if highest is None else ExponentCoder(highest, numbers.size)
+    kinds = [kind for at, size in _LOWER[width] for kind in _kinds_of_lower(few, at, size)]
+    kinds.append((1, _FRAME if _shrinks(_mantissas(few)) else _RAW))
+    kinds.append((1, _CODES if coder else _FRAME))
+    head = _HEAD.size + len(kinds) * _FIELD.size
+    room = np.empty(head + numbers.nbytes, np.uint8)  # all fields as they are; most stay there
+    ends = (head + numbers.size * np.cumsum([size for size, _ in kinds])).tolist()
+    planes = [room[end - size * numbers.size : end] for (size, _), end in zip(kinds, ends, strict=True)]
+    _cut(numbers, [plane.view(f"<u{size}") for plane, (size, _) in zip(planes, kinds, strict=True)], coder)
+    fields = [_stored(plane, kind, coder) for plane, kind in zip(planes, kinds, strict=True)]
+    num_bytes = head + sum(len(field.body) for field in fields)
+    if num_bytes > WORTH_IT * numbers.nbytes:
+        return None
+    heads = [_FIELD.pack(field.size, field.kind, len(field.body)) for field in fields]
+    heads.insert(0, _HEAD.pack(width, len(fields)))
+    if any(field.kind != _RAW for field in fields[:-1]):
+        return b"".join([*heads, *(field.body for field in fields)])
+    room[:head] = np.frombuffer(b"".join(heads), np.uint8)
+    room[num_bytes - len(fields[-1].body) : num_bytes] = np.frombuffer(fields[-1].body, np.uint8)
+    return room[:num_bytes].data
+
+
+def join_planes(stored: Buffer, num_raw_bytes: int) -> memoryview:
+    """Return the numbers. Makes no more than a few times `num_raw_bytes`, whatever the stored bytes claim.
+
+    Raises Corrupt if they do not hold exactly that many.
+    """
+    view = memoryview(stored).cast("B")
+    width, fields = _fields(view, num_raw_bytes)
+    count = num_raw_bytes // width
+    parts = [np.frombuffer(_content(field, count), f"<u{field.size}") for field in fields]
+    numbers = np.empty(count, f"<u{width}")
+    for first in range(0, count, _BLOCK):
+        here = slice(first, first + _BLOCK)
+        upper = parts[-1][here].astype("<u2")
+        upper <<= 8
+        upper |= parts[-2][here]
+        block = ((upper >> 1) | (upper << 15)).astype(numbers.dtype)
+        block <<= 8 * (width - 2)
+        at = 0
+        for field, part in zip(fields[:-2], parts, strict=False):
+            wide = part[here].astype(numbers.dtype)
+            wide <<= 8 * at
+            block |= wide
+            at += field.size
+        numbers[here] = block
+    return numbers.view(np.uint8).data
+
+
+def _cut(numbers: Array, planes: Sequence[Array], coder: ExponentCoder | None) -> None:
+    """Fill the planes with the fields of the numbers; with a coder, the exponents go there."""
+    wide, *narrow = (np.empty(_BLOCK, kind) for kind in (numbers.dtype, "<u2", "<u2", "u1"))
+    for first in range(0, numbers.size, _BLOCK):
+        here = slice(first, first + _BLOCK)
+        block, at = numbers[here], 0
+        for plane in planes[:-2]:
+            plane[here] = np.right_shift(block, 8 * at, out=wide[: block.size]) if at else block
+            at += plane.itemsize
+        upper, rotated, exponents = (room[: block.size] for room in narrow)
+        upper[:] = np.right_shift(block, 8 * at, out=wide[: block.size]) if at else block
+        np.left_shift(upper, 1, out=rotated)
+        np.right_shift(upper, 15, out=upper)
+        np.bitwise_or(upper, rotated, out=rotated)
+        planes[-2][here] = rotated
+        exponents[:] = np.right_shift(rotated, 8, out=rotated)
+        if coder is None:
+            planes[-1][here] = exponents
+        else:
+            coder.add(exponents)
+
+
+def _few(numbers: Array) -> Array:
+    """Return some of the numbers, from all over."""
+    length = len(numbers) // _SLICES
+    return numbers[: length * _SLICES].reshape(_SLICES, length)[:, :_SLICE].reshape(-1)
+
+
+def _mantissas(numbers: Array) -> Plane:
+    upper = (numbers >> (8 * (numbers.itemsize - 2))).astype("<u2")
+    return ((upper << 1) | (upper >> 15)).astype(np.uint8)
+
+
+def _kinds_of_lower(few: Array, at: int, size: int) -> list[tuple[int, int]]:
+    """Decide how bytes from `at` on are stored: together, which is fast, if none of them shrinks."""
+    each = [_shrinks((few >> (8 * place)).astype(np.uint8)) for place in range(at, at + size)]
+    return [(1, _FRAME if shrinks else _RAW) for shrinks in each] if any(each) else [(size, _RAW)]
+
+
+def _shrinks(few: Plane) -> bool:
+    counts = np.bincount(few, minlength=256)
+    if counts.dot(counts) < _FEW_EQUAL * few.size**2:
+        return False
+    return len(compress_by_entropy(few.data)) < _WORTH_ENTROPY * few.size
+
+
+def _stored(plane: Plane, kind: tuple[int, int], coder: ExponentCoder | None) -> _Field:
+    if kind[1] == _CODES and coder:
+        return _Field(1, _CODES, coder.body())
+    if kind[1] == _FRAME:
+        frame = compress_by_entropy(plane.data)
+        if len(frame) < _WORTH_ENTROPY * plane.size:
+            return _Field(1, _FRAME, frame)
+    return _Field(kind[0], _RAW, plane.data)
+
+
+def _fields(view: memoryview, num_raw_bytes: int) -> tuple[int, list[_Field]]:
+    """Read width and fields of stored planes, and see that they are whole."""
+    width, num_fields = _HEAD.unpack_from(view) if len(view) >= _HEAD.size else (0, 0)
+    at = _HEAD.size + num_fields * _FIELD.size
+    if width not in _LOWER or num_raw_bytes % width or len(view) < at:
+        raise Corrupt(f"{len(view)} bytes of planes cannot hold {num_raw_bytes} bytes of numbers")
+    fields = []
+    for number in range(num_fields):
+        size, kind, length = _FIELD.unpack_from(view, _HEAD.size + number * _FIELD.size)
+        fields.append(_Field(size, kind, view[at : at + length]))
+        at += length
+    sizes = [field.size for field in fields]
+    if at != len(view) or sum(sizes) != width or sizes[-2:] != [1, 1] or not {1, 2, 4}.issuperset(sizes):
+        raise Corrupt(f"planes of the sizes {sizes} do not make up {len(view)} bytes, or numbers of {width}")
+    return width, fields
+
+
+def _content(field: _Field, count: int) -> Buffer:
+    """Return a field of `count` numbers. Raises Corrupt if it is of another length."""
+    num_bytes = count * field.size
+    if field.kind == _RAW and len(field.body) == num_bytes:
+        return field.body
+    if field.kind == _FRAME:
+        return decompress(field.body, num_bytes)
+    if field.kind == _CODES and field.size == 1:
+        return decode_exponents(memoryview(field.body), count)
+    raise Corrupt(f"a plane of kind {field.kind} cannot hold {num_bytes} bytes in {len(field.body)}")

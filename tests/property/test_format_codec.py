@@ -1,0 +1,221 @@
+"""Codecs give back what they were given, whatever it is, and refuse all that is not as it was stored."""
+
+import contextlib
+import tracemalloc
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from checkpoint.errors import Corrupt
+from checkpoint.format.codec import Codec, decode, encode, xor_bytes
+from checkpoint.format.dtypes import DTYPES, itemsize
+from checkpoint.format.frames import compress_by_entropy
+from checkpoint.format.planes import PLANE_WIDTHS
+
+names = st.sampled_from(sorted(DTYPES))
+floats = st.sampled_from(sorted(PLANE_WIDTHS))
+CHUNK_BYTES = 4 << 20
+
+
+def random_floats(seed: int, count: int, name: str, *, zeros: float = 0.0, spread: float = 1.0) -> bytes:
+    """Make numbers as weights are, in the bits of a dtype: some are zero, `spread` widens the exponents."""
+    random = np.random.default_rng(seed)
+    values = random.standard_normal(count) * 10.0 ** random.normal(-2, 2 * (spread - 1) + 1e-9, count)
+    values[random.random(count) < zeros] = 0
+    with np.errstate(over="ignore"):
+        if name == "bfloat16":
+            return (values.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
+        return values.astype(f"<f{PLANE_WIDTHS[name]}").tobytes()
+
+
+@given(st.sampled_from(Codec), names, st.binary(max_size=2000), st.integers(-3, 9))
+def test_a_codec_gives_back_what_it_was_given(codec, name, data, level):
+    used, stored = encode(codec, data, level, dtype=name)
+    for kind in (bytes, bytearray, memoryview):
+        assert bytes(decode(used, kind(stored), len(data))) == data
+
+
+@settings(max_examples=80)
+@given(st.integers(0, 2**32), st.integers(1, 70_000), names, st.sampled_from([0, 0, 0.3, 1]), st.floats(1, 9))
+def test_planes_give_back_numbers_of_every_dtype(seed, count, name, zeros, spread):
+    kind = name if name in PLANE_WIDTHS else "float32"
+    raw = random_floats(seed, count, kind, zeros=zeros, spread=spread)
+    raw = raw[: len(raw) // itemsize(name) * itemsize(name)]
+    used, stored = encode(Codec.PLANES, raw, dtype=name)
+    assert memoryview(stored).nbytes <= len(raw)
+    assert bytes(decode(used, stored, len(raw))) == raw
+
+
+@pytest.mark.parametrize("count", [2048, 2049, 65535, 65536, 65537, 131072, 140001])
+@pytest.mark.parametrize("name", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("bits", ["zeros", "ones", "ascending", "noise", "one exponent", "all exponents"])
+def test_planes_give_back_the_strangest_numbers(count: int, name: str, bits: str):
+    width = PLANE_WIDTHS[name]
+    places = np.arange(count, dtype="<u8")
+    noise = np.random.default_rng(count).integers(0, 2**64, count, dtype=np.uint64)
+    numbers = {
+        "zeros": places * 0,
+        "ones": ~(places * 0),
+        "ascending": places,
+        "noise": noise,
+        "one exponent": noise >> np.uint64(66 - 8 * width + 10) if width < 8 else noise >> np.uint64(12),
+        "all exponents": places << np.uint64(8 * width - 9),
+    }[bits]
+    raw = numbers.astype(f"<u{width}").tobytes()
+    used, stored = encode(Codec.PLANES, raw, dtype=name)
+    assert bytes(decode(used, stored, len(raw))) == raw
+
+
+@pytest.mark.parametrize(("name", "most"), [("bfloat16", 0.69), ("float32", 0.85), ("float16", 0.9)])
+def test_planes_are_smaller_than_zstandard_alone(name: str, most: float):
+    raw = random_floats(1, CHUNK_BYTES // itemsize(name), name)
+    _, planes = encode(Codec.PLANES, raw, dtype=name)
+    _, plain = encode(Codec.ZSTD, raw, dtype=name)
+    assert len(planes) <= most * len(raw)
+    assert len(planes) < 0.95 * len(plain)
+
+
+def test_a_delta_of_adjacent_weights_is_far_smaller_than_they_are():
+    before = np.frombuffer(random_floats(1, 1 << 20, "float32"), "<f4")
+    after = before + np.random.default_rng(2).choice([0, 2e-5, -2e-5], before.size, p=[0.5, 0.25, 0.25])
+    raws = [(each.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes() for each in (before, after)]
+    delta = xor_bytes(raws[1], raws[0])
+    used, stored = encode(Codec.PLANES, delta, dtype="bfloat16")
+    assert len(stored) < 0.25 * len(raws[0])
+    assert bytes(xor_bytes(decode(used, stored, len(raws[0])), raws[0])) == raws[1]
+
+
+def test_a_delta_needs_a_base_of_its_own_length():
+    with pytest.raises(Corrupt, match="4 bytes cannot be a delta against 5"):
+        xor_bytes(bytes(4), bytes(5))
+
+
+@given(st.sampled_from(Codec), names, st.integers(0, 2**32))
+def test_the_given_buffer_is_never_written_to(codec, name, seed):
+    data = bytearray(random_floats(seed, 4096, "float64"))
+    before = bytes(data)
+    _, stored = encode(codec, memoryview(data).toreadonly(), dtype=name)
+    encode(codec, data, dtype=name)
+    assert data == before
+    decode(*encode(codec, data, dtype=name), len(data))
+    assert data == before
+    if stored is not data:
+        bytes(stored)
+
+
+@pytest.mark.parametrize("codec", [Codec.PLANES, Codec.ZSTD])
+@pytest.mark.parametrize("name", ["uint8", "int64", "bool", "float8_e4m3fn", "float32", "bfloat16"])
+def test_what_does_not_shrink_is_stored_as_it_is(name: str, codec: Codec):
+    noise = np.random.default_rng(0).integers(0, 256, 1 << 20, dtype=np.uint8).tobytes()
+    used, stored = encode(codec, noise, dtype=name)
+    assert used is Codec.RAW
+    assert stored is noise
+
+
+def test_integers_that_repeat_shrink_too():
+    raw = (np.arange(100_000, dtype="<i8") // 7).tobytes()
+    used, stored = encode(Codec.PLANES, raw, dtype="int64")
+    assert used is Codec.ZSTD
+    assert len(stored) < 0.5 * len(raw)
+
+
+@given(st.sampled_from(Codec), st.binary(max_size=200), st.integers(0, 400))
+def test_content_of_another_length_is_corrupt(codec, data, length):
+    used, stored = encode(codec, data)
+    if length != len(data):
+        with pytest.raises(Corrupt):
+            decode(used, bytes(stored), length)
+
+
+@given(st.sampled_from([Codec.ZSTD, Codec.PLANES]), st.binary(max_size=300), st.integers(0, 400))
+def test_foreign_bytes_are_corrupt(codec, data, length):
+    with pytest.raises(Corrupt):
+        decode(codec, b"x" + data, length)
+
+
+@settings(max_examples=150, deadline=None)
+@given(floats, st.integers(0, 2**32), st.integers(0, 255), st.integers(0, 2**32))
+def test_damaged_planes_are_corrupt_or_other_numbers_but_never_break(name, place, value, seed):
+    raw = random_floats(seed % 8, 3000, name, zeros=0.1, spread=1 + seed % 3)
+    used, stored = encode(Codec.PLANES, raw, dtype=name)
+    data = bytearray(stored)
+    places = [place % len(data), place % 32] if place % 2 else [place % 32]  # heads, mostly
+    for each in places:
+        data[each] = value
+    with contextlib.suppress(Corrupt):
+        assert len(decode(used, data, len(raw))) == len(raw)
+    for length in (len(data) - 1, place % len(data)):
+        with pytest.raises(Corrupt):
+            decode(used, bytes(stored)[:length], len(raw))
+    if used is not Codec.RAW:
+        with pytest.raises(Corrupt):
+            decode(used, bytes(stored) + b"\0", len(raw))
+
+
+@pytest.mark.parametrize("others", [b"", b"\x60\x61", b"\x60" * 200_000])
+def test_other_exponents_than_there_are_codes_for_are_corrupt(others: bytes):
+    sound = bytes.fromhex("800c000000 28b52ffd 2003190000 010fe1") + b"\x60"
+    head, mantissas = bytes.fromhex("0202 0100 06000000 0102"), bytes.fromhex("004100800000")
+
+    def stored(exponents: bytes) -> bytes:
+        return head + len(exponents).to_bytes(4, "little") + mantissas + exponents
+
+    assert len(decode(Codec.PLANES, stored(sound), 12)) == 12
+    with pytest.raises(Corrupt, match="without a code"):
+        decode(Codec.PLANES, stored(sound[:-1] + others), 12)
+
+
+def bombs() -> dict[str, tuple[Codec, bytes]]:
+    """Stored bytes that claim or hold far more than the chunk that they are said to be."""
+    bomb = zstandard.ZstdCompressor().compress(bytes(256 << 20))
+    half = compress_by_entropy(bytes(CHUNK_BYTES // 2))
+    length = len(bomb).to_bytes(4, "little")
+    exponents = b"\x80" + length + bomb
+    return {
+        "a frame": (Codec.ZSTD, bomb),
+        "a plane": (Codec.PLANES, b"\2\2" + (b"\1\1" + length) * 2 + bomb * 2),
+        "codes": (
+            Codec.PLANES,
+            b"\2\2\1\1"
+            + len(half).to_bytes(4, "little")
+            + b"\1\2"
+            + (len(exponents)).to_bytes(4, "little")
+            + half
+            + exponents,
+        ),
+        "a length": (Codec.PLANES, b"\2\2" + b"\1\0\xff\xff\xff\xff" * 2 + bytes(1000)),
+        "many fields": (Codec.PLANES, b"\x08\xff" + b"\1\0\0\0\0\0" * 255),
+    }
+
+
+@pytest.mark.parametrize("name", bombs())
+def test_a_bomb_is_refused_before_it_goes_off(name: str):
+    codec, stored = bombs()[name]
+    assert len(stored) < 100_000
+    tracemalloc.start()
+    with pytest.raises(Corrupt):
+        decode(codec, stored, CHUNK_BYTES)
+    assert tracemalloc.get_traced_memory()[1] < 3 * CHUNK_BYTES
+    tracemalloc.stop()
+
+
+def test_a_sound_chunk_is_decoded_within_a_few_times_its_size():
+    raw = random_floats(3, CHUNK_BYTES // 4, "float32")
+    used, stored = encode(Codec.PLANES, raw, dtype="float32")
+    assert used is Codec.PLANES
+    tracemalloc.start()
+    assert bytes(decode(used, stored, len(raw))) == raw
+    assert tracemalloc.get_traced_memory()[1] < 4 * CHUNK_BYTES
+    tracemalloc.stop()
+
+
+def test_a_frame_that_hides_its_length_or_has_company_is_corrupt():
+    raw = np.arange(1000, dtype=np.uint8).tobytes()
+    hidden = zstandard.ZstdCompressor(write_content_size=False).compress(raw)
+    with pytest.raises(Corrupt):
+        decode(Codec.ZSTD, hidden, len(raw))
+    with pytest.raises(Corrupt):
+        decode(Codec.ZSTD, bytes(encode(Codec.ZSTD, raw)[1]) + b"more", len(raw))
