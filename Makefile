@@ -6,6 +6,7 @@
 #   make test [TESTS=tests/unit]      the whole suite, as continuous integration runs it
 #   make soak                         the hours-long tests
 #   make bench [NAME=...] [QUICK=1]   benchmarks; bench-peers builds the peers' environment first
+#                                     (ONLY=blocked,codec: some figures of NAME=checkpoint)
 #   make ratchets                     record the public names anew, after changing them on purpose
 #   make clean                        remove .venv and caches; runs/ stays
 
@@ -24,7 +25,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train serve check test soak bench bench-peers ratchets browser-packages clean
+.PHONY: help venv train serve check test soak bench bench-peers ratchets system-packages clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -52,7 +53,7 @@ check: $(READY)
 	$(BIN)/lint-imports --no-logo
 	$(PYTEST) -q -m "not slow and not browser and not soak" $(TESTS)
 
-test: $(READY) browser-packages
+test: $(READY) system-packages
 	$(PYTEST) -m "not soak" $(TESTS)
 
 soak: $(READY)
@@ -72,19 +73,19 @@ $(PEERS_READY): tests/bench/peers.txt
 ratchets: $(READY)
 	@$(BIN)/python -m tests.test_ratchets
 
-# The browser test alone needs system packages; without them it says so and the rest of the suite runs.
-browser-packages:
+# The browser test and the tests on a real S3 server need system packages; without them the rest of the suite runs.
+system-packages:
 	@missing=""; \
 	for package in $$(sed 's/#.*//' deploy/apt.txt); do \
 	  dpkg-query -W -f='$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$package"; \
 	done; \
 	if [ -z "$$missing" ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  echo "Installing for the browser test:$$missing"; \
+	  echo "Installing for some tests:$$missing"; \
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing; } >/dev/null \
-	    || echo "apt-get failed: the tests marked browser will not run"; \
+	    || echo "apt-get failed: the tests that need them will not run"; \
 	else \
-	  echo "Not installed:$$missing. The tests marked browser will not run; as root: apt-get install$$missing"; \
+	  echo "Not installed:$$missing. The tests that need them will not run; as root: apt-get install$$missing"; \
 	fi
 
 clean:

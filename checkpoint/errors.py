@@ -15,7 +15,9 @@ CheckpointError
 ├── NoCheckpoint            there is nothing to restore
 ├── Conflict                two different manifests claim one step
 ├── KeeperLost              the process that kept this host's snapshots is gone
-└── ArenaFull               a snapshot does not fit into the arena
+├── ArenaFull               a snapshot does not fit into the arena
+├── PeerLost                a host that keeps fragments for others cannot be reached
+└── Unrecoverable           more of a parity group is lost than its parity makes up for
 
 A message says what, which key or tensor, and what to do. Errors carry text only, never what they speak of.
 """
@@ -83,3 +85,11 @@ class KeeperLost(CheckpointError):
 
 class ArenaFull(CheckpointError):
     """The snapshot does not fit into the arena."""
+
+
+class PeerLost(CheckpointError):
+    """A peer, or the fragment it was to keep, is gone."""
+
+
+class Unrecoverable(CheckpointError):
+    """Too few fragments are left to rebuild from."""

@@ -4,10 +4,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+from urllib.parse import urlsplit
 
-from checkpoint.errors import NotFound, StoreError
+from checkpoint.errors import NotFound, StoreError, StoreRefused
 
 Buffer = bytes | bytearray | memoryview
+Data = Buffer | Sequence[Buffer]  # a value, or its parts one after the other
 
 _MAX_KEY_LENGTH = 512
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*", re.ASCII)
@@ -47,13 +49,13 @@ class Store(Protocol):
 
     A key is one or more names of [A-Za-z0-9._-], joined by "/"; no name begins with a dot. Once a write has
     returned, its value is durable and every reader sees it. Any verb may raise StoreUnavailable: then a write
-    may or may not have happened.
+    may or may not have happened. What is written is one buffer, or a list of them: its parts, in order.
     """
 
-    def put_new(self, key: str, data: Buffer) -> None:
+    def put_new(self, key: str, data: Data) -> None:
         """Write the value only if the key is free, atomically. Raises AlreadyExists."""
 
-    def put(self, key: str, data: Buffer) -> None:
+    def put(self, key: str, data: Data) -> None:
         """Write the value, in place of the one there is."""
 
     def read(self, key: str, ranges: Sequence[ByteRange] | None = None) -> list[Buffer]:
@@ -67,6 +69,24 @@ class Store(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove the key; to remove what is not there is fine."""
+
+
+def parts_of(data: Data) -> list[memoryview]:
+    """Return the parts of a value as flat bytes, the empty ones left out."""
+    parts = [data] if isinstance(data, bytes | bytearray | memoryview) else data
+    return [view for view in (memoryview(part).cast("B") for part in parts) if view.nbytes]
+
+
+def joined(data: Data) -> bytes | bytearray:
+    """Return a value as one buffer: itself if it is one that every client library takes, else a copy."""
+    return data if isinstance(data, bytes | bytearray) else b"".join(parts_of(data))
+
+
+def check_url(url: str) -> str:
+    """Return the URL without slashes at its end. Raises StoreRefused if there are credentials in it."""
+    if "@" in urlsplit(url).netloc:
+        raise StoreRefused("a store's URL holds no credentials: put them into the environment")
+    return url.rstrip("/")
 
 
 def check_key(key: str) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from checkpoint.errors import AlreadyExists, NotFound, StoreRefused, StoreUnavailable
-from checkpoint.store.contract import Buffer, ByteRange, Entry, check_key, check_prefix, check_ranges
+from checkpoint.store.contract import (
+    Buffer,
+    ByteRange,
+    Data,
+    Entry,
+    check_key,
+    check_prefix,
+    check_ranges,
+    parts_of,
+)
+from checkpoint.store.writeback import write_parts
 
 _INCOMING = ".incoming"  # values being written; no key can name it
 _ABANDONED_S = 24 * 3600.0  # what lies there longer was left by a crash
@@ -34,7 +45,7 @@ class LocalStore:
     def __str__(self) -> str:
         return f"file://{self._root}"
 
-    def put_new(self, key: str, data: Buffer) -> None:
+    def put_new(self, key: str, data: Data) -> None:
         """Write the value only if the key is free."""
         path = self._path(key)
         with self._told("write", key), self._written(data) as written:
@@ -45,7 +56,7 @@ class LocalStore:
                 raise AlreadyExists(f"{key} exists already in {self}; nothing was written") from None
             _sync(path.parent)
 
-    def put(self, key: str, data: Buffer) -> None:
+    def put(self, key: str, data: Data) -> None:
         """Write the value."""
         path = self._path(key)
         with self._told("write", key), self._written(data) as written:
@@ -55,11 +66,18 @@ class LocalStore:
 
     def read(self, key: str, ranges: Sequence[ByteRange] | None = None) -> list[Buffer]:
         """Return the ranges, or the whole value."""
-        with self._told("read", key), open(self._path(key), "rb", buffering=0) as file:
+        with self._told("read", key), open(self._path(key), "rb", 0, opener=_open_file) as file:
             num_bytes = os.fstat(file.fileno()).st_size
             wanted = [ByteRange(0, num_bytes)] if ranges is None else ranges
             check_ranges(key, wanted, num_bytes)
             return [_read(file.fileno(), part) for part in wanted]
+
+    def read_into(self, key: str, offset: int, memory: memoryview) -> None:
+        """Fill memory with the bytes of a value from an offset on. Raises NotFound if there are too few."""
+        with self._told("read", key), open(self._path(key), "rb", 0, opener=_open_file) as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            check_ranges(key, [ByteRange(offset, memory.nbytes)], num_bytes)
+            _fill(file.fileno(), offset, memory.cast("B"))
 
     def list(self, prefix: str) -> list[Entry]:
         """List the keys that begin with the prefix."""
@@ -93,10 +111,12 @@ class LocalStore:
                 continue
             with suppress(FileNotFoundError):  # deleted since
                 status = entry.stat()
+                if not stat.S_ISREG(status.st_mode):
+                    continue
                 yield Entry(f"{prefix}{entry.name}", status.st_size, status.st_mtime)
 
     @contextmanager
-    def _written(self, data: Buffer) -> Iterator[Path]:
+    def _written(self, data: Data) -> Iterator[Path]:
         """Hold the value, written and synced, under a name that no reader looks at; remove the name after."""
         incoming = self._root / _INCOMING
         _make_directory(incoming)
@@ -105,7 +125,7 @@ class LocalStore:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             with open(descriptor, "wb", buffering=0) as file:
-                _write(file.fileno(), data)
+                write_parts(file.fileno(), parts_of(data))
                 os.fsync(file.fileno())
             yield path
         finally:
@@ -137,6 +157,15 @@ class LocalStore:
             raise StoreUnavailable(message) from error
 
 
+def _open_file(path: str, flags: int) -> int:
+    """Open a file, but nothing else that has a name: a pipe would be waited for, for ever."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileNotFoundError(errno.ENOENT, "it is no file", path)
+    return descriptor
+
+
 def _make_directory(path: Path) -> None:
     """Create a directory and its parents, each durable in the one above."""
     if path.is_dir():
@@ -155,19 +184,16 @@ def _sync(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _write(descriptor: int, data: Buffer) -> None:
-    view = memoryview(data).cast("B")
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
 def _read(descriptor: int, part: ByteRange) -> bytearray:
     """Read exactly a range, whose bytes are known to be there."""
     data = bytearray(part.num_bytes)
-    view = memoryview(data)
-    while view:
-        count = os.preadv(descriptor, [view], part.stop - len(view))
+    _fill(descriptor, part.offset, memoryview(data))
+    return data
+
+
+def _fill(descriptor: int, offset: int, memory: memoryview) -> None:
+    while memory:
+        count = os.preadv(descriptor, [memory], offset)
         if not count:
             raise OSError(errno.EIO, "the file became shorter while it was read")
-        view = view[count:]
-    return data
+        memory, offset = memory[count:], offset + count

@@ -5,7 +5,16 @@ import time
 from collections.abc import Callable, Sequence
 
 from checkpoint.errors import AlreadyExists, NotFound
-from checkpoint.store.contract import Buffer, ByteRange, Entry, check_key, check_prefix, check_ranges
+from checkpoint.store.contract import (
+    Buffer,
+    ByteRange,
+    Data,
+    Entry,
+    check_key,
+    check_prefix,
+    check_ranges,
+    joined,
+)
 
 
 class MemoryStore:
@@ -20,17 +29,17 @@ class MemoryStore:
     def __str__(self) -> str:
         return f"memory://{self._name}"
 
-    def put_new(self, key: str, data: Buffer) -> None:
+    def put_new(self, key: str, data: Data) -> None:
         """Write the value only if the key is free."""
-        value = bytes(data)
+        value = bytes(joined(data))
         with self._lock:
             if check_key(key) in self._values:
                 raise AlreadyExists(f"{key} exists already in {self}; nothing was written")
             self._values[key] = value, self._clock()
 
-    def put(self, key: str, data: Buffer) -> None:
+    def put(self, key: str, data: Data) -> None:
         """Write the value."""
-        value = bytes(data)
+        value = bytes(joined(data))
         with self._lock:
             self._values[check_key(key)] = value, self._clock()
 

@@ -8,17 +8,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import urlsplit
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 
 from checkpoint.errors import AlreadyExists, NotFound, StoreError, StoreRefused, StoreUnavailable
-from checkpoint.store.contract import Buffer, ByteRange, Entry, check_key, check_prefix, short
+from checkpoint.store.contract import (
+    Buffer,
+    ByteRange,
+    Data,
+    Entry,
+    check_key,
+    check_prefix,
+    check_url,
+    joined,
+    short,
+)
 
 _S3 = ("s3", "s3a")
 _S3_PART_BYTES = 16 << 20
 _S3_CONNECT_TIMEOUT_S, _S3_READ_TIMEOUT_S = 10, 30
+_S3_SLOWEST_BYTES_PER_S = 1 << 20
 _INCOMING = ".incoming"
 _TAKEN = {"PreconditionFailed", "412"}
 _REFUSED_CODES = {
@@ -40,9 +50,7 @@ class ObjectStore:
     """
 
     def __init__(self, url: str) -> None:
-        if "@" in urlsplit(url).netloc:
-            raise StoreRefused("a store's URL holds no credentials: put them into the environment")
-        self._url = url.rstrip("/")
+        self._url = check_url(url)
         self._protocol = url.partition("://")[0]
         self._lock = threading.Lock()
         self._client: tuple[int, Any] | None = None
@@ -53,27 +61,27 @@ class ObjectStore:
     def __reduce__(self) -> tuple[type["ObjectStore"], tuple[str]]:
         return ObjectStore, (self._url,)
 
-    def put_new(self, key: str, data: Buffer) -> None:
+    def put_new(self, key: str, data: Data) -> None:
         """Write the value only if the key is free."""
-        path, body = self._path(key), _body(data)
+        path, body = self._path(key), joined(data)
         with self._told("write", key):
             client = self._fs()
             if _is_conditional(client):
                 # One request, however large: a multipart upload's last one is not conditional on every store.
-                client.pipe_file(path, body, mode="create", **self._parts(len(body) + 1))
+                client.pipe_file(path, body, mode="create", **self._limits(body, len(body) + 1))
                 return
             with self._turn():
                 if client.exists(path):
                     raise AlreadyExists(f"{key} exists already in {self}; nothing was written")
                 self._replace(client, path, body)
 
-    def put(self, key: str, data: Buffer) -> None:
+    def put(self, key: str, data: Data) -> None:
         """Write the value."""
-        path, body = self._path(key), _body(data)
+        path, body = self._path(key), joined(data)
         with self._told("write", key):
             client = self._fs()
             if _is_conditional(client):
-                client.pipe_file(path, body, **self._parts(_S3_PART_BYTES))
+                client.pipe_file(path, body, **self._limits(body, _S3_PART_BYTES))
             else:
                 self._replace(client, path, body)
 
@@ -140,8 +148,12 @@ class ObjectStore:
             client.retries = 1  # one layer retries, and it is not this one
         return client
 
-    def _parts(self, num_bytes: int) -> dict[str, int]:
-        return {"chunksize": num_bytes, "max_concurrency": 4} if self._protocol in _S3 else {}
+    def _limits(self, body: bytes | bytearray, part_bytes: int) -> dict[str, float]:
+        """Return how a write is cut, and when it is given up: by itself the client waits for ever."""
+        if self._protocol not in _S3:
+            return {}
+        timeout_s = _S3_READ_TIMEOUT_S + len(body) / _S3_SLOWEST_BYTES_PER_S
+        return {"chunksize": part_bytes, "max_concurrency": 4, "timeout": timeout_s}
 
     def _replace(self, client: Any, path: str, body: bytes | bytearray) -> None:
         """Write under a name that no reader looks at, then rename."""
@@ -201,11 +213,6 @@ def _code(error: BaseException) -> str:
     """Return the error code that an S3 server gave, if it did."""
     response = getattr(error.__cause__, "response", None) or getattr(error, "response", None) or {}
     return str(response.get("Error", {}).get("Code", "")) if isinstance(response, Mapping) else ""
-
-
-def _body(data: Buffer) -> bytes | bytearray:
-    """Return what every client takes: botocore refuses a memoryview."""
-    return data if isinstance(data, bytes | bytearray) else bytes(data)
 
 
 def _entry(key: str, info: Mapping[str, Any]) -> Entry:

@@ -12,6 +12,7 @@ from checkpoint.store.contract import Store
 from checkpoint.store.local import LocalStore
 from checkpoint.store.memory import MemoryStore
 from checkpoint.store.objects import ObjectStore
+from checkpoint.store.obstore import PREFIX, ObStore
 from checkpoint.store.wrappers import Retrying
 
 _lock = threading.Lock()
@@ -39,8 +40,9 @@ def open_store(url: str) -> Store:
     """Return the store that a URL names; nothing is read or written yet.
 
     A plain path or `file://` is a directory, which the first write creates; `memory://name` lives in this
-    process; anything else is a URL that fsspec knows (`s3://bucket/prefix`), its requests tried again while
-    the store is unavailable. Credentials come from the environment, as the client library reads it.
+    process; anything else is a URL that fsspec knows (`s3://bucket/prefix`), or one for obstore, the optional
+    faster client (`obstore+s3://bucket/prefix`). Their requests are tried again while it is unavailable.
+    Credentials come from the environment, as the client library reads it.
 
     Raises StoreRefused for a URL that names no store.
     """
@@ -54,6 +56,8 @@ def open_store(url: str) -> Store:
             return LocalStore(_local_path(url))
         case "memory":
             return _memory_store(rest)
+        case _ if scheme.startswith(PREFIX):
+            return Retrying(ObStore(url))
         case _:
             return Retrying(ObjectStore(url))
 

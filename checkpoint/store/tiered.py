@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from checkpoint.errors import NotFound, StoreError, StoreUnavailable
-from checkpoint.store.contract import Buffer, ByteRange, Entry, Store
+from checkpoint.store.contract import Buffer, ByteRange, Data, Entry, Store
 
 
 class Tiered:
@@ -21,14 +21,14 @@ class Tiered:
     def __str__(self) -> str:
         return " | ".join(str(tier) for tier in self._tiers)
 
-    def put_new(self, key: str, data: Buffer) -> None:
+    def put_new(self, key: str, data: Data) -> None:
         """Write the value everywhere, if the last tier finds the key free."""
         *near, last = self._tiers
         last.put_new(key, data)
         for tier in reversed(near):
             tier.put(key, data)
 
-    def put(self, key: str, data: Buffer) -> None:
+    def put(self, key: str, data: Data) -> None:
         """Write the value everywhere."""
         for tier in reversed(self._tiers):
             tier.put(key, data)

@@ -12,9 +12,10 @@ from typing import Literal, TypeVar
 import stamina
 
 from checkpoint.errors import AlreadyExists, StoreRefused, StoreUnavailable
-from checkpoint.store.contract import Buffer, ByteRange, Entry, Store
+from checkpoint.store.contract import Buffer, ByteRange, Data, Entry, Store, joined, parts_of
 
 Verb = Literal["put_new", "put", "read", "list", "delete"]
+Struck = Verb | Literal["write"]  # what a fault strikes: a verb, or both that write, counted together
 Answer = TypeVar("Answer")
 
 
@@ -44,7 +45,7 @@ class Retrying:
     def __str__(self) -> str:
         return str(self._store)
 
-    def put_new(self, key: str, data: Buffer) -> None:
+    def put_new(self, key: str, data: Data) -> None:
         """Write the value only if the key is free."""
         num_tries = 0
 
@@ -54,12 +55,12 @@ class Retrying:
             try:
                 self._store.put_new(key, data)
             except AlreadyExists:
-                if num_tries == 1 or bytes(self._store.read(key)[0]) != bytes(data):
+                if num_tries == 1 or self._store.read(key)[0] != joined(data):
                     raise
 
         self._tried(write)
 
-    def put(self, key: str, data: Buffer) -> None:
+    def put(self, key: str, data: Data) -> None:
         """Write the value."""
         self._tried(lambda: self._store.put(key, data))
 
@@ -119,17 +120,17 @@ class Metered:
         with self._lock:
             return Traffic(dict(self._calls), dict(self._bytes))
 
-    def put_new(self, key: str, data: Buffer) -> None:
+    def put_new(self, key: str, data: Data) -> None:
         """Write the value only if the key is free."""
         self._called("put_new")
         self._store.put_new(key, data)
-        self._moved("put_new", [data])
+        self._moved("put_new", parts_of(data))
 
-    def put(self, key: str, data: Buffer) -> None:
+    def put(self, key: str, data: Data) -> None:
         """Write the value."""
         self._called("put")
         self._store.put(key, data)
-        self._moved("put", [data])
+        self._moved("put", parts_of(data))
 
     def read(self, key: str, ranges: Sequence[ByteRange] | None = None) -> list[Buffer]:
         """Return the ranges, or the whole value."""
@@ -161,7 +162,7 @@ class Metered:
 class Lost:
     """The `nth` call (from 1) of a verb never reaches the store."""
 
-    verb: Verb
+    verb: Struck
     nth: int
 
 
@@ -169,7 +170,7 @@ class Lost:
 class Unanswered:
     """The `nth` call of a verb is carried out, but its answer is lost."""
 
-    verb: Verb
+    verb: Struck
     nth: int
 
 
@@ -177,7 +178,7 @@ class Unanswered:
 class Death:
     """The process is killed as the `nth` call of a verb begins."""
 
-    verb: Verb
+    verb: Struck
     nth: int
 
 
@@ -190,13 +191,20 @@ class Short:
 
 @dataclass(frozen=True, slots=True)
 class Slow:
-    """Every call of a verb takes so much longer."""
+    """Every call of a verb takes so much longer. With Lost or Unanswered: a timeout."""
 
-    verb: Verb
+    verb: Struck
     seconds: float
 
 
-Fault = Lost | Unanswered | Death | Short | Slow
+@dataclass(frozen=True, slots=True)
+class Full:
+    """There is room for so many bytes: a write that no longer fits is refused, and nothing of it is kept."""
+
+    num_bytes: int
+
+
+Fault = Lost | Unanswered | Death | Short | Slow | Full
 
 
 class Faulty:
@@ -210,16 +218,19 @@ class Faulty:
         self._sleep = sleep
         self._lock = threading.Lock()
         self._calls: Counter[str] = Counter()
+        self._num_bytes = 0
 
     def __str__(self) -> str:
         return str(self._store)
 
-    def put_new(self, key: str, data: Buffer) -> None:
+    def put_new(self, key: str, data: Data) -> None:
         """Write the value only if the key is free."""
+        self._fill(key, data)
         self._broken("put_new", lambda: self._store.put_new(key, data))
 
-    def put(self, key: str, data: Buffer) -> None:
+    def put(self, key: str, data: Data) -> None:
         """Write the value."""
+        self._fill(key, data)
         self._broken("put", lambda: self._store.put(key, data))
 
     def read(self, key: str, ranges: Sequence[ByteRange] | None = None) -> list[Buffer]:
@@ -237,18 +248,27 @@ class Faulty:
         """Remove the key."""
         self._broken("delete", lambda: self._store.delete(key))
 
+    def _fill(self, key: str, data: Data) -> None:
+        num_bytes = sum(part.nbytes for part in parts_of(data))
+        with self._lock:
+            for fault in self._faults:
+                if isinstance(fault, Full) and self._num_bytes + num_bytes > fault.num_bytes:
+                    raise StoreRefused(f"cannot write {key!r} in {self}: no space left, on purpose")
+            self._num_bytes += num_bytes
+
     def _broken(self, verb: Verb, call: Callable[[], Answer]) -> Answer:
         with self._lock:
-            self._calls[verb] += 1
-            nth = self._calls[verb]
+            counted: list[Struck] = [verb, "write"] if verb in ("put", "put_new") else [verb]
+            self._calls.update(counted)
+            nth = {name: self._calls[name] for name in counted}
         for fault in self._faults:
-            if isinstance(fault, Slow) and fault.verb == verb:
+            if isinstance(fault, Slow) and fault.verb in nth:
                 self._sleep(fault.seconds)
-        if Death(verb, nth) in self._faults:
+        if any(Death(name, number) in self._faults for name, number in nth.items()):
             os.kill(os.getpid(), signal.SIGKILL)
-        if Lost(verb, nth) in self._faults:
-            raise StoreUnavailable(f"{verb} number {nth} was lost on its way to {self}, on purpose")
+        if any(Lost(name, number) in self._faults for name, number in nth.items()):
+            raise StoreUnavailable(f"{verb} number {nth[verb]} was lost on its way to {self}, on purpose")
         answer = call()
-        if Unanswered(verb, nth) in self._faults:
-            raise StoreUnavailable(f"the answer to {verb} number {nth} of {self} was lost, on purpose")
+        if any(Unanswered(name, number) in self._faults for name, number in nth.items()):
+            raise StoreUnavailable(f"the answer to {verb} number {nth[verb]} of {self} was lost, on purpose")
         return answer

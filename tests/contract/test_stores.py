@@ -1,178 +1,18 @@
-"""What every store promises, proved on memory, a directory, fsspec (files, memory) and S3."""
+"""The contract, on memory, a directory, what fsspec makes of both, and on every wrapper."""
 
-import os
-import pickle
-import threading
-import time
 import uuid
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from checkpoint.errors import AlreadyExists, NotFound, StoreError, StoreRefused, StoreUnavailable
-from checkpoint.store.contract import Buffer, ByteRange, Entry, Store
+from checkpoint.errors import NotFound
+from checkpoint.store.contract import Store
 from checkpoint.store.local import LocalStore
 from checkpoint.store.memory import MemoryStore
 from checkpoint.store.objects import ObjectStore
-from checkpoint.store.open import open_store, probe
+from checkpoint.store.open import open_store
 from checkpoint.store.tiered import Tiered
 from checkpoint.store.wrappers import Faulty, Metered, Retrying
-
-KEY = "packs/000001-h0-000000"
-NUM_WRITERS = 16
-
-
-class StoreContract:
-    """Inherit this and give a fixture `store` that is empty: then it is proved to be a Store."""
-
-    def test_what_was_put_is_read_back_whole(self, store: Store):
-        store.put(KEY, b"abc")
-        assert [bytes(part) for part in store.read(KEY)] == [b"abc"]
-
-    def test_every_kind_of_buffer_can_be_written(self, store: Store):
-        buffers: list[Buffer] = [b"abc", bytearray(b"abc"), memoryview(b"abc"), memoryview(b"xabcx")[1:4]]
-        for number, data in enumerate(buffers):
-            store.put(f"a/{number}", data)
-            store.put_new(f"b/{number}", data)
-            assert bytes(store.read(f"a/{number}")[0]) == bytes(store.read(f"b/{number}")[0]) == b"abc"
-
-    def test_an_empty_value_is_a_value(self, store: Store):
-        store.put_new(KEY, b"")
-        assert bytes(store.read(KEY)[0]) == b""
-        assert [(entry.key, entry.num_bytes) for entry in store.list("")] == [(KEY, 0)]
-
-    def test_a_value_is_what_it_was_when_it_was_written(self, store: Store):
-        data = bytearray(b"abc")
-        store.put(KEY, data)
-        data[:] = b"xyz"
-        assert bytes(store.read(KEY)[0]) == b"abc"
-
-    def test_put_replaces_and_put_new_does_not(self, store: Store):
-        store.put_new(KEY, b"first")
-        with pytest.raises(AlreadyExists, match=KEY):
-            store.put_new(KEY, b"second")
-        assert bytes(store.read(KEY)[0]) == b"first"
-        store.put(KEY, b"third")
-        assert bytes(store.read(KEY)[0]) == b"third"
-
-    def test_put_new_admits_exactly_one_of_many_writers(self, store: Store):
-        for race in range(3):
-            key = f"manifests/{race}"
-            ready = threading.Barrier(NUM_WRITERS)
-
-            def write(writer: int, key: str = key, ready: threading.Barrier = ready) -> bool:
-                ready.wait()
-                try:
-                    store.put_new(key, b"%d" % writer * 1000)
-                except AlreadyExists:
-                    return False
-                return True
-
-            with ThreadPoolExecutor(NUM_WRITERS) as writers:
-                won = list(writers.map(write, range(NUM_WRITERS)))
-            assert won.count(True) == 1
-            assert bytes(store.read(key)[0]) == b"%d" % won.index(True) * 1000
-
-    def test_a_reader_sees_a_write_whole_or_not_at_all(self, store: Store):
-        values = {bytes([letter]) * 300_000 for letter in b"abcd"}
-        store.put(KEY, min(values))
-        done = threading.Event()
-
-        def overwrite() -> None:
-            for value in sorted(values) * 2:
-                store.put(KEY, value)
-            done.set()
-
-        with ThreadPoolExecutor(1) as writer:
-            writing = writer.submit(overwrite)
-            seen = set()
-            while not done.is_set() and not writing.done():
-                seen.add(bytes(store.read(KEY)[0]))
-                assert {entry.num_bytes for entry in store.list("")} == {300_000}
-            writing.result()
-        assert seen <= values
-
-    def test_ranges_come_back_in_order_and_exactly(self, store: Store):
-        data = bytes(range(256)) * 100
-        store.put(KEY, data)
-        ranges = [ByteRange(5, 10), ByteRange(0, 1), ByteRange(25_599, 1), ByteRange(7, 0), ByteRange(5, 10)]
-        parts = [bytes(part) for part in store.read(KEY, ranges)]
-        assert parts == [data[one.offset : one.stop] for one in ranges]
-        assert list(store.read(KEY, [])) == []
-
-    @pytest.mark.parametrize("wanted", [ByteRange(2, 2), ByteRange(3, 1), ByteRange(1000, 10)])
-    def test_a_range_beyond_the_end_is_not_found(self, store: Store, wanted: ByteRange):
-        store.put(KEY, b"abc")
-        with pytest.raises(NotFound, match=KEY):
-            store.read(KEY, [ByteRange(0, 1), wanted])
-
-    def test_what_is_not_there_is_not_found(self, store: Store):
-        with pytest.raises(NotFound, match=KEY):
-            store.read(KEY)
-        with pytest.raises(NotFound, match=KEY):
-            store.read(KEY, [ByteRange(0, 1)])
-        store.put(KEY, b"abc")
-        with pytest.raises(NotFound):
-            store.read("packs")
-
-    def test_a_listing_has_what_begins_with_the_prefix_by_key(self, store: Store):
-        keys = ["a/b/c", "a/b/d", "a/bc", "a/c", "ab", "b/1", "b/10", "b/2"]
-        for key in reversed(keys):
-            store.put(key, key.encode())
-        for prefix in ("", "a", "a/", "a/b", "a/b/", "b/1", "b/10", "nothing", "a/nothing/"):
-            found = store.list(prefix)
-            assert [entry.key for entry in found] == [key for key in keys if key.startswith(prefix)]
-            assert all(entry.num_bytes == len(entry.key) for entry in found)
-
-    def test_a_listing_tells_when_something_was_written(self, store: Store):
-        began_s = time.time()
-        store.put(KEY, b"abc")
-        (entry,) = store.list("packs/")
-        assert isinstance(entry, Entry)
-        assert began_s - 5 <= entry.modified_s <= time.time() + 5
-
-    def test_a_listing_shows_a_write_of_another_client_at_once(self, store: Store, other: Store):
-        assert store.list("") == []
-        other.put(KEY, b"abc")
-        assert [entry.key for entry in store.list("")] == [KEY]
-        other.delete(KEY)
-        assert store.list("") == []
-
-    def test_to_delete_is_to_forget_and_twice_is_fine(self, store: Store):
-        store.put(KEY, b"abc")
-        store.delete(KEY)
-        store.delete(KEY)
-        store.delete("packs/never-was")
-        assert store.list("") == []
-        store.put_new(KEY, b"again")
-
-    @pytest.mark.parametrize(
-        "key",
-        ["", "/a", "a/", "a//b", "../a", "a/../b", "a/./b", ".hidden", "a/.b", "a b", "ä", "a\\b", "a" * 513],
-    )
-    def test_a_key_that_could_lead_out_of_the_store_is_refused(self, store: Store, key: str):
-        for use in (
-            lambda: store.put(key, b""),
-            lambda: store.put_new(key, b""),
-            lambda: store.read(key),
-            lambda: store.delete(key),
-        ):
-            with pytest.raises(StoreError, match="is no key"):
-                use()
-
-    def test_a_probe_finds_that_it_does_what_a_run_needs(self, store: Store):
-        found = probe(store)
-        assert (found.is_writable, found.is_readable, found.is_conditional, found.problem) == (
-            True,
-            True,
-            True,
-            "",
-        )
-        assert store.list("") == []
-
-    def test_its_name_is_its_url(self, store: Store):
-        assert "://" in str(store)
+from tests.contract.suite import StoreContract
 
 
 class TestMemoryStore(StoreContract):
@@ -194,6 +34,16 @@ class TestLocalStore(StoreContract):
     def other(self, tmp_path) -> Store:
         return open_store(f"file://{tmp_path}/run/store")
 
+    def test_it_reads_into_memory_of_the_callers_and_tells_what_is_too_short(self, store):
+        store.put_new("a/b", bytes(range(200)))
+        memory = bytearray(50)
+        store.read_into("a/b", 100, memoryview(memory))
+        assert bytes(memory) == bytes(range(100, 150))
+        with pytest.raises(NotFound):
+            store.read_into("a/b", 151, memoryview(memory))
+        with pytest.raises(NotFound):
+            store.read_into("a/c", 0, memoryview(memory))
+
 
 class TestFsspecFiles(StoreContract):
     @pytest.fixture
@@ -213,81 +63,6 @@ class TestFsspecMemory(StoreContract):
     @pytest.fixture
     def other(self, store: Store) -> Store:
         return ObjectStore(str(store))
-
-
-@pytest.fixture(scope="module")
-def s3_endpoint() -> Iterator[str]:
-    """Run an S3 server on a loopback socket, its credentials in the environment as a user's would be."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    environment = pytest.MonkeyPatch()
-    environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    environment.setenv("AWS_ACCESS_KEY_ID", "holdfast-test")
-    environment.setenv("AWS_SECRET_ACCESS_KEY", "not-a-secret")
-    environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    yield f"http://{host}:{port}"
-    environment.undo()
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def s3_clients(s3_endpoint: str) -> tuple[Store, Store]:
-    """Two clients of one place in a bucket: to build one costs more than most tests."""
-    import boto3  # type: ignore[import-untyped]  # it has no types
-
-    boto3.client("s3").create_bucket(Bucket="hf-test")
-    return ObjectStore("s3://hf-test/runs/one"), ObjectStore("s3://hf-test/runs/one")
-
-
-@pytest.mark.slow
-class TestS3(StoreContract):
-    @pytest.fixture
-    def store(self, s3_clients: tuple[Store, Store]) -> Store:
-        store = s3_clients[0]
-        for entry in store.list(""):
-            store.delete(entry.key)
-        return store
-
-    @pytest.fixture
-    def other(self, s3_clients: tuple[Store, Store]) -> Store:
-        return s3_clients[1]
-
-    def test_a_large_value_goes_and_comes_in_parts(self, store: Store):
-        data = os.urandom(1 << 20) * 33
-        store.put(KEY, data)
-        assert bytes(store.read(KEY)[0]) == data
-        store.put_new("packs/another", data)
-        with pytest.raises(AlreadyExists):
-            store.put_new("packs/another", data)
-
-    def test_a_pickled_store_carries_its_url_and_nothing_else(self, store: Store):
-        store.put(KEY, b"abc")
-        pickled = pickle.dumps(store)
-        assert b"secret" not in pickled
-        assert bytes(pickle.loads(pickled).read(KEY)[0]) == b"abc"
-
-    def test_a_bucket_that_does_not_exist_is_refused_at_once(self, s3_endpoint: str):
-        store = open_store("s3://hf-nobody-made-this/run")
-        for use in (lambda: store.list(""), lambda: store.put(KEY, b""), lambda: store.put_new(KEY, b"")):
-            with pytest.raises(StoreError, match="hf-nobody-made-this") as caught:
-                use()
-            assert "check the URL, the bucket" in str(caught.value)
-
-
-@pytest.mark.slow
-def test_an_s3_server_that_is_away_is_unavailable_soon(s3_endpoint: str, monkeypatch):
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens there
-    store = ObjectStore("s3://bucket/run")
-    began_s = time.monotonic()
-    for use in (lambda: store.read(KEY), lambda: store.put_new(KEY, b""), lambda: store.list("")):
-        with pytest.raises(StoreUnavailable, match="s3://bucket/run") as caught:
-            use()
-        assert not isinstance(caught.value, StoreRefused)
-    assert time.monotonic() - began_s < 5
 
 
 class TestRetrying(StoreContract):

@@ -13,6 +13,7 @@ from checkpoint.errors import AlreadyExists, StoreError, StoreRefused, StoreUnav
 from checkpoint.store.local import LocalStore
 from checkpoint.store.memory import MemoryStore
 from checkpoint.store.objects import ObjectStore
+from checkpoint.store.obstore import ObStore
 from checkpoint.store.open import open_store, probe
 from checkpoint.store.wrappers import Faulty, Lost
 
@@ -46,11 +47,28 @@ def test_other_urls_go_through_fsspec_and_are_tried_again():
     assert str(open_store("s3://bucket/prefix/")) == "s3://bucket/prefix"
 
 
-@pytest.mark.parametrize("url", ["", "://x", "file://some-host/path", "s3://key:secret@bucket/x"])
+@pytest.mark.parametrize(
+    "url",
+    ["", "://x", "file://some-host/path", "s3://key:secret@bucket/x", "obstore+s3://key:secret@bucket/x"],
+)
 def test_a_url_that_names_no_store_is_refused(url: str):
     with pytest.raises(StoreRefused) as caught:
         open_store(url)
     assert "secret" not in str(caught.value)
+
+
+def test_obstore_is_used_where_the_url_says_so():
+    store = open_store("obstore+s3://bucket/prefix/")
+    assert str(store) == "obstore+s3://bucket/prefix"
+    assert str(pickle.loads(pickle.dumps(ObStore(str(store))))) == str(store)
+    with pytest.raises(StoreRefused, match=r"write obstore\+s3://bucket/prefix"):
+        open_store("obstore+nonsense://bucket")
+
+
+def test_without_the_optional_client_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
+    with pytest.raises(StoreRefused, match=r"pip install 'holdfast\[obstore\]'"):
+        open_store("obstore+s3://bucket/prefix").list("")
 
 
 def test_a_protocol_that_nobody_knows_is_refused_with_a_remedy():
@@ -107,11 +125,11 @@ sys.path.insert(0, {root!r})
 from checkpoint.store import local
 store = local.LocalStore({store!r})
 store.put_new("packs/whole", b"x" * 100)
-written = local._write
+written = local.write_parts
 def die(descriptor, data):
-    written(descriptor, memoryview(data)[:50])
+    written(descriptor, [data[0][:50]])
     os.kill(os.getpid(), signal.SIGKILL)
-local._write = die
+local.write_parts = die
 store.{verb}("packs/torn", b"y" * 100)
 """
 

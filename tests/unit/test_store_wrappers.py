@@ -16,6 +16,7 @@ from checkpoint.store.tiered import Tiered
 from checkpoint.store.wrappers import (
     Fault,
     Faulty,
+    Full,
     Lost,
     Metered,
     Retrying,
@@ -115,6 +116,32 @@ def test_faults_strike_where_they_are_told_to():
     assert [bytes(store.read("k")[0]), bytes(store.read("k")[0])] == [b"unanswered", b"unanswere"]
     store.list("")
     assert slept == [1.5]
+
+
+def test_writes_of_both_kinds_can_be_counted_together():
+    inner = MemoryStore()
+    store = Faulty(inner, [Lost("write", 2), Unanswered("write", 4)])
+    store.put_new("a", b"")
+    store.list("")
+    with pytest.raises(StoreUnavailable, match="put number 1 was lost"):
+        store.put("b", b"")
+    store.put("b", b"")
+    with pytest.raises(StoreUnavailable, match="answer to put_new number 2"):
+        store.put_new("c", b"")
+    assert [entry.key for entry in inner.list("")] == ["a", "b", "c"]
+
+
+def test_a_full_store_refuses_what_does_not_fit_and_keeps_what_it_has():
+    inner = MemoryStore()
+    store = Faulty(inner, [Full(10)])
+    store.put_new("a", [b"123", b"45"])
+    with pytest.raises(StoreRefused, match="no space left"):
+        store.put("b", b"123456")
+    store.put("b", b"12345")
+    with pytest.raises(StoreRefused, match="no space left"):
+        store.put_new("c", b"1")
+    assert [(entry.key, entry.num_bytes) for entry in inner.list("")] == [("a", 5), ("b", 5)]
+    assert bytes(store.read("a")[0]) == b"12345"
 
 
 _WRITE_UNTIL_DEATH = """

@@ -1,0 +1,1 @@
+"""What survives lost hosts: groups over failure domains, parity in peers' memory, and rebuilding from it."""
