@@ -1,0 +1,1 @@
+"""Foreign formats: rules that map their names and shards to global tensors. Knows no store."""

@@ -1,0 +1,281 @@
+"""Bugs that real converters had and that pass checks of shapes, counts and norms: each is caught here.
+
+Reproduced by a plan that is wrong in the same way; the numbers are those of the projects' issues.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from checkpoint.engine.plan import check_cover
+from checkpoint.errors import Incomplete, Mismatch
+from checkpoint.format.box import Box
+from checkpoint.format.flat import share_of
+from checkpoint.format.layout import FlatGroup, Layout, Mesh, Replicate
+from checkpoint.interop.builtin import builtin_rules
+from checkpoint.interop.moves import How, Move, Plan
+from checkpoint.interop.proof import check_equal, fingerprints_of_sources
+from checkpoint.interop.rules import plan_import
+from checkpoint.interop.writing import plan_export
+from tests.interop_samples import (
+    LLAMA,
+    Arrays,
+    assemble,
+    disperse,
+    fingerprints,
+    llama,
+    megatron_llama,
+    slices,
+    specs_for,
+    weights_for,
+)
+
+AXES = {"tensor": 3, "pipeline": 2}
+
+
+def megatron(weights: Arrays) -> tuple[Plan, list[np.ndarray]]:
+    shards = megatron_llama(weights, (1, 1, 1), (2, 2))
+    plan = plan_import(builtin_rules("llama-megatron"), LLAMA, AXES, [tensor for tensor, _ in shards])
+    return plan, [bits for _, bits in shards]
+
+
+def with_moves(plan: Plan, change: Callable[[Move], Move]) -> Plan:
+    """Return a plan that is wrong; it still fills every tensor exactly once."""
+    wrong = replace(plan, moves=tuple(change(move) for move in plan.moves))
+    for number, spec in enumerate(wrong.tensors):
+        filled = [move.target_box for move in wrong.moves if move.target == number and move.how is How.FILL]
+        check_cover(spec.name, spec.shape, filled)
+    return wrong
+
+
+def test_the_sound_plan_is_proved():
+    weights = llama()
+    plan, arrays = megatron(weights)
+    check_equal(fingerprints_of_sources(plan, arrays.__getitem__), fingerprints(assemble(plan, arrays)))
+
+
+def test_a_gate_and_up_weight_split_at_the_wrong_boundary_is_caught():
+    """Megatron-LM pull request 520: ranks put end to end, then halved. Shapes, counts and norms agree."""
+    weights = llama()
+    plan, arrays = megatron(weights)
+    numbers = {spec.name: number for number, spec in enumerate(plan.tensors)}
+
+    def cut_in_halves(move: Move) -> Move:
+        name = plan.tensors[move.target].name
+        if ".mlp.gate." not in name and ".mlp.up." not in name:
+            return move
+        row = 8 * plan.foreign[move.source].at["tensor"] + move.source_box.start[0]  # in [g0 u0 g1 u1 g2 u2]
+        half = name.rsplit(".", 2)[0] + (".gate.weight" if row < 12 else ".up.weight")
+        return replace(move, target=numbers[half], target_box=Box((row % 12, 0), move.target_box.size))
+
+    wrong = assemble(with_moves(plan, cut_in_halves), arrays)
+    assert {name: bits.shape for name, bits in wrong.items()} == {
+        n: bits.shape for n, bits in weights.items()
+    }
+    for layer in range(4):
+        names = [f"layers.{layer}.mlp.{half}.weight" for half in ("gate", "up")]
+        both = [
+            np.sort(np.concatenate([state[name] for name in names]).reshape(-1)) for state in (wrong, weights)
+        ]
+        assert (both[0] == both[1]).all()  # the same elements: the same norm, mean, histogram
+    with pytest.raises(Mismatch, match=r"the content of 8 of 38 tensors differs.*mlp.gate"):
+        check_equal(fingerprints_of_sources(plan, arrays.__getitem__), fingerprints(wrong))
+
+
+def test_experts_that_change_places_are_caught():
+    """Megatron-LM issue 761: states of experts loaded into others."""
+    sizes = {**LLAMA, "experts": 4}
+    axes = {"tensor": 1, "pipeline": 1, "expert": 2}
+    shapes = {name: bits.shape for name, bits in llama().items() if ".mlp." not in name}
+    shapes |= {f"layers.{n}.mlp_norm.weight": (10,) for n in range(4)}
+    shapes |= {f"layers.{n}.router.weight": (4, 10) for n in range(4)}
+    for n, e in np.ndindex(4, 4):
+        shapes |= {f"layers.{n}.experts.{e}.{part}.weight": (12, 10) for part in ("gate", "up")}
+        shapes[f"layers.{n}.experts.{e}.down.weight"] = (10, 12)
+    moments = {f"optimizer/exp_avg/{name}": shape for name, shape in shapes.items()}
+    tensors = weights_for({**shapes, **moments})
+    plan = plan_export(builtin_rules("mixtral-megatron"), sizes, axes, specs_for(tensors))
+    files = disperse(plan, tensors)
+    numbers = {spec.name: number for number, spec in enumerate(plan.tensors)}
+
+    def swap_ranks(move: Move) -> Move:
+        name = plan.tensors[move.target].name
+        if not name.startswith("optimizer/") or ".experts." not in name:
+            return move
+        head, _, tail = name.partition(".experts.")
+        expert, _, rest = tail.partition(".")
+        return replace(move, target=numbers[f"{head}.experts.{(int(expert) + 2) % 4}.{rest}"])
+
+    wrong = assemble(with_moves(plan, swap_ranks), files)
+    with pytest.raises(Mismatch, match="the content of 48 of"):
+        check_equal(fingerprints_of_sources(plan, files.__getitem__), fingerprints(wrong))
+
+
+def test_flat_parts_read_at_the_wrong_offset_are_caught():
+    """DeepSpeed issue 7584: with several sub-groups, the padding of those before is forgotten."""
+    mesh, world = Mesh((("replica", 3),)), 3
+    shapes = {"a": (5,), "b": (2, 5), "c": (7,)}
+    groups = (FlatGroup(("a", "b"), ("replica",), 1, 2), FlatGroup(("c",), ("replica",)))
+    layout = Layout(mesh, dict.fromkeys(shapes, (Replicate(),)), groups)
+    tensors = weights_for(shapes)
+    buffers = np.zeros((world, 2, 6), np.uint32)
+    for rank in range(world):
+        for name, parts in share_of(layout, shapes, rank).items():
+            for part in parts:
+                at = slice(part.local.start[0], part.local.stop[0])
+                buffers[rank, int(name == "c"), at] = tensors[name][slices(part.box)].reshape(-1)
+
+    def read(shift: int) -> Arrays:
+        found = {name: np.zeros(shape, np.uint32) for name, shape in shapes.items()}
+        for rank in range(world):
+            for name, parts in share_of(layout, shapes, rank).items():
+                for part in parts:
+                    first = part.local.start[0] + (shift if name == "c" else 0)
+                    run = np.resize(buffers[rank, int(name == "c"), first:], part.local.numel)
+                    found[name][slices(part.box)] = run.reshape(part.box.size)
+        return found
+
+    check_equal(fingerprints(tensors), fingerprints(read(0)))
+    with pytest.raises(Mismatch, match=r"the content of 1 of 3 tensors differs.*'c'"):
+        check_equal(fingerprints(tensors), fingerprints(read(1)))
+
+
+def test_weights_that_a_writer_left_zero_are_caught():
+    """DeepSpeed issue 6791: the writer of shards changed the dict that it read from; exit code 0."""
+    weights = llama()
+    plan = plan_export(builtin_rules("llama-hf"), LLAMA, {}, specs_for(weights))
+    files = [
+        bits if number == 0 else np.zeros_like(bits) for number, bits in enumerate(disperse(plan, weights))
+    ]
+    with pytest.raises(Mismatch, match="the content of 37 of 38 tensors differs"):
+        check_equal(fingerprints(weights), fingerprints_of_sources(plan, files.__getitem__))
+
+
+def test_only_the_first_rank_s_shards_are_not_enough():
+    """DeepSpeed issue 7546: ranks other than the first wrote nothing."""
+    shards = megatron_llama(llama(), (1, 1, 1), (2, 2))
+    only = [tensor for tensor, _ in shards if tensor.at["tensor"] == 0]
+    with pytest.raises(
+        Incomplete, match=r"embedding.weight: nothing of it is there from tensor ranks \[1, 2\]"
+    ):
+        plan_import(builtin_rules("llama-megatron"), LLAMA, AXES, only)
+    stage = [tensor for tensor, _ in shards if tensor.at["pipeline"] == 0]
+    with pytest.raises(Incomplete, match=r"'embedding.weight' should be there a second time"):
+        plan_import(builtin_rules("llama-megatron"), LLAMA, AXES, stage)
+    with pytest.raises(Incomplete, match="20 of the 39 tensors of llama-megatron are not in the checkpoint"):
+        plan_import(builtin_rules("llama-megatron"), {**LLAMA, "tied": 0}, AXES, stage)
+
+
+def test_files_of_another_world_are_not_taken_for_this_one_s():
+    """DeepSpeed issue 7599: stale files of the same names."""
+    shards = [tensor for tensor, _ in megatron_llama(llama(), (1, 1, 1), (2, 2))]
+    with pytest.raises(Mismatch, match="does not say where on the axes"):
+        plan_import(builtin_rules("llama-megatron"), LLAMA, {"tensor": 2, "pipeline": 2}, shards)
+    with pytest.raises(Mismatch, match="is there twice"):
+        plan_import(builtin_rules("llama-megatron"), LLAMA, AXES, [*shards, shards[3]])
+    stale = [replace(tensor, shape=(5, 10)) if "word_emb" in tensor.name else tensor for tensor in shards]
+    with pytest.raises(
+        Mismatch, match=r"dim 0 of \(15, 10\) should have .* padded_vocab = 12 with the padding"
+    ):
+        plan_import(builtin_rules("llama-megatron"), LLAMA, AXES, stale)
+
+
+def test_tied_weights_that_were_dropped_or_have_come_apart_are_caught():
+    """DeepSpeed issues 1896 and 3824, Megatron-LM issue 656."""
+    weights = llama()
+    shards = megatron_llama(weights, (1, 1, 1), (2, 2))
+    rest = [tensor for tensor, _ in shards if tensor.name != "output_layer.weight"]
+    with pytest.raises(Incomplete, match=r"'embedding.weight' should be there a second time"):
+        plan_import(builtin_rules("llama-megatron"), LLAMA, AXES, rest)
+    plan, arrays = megatron(weights)
+    (number, *_) = [n for n, tensor in enumerate(plan.foreign) if tensor.name == "output_layer.weight"]
+    arrays[number] = arrays[number] + np.uint32(1)
+    with pytest.raises(Mismatch, match=r"'embedding.weight': the copies in embedding.word_embeddings"):
+        fingerprints_of_sources(plan, arrays.__getitem__)
+
+
+def test_replicated_weights_that_differ_between_ranks_are_caught():
+    plan, arrays = megatron(llama())
+    (number, *_) = [
+        n for n, tensor in enumerate(plan.foreign) if "layer_norm" in tensor.name and tensor.at["tensor"] == 2
+    ]
+    arrays[number] = arrays[number][::-1]  # as many elements, the same norm
+    with pytest.raises(Mismatch, match=r"attention_norm.weight': the copies"):
+        fingerprints_of_sources(plan, arrays.__getitem__)
+
+
+def test_an_optimizer_state_that_is_there_for_some_parameters_only_is_caught():
+    """PyTorch issue 140898: state silently empty."""
+    weights = llama()
+    tensors = {**weights, **{f"optimizer/exp_avg/{name}": bits for name, bits in weights.items()}}
+    plan = plan_export(builtin_rules("llama-hf"), LLAMA, {}, specs_for(tensors))
+    some = [tensor for tensor in plan.foreign if tensor.name != "optimizer.exp_avg.model.norm.weight"]
+    with pytest.raises(
+        Incomplete, match=r"'optimizer/exp_avg/\*' is there for 37 .* 1: \['final_norm.weight'\]"
+    ):
+        plan_import(builtin_rules("llama-hf"), LLAMA, {}, some)
+
+
+# ---------------------------------------------------------- the built-in rules compute what the model does
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return np.asarray(x / (1 + np.exp(-x)))
+
+
+def test_the_gated_mlp_of_the_ranks_computes_what_the_global_weights_do():
+    """Each rank: y = down (silu(first half) * second half) of its fused weight; the sum is the layer's."""
+    random = np.random.default_rng(0)
+    weights = {name: random.normal(size=bits.shape).astype(np.float32) for name, bits in llama().items()}
+    bits = {name: array.view(np.uint32) for name, array in weights.items()}
+    plan = plan_export(builtin_rules("llama-megatron"), LLAMA, AXES, specs_for(bits))
+    files = {
+        str(t): array.view(np.float32) for t, array in zip(plan.foreign, disperse(plan, bits), strict=True)
+    }
+    x = random.normal(size=(5, 10)).astype(np.float32)
+    total = np.zeros((5, 10), np.float32)
+    for rank in range(3):
+        where = f"(tensor={rank}, pipeline=1)"
+        h = x @ files[f"decoder.layers.1.mlp.linear_fc1.weight {where}"].T
+        gate, up = np.split(h, 2, axis=1)
+        total += (silu(gate) * up) @ files[f"decoder.layers.1.mlp.linear_fc2.weight {where}"].T
+    w = {part: weights[f"layers.3.mlp.{part}.weight"] for part in ("gate", "up", "down")}
+    assert np.allclose(total, (silu(x @ w["gate"].T) * (x @ w["up"].T)) @ w["down"].T, atol=1e-3)
+
+
+def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    scores = np.exp(q @ k.T / np.sqrt(q.shape[1]))
+    return np.asarray(scores / scores.sum(1, keepdims=True) @ v)
+
+
+@pytest.mark.parametrize("groups", [(1, 1, 1), (2, 1)])
+def test_the_grouped_attention_of_the_ranks_computes_what_the_global_weights_do(groups):
+    """Each rank views its fused output as (group, queries + key + value, head_dim); a group has two heads."""
+    random = np.random.default_rng(1)
+    weights = {name: random.normal(size=bits.shape).astype(np.float32) for name, bits in llama().items()}
+    bits = {name: array.view(np.uint32) for name, array in weights.items()}
+    sizes, axes = {**LLAMA, "kv_heads": groups}, {"tensor": len(groups)}
+    plan = plan_export(builtin_rules("llama-megatron"), sizes, axes, specs_for(bits))
+    files = {
+        str(t): array.view(np.float32) for t, array in zip(plan.foreign, disperse(plan, bits), strict=True)
+    }
+    x = random.normal(size=(5, 10)).astype(np.float32)
+    total = np.zeros((5, 10), np.float32)
+    for rank, count in enumerate(groups):
+        where = f"(tensor={rank})"
+        mixed = x @ files[f"decoder.layers.2.self_attention.linear_qkv.weight {where}"].T
+        mixed = mixed.reshape(5, count, 4, 2)
+        heads = [
+            attend(mixed[:, g, h], mixed[:, g, 2], mixed[:, g, 3]) for g in range(count) for h in range(2)
+        ]
+        proj = files[f"decoder.layers.2.self_attention.linear_proj.weight {where}"]
+        total += np.concatenate(heads, axis=1) @ proj.T
+    q, k, v = (x @ weights[f"layers.2.attention.{part}.weight"].T for part in "qkv")
+    expected = []
+    for head in range(6):
+        kv = slice(2 * (head // 2), 2 * (head // 2) + 2)
+        expected.append(attend(q[:, 2 * head : 2 * head + 2], k[:, kv], v[:, kv]))
+    whole = np.concatenate(expected, axis=1) @ weights["layers.2.attention.out.weight"].T
+    assert np.allclose(total, whole, atol=1e-3)
