@@ -30,29 +30,62 @@ from checkpoint.format.codec import Codec
 from checkpoint.format.manifest import Manifest
 from checkpoint.keeper import KeeperConfig, KeeperHost, connect
 from checkpoint.lifecycle.aside import set_aside
-from checkpoint.lifecycle.retention import EverySteps, LatestN, Pinned, PruneReport, prune
+from checkpoint.lifecycle.marks import record_score, tag, tags, untag
+from checkpoint.lifecycle.pace import Pace
+from checkpoint.lifecycle.policies import (
+    BestByMetric,
+    EveryMinutes,
+    EverySteps,
+    LatestN,
+    Pinned,
+    Policy,
+    WithinBytes,
+    parse_policy,
+)
+from checkpoint.lifecycle.promotion import PromoteReport, promote
+from checkpoint.lifecycle.repair import RepairReport, repair
+from checkpoint.lifecycle.retention import PruneReport, prune
 from checkpoint.lifecycle.scrub import VerifyReport, verify
+from checkpoint.lifecycle.tiers import Tier, check_tiers
 from checkpoint.store.contract import Store
 from checkpoint.store.open import Probe, open_store, probe
 
 if TYPE_CHECKING:
-    from checkpoint.engine.restore import Fallback, Loaded, RestoreReport, check_fits, load
+    from checkpoint.checkpointer import Checkpointer, Fate, Options, Restoration, Rng, Saving
+    from checkpoint.engine.per_rank import PerRank, per_rank_values
+    from checkpoint.engine.reading import ReadPolicy
+    from checkpoint.engine.restore import (
+        Fallback,
+        Loaded,
+        Restored,
+        RestoreReport,
+        check_fits,
+        load,
+        restore_into,
+    )
     from checkpoint.engine.save import SavePolicy, Saver, Share
+    from checkpoint.engine.source import HeldSource, StoreSource
+    from checkpoint.engine.targets import Wanted
     from checkpoint.engine.tensors import fingerprint_tensor, flatten_state, specs_of, unflatten_state
 
 __all__ = [
     "AlreadyExists",
     "ArenaFull",
+    "BestByMetric",
     "Catalog",
     "CheckpointError",
+    "Checkpointer",
     "Codec",
     "Conflict",
     "Corrupt",
     "Durable",
+    "EveryMinutes",
     "EverySteps",
     "Failed",
     "Fallback",
+    "Fate",
     "FormatError",
+    "HeldSource",
     "Host",
     "Incomplete",
     "KeeperConfig",
@@ -65,24 +98,40 @@ __all__ = [
     "Mismatch",
     "NoCheckpoint",
     "NotFound",
+    "Options",
     "Outcome",
+    "Pace",
+    "PerRank",
     "Pinned",
+    "Policy",
     "Probe",
+    "PromoteReport",
     "PruneReport",
+    "ReadPolicy",
+    "RepairReport",
+    "Restoration",
     "RestoreReport",
+    "Restored",
+    "Rng",
     "SavePolicy",
     "Saver",
+    "Saving",
     "Share",
     "Skipped",
     "Store",
     "StoreError",
     "StoreRefused",
+    "StoreSource",
     "StoreUnavailable",
     "TensorSpec",
+    "Tier",
     "Torn",
     "Unsupported",
     "VerifyReport",
+    "Wanted",
+    "WithinBytes",
     "check_fits",
+    "check_tiers",
     "claim_generation",
     "connect",
     "fingerprint_tensor",
@@ -90,11 +139,20 @@ __all__ = [
     "load",
     "newest_generation",
     "open_store",
+    "parse_policy",
+    "per_rank_values",
     "probe",
+    "promote",
     "prune",
+    "record_score",
+    "repair",
+    "restore_into",
     "set_aside",
     "specs_of",
+    "tag",
+    "tags",
     "unflatten_state",
+    "untag",
     "verify",
 ]
 
@@ -102,7 +160,15 @@ __all__ = [
 # keeper's process nor the command line has any use for it.
 _WITH_TORCH = {
     **dict.fromkeys(
-        ("Fallback", "Loaded", "RestoreReport", "check_fits", "load"), "checkpoint.engine.restore"
+        ("Checkpointer", "Fate", "Options", "Restoration", "Rng", "Saving"), "checkpoint.checkpointer"
+    ),
+    **dict.fromkeys(("PerRank", "per_rank_values"), "checkpoint.engine.per_rank"),
+    "ReadPolicy": "checkpoint.engine.reading",
+    "Wanted": "checkpoint.engine.targets",
+    **dict.fromkeys(("HeldSource", "StoreSource"), "checkpoint.engine.source"),
+    **dict.fromkeys(
+        ("Fallback", "Loaded", "RestoreReport", "Restored", "check_fits", "load", "restore_into"),
+        "checkpoint.engine.restore",
     ),
     **dict.fromkeys(("SavePolicy", "Saver", "Share"), "checkpoint.engine.save"),
     **dict.fromkeys(

@@ -210,14 +210,23 @@ def inspect(
 def verify(
     where: Where,
     step: Annotated[int | None, typer.Option(help="Only this checkpoint.", show_default=False)] = None,
+    since_days: Annotated[
+        float | None, typer.Option(min=0, help="Skip what was proved in so many days.", show_default=False)
+    ] = None,
+    budget_mib: Annotated[
+        int | None, typer.Option(min=1, help="Stop after about so many MiB.", show_default=False)
+    ] = None,
     runs_dir: RunsDir = "runs",
     as_json: AsJson = False,
 ) -> None:
     """Read checkpoints back, every chunk: checksums, fingerprints, coverage. Exits with 1 on damage."""
     from flows import stores
 
+    since_s = None if since_days is None else time.time() - since_days * 86_400
+    budget_bytes = None if budget_mib is None else budget_mib << 20
     with _clear_errors():
-        results = stores.verify(stores.find(where, Path(runs_dir)), step)
+        url = stores.find(where, Path(runs_dir))
+        results = stores.verify(url, step, since_s=since_s, budget_bytes=budget_bytes)
         if as_json:
             print(json.dumps(results, indent=2))
         else:
@@ -229,14 +238,18 @@ def verify(
 @app.command()
 def prune(
     where: Where,
-    keep_latest: Annotated[int, typer.Option(min=1, help="Keep the newest so many checkpoints.")],
-    keep_every: Annotated[
-        int | None,
-        typer.Option(min=1, help="Also keep those at multiples of so many steps.", show_default=False),
-    ] = None,
+    keep: Annotated[
+        list[str],
+        typer.Option(
+            help="Keep by a policy: latest:3, every:1000, minutes:30, best:loss:min:2, pinned:10,20."
+        ),
+    ],
     grace_s: Annotated[
         float, typer.Option(min=0, help="Leave loose objects alone that are younger, in seconds.")
     ] = 3600.0,
+    linger_s: Annotated[
+        float, typer.Option(min=0, help="Leave what expired to those who still read it, for so many seconds.")
+    ] = 60.0,
     runs_dir: RunsDir = "runs",
     as_json: AsJson = False,
 ) -> None:
@@ -244,9 +257,8 @@ def prune(
     from flows import stores
 
     with _clear_errors():
-        pruned = stores.prune(
-            stores.find(where, Path(runs_dir)), keep_latest, keep_every, now_s=time.time(), grace_s=grace_s
-        )
+        url = stores.find(where, Path(runs_dir))
+        pruned = stores.prune(url, keep, now_s=time.time(), grace_s=grace_s, linger_s=linger_s)
         if as_json:
             print(json.dumps(pruned, indent=2))
         else:

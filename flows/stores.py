@@ -9,7 +9,7 @@ from rich.console import Console
 
 import checkpoint
 from flows.tables import draw_table, spell_bytes
-from tasks.errors import NoSuchRun, Unusable
+from tasks.errors import NoSuchRun, SpecError, Unusable
 
 
 def find(where: str, runs_dir: Path) -> str:
@@ -115,24 +115,24 @@ def _row(each: dict[str, Any]) -> tuple[object, ...]:
     return (*about, spell_bytes(each["stored_bytes"]))
 
 
-def verify(url: str, step: int | None) -> list[dict[str, Any]]:
-    """Read one checkpoint back, or all of them."""
+def verify(
+    url: str, step: int | None, *, since_s: float | None = None, budget_bytes: int | None = None
+) -> list[dict[str, Any]]:
+    """Read one checkpoint back, or all of them but those proved since; what they share is read once."""
     store = checkpoint.open_store(url)
-    steps = checkpoint.Catalog(store).steps() if step is None else [step]
-    if not steps:
+    if step is None and not checkpoint.Catalog(store).steps():
         raise checkpoint.NoCheckpoint(f"{url} holds no checkpoint; check the URL")
-    return [_read_back(store, each) for each in steps]
-
-
-def _read_back(store: checkpoint.Store, step: int) -> dict[str, Any]:
-    found = checkpoint.verify(store, step)
-    return {
-        "step": step,
-        "whole": found.is_sound,
-        "chunks": found.num_chunks,
-        "bytes": found.num_bytes,
-        "bad": [f"{bad.item}: {bad.why}" for bad in found.bad],
-    }
+    found = checkpoint.verify(store, step, since_s=since_s, budget_bytes=budget_bytes)
+    return [
+        {
+            "step": each.step,
+            "whole": each.is_sound,
+            "chunks": each.num_chunks,
+            "bytes": each.num_bytes,
+            "bad": [f"{bad.item}: {bad.why}" for bad in each.bad],
+        }
+        for each in sorted(found.checkpoints, key=lambda one: one.step)
+    ]
 
 
 def draw_verification(console: Console, results: list[dict[str, Any]]) -> None:
@@ -151,23 +151,26 @@ def draw_verification(console: Console, results: list[dict[str, Any]]) -> None:
 
 
 def prune(
-    url: str, keep_latest: int, keep_every: int | None, *, now_s: float, grace_s: float
+    url: str, keep: Sequence[str], *, now_s: float, grace_s: float, linger_s: float = 60.0
 ) -> dict[str, Any]:
-    """Delete what the policies do not keep."""
-    policies: list[Any] = [checkpoint.LatestN(keep_latest)]
-    if keep_every is not None:
-        policies.append(checkpoint.EverySteps(keep_every))
+    """Delete what no policy keeps; they are written as `checkpoint.parse_policy` reads them."""
+    try:
+        policies = [checkpoint.parse_policy(text) for text in keep]
+    except ValueError as error:
+        raise SpecError(str(error)) from None
     store = checkpoint.open_store(url)
     if not checkpoint.Catalog(store).steps():
         raise checkpoint.NoCheckpoint(f"{url} holds no checkpoint, so nothing was deleted; check the URL")
-    pruned = checkpoint.prune(store, policies, now_s=now_s, grace_s=grace_s)
+    pruned = checkpoint.prune(store, policies, now_s=now_s, grace_s=grace_s, linger_s=linger_s)
     return {
         "store": url,
         "policies": list(map(str, policies)),
         "kept": list(pruned.kept),
         "deleted": list(pruned.expired),
+        "reasons": {str(each.step): each.why for each in pruned.verdicts},
         "objects": [removed.key for removed in pruned.removed],
         "freed_bytes": pruned.num_bytes,
+        "waiting_bytes": pruned.num_waiting_bytes,
         "problems": list(pruned.problems),
     }
 
@@ -175,9 +178,14 @@ def prune(
 def draw_pruning(console: Console, pruned: dict[str, Any]) -> None:
     """Draw what `prune` deleted."""
     console.print(f"kept, by {' and '.join(pruned['policies'])}: steps {_list(pruned['kept'])}", markup=False)
+    for step in pruned["kept"]:
+        console.print(f"  {step}: {pruned['reasons'][str(step)]}", markup=False, style="dim")
     freed = spell_bytes(pruned["freed_bytes"])
     console.print(f"deleted: steps {_list(pruned['deleted'])}; {len(pruned['objects'])} objects, {freed}")
     for key in pruned["objects"]:
         console.print(f"  {key}", markup=False, style="dim")
+    if pruned["waiting_bytes"]:
+        waiting = spell_bytes(pruned["waiting_bytes"])
+        console.print(f"{waiting} of expired checkpoints are left for those who still read them: prune later")
     for problem in pruned["problems"]:
         console.print(problem, markup=False, style="red")

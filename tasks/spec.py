@@ -126,7 +126,10 @@ class CheckpointSpec(_Section):
     keep_every: int | None = Field(
         default=None, ge=1, description="Also keep those at multiples of so many steps."
     )
-    codec: Literal["raw", "zstd"] = Field(default="zstd", description="How chunks are stored.")
+    codec: Literal["raw", "zstd", "planes"] = Field(
+        default="planes",
+        description="How chunks are stored: as they are, compressed, or only those bytes that shrink.",
+    )
     level: int = Field(default=1, ge=1, le=19, description="Of zstd: 1 is fast, 19 is small.")
     arena_mib: int = Field(
         default=512,

@@ -1,5 +1,7 @@
 """The arena: preallocated shared memory that holds a host's snapshots until their bytes are packed."""
 
+import ctypes
+import errno
 import mmap
 import os
 from bisect import insort
@@ -9,6 +11,11 @@ from checkpoint.errors import ArenaFull
 
 ALIGNMENT = 64  # a cache line, and no less than any element's size
 MIB = 1 << 20
+_PIECE_BYTES = 1 * MIB
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def aligned(num_bytes: int) -> int:
@@ -33,17 +40,20 @@ class Arena:
     """A fixed number of bytes, lent out first-fit; it never grows.
 
     The memory is an anonymous file (memfd): it is shared with other processes by passing `fd` over a socket,
-    needs no room in /dev/shm, and is gone with the last process that maps it. Every page is touched once,
-    here, because a first touch costs ten times the copy. Not thread-safe: its owner holds a lock around
-    `reserve` and `release`.
+    needs no room in /dev/shm, and is gone with the last process that maps it. The first touch of a page costs
+    ten times the copy: `touch` does that, piece by piece, for what is not lent yet. Not thread-safe: its
+    owner holds a lock around `reserve`, `release` and `touch`.
     """
 
     def __init__(self, num_bytes: int) -> None:
         if num_bytes < ALIGNMENT:
             raise ArenaFull(f"an arena of {num_bytes} bytes holds nothing: raise `checkpoint.arena_mib`")
         self.num_bytes = num_bytes
+        self._num_touched = 0
         self.fd = os.memfd_create("holdfast-arena", os.MFD_CLOEXEC)
         try:
+            if num_bytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+                raise OSError(errno.ENOMEM, "it has less memory")
             os.ftruncate(self.fd, num_bytes)
             self._memory = map_arena(self.fd, num_bytes)
         except OSError as error:
@@ -81,9 +91,23 @@ class Arena:
         """Take a region back."""
         self._lent.remove(region)
 
+    def touch(self) -> bool:
+        """Give the next piece its pages, unless it is lent; return whether there is more to do."""
+        piece = Region(self._num_touched, min(_PIECE_BYTES, self.num_bytes - self._num_touched))
+        if all(region.stop <= piece.offset or region.offset >= piece.stop for region in self._lent):
+            os.pwrite(self.fd, bytes(piece.num_bytes), piece.offset)
+            populate(self._memory, piece)
+        self._num_touched = piece.stop
+        return piece.stop < self.num_bytes
+
     def view(self, region: Region) -> memoryview:
         """Return a region's bytes, writable."""
         return memoryview(self._memory)[region.offset : region.stop]
+
+    @property
+    def memory(self) -> memoryview:
+        """All of it, as it is now."""
+        return memoryview(self._memory)
 
     @property
     def num_lent_bytes(self) -> int:
@@ -96,8 +120,17 @@ class Arena:
 
 
 def map_arena(fd: int, num_bytes: int) -> mmap.mmap:
-    """Map an arena's file into this process, all of its pages at once."""
-    return mmap.mmap(fd, num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+    """Map an arena's file into this process."""
+    return mmap.mmap(fd, num_bytes, flags=mmap.MAP_SHARED)
+
+
+def populate(memory: mmap.mmap, piece: Region) -> bool:
+    """Map a piece's pages now, not one by one as they are first used; False if the kernel cannot (< 5.14).
+
+    Lets other threads go on meanwhile, and changes nothing of what is there.
+    """
+    first = ctypes.c_char.from_buffer(memory, piece.offset)
+    return not _libc.madvise(ctypes.addressof(first), piece.num_bytes, _POPULATE_WRITE)
 
 
 def _mib(num_bytes: int) -> int:

@@ -4,14 +4,13 @@ Every byte a manifest names is durable before it: packs, then pages, then receip
 """
 
 import json
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from checkpoint.engine.catalog import Catalog
-from checkpoint.engine.contract import Content
-from checkpoint.engine.plan import check_cover, group_by_tensor
+from checkpoint.engine.plan import check_chunks
 from checkpoint.engine.receipt import Receipt, read_receipts
+from checkpoint.engine.sweeps import look_up
 from checkpoint.errors import (
     AlreadyExists,
     Conflict,
@@ -25,19 +24,19 @@ from checkpoint.errors import (
 from checkpoint.format.codec import checksum
 from checkpoint.format.keys import generation_key, manifest_key, page_key
 from checkpoint.format.manifest import (
-    MAX_CHUNKS_PER_PAGE,
     ChunkRecord,
     Manifest,
+    PackRef,
     PageRef,
     TensorRecord,
     decode_page,
     encode_manifest,
-    encode_page,
+    encode_pages,
+    metrics_from_json,
     page_ref,
 )
+from checkpoint.format.table import ChunkTable
 from checkpoint.store.contract import Store
-
-_MODULUS = 1 << 64
 
 
 def write_pages(store: Store, place: tuple[int, int, str], chunks: Sequence[ChunkRecord]) -> list[PageRef]:
@@ -47,9 +46,7 @@ def write_pages(store: Store, place: tuple[int, int, str], chunks: Sequence[Chun
     """
     pages = []
     seq = 1
-    for first in range(0, len(chunks), MAX_CHUNKS_PER_PAGE):
-        part = chunks[first : first + MAX_CHUNKS_PER_PAGE]
-        data = encode_page(part)
+    for data, num_chunks in encode_pages(chunks):
         while True:
             key = page_key(*place, seq)
             seq += 1
@@ -58,13 +55,13 @@ def write_pages(store: Store, place: tuple[int, int, str], chunks: Sequence[Chun
             except AlreadyExists:
                 continue
             break
-        pages.append(page_ref(key, data, len(part)))
+        pages.append(page_ref(key, data, num_chunks))
     return pages
 
 
-def read_pages(store: Store, pages: Sequence[PageRef]) -> list[ChunkRecord]:
+def read_pages(store: Store, pages: Sequence[PageRef]) -> ChunkTable:
     """Read the chunk records of some pages. Raises Corrupt naming the page that is not what was written."""
-    chunks: list[ChunkRecord] = []
+    tables = []
     for page in pages:
         try:
             data = store.read(page.key)[0]
@@ -72,96 +69,126 @@ def read_pages(store: Store, pages: Sequence[PageRef]) -> list[ChunkRecord]:
             raise Corrupt(f"index page {page.key} is missing: use another checkpoint") from error
         if len(data) != page.num_bytes or checksum(data) != page.checksum:
             raise Corrupt(f"index page {page.key} was damaged or cut short: use another checkpoint")
-        part = decode_page(data, page.key)
-        if len(part) != page.num_chunks:
-            raise Corrupt(f"index page {page.key} lists {len(part)} chunks instead of {page.num_chunks}")
-        chunks += part
-    return chunks
+        table = decode_page(data, page.key)
+        if len(table) != page.num_chunks:
+            raise Corrupt(f"index page {page.key} lists {len(table)} chunks instead of {page.num_chunks}")
+        tables.append(table)
+    return ChunkTable.concat(tables)
 
 
-def fingerprint_sums(chunks: Sequence[ChunkRecord]) -> dict[int, int]:
-    """Sum the chunks' fingerprints by tensor number."""
-    sums: dict[int, int] = defaultdict(int)
-    for chunk in chunks:
-        sums[chunk.tensor] = (sums[chunk.tensor] + chunk.fingerprint) % _MODULUS
-    return dict(sums)
-
-
-def proof_of(chunks: Sequence[ChunkRecord]) -> str:
+def proof_of(chunks: ChunkTable) -> str:
     """Digest the share of each tensor's fingerprint that some chunks hold, however they were cut."""
-    return checksum(json.dumps(sorted(fingerprint_sums(chunks).items())).encode()).hex()
+    return checksum(json.dumps(sorted(chunks.fingerprint_sums().items())).encode()).hex()
 
 
-def try_commit(store: Store, own: Receipt, created_utc: str) -> Manifest | None:
+def try_commit(store: Store, own: Receipt, chunks: ChunkTable, created_utc: str) -> Manifest | None:
     """Create the manifest if the receipts of all hosts are there; return it, or None to be asked again.
 
+    None also while a prune is about to delete what an earlier checkpoint shares with this one: it finds the
+    receipts and spares it, or it is gone when asked again. `chunks` is what this host's own pages list.
+
     Raises Conflict if the step exists with other content, Corrupt if what exists cannot be read, Mismatch if
-    the hosts hold different states, Incomplete if the chunks do not cover a tensor or a host gave up.
+    the hosts hold different states, Incomplete if the chunks do not cover a tensor, a host gave up, or what
+    an earlier checkpoint was to share is gone.
     """
     existing = _existing(store, own.step)
     if existing is not None and existing.generation == own.generation:
         named = {pack.key for pack in existing.packs}
         if all(pack.key in named for pack in own.packs):
             return existing  # another host was faster
-    receipts = read_receipts(store, own.generation, own.step)
+    receipts = {own.host: own}
+    if set(own.hosts) != {own.host}:
+        receipts = {**read_receipts(store, own.generation, own.step), **receipts}
     for receipt in receipts.values():
         if receipt.void:
             raise Incomplete(f"host {receipt.host} has no share of step {own.step}: {receipt.void}")
     if any(host not in receipts for host in own.hosts):
         return None
-    manifest = _build(store, own, {host: receipts[host] for host in sorted(set(own.hosts))}, created_utc)
+    receipts = {host: receipts[host] for host in sorted(set(own.hosts))}
+    tables = [chunks if receipt is own else read_pages(store, receipt.pages) for receipt in receipts.values()]
+    manifest = _merge(store, own, receipts, tables, created_utc)
+    if not _is_firm(store, receipts.values()):
+        return None
     return _create(store, manifest)
 
 
-def _build(store: Store, own: Receipt, receipts: Mapping[str, Receipt], created_utc: str) -> Manifest:
+def describe(receipt: Receipt, chunks: ChunkTable, packs: Sequence[PackRef], created_utc: str) -> Manifest:
+    """Return the manifest of what a receipt with content speaks of, without pages and token."""
+    content = receipt.content
+    if content is None or content.digest != receipt.digest:
+        raise Corrupt(f"receipt {receipt.key} lacks the snapshot's content")
+    sums = chunks.fingerprint_sums()
+    meta = dict(receipt.meta or {})
+    return Manifest(
+        run=receipt.run,
+        step=receipt.step,
+        generation=receipt.generation,
+        token="",
+        created_utc=created_utc,
+        spec_digest=str(meta.get("spec_digest", "")),
+        tensors=tuple(
+            TensorRecord(spec.name, spec.dtype, spec.shape, sums.get(number, 0))
+            for number, spec in enumerate(content.tensors)
+        ),
+        packs=tuple(packs),
+        pages=(),
+        skeleton=json.loads(content.skeleton),
+        data_cursor=meta.pop("data_cursor", None),
+        metrics=metrics_from_json(meta.pop("metrics", {}), receipt.key),
+        meta=meta,
+    )
+
+
+def _merge(
+    store: Store,
+    own: Receipt,
+    receipts: Mapping[str, Receipt],
+    tables: Sequence[ChunkTable],
+    created_utc: str,
+) -> Manifest:
+    """Put the hosts' shares together; several hosts' pages are written anew, with common pack numbers."""
     lead = receipts[own.hosts[0]]
-    content = lead.content
     for receipt in receipts.values():
         if receipt.digest != lead.digest or receipt.hosts != lead.hosts or receipt.run != lead.run:
             raise Mismatch(
                 f"hosts {lead.host} and {receipt.host} hold different states at step {own.step}: "
                 "every rank has to save the same tensors and the same Python values"
             )
-    if content is None or content.digest != lead.digest:
-        raise Corrupt(f"receipt {lead.key} lacks the snapshot's content")
-    chunks: list[ChunkRecord] = []
-    packs = [pack for receipt in receipts.values() for pack in receipt.packs]
-    first_pack = 0
-    for receipt in receipts.values():
-        chunks += [_moved(chunk, first_pack) for chunk in read_pages(store, receipt.pages)]
-        first_pack += len(receipt.packs)
-    pages = (
-        lead.pages if len(receipts) == 1 else write_pages(store, (own.generation, own.step, own.host), chunks)
+    packs = list(dict.fromkeys(pack for receipt in receipts.values() for pack in receipt.packs))
+    numbers = {pack: number for number, pack in enumerate(packs)}
+    chunks = ChunkTable.concat(
+        [
+            table.with_packs([numbers[pack] for pack in receipt.packs])
+            for receipt, table in zip(receipts.values(), tables, strict=True)
+        ]
     )
-    meta = dict(lead.meta or {})
-    return Manifest(
-        run=own.run,
-        step=own.step,
-        generation=own.generation,
-        token=_token(store, own.generation),
-        created_utc=created_utc,
-        spec_digest=str(meta.get("spec_digest", "")),
-        tensors=_tensor_records(content, chunks),
-        packs=tuple(packs),
-        pages=tuple(pages),
-        skeleton=json.loads(content.skeleton),
-        meta=meta,
-    )
+    manifest = describe(lead, chunks, packs, created_utc)
+    check_chunks(manifest.tensors, chunks)
+    place = (own.generation, own.step, own.host)
+    pages = lead.pages if len(receipts) == 1 else write_pages(store, place, chunks)
+    return replace(manifest, pages=tuple(pages), token=_token(store, own.generation))
 
 
-def _moved(chunk: ChunkRecord, first_pack: int) -> ChunkRecord:
-    """Number a chunk's pack among all hosts' packs instead of its own host's."""
-    return replace(chunk, pack=chunk.pack + first_pack) if first_pack else chunk
+def _is_firm(store: Store, receipts: Iterable[Receipt]) -> bool:
+    """Whether the packs of earlier checkpoints, which the receipts announce, stay; a prune may be at them.
 
-
-def _tensor_records(content: Content, chunks: Sequence[ChunkRecord]) -> tuple[TensorRecord, ...]:
-    sums = fingerprint_sums(chunks)
-    places = group_by_tensor([chunk.tensor for chunk in chunks])
-    records = []
-    for number, spec in enumerate(content.tensors):
-        check_cover(spec.name, spec.shape, [chunks[place].box for place in places.get(number, [])])
-        records.append(TensorRecord(spec.name, spec.dtype, spec.shape, sums.get(number, 0)))
-    return tuple(records)
+    Raises Incomplete if one of them is gone.
+    """
+    borrowed = {
+        (pack.key, pack.num_bytes)
+        for receipt in receipts
+        for pack in receipt.packs
+        if pack.key in receipt.borrowed
+    }
+    if not borrowed:
+        return True
+    footing = look_up(store, borrowed, [receipt.key for receipt in receipts])
+    if footing.gone or footing.changed:
+        raise Incomplete(
+            f"packs of an earlier checkpoint, which this one was to share, cannot be used: {footing}. Was it "
+            "pruned with less grace than a save takes? The next checkpoint shares nothing with it"
+        )
+    return footing.is_firm
 
 
 def _create(store: Store, manifest: Manifest) -> Manifest:

@@ -8,6 +8,8 @@ from checkpoint.engine.plan import TensorSpec
 from checkpoint.format.codec import Codec
 from checkpoint.format.layout import Box
 
+Depth = Literal["store", "memory"]  # how far a snapshot goes; "memory": held by its host, never written out
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Ticket:
@@ -40,12 +42,18 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Handling:
-    """How a snapshot is treated on its way: compression, and what to do while the arena has no room."""
+    """How a snapshot is treated on its way: compression, and what to do while the arena has no room.
+
+    With a `delta_chain` a changed chunk may be stored as what differs from the one before, which itself may
+    be stored so, up to that many in a row; 0 stores every chunk in full.
+    """
 
     codec: Codec
     level: int
     when_full: Literal["wait", "skip"]
     max_wait_s: float
+    depth: Depth = "store"
+    delta_chain: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +74,11 @@ class SnapshotPlan:
 
 @dataclass(frozen=True, slots=True)
 class Durable:
-    """The checkpoint of `step` exists on `tier`: `num_bytes` stored, `seconds` after its capture began."""
+    """The checkpoint of `step` exists on `tier`: `num_bytes` stored, `seconds` after its capture began.
+
+    Tier "memory" is the host that holds the snapshot. What was saved at depth "store" is final only once it
+    is durable on the nearest store; news of memory and of far tiers come besides, before or after that.
+    """
 
     step: int
     generation: int
@@ -77,11 +89,15 @@ class Durable:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The snapshot of `step` will not become a checkpoint through this host; nothing of it counts."""
+    """The snapshot of `step` will not become a checkpoint through this host; nothing of it counts.
+
+    With a far `tier`'s name only the checkpoint's copy there failed.
+    """
 
     step: int
     generation: int
     why: str
+    tier: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +110,23 @@ class Skipped:
 
 
 Outcome = Durable | Failed | Skipped
+
+
+@dataclass(frozen=True, slots=True)
+class Pressure:
+    """How tight a host's memory has been since it started.
+
+    Of `arena_bytes`, at most `most_bytes` were lent at a time. Shares waited `num_waits` times for room,
+    `waited_s` in all; `num_skipped` snapshots were given up for want of it. `num_bare` times the newest
+    snapshot held in memory had to go before the next one was whole: then memory held none.
+    """
+
+    arena_bytes: int
+    most_bytes: int = 0
+    num_waits: int = 0
+    waited_s: float = 0.0
+    num_skipped: int = 0
+    num_bare: int = 0
 
 
 class Host(Protocol):

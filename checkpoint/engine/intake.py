@@ -3,118 +3,95 @@
 It keeps the books for the trainers' side and for the pipeline's threads, under one lock, and moves no bytes.
 """
 
-import heapq
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from dataclasses import dataclass
 
 from checkpoint.engine.arena import Arena, Region
-from checkpoint.engine.contract import Durable, Failed, Outcome, Skipped, SnapshotPlan, Ticket
+from checkpoint.engine.contract import Durable, Failed, Outcome, Pressure, Skipped, SnapshotPlan, Ticket
+from checkpoint.engine.held import Held
 from checkpoint.engine.ledger import ShareEntry, SnapshotEntry, SnapshotId, Writing
+from checkpoint.engine.news import Board
+from checkpoint.engine.room import Room, choose_excess, in_order
+from checkpoint.engine.worklist import Worklist
 from checkpoint.errors import ArenaFull, Mismatch
 
 log = logging.getLogger("holdfast.checkpoint")
 
-_LAST = 1 << 62  # sorts a snapshot's end behind all of its chunks
 _MAX_REMEMBERED = 256
-_MAX_UNREAD = 1000
-
-News = deque[Outcome]
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Pack chunk number `chunk_index` of a share. Without a share: end the snapshot, all of it is packed."""
+    """Digest these chunks of a share, and pack them. Without a share: all of the snapshot was handed out."""
 
     entry: SnapshotEntry
     share: ShareEntry | None
-    chunk_index: int
+    chunks: tuple[int, ...] = ()
 
 
 class Intake:
-    """The books of one host's snapshots. Thread-safe."""
+    """The books of one host's snapshots, of which it holds the newest `hold` in the arena. Thread-safe."""
 
-    def __init__(self, host: str, arena: Arena) -> None:
+    def __init__(self, host: str, arena: Arena, hold: int = 0) -> None:
         self.host = host
         self.arena = arena
-        lock = threading.RLock()
-        self._changed = threading.Condition(lock)
-        self._told = threading.Condition(lock)
-        self._live: dict[SnapshotId, SnapshotEntry] = {}
-        self._retiring: list[SnapshotEntry] = []
+        self.hold = hold
+        self.board = Board()
+        self._changed = threading.Condition(threading.RLock())
+        self._entries: dict[SnapshotId, SnapshotEntry] = {}
         self._over: OrderedDict[SnapshotId, None] = OrderedDict()
         self._failed: list[SnapshotEntry] = []
-        self._work: list[tuple[SnapshotId, int, int]] = []
-        self._readers: list[News] = []
+        self._work = Worklist()
+        self._room = Room(arena)
         self._why_ending: str | None = None
         self._is_closed = False
         self._newest_generation = 0
         self._newer_since_s = 0.0
-
-    def subscribe(self) -> News:
-        """Return a queue that every later outcome is put into."""
-        news: News = deque(maxlen=_MAX_UNREAD)
-        with self._changed:
-            self._readers.append(news)
-        return news
-
-    def unsubscribe(self, news: News) -> None:
-        """Forget a queue."""
-        with self._changed:
-            self._readers = [reader for reader in self._readers if reader is not news]
-
-    def await_news(self, news: News, timeout_s: float) -> tuple[Outcome, ...]:
-        """Take what is in the queue, waiting a while for something."""
-        with self._changed:
-            if not news and timeout_s > 0:
-                self._told.wait(timeout_s)
-            taken = tuple(news)
-            news.clear()
-            return taken
+        self._num_captured = 0
+        self._leads = False
 
     def open(self, ticket: Ticket, plan: SnapshotPlan, owner: object) -> Region | None:
         """Lend a region for a share, waiting for room as the plan says; None when the snapshot is over."""
         if not ticket.rank < len(plan.hosts) or plan.hosts[ticket.rank] != self.host:
             raise Mismatch(f"rank {ticket.rank} of hosts {plan.hosts} does not live on {self.host!r}")
-        deadline = time.monotonic() + plan.handling.max_wait_s
         with self._changed:
             if ticket.generation > self._newest_generation:
                 self._newest_generation, self._newer_since_s = ticket.generation, time.monotonic()
+            if ticket.generation == self._newest_generation:
+                self._leads = plan.hosts[0] == self.host
             self._supersede(ticket)
             entry = self._admit(ticket, plan)
             if entry is None:
                 return None
             try:
-                while (region := self.arena.reserve(plan.num_bytes)) is None:
-                    remaining_s = 0.0 if plan.handling.when_full == "skip" else deadline - time.monotonic()
-                    if remaining_s <= 0:
-                        self._end(entry, Skipped(ticket.step, ticket.generation, self._fullness(plan)))
-                    else:
-                        self._changed.wait(min(remaining_s, 1.0))
-                    if entry.why_failed is not None or self._is_closed:
-                        return None
+                region = self._await_room(entry, plan)
             except ArenaFull as error:
                 self._fail(entry, str(error))
                 raise
-            entry.shares[ticket.rank] = ShareEntry(plan, region, owner)
+            if region is not None:
+                entry.shares[ticket.rank] = ShareEntry(plan, region, owner)
             return region
 
-    def ready(self, ticket: Ticket, chunk_index: int) -> None:
-        """Take note that a chunk is in the arena."""
+    def ready(self, ticket: Ticket, chunks: tuple[int, ...]) -> None:
+        """Take note that some chunks are in the arena."""
         with self._changed:
             if found := self._find(ticket):
-                self._announce(*found, ticket.rank, chunk_index)
+                self._announce(*found, ticket.rank, chunks)
 
     def seal(self, ticket: Ticket) -> None:
         """Take note that a share is whole and stays as it is."""
         with self._changed:
             if found := self._find(ticket):
                 entry, share = found
-                for chunk_index in range(len(share.plan.slots)):
-                    self._announce(entry, share, ticket.rank, chunk_index)
+                self._announce(entry, share, ticket.rank, tuple(range(len(share.plan.slots))))
                 share.writing = Writing.SEALED
+                if entry.is_captured and entry.is_live:
+                    self._num_captured += 1
+                    entry.num_captured = self._num_captured
+                    entry.is_held = self.hold > 0
                 self._advance(entry)
 
     def spoil(self, ticket: Ticket, why: str) -> None:
@@ -128,7 +105,7 @@ class Intake:
     def leave(self, owner: object, why: str) -> None:
         """Give up what an owner that is gone had not sealed."""
         with self._changed:
-            for entry in [*self._live.values(), *self._retiring]:
+            for entry in list(self._entries.values()):
                 for share in entry.shares.values():
                     if share.owner is owner and share.writing is Writing.OPEN:
                         share.writing = Writing.GONE
@@ -137,7 +114,7 @@ class Intake:
     def abandon(self, why: str) -> None:
         """Give up every snapshot that is not captured: nobody is left who could deliver the rest."""
         with self._changed:
-            for entry in list(self._live.values()):
+            for entry in self._live():
                 if not entry.is_captured:
                     self._fail(entry, f"{entry.missing()}: {why}")
 
@@ -154,58 +131,117 @@ class Intake:
 
     @property
     def num_unfinished(self) -> int:
-        """How many snapshots are captured and not yet durable."""
+        """How many snapshots are captured and have no outcome yet."""
         with self._changed:
-            return sum(entry.is_captured for entry in self._live.values())
+            return sum(entry.is_captured for entry in self._live())
 
     @property
     def is_closed(self) -> bool:
         """Whether nothing more is taken or given."""
         return self._is_closed
 
+    @property
+    def leads(self) -> bool:
+        """Whether the first rank of the newest world lives here: its host does what one host has to do."""
+        return self._leads
+
+    @property
+    def pressure(self) -> Pressure:
+        """How tight memory has been so far."""
+        with self._changed:
+            return self._room.pressure
+
     def close(self) -> None:
         """Take and give nothing more; who waits is let go."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-            self._told.notify_all()
+        self.board.close()
+
+    # What readers of memory call.
+
+    def pin(self, timeout_s: float) -> SnapshotEntry | None:
+        """Return the newest snapshot that this host alone holds whole, to stay until `unpin`.
+
+        Waits a while for one that is captured and not digested yet.
+        """
+        with self._changed:
+            self._changed.wait_for(self._is_newest_digested, timeout_s)
+            digested = [entry for entry in self._held() if entry.image is not None and entry.is_alone]
+            return self._pinned(digested[-1]) if digested else None
+
+    def pin_again(self, entry: SnapshotEntry) -> SnapshotEntry | None:
+        """Return a snapshot, to stay until `unpin`, if it is still held."""
+        with self._changed:
+            return self._pinned(entry) if entry.is_held and entry.image is not None else None
+
+    def unpin(self, entry: SnapshotEntry) -> None:
+        """Let a snapshot go that was pinned."""
+        with self._changed:
+            entry.num_readers -= 1
+            self._advance(entry)
 
     # What the pipeline's threads call.
 
-    def next_work(self) -> Work | None:
-        """Wait for the next chunk to pack, or a snapshot whose chunks all are; None after `close`."""
+    def next_work(self, timeout_s: float | None) -> Work | None:
+        """Wait for the next chunks to digest, or the end of a snapshot's; None after `close`, or if time ran
+        out."""
         with self._changed:
-            while True:
-                if self._is_closed:
-                    return None
-                while self._work:
-                    key, rank, chunk_index = heapq.heappop(self._work)
-                    entry = self._live.get(key)
-                    if entry is None:
-                        continue  # it failed meanwhile
-                    if rank == _LAST:
-                        return Work(entry, None, _LAST)
-                    share = entry.shares[rank]
-                    share.is_being_packed = True
-                    return Work(entry, share, chunk_index)
-                self._changed.wait()
+            self._changed.wait_for(lambda: self._work or self._is_closed, timeout_s)
+            while self._work and not self._is_closed:
+                id_, rank, first = self._work.take()
+                entry = self._entries.get(id_)
+                if entry is None or not entry.is_wanted:
+                    continue  # it failed meanwhile
+                if rank is None:
+                    return Work(entry, None)
+                share = entry.shares[rank]
+                chunks = self._work.take_along(id_, rank, first, share)
+                share.num_lent += len(chunks)
+                return Work(entry, share, chunks)
+            return None
 
-    def packed(self, work: Work) -> None:
-        """Take note that a chunk was packed, or that it was given up."""
+    def touch(self) -> bool:
+        """Prepare a piece of the arena for its first use; return whether there is more to do."""
         with self._changed:
-            if work.share is not None:
-                work.share.is_being_packed = False
-                work.share.num_unpacked -= 1
-                self._advance(work.entry)
+            return not self._is_closed and self.arena.touch()
+
+    def give_back(self, entry: SnapshotEntry, share: ShareEntry, num_chunks: int) -> None:
+        """Take note that the pipeline no longer needs so many chunks of a share, whatever became of them."""
+        with self._changed:
+            share.num_lent -= num_chunks
+            share.num_needed -= num_chunks
+            self._advance(entry)
+
+    def digested(self, entry: SnapshotEntry, image: Held) -> None:
+        """Take note of what is in a snapshot that is held, and tell that memory has it."""
+        with self._changed:
+            entry.image = image
+            if entry.is_held:
+                seconds = time.monotonic() - entry.started_s
+                num_bytes = sum(tensor.num_bytes for tensor in image.manifest.tensors)
+                held = Durable(entry.step, entry.generation, "memory", num_bytes, seconds)
+                if entry.depth == "memory":
+                    self._end(entry, held)
+                else:
+                    self.board.tell(held)
+            self._advance(entry)
 
     def fail(self, entry: SnapshotEntry, why: str) -> None:
         """End a snapshot that will not become a checkpoint."""
         with self._changed:
             self._fail(entry, why)
 
+    def forget(self, entry: SnapshotEntry, why: str) -> None:
+        """End a snapshot, if that is still to be, and do not hold it either."""
+        with self._changed:
+            entry.is_held = False
+            self._fail(entry, why)
+
     def complete(self, entry: SnapshotEntry, outcome: Durable) -> None:
         """End a snapshot that has become a checkpoint."""
         with self._changed:
+            entry.is_durable = True
             self._end(entry, outcome)
 
     def failures(self) -> list[SnapshotEntry]:
@@ -223,7 +259,7 @@ class Intake:
         """
         now = time.monotonic()
         with self._changed:
-            for entry in list(self._live.values()):
+            for entry in self._live():
                 is_old = entry.generation < self._newest_generation
                 limit_s, since_s = (
                     (straggler_s, self._newer_since_s) if is_old else (patience_s, entry.started_s)
@@ -232,70 +268,124 @@ class Intake:
                     self._fail(entry, f"{entry.missing()} within {limit_s:.0f} s")
 
     # All of the following under the lock.
+    def _live(self) -> list[SnapshotEntry]:
+        return [entry for entry in self._entries.values() if entry.is_live]
+
+    def _held(self) -> list[SnapshotEntry]:
+        return in_order(self._entries.values())
+
     def _is_idle(self) -> bool:
         return self.num_unfinished == 0
+
+    def _is_newest_digested(self) -> bool:
+        held = self._held()
+        return self._is_closed or not held or held[-1].image is not None
+
+    def _pinned(self, entry: SnapshotEntry) -> SnapshotEntry:
+        entry.num_readers += 1
+        return entry
 
     def _admit(self, ticket: Ticket, plan: SnapshotPlan) -> SnapshotEntry | None:
         key = (ticket.generation, ticket.step)
         if key in self._over or self._is_closed:
             return None
-        entry = self._live.get(key)
+        entry = self._entries.get(key)
         if entry is None:
-            entry = SnapshotEntry(key, ticket.run, plan.hosts, self.host, plan.content, time.monotonic())
-            self._live[key] = entry
-        if self._why_ending is not None:
-            self._fail(entry, self._why_ending)
-        elif ticket.rank in entry.shares:
-            self._fail(entry, f"rank {ticket.rank} delivered step {ticket.step} twice")
-        elif (entry.content.digest, entry.hosts) != (plan.content.digest, plan.hosts):
-            self._fail(
-                entry, f"rank {ticket.rank} saves another state than its neighbours at step {ticket.step}"
+            depth = plan.handling.depth
+            entry = SnapshotEntry(
+                key, ticket.run, plan.hosts, self.host, plan.content, depth, time.monotonic()
             )
+            self._entries[key] = entry
+        if why := self._objection(entry, ticket, plan):
+            self._fail(entry, why)
         return entry if entry.why_failed is None else None
+
+    def _objection(self, entry: SnapshotEntry, ticket: Ticket, plan: SnapshotPlan) -> str | None:
+        """Say what is wrong with one more share of a snapshot."""
+        if self._why_ending is not None:
+            return self._why_ending
+        if ticket.rank in entry.shares:
+            return f"rank {ticket.rank} delivered step {ticket.step} twice"
+        if (entry.content.digest, entry.hosts, entry.depth) != (
+            plan.content.digest,
+            plan.hosts,
+            plan.handling.depth,
+        ):
+            return f"rank {ticket.rank} saves another state than its neighbours at step {ticket.step}"
+        if entry.depth == "memory" and not self.hold:
+            return f"host {self.host} holds no snapshots in memory: give it a `hold` of 1 or more"
+        return None
+
+    def _await_room(self, entry: SnapshotEntry, plan: SnapshotPlan) -> Region | None:
+        """Lend a region, making room or waiting for it; None if the snapshot is over before there is any."""
+        began_s = time.monotonic()
+        patience_s = 0.0 if plan.handling.when_full == "skip" else plan.handling.max_wait_s
+        has_waited = False
+        while (region := self._room.lend(plan.num_bytes, entry, self._entries.values())) is None:
+            remaining_s = began_s + patience_s - time.monotonic()
+            if remaining_s <= 0:
+                self._room.note_skip()
+                self._end(entry, Skipped(entry.step, entry.generation, self._room.fullness(plan)))
+            else:
+                has_waited = True
+                self._changed.wait(min(remaining_s, 1.0))
+            if entry.why_failed is not None or self._is_closed:
+                break
+        if has_waited:
+            self._room.note_wait(time.monotonic() - began_s)
+        self._sweep()
+        return region
 
     def _supersede(self, ticket: Ticket) -> None:
         """A rank that goes on to a newer step of its world will not deliver an older one."""
-        for entry in list(self._live.values()):
+        for entry in self._live():
             is_older = entry.generation == ticket.generation and entry.step < ticket.step
             share = entry.shares.get(ticket.rank)
             if is_older and (share is None or share.writing is not Writing.SEALED):
                 self._fail(entry, f"rank {ticket.rank} went on to step {ticket.step} without delivering")
 
     def _find(self, ticket: Ticket) -> tuple[SnapshotEntry, ShareEntry] | None:
-        key = (ticket.generation, ticket.step)
-        for entry in (self._live.get(key), *self._retiring):
-            if entry is not None and entry.id == key and ticket.rank in entry.shares:
-                return entry, entry.shares[ticket.rank]
-        return None
+        entry = self._entries.get((ticket.generation, ticket.step))
+        if entry is None or ticket.rank not in entry.shares:
+            return None
+        return entry, entry.shares[ticket.rank]
 
-    def _announce(self, entry: SnapshotEntry, share: ShareEntry, rank: int, chunk_index: int) -> None:
-        if chunk_index in share.announced or entry.why_failed is not None:
+    def _announce(self, entry: SnapshotEntry, share: ShareEntry, rank: int, chunks: tuple[int, ...]) -> None:
+        new = [chunk for chunk in chunks if chunk not in share.announced]
+        if not new or entry.why_failed is not None:
             return
-        share.announced.add(chunk_index)
-        share.num_unpacked += 1
-        heapq.heappush(self._work, (entry.id, rank, chunk_index))
+        share.announced.update(new)
+        share.num_needed += len(new)
+        self._work.add(entry, rank, new)
         self._changed.notify_all()
 
     def _advance(self, entry: SnapshotEntry) -> None:
-        """Do what a change of a snapshot made possible: free regions, let it end."""
-        for region in entry.releasable():
-            self.arena.release(region)
-        if entry in self._retiring and all(share.is_released for share in entry.shares.values()):
-            self._retiring.remove(entry)
-        if entry.why_failed is None and entry.is_ready_to_end and not entry.is_packed:
-            entry.is_packed = True
-            heapq.heappush(self._work, (entry.id, _LAST, _LAST))
+        """Do what a change of a snapshot made possible: let others go, free regions, hand out its end."""
+        for one in choose_excess(self._held(), self.hold):
+            one.is_held = False
+            self._room.free(one)
+        self._room.free(entry)
+        if entry.is_captured and entry.is_wanted and not entry.is_handed_out:
+            entry.is_handed_out = True
+            self._work.add_end(entry)
+        self._sweep()
         self._changed.notify_all()
 
+    def _sweep(self) -> None:
+        """Forget the snapshots of which nothing is left."""
+        for entry in list(self._entries.values()):
+            if not (entry.is_live or entry.is_held or entry.has_room):
+                del self._entries[entry.id]
+
     def _fail(self, entry: SnapshotEntry, why: str) -> None:
-        if entry.id in self._live:
+        if entry.is_live:
             log.error("checkpoint of step %d failed: %s", entry.step, why)
             self._end(entry, Failed(entry.step, entry.generation, why))
         self._advance(entry)
 
     def _end(self, entry: SnapshotEntry, outcome: Outcome) -> None:
         """Publish the one outcome of a snapshot, and forget it as soon as its regions are free."""
-        if self._live.pop(entry.id, None) is None:
+        if not entry.is_live:
             return
         entry.is_live = False
         self._over[entry.id] = None
@@ -304,14 +394,5 @@ class Intake:
         if not isinstance(outcome, Durable):
             entry.why_failed = outcome.why
             self._failed.append(entry)
-        self._retiring.append(entry)
-        for news in self._readers:
-            news.append(outcome)
-        self._told.notify_all()
+        self.board.tell(outcome)
         self._advance(entry)
-
-    def _fullness(self, plan: SnapshotPlan) -> str:
-        return (
-            f"the arena is full: {self.arena.num_lent_bytes} of {self.arena.num_bytes} bytes wait to be "
-            f"written, {plan.num_bytes} more are needed: raise `checkpoint.arena_mib` or save less often"
-        )

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from checkpoint.engine.arena import Region
-from checkpoint.engine.contract import Content, SnapshotPlan
-from checkpoint.format.manifest import ChunkRecord, PackRef
+from checkpoint.engine.contract import Content, Depth, SnapshotPlan
+from checkpoint.engine.held import Held
 
 SnapshotId = tuple[int, int]  # generation, step: newer ones compare greater
 
@@ -20,35 +20,46 @@ class Writing(Enum):
 
 @dataclass(slots=True)
 class ShareEntry:
-    """One local rank's share: its region, and how far its chunks are."""
+    """One local rank's share: its region, and how far its chunks are.
+
+    `num_needed` announced chunks are still to be read by the pipeline, `num_lent` of them are in its hands.
+    """
 
     plan: SnapshotPlan
     region: Region
     owner: object
     writing: Writing = Writing.OPEN
     announced: set[int] = field(default_factory=set)
-    num_unpacked: int = 0
-    is_being_packed: bool = False
+    num_needed: int = 0
+    num_lent: int = 0
     is_released: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class SnapshotEntry:
-    """One snapshot on one host, from the first rank's `open` to its outcome."""
+    """One snapshot on one host, from the first rank's `open` until nothing of it is in the arena.
+
+    It lives until it has its one final outcome. If the host holds snapshots, it `is_held` from its capture on
+    until it has to make room, whatever became of it in the store; its `image` says what is in it, once that
+    was digested.
+    """
 
     id: SnapshotId
     run: str
     hosts: tuple[str, ...]
     host: str
     content: Content
+    depth: Depth
     started_s: float
     shares: dict[int, ShareEntry] = field(default_factory=dict)
-    chunks: list[ChunkRecord] = field(default_factory=list)
-    packs: list[PackRef] = field(default_factory=list)
-    num_packs: int = 0
     why_failed: str | None = None
-    is_packed: bool = False
+    is_handed_out: bool = False
     is_live: bool = True
+    is_held: bool = False
+    is_durable: bool = False
+    image: Held | None = None
+    num_captured: int = 0
+    num_readers: int = 0
 
     @property
     def generation(self) -> int:
@@ -66,6 +77,11 @@ class SnapshotEntry:
         return tuple(rank for rank, host in enumerate(self.hosts) if host == self.host)
 
     @property
+    def is_alone(self) -> bool:
+        """Whether all of its world lives on this host."""
+        return set(self.hosts) == {self.host}
+
+    @property
     def is_captured(self) -> bool:
         """Whether all local ranks have sealed their shares."""
         return all(
@@ -73,9 +89,20 @@ class SnapshotEntry:
         )
 
     @property
-    def is_ready_to_end(self) -> bool:
-        """Whether every chunk of every local rank went into a pack."""
-        return self.is_captured and all(share.num_unpacked == 0 for share in self.shares.values())
+    def is_wanted(self) -> bool:
+        """Whether its chunks are still to be worked on."""
+        return self.is_live or (self.is_held and self.image is None)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether any of the arena is lent to it."""
+        return any(not share.is_released for share in self.shares.values())
+
+    @property
+    def may_leave(self) -> bool:
+        """Whether it is held, digested, and neither the pipeline nor a reader needs its bytes."""
+        is_needed = any(share.num_needed or share.num_lent for share in self.shares.values())
+        return self.is_held and self.image is not None and not (is_needed or self.num_readers)
 
     def missing(self) -> str:
         """Say which local ranks have not delivered."""
@@ -89,15 +116,13 @@ class SnapshotEntry:
         )
 
     def releasable(self) -> list[Region]:
-        """List (once) the regions that neither the trainer writes nor the packer reads any longer."""
+        """List (once) the regions that nobody writes, reads, waits for or holds any longer."""
+        if self.is_held or self.num_readers:
+            return []
         freed = []
         for share in self.shares.values():
-            is_done = self.why_failed is not None or share.num_unpacked == 0
-            if (
-                is_done
-                and share.writing is not Writing.OPEN
-                and not (share.is_released or share.is_being_packed)
-            ):
+            is_done = share.num_lent == 0 and (self.why_failed is not None or share.num_needed == 0)
+            if is_done and share.writing is not Writing.OPEN and not share.is_released:
                 share.is_released = True
                 freed.append(share.region)
         return freed

@@ -1,60 +1,115 @@
 """Packs under way: chunks of one snapshot, collected until they are worth an object; and their numbers."""
 
-from checkpoint.engine.contract import Handling, Slot
-from checkpoint.engine.ledger import SnapshotEntry
+from dataclasses import dataclass, field, replace
+
+from checkpoint.engine.known import Known
+from checkpoint.engine.ledger import ShareEntry, SnapshotEntry
+from checkpoint.engine.predecessors import Predecessors
 from checkpoint.errors import AlreadyExists, Conflict
-from checkpoint.format.codec import Codec, checksum, encode
-from checkpoint.format.fingerprint import fingerprint
+from checkpoint.format.codec import Buffer
 from checkpoint.format.keys import PACKS, pack_key, parse_pack_key
 from checkpoint.format.manifest import ChunkRecord, PackRef
 from checkpoint.format.pack import PackBuilder
-from checkpoint.format.records import MAX_CHUNKS_PER_PAGE
+from checkpoint.format.records import MAX_CHAIN, MAX_CHUNKS_PER_PAGE
+from checkpoint.format.table import ChunkTable
 from checkpoint.store.contract import Store
+
+_MAX_CHUNKS = MAX_CHUNKS_PER_PAGE - MAX_CHAIN - 1  # so that one more fits, with all of its bases
+
+
+@dataclass(eq=False, slots=True)
+class Filing:
+    """How far one snapshot is: its chunks so far, as they are held and as they are stored, and its packs.
+
+    `own` packs were opened here, `borrowed` ones belong to an earlier checkpoint; the number of a chunk's
+    pack counts in `own` or, from -1 downwards, in `borrowed`.
+    """
+
+    entry: SnapshotEntry
+    known: Known | None = None
+    bases: Predecessors | None = None
+    held: list[ChunkRecord] = field(default_factory=list)
+    chunks: list[ChunkRecord] = field(default_factory=list)
+    own: list[PackRef | None] = field(default_factory=list)
+    borrowed: dict[PackRef, int] = field(default_factory=dict)
+    is_over: bool = False
+
+    def borrow(self, chunk: ChunkRecord) -> ChunkRecord:
+        """Return a chunk of an earlier checkpoint with its pack's number here; so its bases."""
+        if self.known is None:
+            return chunk
+        pack = self.known.packs[chunk.pack]
+        number = self.borrowed.setdefault(pack, -1 - len(self.borrowed))
+        return replace(chunk, pack=number, base=None if chunk.base is None else self.borrow(chunk.base))
+
+    def packs(self) -> tuple[PackRef, ...]:
+        """List all packs, the borrowed ones last: what the table counts in."""
+        return (*(pack for pack in self.own if pack is not None), *self.borrowed)
+
+    def table(self) -> ChunkTable:
+        """Return the chunks with the numbers of `packs`."""
+        num_own = len(self.own)
+        return ChunkTable.of([_counted(chunk, num_own) for chunk in self.chunks])
+
+
+def _counted(chunk: ChunkRecord, num_own: int) -> ChunkRecord:
+    if chunk.pack >= 0 and chunk.base is None:
+        return chunk
+    pack = chunk.pack if chunk.pack >= 0 else num_own - 1 - chunk.pack
+    return replace(chunk, pack=pack, base=None if chunk.base is None else _counted(chunk.base, num_own))
+
+
+@dataclass(frozen=True, slots=True)
+class PackLimits:
+    """When a pack is full: so many bytes, so many of them not in the arena."""
+
+    num_bytes: int
+    num_copied_bytes: int
 
 
 class OpenPack:
     """The pack that is being filled; `seq` is its number in its key."""
 
-    def __init__(self, entry: SnapshotEntry, seq: int) -> None:
-        self.entry = entry
+    def __init__(self, filing: Filing, seq: int) -> None:
+        self.filing = filing
+        self.lent: list[ShareEntry] = []  # once for each chunk that is read from the arena
+        entry = filing.entry
         self.key = pack_key(entry.generation, entry.host, seq)
-        self.chunks: list[ChunkRecord] = []
-        self._place = entry.num_packs
+        self._num_copied_bytes = 0
+        self._place = len(filing.own)
+        filing.own.append(None)
         self._builder = PackBuilder(entry.generation, entry.host, seq)
 
-    def add(self, slot: Slot, raw: memoryview, handling: Handling) -> None:
-        """Fingerprint, digest and encode a chunk, and append it. What does not shrink is stored as it is."""
-        spec = self.entry.content.tensors[slot.tensor]
-        codec, stored = handling.codec, encode(handling.codec, raw, handling.level)
-        if codec is not Codec.RAW and len(stored) >= len(raw):
-            codec, stored = Codec.RAW, raw
-        chunk = ChunkRecord(
-            tensor=slot.tensor,
-            box=slot.box,
-            codec=codec,
-            pack=self._place,
-            offset=0,
-            num_bytes=0,
-            checksum=checksum(raw),
-            fingerprint=fingerprint(raw, spec.dtype, spec.shape, slot.box),
-        )
-        self.chunks.append(self._builder.add(chunk, stored))
+    def add(self, stored: ChunkRecord, data: Buffer, lent_by: ShareEntry | None) -> None:
+        """Append a chunk. What a share lends is read from the arena when the pack is written."""
+        base = stored.base and self.filing.borrow(stored.base)
+        chunk = self._builder.add(replace(stored, pack=self._place, base=base), data)
+        self.filing.chunks.append(chunk)
+        if lent_by is None:
+            self._num_copied_bytes += len(data)
+        else:
+            self.lent.append(lent_by)
 
-    def is_full(self, pack_bytes: int) -> bool:
+    def is_full(self, limits: PackLimits) -> bool:
         """Whether it is time to write it."""
-        return self._builder.num_bytes >= pack_bytes or self._builder.num_chunks >= MAX_CHUNKS_PER_PAGE
+        return (
+            self._builder.num_bytes >= limits.num_bytes
+            or self._num_copied_bytes >= limits.num_copied_bytes
+            or self._builder.num_chunks >= _MAX_CHUNKS
+        )
 
-    def write(self, store: Store) -> PackRef:
+    def write(self, store: Store) -> None:
         """Write the pack; it is durable when this returns."""
-        data = self._builder.seal(self.entry.content.tensors)
+        entry = self.filing.entry
+        parts = self._builder.seal_parts(entry.content.tensors)
         try:
-            store.put_new(self.key, data)
+            store.put_new(self.key, parts)
         except AlreadyExists as error:
             raise Conflict(
-                f"{self.key} was written by somebody else: two keepers work for host {self.entry.host} "
-                f"in generation {self.entry.generation}; end one of them"
+                f"{self.key} was written by somebody else: two keepers work for host {entry.host} "
+                f"in generation {entry.generation}; end one of them"
             ) from error
-        return PackRef(self.key, len(data))
+        self.filing.own[self._place] = PackRef(self.key, self._builder.num_bytes)
 
 
 class PackNumbers:

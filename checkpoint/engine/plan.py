@@ -1,13 +1,19 @@
 """Who writes which box, and which stored boxes fill a wanted one. Pure, decided before anything moves."""
 
 import heapq
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from checkpoint.engine.regions import Meetings, Regions, find_outside, find_uncovered, meet, padded
 from checkpoint.errors import Incomplete
 from checkpoint.format.dtypes import itemsize
 from checkpoint.format.layout import Box, split_box
+from checkpoint.format.pack import Described
 from checkpoint.format.records import MAX_CHUNK_BYTES
+from checkpoint.format.table import ChunkTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,52 +105,72 @@ def plan_restore(stored: Sequence[Box], wanted: Sequence[Box]) -> list[Copy]:
     The stored boxes do not overlap each other (`check_cover`, at commit), so counting elements finds every
     hole.
     """
-    copies = []
-    for number, box in enumerate(wanted):
-        missing = box.numel
-        for chunk, source in enumerate(stored):
-            common = source.intersect(box)
-            if common is not None and not common.is_empty:
-                copies.append(Copy(chunk, number, common))
-                missing -= common.numel
-        if missing > 0:
-            raise Incomplete(f"the chunks leave {missing} of {box.numel} elements of box {box} unfilled")
+    copies = plan_copies(Regions.of(stored), Regions.of(wanted))
+    return [
+        Copy(chunk, number, copies.common.box(row, len(wanted[number].size)))
+        for row, (chunk, number) in enumerate(zip(copies.left.tolist(), copies.right.tolist(), strict=True))
+    ]
+
+
+def plan_copies(stored: Regions, wanted: Regions) -> Meetings:
+    """Return what fills wanted boxes of many tensors: region i goes from stored box `left[i]` to `right[i]`.
+
+    Takes time in proportion to the boxes and to the regions found. Raises Incomplete if the stored boxes,
+    which do not overlap, leave a hole.
+    """
+    copies = meet(stored, wanted)
+    numels = wanted.numels
+    missing = numels.copy()
+    np.subtract.at(missing, copies.right, copies.common.numels)
+    if (missing > 0).any():
+        row = int((missing > 0).argmax())
+        raise Incomplete(
+            f"the chunks leave {missing[row]} of {numels[row]} elements of a wanted box of tensor number "
+            f"{wanted.tensors[row]} unfilled: start {wanted.starts[row].tolist()}, "
+            f"size {wanted.sizes[row].tolist()}"
+        )
     return copies
 
 
 def check_cover(name: str, shape: tuple[int, ...], boxes: Sequence[Box]) -> None:
-    """Prove that boxes cover a tensor exactly once; raise Incomplete naming the tensor if they do not.
-
-    Boxes inside the tensor, no two of which overlap, with as many elements as it has, cover it. Overlaps are
-    sought by a sweep along the first dimension.
-    """
-    whole = Box.whole(shape)
+    """Prove that boxes cover a tensor exactly once; raise Incomplete naming the tensor if they do not."""
     for box in boxes:
-        if len(box.size) != len(shape) or not _is_inside(box, whole):
-            raise Incomplete(f"tensor {name!r} of shape {list(shape)} has a chunk outside of it: {box}")
-    covered = sum(box.numel for box in boxes)
-    if covered != whole.numel or _has_overlap([box for box in boxes if not box.is_empty]):
-        raise Incomplete(
-            f"the chunks of tensor {name!r} hold {covered} of its {whole.numel} elements, "
-            "or some of them twice: each element has to be written exactly once"
-        )
+        if len(box.size) != len(shape):
+            raise Incomplete(f"tensor {name!r} of shape {list(shape)} has a chunk of another rank: {box}")
+    _check_cover([TensorSpec(name, "", shape)], Regions.of(boxes), [0])
 
 
-def _is_inside(box: Box, whole: Box) -> bool:
-    return all(start >= 0 for start in box.start) and all(
-        stop <= end for stop, end in zip(box.stop, whole.stop, strict=True)
+def check_chunks(
+    tensors: Sequence[Described], chunks: ChunkTable, numbers: Iterable[int] | None = None
+) -> None:
+    """Prove that chunks cover every tensor, or those of these numbers, exactly once, and hold no others.
+
+    Takes time in proportion to the chunks. Raises Incomplete naming a tensor that they do not.
+    """
+    _check_cover(
+        tensors, Regions.of_table(chunks), range(len(tensors)) if numbers is None else sorted(numbers)
     )
 
 
-def _has_overlap(boxes: list[Box]) -> bool:
-    active: list[Box] = []
-    for box in sorted(boxes, key=lambda one: one.start):
-        if box.start:
-            active = [other for other in active if other.stop[0] > box.start[0]]
-        if any((common := other.intersect(box)) is not None and not common.is_empty for other in active):
-            return True
-        active.append(box)
-    return False
+def _check_cover(tensors: Sequence[Described], boxes: Regions, numbers: Sequence[int]) -> None:
+    shapes = padded([tensor.shape for tensor in tensors], max((len(t.shape) for t in tensors), default=0), 1)
+    if len(boxes) and not 0 <= int(boxes.tensors.max()) < len(tensors):
+        raise Incomplete(f"there is a chunk of tensor number {boxes.tensors.max()} of {len(tensors)}")
+    row = find_outside(boxes, shapes)
+    if row is not None:
+        tensor = tensors[int(boxes.tensors[row])]
+        raise Incomplete(
+            f"tensor {tensor.name!r} of shape {list(tensor.shape)} has a chunk outside of it: "
+            f"start {boxes.starts[row].tolist()}, size {boxes.sizes[row].tolist()}"
+        )
+    number = find_uncovered(boxes, shapes, numbers)
+    if number is not None:
+        tensor = tensors[number]
+        covered = int(boxes.take(boxes.tensors == number).numels.sum())
+        raise Incomplete(
+            f"the chunks of tensor {tensor.name!r} hold {covered} of its {math.prod(tensor.shape)} elements, "
+            "or some of them twice: each element has to be written exactly once"
+        )
 
 
 def group_by_tensor(tensors: Sequence[int]) -> Mapping[int, list[int]]:

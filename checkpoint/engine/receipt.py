@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from checkpoint.engine.contract import Content
+from checkpoint.engine.ledger import SnapshotEntry
 from checkpoint.engine.plan import TensorSpec
 from checkpoint.errors import AlreadyExists, Conflict, Corrupt
 from checkpoint.format.json_fields import dump_json, parse_json
@@ -22,8 +24,8 @@ class Receipt:
 
     `digest` is that of the snapshot's content, which all hosts must agree on; `content` and `meta` themselves
     come from the host of rank 0 only. `proof` digests the host's share of every tensor's fingerprint: a
-    second attempt at the same receipt is the same snapshot exactly if it is equal. `void` tells why there is
-    nothing, if so.
+    second attempt at the same receipt is the same snapshot exactly if it is equal. Those of `packs`
+    whose keys are in `borrowed` belong to an earlier checkpoint. `void` tells why there is nothing, if so.
     """
 
     run: str
@@ -34,6 +36,7 @@ class Receipt:
     digest: str
     packs: tuple[PackRef, ...] = ()
     pages: tuple[PageRef, ...] = ()
+    borrowed: tuple[str, ...] = ()
     proof: str = ""
     content: Content | None = None
     meta: Mapping[str, Any] | None = None
@@ -43,6 +46,26 @@ class Receipt:
     def key(self) -> str:
         """The receipt's key in the store."""
         return page_key(self.generation, self.step, self.host, RECEIPT_SEQ)
+
+
+def receipt_of(entry: SnapshotEntry) -> Receipt:
+    """Return the receipt of a host's share of a snapshot, before anything of it was written."""
+    first = entry.shares.get(min(entry.local_ranks))
+    return Receipt(
+        run=entry.run,
+        generation=entry.generation,
+        step=entry.step,
+        host=entry.host,
+        hosts=entry.hosts,
+        digest=entry.content.digest,
+        content=entry.content,
+        meta=None if first is None else first.plan.meta,
+    )
+
+
+def now_utc() -> str:
+    """Return the time as a manifest records it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def write_receipt(store: Store, receipt: Receipt) -> Receipt:
@@ -108,12 +131,14 @@ def decode_receipt(data: Buffer, key: str) -> Receipt:
         packs = [PackRef(check_key(pack["key"], key), pack["num_bytes"]) for pack in fields.pop("packs")]
         pages = [_page(page, key) for page in fields.pop("pages")]
         hosts = tuple(fields.pop("hosts"))
+        borrowed = tuple(check_key(key, key) for key in fields.pop("borrowed"))
         content = fields.pop("content")
         receipt = Receipt(
             **fields,
             hosts=hosts,
             packs=tuple(packs),
             pages=tuple(pages),
+            borrowed=borrowed,
             content=None if content is None else _content(content),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -125,7 +150,7 @@ def decode_receipt(data: Buffer, key: str) -> Receipt:
 
 def _page(fields: dict[str, Any], where: str) -> PageRef:
     key = check_key(fields["key"], where)
-    return PageRef(key, fields["num_bytes"], fields["num_chunks"], bytes.fromhex(fields["checksum"]))
+    return PageRef(**{**fields, "key": key, "checksum": bytes.fromhex(fields["checksum"])})
 
 
 def _content(fields: dict[str, Any]) -> Content:

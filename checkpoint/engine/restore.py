@@ -1,33 +1,32 @@
-"""Restore: the newest whole checkpoint, read in few large ranges, and proved before it is handed out."""
+"""Restore: the newest whole checkpoint, each of its chunks from the nearest source that has a good copy."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from checkpoint.engine.catalog import Catalog
-from checkpoint.engine.commit import fingerprint_sums
-from checkpoint.engine.pipeline import fan_out
-from checkpoint.engine.plan import TensorSpec, check_cover, group_by_tensor
+from checkpoint.engine.candidate import Candidate, Sources, content_digest
+from checkpoint.engine.plan import TensorSpec
+from checkpoint.engine.reading import Detour, Holes, ReadPolicy, Tally
+from checkpoint.engine.regions import Regions
+from checkpoint.engine.replicas import Circle, digest_of
+from checkpoint.engine.source import Source, sources_of
+from checkpoint.engine.targets import Target, Wanted, mismatch, number_targets
 from checkpoint.engine.tensors import torch_dtype, unflatten_state
-from checkpoint.errors import Corrupt, FormatError, Incomplete, Mismatch, NoCheckpoint, NotFound
-from checkpoint.format.codec import checksum, decode
+from checkpoint.errors import FormatError, Incomplete, NoCheckpoint, Unsupported
 from checkpoint.format.dtypes import dtype_of
-from checkpoint.format.fingerprint import fingerprint
 from checkpoint.format.layout import Box
-from checkpoint.format.manifest import ChunkRecord, Manifest, chunks_of_page
-from checkpoint.store.contract import Buffer, ByteRange, Store
+from checkpoint.format.manifest import Manifest
+from checkpoint.store.contract import Store
 
-NUM_READERS = 2
-MAX_READ_BYTES = (
-    32 << 20
-)  # of one request; so at most NUM_READERS + 1 times as much is held besides the state
-MAX_GAP_BYTES = 64 << 10  # reading over a gap is cheaper than another request
 _MAX_NAMED = 5
+_DEFAULT = ReadPolicy()
 
-Array = np.ndarray[Any, np.dtype[Any]]
+Given = Store | Source | Sequence[Source]
+Choice = Sequence[Wanted] | Callable[[Manifest], Sequence[Wanted]]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +39,19 @@ class Fallback:
 
 @dataclass(frozen=True, slots=True)
 class RestoreReport:
-    """What a restore read, and which newer checkpoints it had to pass over."""
+    """What a restore read, and what it could not use.
+
+    `num_bytes` were read in `num_requests` ranges, split by source in `bytes_by_source`. `fallbacks` are the
+    newer checkpoints that were passed over; `detours` the first hundred of `num_detours` chunks, pages and
+    manifests that a source did not have as they were written, so that they were had elsewhere, or read again.
+    """
 
     num_bytes: int
     num_requests: int
     fallbacks: tuple[Fallback, ...] = ()
+    bytes_by_source: Mapping[str, int] = field(default_factory=dict)
+    num_detours: int = 0
+    detours: tuple[Detour, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,33 +63,121 @@ class Loaded:
     report: RestoreReport
 
 
-@dataclass(slots=True)
-class _Request:
-    """One ranged read: neighbouring chunks of one pack."""
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """The checkpoint that targets were filled from, and how."""
 
-    key: str
-    start: int
-    stop: int
-    chunks: list[ChunkRecord] = field(default_factory=list)
+    manifest: Manifest
+    report: RestoreReport
 
 
-def load(store: Store, step: int | None = None) -> Loaded:
-    """Restore a checkpoint: that of `step`, or the newest that is whole.
+def load(given: Given, step: int | None = None, policy: ReadPolicy = _DEFAULT) -> Loaded:
+    """Restore a checkpoint: that of `step`, or the newest that is whole; from a store, or several sources.
 
-    Every chunk's checksum and every tensor's fingerprint is verified. Without a step, a checkpoint that fails
-    is passed over for the next older one, and `report.fallbacks` says so. Raises NoCheckpoint if there is
-    none; for an explicit step whatever is wrong with it: Corrupt, Incomplete, Unsupported.
+    Every chunk's checksum and fingerprint is verified, and that the chunks are all of every tensor. Without a
+    step, a checkpoint that fails is passed over for the next older one, and `report.fallbacks` says so.
+
+    Raises NoCheckpoint if there is none, Unsupported if a later release wrote the newest one,
+    StoreUnavailable if no source can be reached; for an explicit step whatever is wrong with it.
     """
-    catalog = Catalog(store)
-    if step is not None:
-        return _load_one(store, catalog.manifest(step), ())
-    fallbacks: list[Fallback] = []
-    for candidate in reversed(catalog.steps()):
-        try:
-            return _load_one(store, catalog.manifest(candidate), tuple(fallbacks))
-        except (FormatError, Incomplete, NoCheckpoint) as error:
-            fallbacks.append(Fallback(candidate, f"{type(error).__name__}: {error}"))
-    raise NoCheckpoint(_none_whole(fallbacks) if fallbacks else "there is no checkpoint in the store yet")
+    states: list[Any] = []
+
+    def allocate(manifest: Manifest) -> list[Wanted]:
+        states.clear()
+        dtypes = [torch_dtype(tensor.dtype) for tensor in manifest.tensors]
+        arrays = [np.empty(tensor.shape, dtype_of(tensor.dtype).carrier) for tensor in manifest.tensors]
+        tensors = [torch.from_numpy(array).view(dtype) for array, dtype in zip(arrays, dtypes, strict=True)]
+        named = {one.name: tensor for one, tensor in zip(manifest.tensors, tensors, strict=True)}
+        states.append(unflatten_state(manifest.skeleton, named))
+        return [
+            Wanted(one.name, one.dtype, one.shape, Box.whole(one.shape), tensor)
+            for one, tensor in zip(manifest.tensors, tensors, strict=True)
+        ]
+
+    restored = restore_into(given, allocate, step=step, policy=policy)
+    return Loaded(states[0], restored.manifest, restored.report)
+
+
+def restore_into(
+    given: Given, wanted: Choice, *, step: int | None = None, policy: ReadPolicy = _DEFAULT
+) -> Restored:
+    """Fill boxes of tensors from a checkpoint, whatever layout it was saved in; see `load` for which one.
+
+    Only chunks that hold something wanted are read. What is wanted may be told by a function, of the manifest
+    of each checkpoint that is tried, once its whole index is proved. After an error what the targets hold is
+    undefined. Raises, besides what `load` does, Mismatch if the checkpoint lacks a tensor, or has it in
+    another dtype or shape.
+    """
+    tally = Tally()
+    sources = Sources(sources_of(given), tally)
+    alone = _Alone(wanted, policy)
+    if policy.group is None:
+        manifest, fallbacks = _first_whole(_steps(step, sources.steps), sources, tally, alone.attempt)
+    else:
+        circle = Circle(policy.group)
+        steps = _steps(step, lambda: circle.steps(sources.steps))
+        manifest, fallbacks = _first_whole(steps, sources, tally, _Together(alone, circle).attempt)
+    return Restored(manifest, _report(tally, fallbacks))
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A candidate's manifest, and where in it the wanted boxes lie."""
+
+    manifest: Manifest
+    wanted: Sequence[Wanted]
+    targets: Sequence[Target]
+    holes: Holes
+
+
+class _Alone:
+    """One rank fills its targets from a candidate."""
+
+    def __init__(self, wanted: Choice, policy: ReadPolicy) -> None:
+        self._wanted = wanted
+        self._targets = [Target(one) for one in wanted] if isinstance(wanted, Sequence) else None
+        self._policy = policy
+
+    def attempt(self, candidate: Candidate) -> Manifest:
+        """Fill all targets."""
+        opened = self.open(candidate)
+        self.fill(candidate, opened, opened.holes)
+        return opened.manifest
+
+    def open(self, candidate: Candidate) -> _Opened:
+        """Find the wanted boxes in a candidate."""
+        manifest, wanted, targets = candidate.manifest, self._wanted, self._targets
+        if not isinstance(wanted, Sequence):
+            candidate.check_index(range(len(manifest.tensors)))
+            wanted = wanted(manifest)
+        targets = targets or [Target(one) for one in wanted]
+        numbers = number_targets(wanted, manifest)
+        candidate.check_index(set(numbers))
+        holes = Holes.all(Regions.of([one.box for one in wanted], numbers))
+        return _Opened(manifest, wanted, targets, holes)
+
+    def fill(self, candidate: Candidate, opened: _Opened, holes: Holes) -> None:
+        """Fill some of the holes."""
+        candidate.fill(holes, opened.targets, self._policy)
+
+
+class _Together:
+    """Each replica fills a share of its targets from a candidate, and gets the rest from the others."""
+
+    def __init__(self, alone: _Alone, circle: Circle) -> None:
+        self._alone = alone
+        self._circle = circle
+
+    def attempt(self, candidate: Candidate) -> Manifest:
+        """Fill all targets, or fail as all do."""
+        circle, alone = self._circle, self._alone
+        opened = circle.together(lambda: alone.open(candidate))
+        circle.alike("wanted boxes", digest_of(opened.wanted))
+        circle.alike(f"checkpoints of step {opened.manifest.step}", content_digest(opened.manifest))
+        holes, owners = circle.dealt(lambda num_ranks: candidate.deal(opened.holes, num_ranks))
+        circle.together(lambda: alone.fill(candidate, opened, circle.own(holes, owners)))
+        circle.exchange(holes, owners, opened.targets)
+        return opened.manifest
 
 
 def check_fits(specs: Sequence[TensorSpec], manifest: Manifest) -> None:
@@ -95,96 +190,40 @@ def check_fits(specs: Sequence[TensorSpec], manifest: Manifest) -> None:
         if wanted.get(name) != stored.get(name)
     ]
     if wrong:
-        more = f"; and {len(wrong) - _MAX_NAMED} more" if len(wrong) > _MAX_NAMED else ""
-        raise Mismatch(
-            f"the checkpoint of step {manifest.step} of run {manifest.run!r} is of another model: "
-            f"{'; '.join(wrong[:_MAX_NAMED])}{more}. Use the job and settings it was saved with"
-        )
+        raise mismatch(manifest, wrong)
 
 
-def read_chunks(store: Store, manifest: Manifest) -> list[ChunkRecord]:
-    """Read a checkpoint's index and prove that its chunks cover every tensor exactly once."""
-    chunks: list[ChunkRecord] = []
-    for page in manifest.pages:
+def _steps(step: int | None, steps: Callable[[], list[int]]) -> list[int] | int:
+    """Return what to try: the step that was asked for, or all there are, newest first."""
+    return steps() if step is None else step
+
+
+def _first_whole(
+    steps: list[int] | int, sources: Sources, tally: Tally, attempt: Callable[[Candidate], Found]
+) -> tuple[Found, tuple[Fallback, ...]]:
+    """Attempt one step, or several until one is whole; return the result, and what was passed over."""
+    if isinstance(steps, int):
+        return attempt(Candidate(steps, sources, tally)), ()
+    fallbacks: list[Fallback] = []
+    for step in steps:
         try:
-            chunks += chunks_of_page(manifest, page, store.read(page.key)[0])
-        except NotFound as error:
-            raise Corrupt(f"the checkpoint of step {manifest.step} lacks its page {page.key}") from error
-    places = group_by_tensor([chunk.tensor for chunk in chunks])
-    sums = fingerprint_sums(chunks)
-    for number, tensor in enumerate(manifest.tensors):
-        check_cover(tensor.name, tensor.shape, [chunks[place].box for place in places.get(number, [])])
-        if sums.get(number, 0) != tensor.fingerprint:
-            raise Corrupt(f"the chunks of tensor {tensor.name!r} do not add up to its fingerprint")
-    return chunks
+            return attempt(Candidate(step, sources, tally)), tuple(fallbacks)
+        except Unsupported:
+            raise  # nothing is wrong with it: to train on from an older one would throw work away
+        except (FormatError, Incomplete, NoCheckpoint) as error:
+            fallbacks.append(Fallback(step, f"{type(error).__name__}: {error}"))
+    raise NoCheckpoint(_none_whole(fallbacks) if fallbacks else "there is no checkpoint in the store yet")
 
 
-def _load_one(store: Store, manifest: Manifest, fallbacks: tuple[Fallback, ...]) -> Loaded:
-    chunks = read_chunks(store, manifest)
-    arrays = [np.empty(tensor.shape, dtype_of(tensor.dtype).carrier) for tensor in manifest.tensors]
-
-    def fetch(request: _Request) -> None:
-        data = _read(store, request)
-        for chunk in request.chunks:
-            _place(
-                manifest, chunk, data[chunk.offset - request.start :][: chunk.num_bytes], arrays[chunk.tensor]
-            )
-
-    requests = _coalesce(manifest, chunks)
-    for _ in fan_out(fetch, requests, NUM_READERS):
-        pass
-    tensors = {
-        tensor.name: _as_tensor(array, tensor.dtype)
-        for tensor, array in zip(manifest.tensors, arrays, strict=True)
-    }
-    num_bytes = sum(request.stop - request.start for request in requests)
-    report = RestoreReport(num_bytes, len(requests), fallbacks)
-    return Loaded(unflatten_state(manifest.skeleton, tensors), manifest, report)
-
-
-def _coalesce(manifest: Manifest, chunks: Sequence[ChunkRecord]) -> list[_Request]:
-    """Join chunks that lie close together in a pack into requests of a bounded size."""
-    requests: list[_Request] = []
-    pack = -1
-    for chunk in sorted(chunks, key=lambda one: (one.pack, one.offset)):
-        stop = chunk.offset + chunk.num_bytes
-        last = requests[-1] if requests and chunk.pack == pack else None
-        if last is None or chunk.offset - last.stop > MAX_GAP_BYTES or stop - last.start > MAX_READ_BYTES:
-            last = _Request(manifest.packs[chunk.pack].key, chunk.offset, stop)
-            requests.append(last)
-        pack = chunk.pack
-        last.stop = max(last.stop, stop)
-        last.chunks.append(chunk)
-    return requests
-
-
-def _read(store: Store, request: _Request) -> memoryview:
-    try:
-        data = store.read(request.key, [ByteRange(request.start, request.stop - request.start)])[0]
-    except NotFound as error:
-        raise Corrupt(f"{request.key} is missing or too short: {error}") from error
-    return memoryview(data)
-
-
-def _place(manifest: Manifest, chunk: ChunkRecord, stored: Buffer, target: Array) -> None:
-    """Decode and prove one chunk, and copy it to its box."""
-    tensor = manifest.tensors[chunk.tensor]
-    kind = dtype_of(tensor.dtype)
-    where = f"a chunk of {tensor.name!r} in {manifest.packs[chunk.pack].key} at {chunk.offset}"
-    try:
-        raw = decode(chunk.codec, stored, chunk.box.numel * kind.itemsize)
-    except Corrupt as error:
-        raise Corrupt(f"{where}: {error}") from error
-    if checksum(raw) != chunk.checksum:
-        raise Corrupt(f"{where} is not what was written: its checksum does not match")
-    if fingerprint(raw, tensor.dtype, tensor.shape, chunk.box) != chunk.fingerprint:
-        raise Corrupt(f"{where} belongs elsewhere: its fingerprint does not match")
-    values = np.frombuffer(raw, kind.carrier).reshape(chunk.box.size)
-    target[chunk.box.within(Box.whole(tensor.shape))] = values
-
-
-def _as_tensor(array: Array, dtype: str) -> torch.Tensor:
-    return torch.from_numpy(array).view(torch_dtype(dtype))
+def _report(tally: Tally, fallbacks: tuple[Fallback, ...]) -> RestoreReport:
+    return RestoreReport(
+        sum(tally.num_bytes.values()),
+        tally.num_requests,
+        fallbacks,
+        dict(tally.num_bytes),
+        tally.num_detours,
+        tuple(tally.detours),
+    )
 
 
 def _none_whole(fallbacks: Sequence[Fallback]) -> str:

@@ -3,22 +3,33 @@
 import json
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import xxhash
 
-from checkpoint.engine.arena import aligned
-from checkpoint.engine.contract import Content, Failed, Handling, Host, Outcome, Slot, SnapshotPlan, Ticket
-from checkpoint.engine.plan import TensorSpec, Write, plan_save
-from checkpoint.engine.snapshot import Capturer, Snapshot
-from checkpoint.engine.tensors import flatten_state, specs_of
+from checkpoint.engine.contract import (
+    Content,
+    Depth,
+    Durable,
+    Failed,
+    Handling,
+    Host,
+    Outcome,
+    SnapshotPlan,
+    Ticket,
+)
+from checkpoint.engine.leaves import Leaves, describe, own_tensors, signature_of, take_apart
+from checkpoint.engine.snapshot import Capturer, Snapshot, take
+from checkpoint.engine.staging import Staging
+from checkpoint.engine.structure import Structure, plan_structure
 from checkpoint.errors import Mismatch
 from checkpoint.format.codec import Codec
-from checkpoint.format.dtypes import itemsize
 
 _POLL_S = 0.01
+_MEMORY = "memory"  # the tier that a host's own memory is
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,22 +58,23 @@ class SavePolicy:
     """How snapshots are kept: the codec, and what to do while the arena is full.
 
     "wait" holds the loop (at `wait_captured`) until there is room, for `max_wait_s` at most; "skip" gives
-    this checkpoint up at once. Either way an outcome tells.
+    this checkpoint up at once. Either way an outcome tells. With a `delta_chain` a changed chunk may be
+    stored as its difference from an earlier checkpoint's, up to so many in a row.
     """
 
-    codec: Codec = Codec.ZSTD
+    codec: Codec = Codec.PLANES
     level: int = 1
     when_full: Literal["wait", "skip"] = "wait"
     max_wait_s: float = 600.0
+    delta_chain: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class _Deal:
-    """The plan of the last save, kept while the tensors and the world stay the same."""
+class _Cache:
+    """What is kept while the state's structure and the rank's place stay the same: a plan, and room."""
 
-    specs: tuple[TensorSpec, ...]
-    size: int
-    writes: tuple[Write, ...]
+    structure: Structure
+    small: Staging
 
 
 class Saver:
@@ -78,32 +90,40 @@ class Saver:
         self._run = run
         self._policy = policy or SavePolicy()
         self._capturer = Capturer(host)
-        self._deal = _Deal((), 0, ())
-        self._pending: set[tuple[int, int]] = set()
+        self._cache: _Cache | None = None
+        self._pending: dict[tuple[int, int], Depth] = {}
         self._unread: deque[Outcome] = deque(maxlen=1000)
 
-    def save(self, step: int, state: Any, share: Share, meta: Mapping[str, Any]) -> None:
-        """Begin the snapshot of `step`: the same full state, given by every rank of the world.
+    def save(
+        self, step: int, state: Any, share: Share, meta: Mapping[str, Any], *, depth: Depth = "store"
+    ) -> "Future[None]":
+        """Begin the snapshot of `step`, given by every rank of the world; return what ends with its capture.
 
-        Python values are taken now, tensors while the next forward and backward run. `meta` is plain data for
-        the manifest; its "spec_digest" becomes the manifest's. Waits for the snapshot before, if that is
-        still being captured. Raises `FormatError` for a state that has no plain form.
+        All ranks give the same state: tensors that each holds in full, DTensors, plain values that are equal
+        everywhere, and PerRank values that are not. Plain values and small tensors are taken now, large ones
+        while the next forward and backward run. At depth "memory" the hosts keep it and nothing is written.
+
+        `meta` is plain data for the manifest; its "spec_digest", "data_cursor" and "metrics" become the
+        manifest's. Waits for the snapshot before, if that is still being captured. Raises `FormatError` for a
+        state that has no plain form, `Mismatch` for one that does not lie on its ranks as it says.
         """
         self._capturer.wait()
-        skeleton, tensors = flatten_state(state)
-        specs = specs_of(tensors)
+        taken = take_apart(state)
+        own = own_tensors(taken.leaves)
+        cache = self._cached(taken, share)
+        structure = cache.structure
         plan = SnapshotPlan(
             hosts=share.hosts,
-            content=_content(specs, skeleton),
+            content=_content(structure, taken.skeleton),
             meta=meta,
-            handling=Handling(
-                self._policy.codec, self._policy.level, self._policy.when_full, self._policy.max_wait_s
-            ),
-            slots=_slots(specs, self._writes(specs, share.size), share.rank),
+            handling=self._handling(depth),
+            slots=structure.slots,
         )
         ticket = Ticket(self._run, share.generation, step, share.rank)
-        self._pending.add((share.generation, step))
-        self._capturer.start(Snapshot(ticket, plan, list(tensors.values())))
+        snapshot = Snapshot(ticket, plan, take(structure, cache.small, own, step), Future())
+        self._pending[share.generation, step] = depth
+        self._capturer.start(snapshot)
+        return snapshot.captured
 
     def wait_captured(self) -> float:
         """Wait until the snapshot in hand is captured; return the seconds that took.
@@ -142,33 +162,43 @@ class Saver:
 
     def _take(self) -> None:
         for ending in self._capturer.endings():
-            self._pending.discard((ending.ticket.generation, ending.ticket.step))
+            self._pending.pop((ending.ticket.generation, ending.ticket.step), None)
             if ending.why is not None:
                 self._unread.append(Failed(ending.ticket.step, ending.ticket.generation, ending.why))
         for outcome in self._host.outcomes():
-            self._pending.discard((outcome.generation, outcome.step))
+            depth = self._pending.get((outcome.generation, outcome.step))
+            if depth is not None and _is_final(outcome, depth):
+                del self._pending[outcome.generation, outcome.step]
             self._unread.append(outcome)
 
-    def _writes(self, specs: tuple[TensorSpec, ...], size: int) -> tuple[Write, ...]:
-        if (self._deal.specs, self._deal.size) != (specs, size):
-            self._deal = _Deal(specs, size, tuple(plan_save(specs, size)))
-        return self._deal.writes
+    def _cached(self, taken: Leaves, share: Share) -> _Cache:
+        signatures = tuple(map(signature_of, taken.names, taken.leaves))
+        key = (share.rank, share.size, signatures)
+        if self._cache is None or self._cache.structure.key != key:
+            leaves = [
+                describe(name, leaf, share.rank, share.size)
+                for name, leaf in zip(taken.names, taken.leaves, strict=True)
+            ]
+            self._cache = None  # its buffers first
+            structure = plan_structure(key, leaves)
+            self._cache = _Cache(structure, Staging(structure))
+        return self._cache
+
+    def _handling(self, depth: Depth) -> Handling:
+        policy = self._policy
+        return Handling(
+            policy.codec, policy.level, policy.when_full, policy.max_wait_s, depth, policy.delta_chain
+        )
 
 
-def _content(specs: Sequence[TensorSpec], skeleton: Any) -> Content:
+def _is_final(outcome: Outcome, depth: Depth) -> bool:
+    """Whether an outcome is a snapshot's own; others tell of memory and of far tiers besides."""
+    if isinstance(outcome, Durable):
+        return (outcome.tier == _MEMORY) == (depth == "memory")
+    return not (isinstance(outcome, Failed) and outcome.tier)
+
+
+def _content(structure: Structure, skeleton: Any) -> Content:
     text = json.dumps(skeleton, separators=(",", ":"), allow_nan=False)
-    described = json.dumps([[spec.name, spec.dtype, spec.shape] for spec in specs], separators=(",", ":"))
-    digest = xxhash.xxh3_128_hexdigest(f"{described}\n{text}".encode())
-    return Content(tuple(specs), text, digest)
-
-
-def _slots(specs: Sequence[TensorSpec], writes: Sequence[Write], rank: int) -> tuple[Slot, ...]:
-    slots = []
-    offset = 0
-    for write in writes:
-        if write.writer != rank:
-            continue
-        num_bytes = write.box.numel * itemsize(specs[write.tensor].dtype)
-        slots.append(Slot(write.tensor, write.box, offset, num_bytes))
-        offset = aligned(offset + num_bytes)
-    return tuple(slots)
+    digest = xxhash.xxh3_128_hexdigest(f"{structure.described}\n{text}".encode())
+    return Content(structure.specs, text, digest)

@@ -1,106 +1,100 @@
-"""Capture: this rank's boxes are copied into the arena by a thread of their own, and proved not to be torn.
+"""Capture: a rank's share is copied into the arena by a thread of its own, and proved not to be torn.
 
-An optimizer changes state in place, so what is captured late may be half of one step and half of the next.
 Three guards stand in each other's shadow: every optimizer's step waits for the capture (a hook); version
-counters; and, because fused optimizers, `.data` and numpy move no counter, blocks sampled when the snapshot
-was asked for, which the captured copy and the live tensor both still have to equal when the capture ends.
+counters; and sampled lines of memory (`guards`). Small tensors need none: `save` copies them itself.
 """
 
 import logging
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from checkpoint.engine.contract import Host, Slot, SnapshotPlan, Ticket
-from checkpoint.errors import ArenaFull, KeeperLost, Torn
+from checkpoint.engine.contract import Host, SnapshotPlan, Ticket
+from checkpoint.engine.guards import Watch, watch
+from checkpoint.engine.staging import Staging
+from checkpoint.engine.structure import Structure
+from checkpoint.engine.transfer import Transfer
+from checkpoint.errors import ArenaFull, CheckpointError, KeeperLost, Torn
 
 log = logging.getLogger("holdfast.checkpoint")
 
-SAMPLE_ELEMENTS = 64
-SAMPLES_PER_CHUNK = 2
-SMALL_CHUNK_BYTES = 4096  # one sample is enough for these; there may be thousands
 MAX_ATTEMPTS = 2  # a keeper that died is replaced once within a capture; then the snapshot is given up
-_STRIDE = (
-    0x9E3779B97F4A7C15  # the golden ratio's: consecutive samples spread evenly, and differ from step to step
-)
-
-Index = tuple[int | slice, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _Sample:
-    """A block of a chunk: its place in the tensor and in the chunk, and its elements at `save`."""
+class Take:
+    """What `save` took of a share on the training thread: small tensors, and samples of the large ones."""
 
-    live: Index
-    captured: Index
-    before: torch.Tensor
+    names: tuple[str, ...]
+    small: Staging
+    watches: tuple[Watch, ...]
+    devices: tuple[torch.device, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _Watch:
-    """One chunk to capture, and what it looked like when the snapshot was asked for."""
-
-    name: str
-    live: torch.Tensor
-    slot: Slot
-    version: int
-    samples: tuple[_Sample, ...]
-
-
 class Snapshot:
-    """A share of the state as it is now. Made on the training thread; copies no more than a few samples."""
+    """A share of the state to capture. `captured` ends when it is in the arena, or never will be."""
 
-    def __init__(self, ticket: Ticket, plan: SnapshotPlan, tensors: Sequence[torch.Tensor]) -> None:
-        self.ticket = ticket
-        self.plan = plan
-        names = [spec.name for spec in plan.content.tensors]
-        self._watches = [
-            _watch(names[slot.tensor], tensors[slot.tensor].detach(), slot, ticket.step + index)
-            for index, slot in enumerate(plan.slots)
-        ]
-        devices = {watch.live.device for watch in self._watches if watch.live.is_cuda}
-        # The capture's stream starts where the training stream stands now: behind the step that made this.
-        self._streams = {device: torch.cuda.Stream(device) for device in devices}  # type: ignore[no-untyped-call]  # torch's own
-        for device, stream in self._streams.items():
-            stream.wait_stream(torch.cuda.current_stream(device))
+    ticket: Ticket
+    plan: SnapshotPlan
+    take: Take
+    captured: "Future[None]"
 
-    def capture(self, host: Host) -> bool:
-        """Copy the share into the arena, chunk by chunk, and seal it; False if the host does not take it.
 
-        Spoils the share and raises Torn if it is torn.
-        """
-        space = host.open(self.ticket, self.plan)
-        if space is None:
-            return False
-        captured = []
-        for index, watch in enumerate(self._watches):
-            captured.append(self._copy(watch, space))
-            host.ready(self.ticket, index)
-        for watch, copy in zip(self._watches, captured, strict=True):
-            if why := _contradiction(watch, copy):
-                message = f"tensor {watch.name!r} changed while step {self.ticket.step} was captured ({why})"
-                host.spoil(self.ticket, message)
-                raise Torn(f"{message}: call wait_captured() before anything changes the state")
-        host.seal(self.ticket)
-        return True
+def take(structure: Structure, small: Staging, own: Sequence[torch.Tensor], salt: int) -> Take:
+    """Copy the small tensors of a share, and look at the large ones. `own` are all leaves' own tensors."""
+    small.take(own)
+    names = tuple(structure.specs[slot.tensor].name for slot in structure.slots)
+    late = range(structure.num_eager, len(structure.slots))
+    with torch.no_grad():
+        watches = tuple(_watch(structure, own, number, salt + number) for number in late)
+    return Take(names, small, watches, tuple({tensor.device for tensor in own}))
 
-    def _copy(self, watch: _Watch, space: memoryview) -> torch.Tensor:
-        slot = watch.slot
-        raw = space[slot.offset : slot.offset + slot.num_bytes]
-        copy = torch.frombuffer(raw, dtype=watch.live.dtype).view(slot.box.size)
-        source = watch.live[_slices(slot)] if slot.box.size else watch.live
-        if watch.live.is_cuda:
-            stream = self._streams[watch.live.device]
-            with torch.cuda.stream(stream):
-                copy.copy_(source, non_blocking=True)
-            stream.synchronize()
+
+def _watch(structure: Structure, own: Sequence[torch.Tensor], number: int, salt: int) -> Watch:
+    source, slot = structure.sources[number], structure.slots[number]
+    return watch(own[source.leaf], source, slot, number, salt)
+
+
+def capture(snapshot: Snapshot, host: Host, transfer: Transfer) -> bool:
+    """Copy a share into the arena, chunk by chunk, and seal it; False if the host does not take it.
+
+    Spoils the share and raises Torn if it is torn.
+    """
+    ticket, taken = snapshot.ticket, snapshot.take
+    space = host.open(ticket, snapshot.plan)
+    if space is None:
+        return False
+    transfer.prepare(space)
+    taken.small.put(space, transfer)
+    copies, under_way = [], []
+    for one in taken.watches:
+        copies.append(one.captured(space))
+        event = transfer.copy(copies[-1], one.live)
+        if event is None:
+            host.ready(ticket, one.number)
         else:
-            copy.copy_(source)
-        return copy
+            under_way.append((one.number, event))
+    for number, event in under_way:
+        event.synchronize()
+        host.ready(ticket, number)
+    transfer.settle()
+    for one, copy in zip(taken.watches, copies, strict=True):
+        with transfer.beside(one.live):
+            why = one.contradiction(copy)
+        if why:
+            message = (
+                f"tensor {taken.names[one.number]!r} changed while step {ticket.step} was captured ({why})"
+            )
+            host.spoil(ticket, message)
+            raise Torn(f"{message}: call wait_captured() before anything changes the state")
+    host.seal(ticket)
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +110,7 @@ class Capturer:
 
     def __init__(self, host: Host) -> None:
         self._host = host
+        self._transfer = Transfer()
         self._changed = threading.Condition()
         self._snapshot: Snapshot | None = None
         self._endings: list[Ending] = []
@@ -127,6 +122,7 @@ class Capturer:
 
     def start(self, snapshot: Snapshot) -> None:
         """Hand a snapshot to the thread. The one before has been waited for."""
+        self._transfer.follow(snapshot.take.devices)
         with self._changed:
             self._snapshot = snapshot
             self._changed.notify_all()
@@ -161,6 +157,7 @@ class Capturer:
             self._is_closed = True
             self._changed.notify_all()
         self._thread.join()
+        self._transfer.release()
 
     def _before_step(self, *_: Any) -> None:
         with self._changed:
@@ -168,45 +165,61 @@ class Capturer:
                 self._changed.wait()
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                while self._snapshot is None and not self._is_closed:
-                    self._changed.wait()
-                snapshot = self._snapshot
-            if snapshot is None:
-                return
-            self._capture(snapshot)
-            with self._changed:
-                self._snapshot = None
-                self._changed.notify_all()
+        while self._capture_next():
+            pass
 
-    def _capture(self, snapshot: Snapshot) -> None:
+    def _capture_next(self) -> bool:
+        """Capture the next snapshot; False if there will be none. Keeps no tensor when it returns."""
+        with self._changed:
+            while self._snapshot is None and not self._is_closed:
+                self._changed.wait()
+            snapshot = self._snapshot
+        if snapshot is None:
+            return False
+        error = self._capture(snapshot)
+        with self._changed:
+            self._snapshot = None
+            self._changed.notify_all()
+        if error is None:
+            snapshot.captured.set_result(None)
+        else:
+            snapshot.captured.set_exception(error.with_traceback(None))  # its frames hold tensors
+        return True
+
+    def _capture(self, snapshot: Snapshot) -> Exception | None:
+        """Capture; return why that failed, if it did. Nothing that fails here may end the training."""
         try:
-            if not _capture_or_retry(snapshot, self._host):
-                self._end(snapshot, None)
+            if _capture_or_retry(snapshot, self._host, self._transfer):
+                return None
+            self._end(snapshot, None)
+            return CheckpointError(f"step {snapshot.ticket.step} was not taken: its outcome says why")
         except Torn as error:
             log.error("%s", error)
+            return error
         except ArenaFull as error:
             self._full = error
             self._end(snapshot, None)
+            return error
         except KeeperLost as error:
             self._end(snapshot, str(error))
+            return error
         except Exception as error:
-            # The thread's border: what fails here must not end the training.
+            # The thread's border.
             log.exception("capture of step %d failed", snapshot.ticket.step)
             self._end(snapshot, f"{type(error).__name__}: {error}")
             _spoil(snapshot, self._host, f"capture failed: {error}")
+            return error
 
     def _end(self, snapshot: Snapshot, why: str | None) -> None:
         with self._changed:
             self._endings.append(Ending(snapshot.ticket, why))
 
 
-def _capture_or_retry(snapshot: Snapshot, host: Host) -> bool:
+def _capture_or_retry(snapshot: Snapshot, host: Host, transfer: Transfer) -> bool:
     """Capture; if the keeper dies meanwhile, capture anew with its successor: the state is still there."""
     for attempt in range(1, MAX_ATTEMPTS + 1):
         try:
-            return snapshot.capture(host)
+            return capture(snapshot, host, transfer)
         except KeeperLost as error:
             if attempt == MAX_ATTEMPTS:
                 raise
@@ -219,52 +232,3 @@ def _spoil(snapshot: Snapshot, host: Host, why: str) -> None:
         host.spoil(snapshot.ticket, why)
     except KeeperLost as error:
         log.warning("%s", error)
-
-
-def _watch(name: str, live: torch.Tensor, slot: Slot, salt: int) -> _Watch:
-    version = -1 if live.is_inference() else live._version
-    num_samples = SAMPLES_PER_CHUNK if slot.num_bytes > SMALL_CHUNK_BYTES else 1
-    samples = tuple(_sample(live, slot, salt * SAMPLES_PER_CHUNK + number) for number in range(num_samples))
-    return _Watch(name, live, slot, version, samples)
-
-
-def _sample(live: torch.Tensor, slot: Slot, salt: int) -> _Sample:
-    """Clone up to 64 neighbouring elements of a chunk, at a place that the salt chooses."""
-    within: list[int | slice] = []
-    place = salt * _STRIDE & 0xFFFFFFFFFFFFFFFF
-    for size in slot.box.size[:-1]:
-        place, chosen = divmod(place, size)
-        within.append(chosen)
-    if slot.box.size:
-        last = slot.box.size[-1]
-        start = place % max(last - SAMPLE_ELEMENTS + 1, 1)
-        within.append(slice(start, min(start + SAMPLE_ELEMENTS, last)))
-    captured = tuple(within)
-    index = tuple(_shifted(at, start) for at, start in zip(captured, slot.box.start, strict=True))
-    return _Sample(index, captured, live[index].clone())
-
-
-def _shifted(at: int | slice, start: int) -> int | slice:
-    return slice(at.start + start, at.stop + start) if isinstance(at, slice) else at + start
-
-
-def _contradiction(watch: _Watch, copy: torch.Tensor) -> str | None:
-    """Say what proves that the captured copy is not the state that was to be saved."""
-    if watch.version >= 0 and watch.live._version != watch.version:
-        return f"its version counter moved from {watch.version} to {watch.live._version}"
-    for sample in watch.samples:
-        before = _bits(sample.before)
-        if not torch.equal(before, _bits(copy[sample.captured])) or not torch.equal(
-            before, _bits(watch.live[sample.live])
-        ):
-            return "sampled elements differ from those at the time of the save"
-    return None
-
-
-def _bits(block: torch.Tensor) -> torch.Tensor:
-    """Return a block's bits, so that NaN equals itself and -0 does not equal 0."""
-    return block.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
-
-
-def _slices(slot: Slot) -> tuple[slice, ...]:
-    return tuple(slice(start, stop) for start, stop in zip(slot.box.start, slot.box.stop, strict=True))

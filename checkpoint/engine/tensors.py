@@ -26,9 +26,9 @@ def flatten_state(state: Any) -> FlatState:
     Raises `FormatError` naming the path of what has no plain form, `Unsupported` for a tensor without plain
     memory.
     """
-    flat = flatten(state, is_leaf=_is_tensor, key=_identity)
+    flat = flatten(state, is_leaf=_is_tensor, key=identity)
     for name, tensor in flat.leaves.items():
-        _check_plain(name, tensor)
+        check_plain(name, tensor)
     return FlatState(flat.skeleton, flat.leaves)
 
 
@@ -73,28 +73,36 @@ def raw_bytes(tensor: torch.Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     if plain.numel() == 0:
         return np.empty(0, np.uint8)
-    return plain.reshape(-1).view(torch.uint8).numpy()
+    row = plain.as_strided((plain.numel(),), (1,))  # a single element may have any stride and be contiguous
+    return row.view(torch.uint8).numpy()
+
+
+def check_plain(name: str, tensor: torch.Tensor) -> None:
+    """Raise Unsupported, naming the tensor, if it has no plain memory."""
+    if not _has_memory(tensor) or tensor.is_quantized:
+        raise Unsupported(
+            f"{name}: a {type(tensor).__name__} ({tensor.layout}, {tensor.device}) has no plain memory "
+            "to capture: give the full, dense tensor (for a DTensor: its full_tensor())"
+        )
+
+
+def identity(tensor: torch.Tensor) -> Hashable:
+    """Return what two tensors have in common if they are one: the same elements of the same memory."""
+    if tensor.layout is not torch.strided:
+        return id(tensor)
+    address = tensor.data_ptr()
+    if address == 0:  # an empty one, or one without memory
+        if not _has_memory(tensor):
+            return id(tensor)
+        # Tied weights of which a rank holds nothing are still tied, as they are on other ranks.
+        return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.dtype, tensor.shape
+    return address, tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _is_tensor(value: object) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor)
 
 
-def _identity(tensor: torch.Tensor) -> Hashable:
-    """Tell whether two tensors are one: the same elements of the same memory."""
-    if tensor.numel() == 0 or not _has_memory(tensor):
-        return id(tensor)
-    return tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride()
-
-
 def _has_memory(tensor: torch.Tensor) -> bool:
     is_wrapper = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
     return tensor.layout is torch.strided and tensor.device.type != "meta" and not is_wrapper
-
-
-def _check_plain(name: str, tensor: torch.Tensor) -> None:
-    if not _has_memory(tensor) or tensor.is_quantized:
-        raise Unsupported(
-            f"{name}: a {type(tensor).__name__} ({tensor.layout}, {tensor.device}) has no plain memory "
-            "to capture: give the full, dense tensor (for a DTensor: its full_tensor())"
-        )

@@ -14,7 +14,7 @@ from typing import Any
 from checkpoint.errors import CheckpointError, StoreRefused
 from checkpoint.keeper.home import hold_life_lock, remove_home
 from checkpoint.keeper.server import Server
-from checkpoint.keeper.settings import KeeperConfig
+from checkpoint.keeper.settings import KeeperConfig, parse_config
 from checkpoint.store.open import open_store, probe
 
 log = logging.getLogger("holdfast.keeper")
@@ -23,7 +23,7 @@ log = logging.getLogger("holdfast.keeper")
 def main(arguments: list[str]) -> int:
     """Run a keeper; report through the ready pipe whether it is up."""
     options = _parse(arguments)
-    config = KeeperConfig(**json.loads(options.config), directory=Path(options.directory))
+    config = parse_config(options.config, Path(options.directory))
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
     )

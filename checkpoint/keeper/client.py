@@ -1,35 +1,41 @@
 """The trainer's side of the keeper: joins the one that lives or starts one, and replaces one that died."""
 
 import logging
+import mmap
 import os
 import socket
 import threading
 import time
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 
-from checkpoint.engine.arena import map_arena
-from checkpoint.engine.contract import Failed, Outcome, SnapshotPlan, Ticket
+from checkpoint.engine.arena import Region, map_arena, populate
+from checkpoint.engine.contract import Durable, Failed, Outcome, Pressure, SnapshotPlan, Ticket
+from checkpoint.engine.held import Held
 from checkpoint.errors import ArenaFull, KeeperLost, Mismatch
-from checkpoint.keeper.home import is_free, start_locked
+from checkpoint.keeper.home import end_hung, is_free, start_locked
 from checkpoint.keeper.launch import launch
 from checkpoint.keeper.messages import (
     Message,
+    held_from_wire,
     outcome_from_wire,
     plan_to_wire,
     receive,
     receive_with_fd,
     send,
     ticket_to_wire,
+    timeval,
 )
 from checkpoint.keeper.settings import KeeperConfig
 
 log = logging.getLogger("holdfast.keeper")
 
-_HELLO_S = 10.0
-_REPLY_S = 60.0
 _POLL_S = 0.05
+_MAX_FAILED = 3  # keepers that do not come up, one after the other
+_MEMORY = "memory"  # the tier that the keeper itself is
+_POPULATED_BYTES = 8 << 20  # at a time
 _STREAM_BYTES = 4 << 20  # chunks are announced in batches of about this size
 
 
@@ -46,27 +52,34 @@ class KeeperHost:
     """A host kept by a keeper process.
 
     When that dies, what it had not made durable is reported as Failed, and the next `open` goes to a new one.
-    Calls come from one capture thread; `outcomes` may come from another.
+    So when it hangs: a keeper that does not answer for `KeeperConfig.answer_s` is killed. Calls come from one
+    capture thread; `outcomes`, `held` and `pressure` may come from others.
     """
 
     def __init__(self, config: KeeperConfig) -> None:
         self._config = config
         self._link = _join_or_start(config)
         self._captured: dict[tuple[int, int], bool] = {}  # without outcome yet; whether the keeper took it
+        self._stored: set[tuple[int, int]] = set()  # those of depth "store": memory's news is not all of them
         self._unannounced: list[int] = []
         self._unannounced_bytes = 0
         self._slot_bytes: tuple[int, ...] = ()
+        self._plan: SnapshotPlan | None = None  # the last one that this keeper was told
 
     def open(self, ticket: Ticket, plan: SnapshotPlan) -> memoryview | None:
         """Lend arena space for a share, as `Host.open` says; starts a new keeper if the last one died."""
         if self._link.is_lost:
             log.warning("the keeper of host %s is gone: starting another", self._config.host)
-            lost, self._link = self._link, _join_or_start(self._config)
+            if self._link.is_hung:
+                _end_hung(self._config)
+            lost, self._link, self._plan = self._link, _join_or_start(self._config), None
             self._link.news.extend([*lost.news, *self._losses()])
-        self._slot_bytes = tuple(slot.num_bytes for slot in plan.slots)
+        if self._plan is None or self._plan.slots is not plan.slots:
+            self._slot_bytes = tuple(slot.num_bytes for slot in plan.slots)
         self._unannounced, self._unannounced_bytes = [], 0
-        request = {"verb": "open", "ticket": ticket_to_wire(ticket), "plan": plan_to_wire(plan)}
-        reply = self._link.ask(request, plan.handling.max_wait_s + _REPLY_S)
+        told = plan_to_wire(plan, self._plan)
+        reply = self._link.ask({"verb": "open", "ticket": ticket_to_wire(ticket), "plan": told})
+        self._plan = plan
         if "arena_full" in reply:
             raise ArenaFull(reply["arena_full"])
         if "error" in reply:
@@ -88,13 +101,15 @@ class KeeperHost:
         """Say that the share is captured; from now on the keeper makes it durable, whatever happens here."""
         key = (ticket.generation, ticket.step)
         self._captured[key] = False  # its outcome may come before the reply
-        self._link.ask({"verb": "seal", "ticket": ticket_to_wire(ticket)}, _REPLY_S)
+        if self._plan is not None and self._plan.handling.depth == "store":
+            self._stored.add(key)
+        self._link.ask({"verb": "seal", "ticket": ticket_to_wire(ticket)})
         if key in self._captured:
             self._captured[key] = True
 
     def spoil(self, ticket: Ticket, why: str) -> None:
         """Say that the share must not be used."""
-        self._link.ask({"verb": "spoil", "ticket": ticket_to_wire(ticket), "why": why}, _REPLY_S)
+        self._link.ask({"verb": "spoil", "ticket": ticket_to_wire(ticket), "why": why})
 
     def outcomes(self) -> tuple[Outcome, ...]:
         """Return what became known since this was last asked."""
@@ -102,9 +117,35 @@ class KeeperHost:
         taken = []
         while self._link.news:
             outcome = self._link.news.popleft()
-            self._captured.pop((outcome.generation, outcome.step), None)
+            key = (outcome.generation, outcome.step)
+            is_held = isinstance(outcome, Durable) and outcome.tier == _MEMORY
+            if not (is_held and key in self._stored):  # else the store's outcome is yet to come
+                self._captured.pop(key, None)
+                self._stored.discard(key)
             taken.append(outcome)
         return (*taken, *self._losses()) if is_lost else tuple(taken)
+
+    @contextmanager
+    def held(self) -> Iterator[Held | None]:
+        """Pin and return the newest snapshot that is held whole, as `Memory.held` says.
+
+        None if the keeper is gone as well. If it goes while its memory is read, that stays as it is.
+        """
+        link, told = self._link, None
+        with suppress(KeeperLost):
+            told = link.ask({"verb": "held"})["held"]
+        if told is None:
+            yield None
+            return
+        try:
+            yield held_from_wire(told, link.memory.toreadonly())
+        finally:
+            with suppress(KeeperLost):
+                link.ask({"verb": "unheld"})
+
+    def pressure(self) -> Pressure:
+        """Return how tight the keeper's memory has been so far. Raises KeeperLost."""
+        return Pressure(**self._link.ask({"verb": "pressure"})["pressure"])
 
     def close(self) -> None:
         """Leave the keeper. What was captured goes on to be durable."""
@@ -121,6 +162,7 @@ class KeeperHost:
         lost: list[Outcome] = []
         while self._captured:
             (generation, step), was_taken = self._captured.popitem()
+            self._stored.discard((generation, step))
             if was_taken:  # else its capture is tried again
                 why = "the keeper died before the checkpoint was durable; the next save goes to a new keeper"
                 lost.append(Failed(step, generation, why))
@@ -128,37 +170,49 @@ class KeeperHost:
 
 
 class _Link:
-    """One connection. A thread reads it: replies go to who asked, outcomes to `news`; its end is noticed."""
+    """One connection. A thread reads it: replies go to who asked, outcomes to `news`; its end is noticed.
 
-    def __init__(self, channel: socket.socket) -> None:
+    A keeper that does not answer for `answer_s`, nor says that it is busy, is hung: the link is given up.
+    """
+
+    def __init__(self, channel: socket.socket, answer_s: float) -> None:
         hello, fd = receive_with_fd(channel)
         if fd is None:
             raise KeeperLost("the keeper did not hand its arena over")
         try:
-            self.memory = memoryview(map_arena(fd, hello["arena_bytes"]))
+            memory = map_arena(fd, hello["arena_bytes"])
         finally:
             os.close(fd)
+        self.memory = memoryview(memory)
         self.news: deque[Outcome] = deque()
         self.is_lost = False
+        self.is_hung = False
+        self._answer_s = answer_s
+        self._heard_s = time.monotonic()
         self._channel = channel
         self._asking = threading.Lock()
         self._sending = threading.Lock()
         self._replies: SimpleQueue[Message | None] = SimpleQueue()
         self._num_asked = 0
         channel.settimeout(None)
+        channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(answer_s))
         threading.Thread(target=self._read, name="holdfast-keeper", daemon=True).start()
+        threading.Thread(target=self._populate, args=(memory,), name="holdfast-populate", daemon=True).start()
 
-    def ask(self, message: Message, timeout_s: float) -> Message:
+    def ask(self, message: Message) -> Message:
         """Send a message and wait for its reply. Raises KeeperLost when there will be none."""
         with self._asking:
             self._num_asked += 1
             self.tell({**message, "id": self._num_asked})
+            asked_s = time.monotonic()
             while True:
+                waited_s = time.monotonic() - max(asked_s, self._heard_s)
                 try:
-                    reply = self._replies.get(timeout=timeout_s)
+                    reply = self._replies.get(timeout=max(self._answer_s - waited_s, 0.0))
                 except Empty:
-                    self.close()
-                    raise KeeperLost(f"the keeper did not answer within {timeout_s:.0f} s") from None
+                    if time.monotonic() - max(asked_s, self._heard_s) < self._answer_s:
+                        continue  # it said meanwhile that it is busy
+                    raise self._given_up() from None
                 if reply is None:
                     raise KeeperLost("the keeper died")
                 if reply["id"] == self._num_asked:
@@ -169,20 +223,39 @@ class _Link:
         if self.is_lost:
             raise KeeperLost("the keeper died")
         with self._sending:
-            send(self._channel, message)
+            try:
+                send(self._channel, message)
+            except KeeperLost as error:
+                if isinstance(error.__cause__, BlockingIOError):
+                    raise self._given_up() from error
+                raise
 
     def close(self) -> None:
         """End the connection."""
         with suppress(OSError):
             self._channel.shutdown(socket.SHUT_RDWR)
 
+    def _given_up(self) -> KeeperLost:
+        self.is_hung = self.is_lost = True
+        self.close()
+        return KeeperLost(f"the keeper did not answer for {self._answer_s:g} s")
+
+    def _populate(self, memory: mmap.mmap) -> None:
+        """Map the arena's pages while the training begins; the first captures would wait for each of them."""
+        num_bytes = len(memory)
+        for offset in range(0, num_bytes, _POPULATED_BYTES):
+            piece = Region(offset, min(_POPULATED_BYTES, num_bytes - offset))
+            if self.is_lost or not populate(memory, piece):
+                return
+
     def _read(self) -> None:
         try:
             while True:
                 message = receive(self._channel)
+                self._heard_s = time.monotonic()
                 if "outcome" in message:
                     self.news.append(outcome_from_wire(message["outcome"]))
-                else:
+                elif "id" in message:
                     self._replies.put(message)
         except KeeperLost:
             self.is_lost = True
@@ -192,31 +265,49 @@ class _Link:
 
 def _join_or_start(config: KeeperConfig) -> _Link:
     """Find a living keeper or start one; a lock sees to it that one client does so at a time."""
-    deadline = time.monotonic() + config.start_s
+    deadline, num_failed = time.monotonic() + config.start_s, 0
     with start_locked(config, deadline):
         while True:
-            with suppress(KeeperLost, OSError):
+            try:
                 return _dial(config)
+            except TimeoutError:
+                _end_hung(config)
+            except (KeeperLost, OSError):
+                pass  # there is none, or it is about to end
             if time.monotonic() > deadline:
                 raise KeeperLost(
                     f"a keeper (process {_pid(config)}) holds {config.home} and does not answer: "
                     f"end it, or see {config.log_path}"
                 )
             if is_free(config):
-                log.info("started keeper %d of host %s", launch(config), config.host)
+                try:
+                    log.info("started keeper %d of host %s", launch(config), config.host)
+                except KeeperLost:  # it was killed, or one that a client started before it died was faster
+                    num_failed += 1
+                    if num_failed == _MAX_FAILED:
+                        raise
             else:
-                time.sleep(_POLL_S)  # it is about to end
+                time.sleep(_POLL_S)
 
 
 def _dial(config: KeeperConfig) -> _Link:
+    """Connect to the keeper. Raises TimeoutError if there is one that does not answer, OSError if none."""
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        channel.settimeout(_HELLO_S)
+        channel.settimeout(config.answer_s)
         channel.connect(str(config.socket_path))
-        return _Link(channel)
-    except (OSError, KeeperLost):
+        return _Link(channel, config.answer_s)
+    except (OSError, KeeperLost) as error:
         channel.close()
+        if isinstance(error.__cause__, TimeoutError):
+            raise error.__cause__ from error
         raise
+
+
+def _end_hung(config: KeeperConfig) -> None:
+    pid = end_hung(config)
+    if pid is not None:
+        log.error("keeper %d of host %s did not answer for %g s: killed", pid, config.host, config.answer_s)
 
 
 def _pid(config: KeeperConfig) -> str:

@@ -2,6 +2,8 @@
 
 import fcntl
 import os
+import select
+import signal
 import stat
 import time
 from collections.abc import Iterator
@@ -12,6 +14,9 @@ from checkpoint.errors import KeeperLost
 from checkpoint.keeper.settings import KeeperConfig
 
 _POLL_S = 0.05
+_KILL_S = 10.0
+_PROBE_S = 2.0  # who asks whether a keeper lives holds its lock for a moment
+_MODULE = b"checkpoint.keeper"
 
 
 def make_private(directory: Path) -> None:
@@ -50,12 +55,36 @@ def start_locked(config: KeeperConfig, deadline: float) -> Iterator[None]:
 def hold_life_lock(config: KeeperConfig) -> int:
     """Make sure, for as long as this process lives, that it is the only keeper here; return the lock."""
     fd = _open(config.life_lock_path)
-    if not _try_lock(fd):
-        os.close(fd)
-        raise KeeperLost(f"another keeper still lives in {config.home}")
+    deadline = time.monotonic() + _PROBE_S
+    while not _try_lock(fd):
+        if time.monotonic() > deadline:
+            os.close(fd)
+            raise KeeperLost(f"another keeper still lives in {config.home}")
+        time.sleep(_POLL_S)
     os.ftruncate(fd, 0)
     os.write(fd, str(os.getpid()).encode())
     return fd
+
+
+def end_hung(config: KeeperConfig) -> int | None:
+    """Kill the keeper that holds the life lock here; return its process id, None if none does.
+
+    Only a process that was started as the keeper of this very directory is killed.
+    """
+    with suppress(OSError, ValueError):
+        pid = int(config.life_lock_path.read_text())
+        process = os.pidfd_open(pid)
+        try:
+            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            directory = os.fsencode(config.home.resolve())
+            if is_free(config) or _MODULE not in arguments or directory not in arguments:
+                return None
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+            select.select([process], [], [], _KILL_S)
+            return pid
+        finally:
+            os.close(process)
+    return None
 
 
 def is_free(config: KeeperConfig) -> bool:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from checkpoint.errors import ArenaFull, CheckpointError, KeeperLost, StoreRefused, StoreUnavailable
-from checkpoint.keeper.settings import KeeperConfig, absolute_url
+from checkpoint.keeper.settings import KeeperConfig, config_to_text
 
 _ROOT = Path(__file__).resolve().parents[2]  # from where `-m checkpoint.keeper` finds this very package
 _FORK_AND_RUN = (
@@ -32,7 +32,7 @@ def launch(config: KeeperConfig) -> int:
     with open(config.log_path, "ab") as log, os.fdopen(reading, "rb") as report:
         command = [
             *(sys.executable, "-c", _FORK_AND_RUN),
-            *("--config", _as_json(config)),
+            *("--config", config_to_text(config)),
             *("--directory", str(config.home.resolve())),
             *("--ready-fd", str(writing)),
         ]
@@ -58,19 +58,6 @@ def launch(config: KeeperConfig) -> int:
     if "error" in answer:
         raise _KINDS.get(answer["kind"], KeeperLost)(answer["error"])
     return int(answer["pid"])
-
-
-def _as_json(config: KeeperConfig) -> str:
-    return json.dumps(
-        {
-            "run": config.run,
-            "host": config.host,
-            "store_url": absolute_url(config.store_url),
-            "arena_bytes": config.arena_bytes,
-            "lease_s": config.lease_s,
-            "flush_s": config.flush_s,
-        }
-    )
 
 
 def _tail(path: Path) -> str:

@@ -3,7 +3,9 @@
 import json
 import socket
 import struct
+from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from checkpoint.engine.contract import (
@@ -17,10 +19,13 @@ from checkpoint.engine.contract import (
     SnapshotPlan,
     Ticket,
 )
+from checkpoint.engine.held import Held
 from checkpoint.engine.plan import TensorSpec
 from checkpoint.errors import KeeperLost
 from checkpoint.format.codec import Codec
 from checkpoint.format.layout import Box
+from checkpoint.format.manifest import decode_manifest, decode_page, encode_manifest, encode_pages
+from checkpoint.format.table import ChunkTable
 
 Message = dict[str, Any]
 
@@ -68,36 +73,60 @@ def ticket_from_wire(fields: Sequence[Any]) -> Ticket:
     return Ticket(*fields)
 
 
-def plan_to_wire(plan: SnapshotPlan) -> Message:
-    """Write a plan as plain data."""
+def plan_to_wire(plan: SnapshotPlan, before: SnapshotPlan | None = None) -> Message:
+    """Write a plan as plain data; tensors and slots are left out if they are those of the plan before."""
     content, handling = plan.content, plan.handling
-    return {
+    changing = {
         "hosts": plan.hosts,
-        "tensors": [[spec.name, spec.dtype, spec.shape] for spec in content.tensors],
         "skeleton": content.skeleton,
         "digest": content.digest,
         "meta": dict(plan.meta),
-        "handling": [int(handling.codec), handling.level, handling.when_full, handling.max_wait_s],
+        "handling": asdict(handling),
+    }
+    if before and (before.content.tensors, before.slots) == (content.tensors, plan.slots):
+        return changing
+    return {
+        **changing,
+        "tensors": [[spec.name, spec.dtype, spec.shape] for spec in content.tensors],
         "slots": [
             [slot.tensor, slot.box.start, slot.box.size, slot.offset, slot.num_bytes] for slot in plan.slots
         ],
     }
 
 
-def plan_from_wire(fields: Message) -> SnapshotPlan:
-    """Read a plan."""
-    tensors = tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in fields["tensors"])
-    codec, level, when_full, max_wait_s = fields["handling"]
+def plan_from_wire(fields: Message, before: SnapshotPlan | None = None) -> SnapshotPlan:
+    """Read a plan; `before` is the one that the same client sent before."""
+    if before is not None and "slots" not in fields:
+        tensors, slots = before.content.tensors, before.slots
+    else:
+        tensors = tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in fields["tensors"])
+        slots = tuple(
+            Slot(tensor, Box(tuple(start), tuple(size)), offset, num_bytes)
+            for tensor, start, size, offset, num_bytes in fields["slots"]
+        )
+    handling = {**fields["handling"], "codec": Codec(fields["handling"]["codec"])}
     return SnapshotPlan(
         hosts=tuple(fields["hosts"]),
         content=Content(tensors, fields["skeleton"], fields["digest"]),
         meta=fields["meta"],
-        handling=Handling(Codec(codec), level, when_full, max_wait_s),
-        slots=tuple(
-            Slot(tensor, Box(tuple(start), tuple(size)), offset, num_bytes)
-            for tensor, start, size, offset, num_bytes in fields["slots"]
-        ),
+        handling=Handling(**handling),
+        slots=slots,
     )
+
+
+def held_to_wire(held: Held) -> Message:
+    """Write what is held as plain data, but for the memory, which is shared already."""
+    return {
+        "manifest": b64encode(encode_manifest(held.manifest)).decode(),
+        "pages": [b64encode(page).decode() for page, _ in encode_pages(held.chunks)],
+    }
+
+
+def held_from_wire(fields: Message, memory: memoryview) -> Held:
+    """Read what is held."""
+    manifest = decode_manifest(b64decode(fields["manifest"]), "a held snapshot")
+    pages = [decode_page(b64decode(page), "a held snapshot's index") for page in fields["pages"]]
+    return Held(manifest, ChunkTable.concat(pages), memory)
 
 
 def outcome_to_wire(outcome: Outcome) -> Message:
@@ -108,6 +137,12 @@ def outcome_to_wire(outcome: Outcome) -> Message:
 def outcome_from_wire(fields: Message) -> Outcome:
     """Read an outcome."""
     return _OUTCOMES[fields["kind"]](**{name: value for name, value in fields.items() if name != "kind"})
+
+
+def timeval(seconds: float) -> bytes:
+    """Return a time as the socket options that limit waiting want it."""
+    whole = int(seconds)
+    return whole.to_bytes(8, "little") + int((seconds - whole) * 1e6).to_bytes(8, "little")
 
 
 def _body(channel: socket.socket, head: bytes) -> Message:

@@ -5,26 +5,33 @@ import socket
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from checkpoint.engine.arena import Arena
-from checkpoint.engine.contract import Ticket
+from checkpoint.engine.contract import SnapshotPlan
+from checkpoint.engine.host import DIGEST_S
 from checkpoint.engine.intake import Intake
+from checkpoint.engine.ledger import SnapshotEntry
 from checkpoint.engine.pipeline import Pipeline, Tuning
 from checkpoint.errors import ArenaFull, CheckpointError, KeeperLost
 from checkpoint.keeper.lease import Lease
 from checkpoint.keeper.messages import (
     Message,
+    held_to_wire,
     outcome_to_wire,
     plan_from_wire,
     receive,
     send,
     ticket_from_wire,
+    timeval,
 )
 from checkpoint.keeper.settings import KeeperConfig
+from checkpoint.keeper.upkeep import Upkeep
 from checkpoint.store.contract import Store
 
 log = logging.getLogger("holdfast.keeper")
+
+ALIVE_S = 1.0  # so often a keeper that is still busy with a request says so
 
 _TICK_S = 0.25
 _SEND_S = 10.0  # a client that does not read for so long is given up
@@ -37,7 +44,8 @@ class Server:
         self._config = config
         self._listener = listener
         self._arena = Arena(config.arena_bytes)
-        self._intake = Intake(config.host, self._arena)
+        self._intake = Intake(config.host, self._arena, config.hold)
+        self._upkeep = Upkeep(store, self._intake, config.far, config.keep)
         self._pipeline = Pipeline(store, self._intake, Tuning())
         self._lock = threading.Lock()
         self._lease = Lease(config.lease_s, config.flush_s, alone_since_s=time.monotonic())
@@ -63,10 +71,21 @@ class Server:
         self._listener.close()
         if not self._stopping.is_set():
             log.info("no client for %.0f s: ending", self._config.lease_s)
+        return self._finish()
+
+    def _finish(self) -> bool:
+        """Flush what was captured, then what is due on far tiers, within the time for both."""
+        deadline = time.monotonic() + self._config.flush_s
         self._intake.end("the keeper is ending")
         is_flushed = self._intake.drain(self._config.flush_s)
+        if not self._upkeep.drain(max(deadline - time.monotonic(), 0.0)):
+            log.warning(
+                "ended while checkpoints were on their way to far tiers: the next keeper resumes that"
+            )
+        self._upkeep.close()
         self._intake.close()
         self._pipeline.join()
+        log.info("memory: %s", self._intake.pressure)
         return is_flushed
 
     def _is_lease_over(self) -> bool:
@@ -98,11 +117,14 @@ class _Session:
     channel: socket.socket
     intake: Intake
     is_over: bool = False
+    is_busy: bool = False
+    plan: SnapshotPlan | None = None
+    pinned: list[SnapshotEntry] = field(default_factory=list)
     sending: threading.Lock = field(default_factory=threading.Lock)
 
     def greet(self, arena: Arena) -> None:
         """Hand the arena over, and begin to tell outcomes."""
-        self.channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(_SEND_S))
+        self.channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(_SEND_S))
         send(self.channel, {"arena_bytes": arena.num_bytes}, [arena.fd])
         threading.Thread(target=self._tell, name="holdfast-news", daemon=True).start()
 
@@ -110,56 +132,71 @@ class _Session:
         """Answer until the client leaves."""
         while True:
             message = receive(self.channel)
+            self.is_busy = "id" in message
             try:
                 reply = self._handle(message)
             except ArenaFull as error:
                 reply = {"arena_full": str(error)}
             except CheckpointError as error:
                 reply = {"error": f"{type(error).__name__}: {error}"}
+            self.is_busy = False
             if "id" in message:
                 self._send({**reply, "id": message["id"]})
 
     def end(self) -> None:
-        """Give up what the client leaves behind unsealed."""
+        """Give up what the client leaves behind unsealed, and let go what it was reading."""
         self.is_over = True
         self.intake.leave(self, "its trainer ended before the snapshot was captured")
+        while self.pinned:
+            self.intake.unpin(self.pinned.pop())
         with suppress(OSError):
             self.channel.close()
 
     def _handle(self, message: Message) -> Message:
+        match message["verb"]:
+            case "held":
+                return self._hold()
+            case "unheld":
+                self.intake.unpin(self.pinned.pop())
+                return {}
+            case "pressure":
+                return {"pressure": asdict(self.intake.pressure)}
         ticket = ticket_from_wire(message["ticket"])
         match message["verb"]:
             case "open":
-                region = self.intake.open(ticket, plan_from_wire(message["plan"]), self)
+                self.plan = plan_from_wire(message["plan"], self.plan)
+                region = self.intake.open(ticket, self.plan, self)
                 return {"region": None if region is None else [region.offset, region.num_bytes]}
             case "ready":
-                self._ready(ticket, message["chunks"])
+                self.intake.ready(ticket, tuple(message["chunks"]))
             case "seal":
                 self.intake.seal(ticket)
             case "spoil":
                 self.intake.spoil(ticket, message["why"])
         return {}
 
-    def _ready(self, ticket: Ticket, chunks: list[int]) -> None:
-        for chunk_index in chunks:
-            self.intake.ready(ticket, chunk_index)
+    def _hold(self) -> Message:
+        """Pin the newest snapshot for this client, and describe it."""
+        entry = self.intake.pin(DIGEST_S)
+        if entry is None or entry.image is None:
+            return {"held": None}
+        self.pinned.append(entry)
+        return {"held": held_to_wire(entry.image)}
 
     def _tell(self) -> None:
-        news = self.intake.subscribe()
+        news = self.intake.board.subscribe()
         try:
             while not self.is_over:
-                for outcome in self.intake.await_news(news, 1.0):
+                outcomes = self.intake.board.await_news(news, ALIVE_S)
+                for outcome in outcomes:
                     self._send({"outcome": outcome_to_wire(outcome)})
+                if self.is_busy and not outcomes:
+                    self._send({"alive": True})
         except KeeperLost:
             return
         finally:
-            self.intake.unsubscribe(news)
+            self.intake.board.unsubscribe(news)
 
     def _send(self, message: Message) -> None:
         with self.sending:
             send(self.channel, message)
-
-
-def _timeval(seconds: float) -> bytes:
-    whole = int(seconds)
-    return whole.to_bytes(8, "little") + int((seconds - whole) * 1e6).to_bytes(8, "little")

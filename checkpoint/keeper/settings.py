@@ -1,12 +1,15 @@
 """What a keeper is told when it starts, and where on its machine it is found."""
 
 import hashlib
+import json
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from checkpoint.errors import StoreRefused
+from checkpoint.lifecycle.policies import Policy, parse_policy, policy_to_text
+from checkpoint.lifecycle.tiers import Tier, check_tiers, parse_tier, tier_to_json
 from checkpoint.store.open import open_store
 
 
@@ -14,9 +17,11 @@ from checkpoint.store.open import open_store
 class KeeperConfig:
     """The keeper of a run's snapshots on one host.
 
-    It ends `lease_s` after its last client left, once all it was given is durable, or `flush_s` later in any
-    case. `directory` holds its socket, locks and log, and goes with it; by default a private one under the
-    system's temporary directory. Another one has to be private too, and to lie in a private one.
+    It keeps the newest `hold` snapshots in memory; prunes the store by `keep`, if that names any policy; and
+    brings checkpoints to the `far` tiers. If it does not answer for `answer_s` it is taken for dead. It ends
+    `lease_s` after its last client left, once all it was given is durable, or `flush_s` later in any case.
+    `directory` holds its socket, locks and log, and goes with it; by default a private one under the system's
+    temporary directory. Another one has to be private too, and to lie in a private one.
     """
 
     run: str
@@ -25,8 +30,15 @@ class KeeperConfig:
     arena_bytes: int = 1 << 30
     lease_s: float = 60.0
     flush_s: float = 600.0
+    hold: int = 0
+    keep: tuple[Policy, ...] = ()
+    far: tuple[Tier, ...] = ()
+    answer_s: float = 20.0
     start_s: float = 60.0
     directory: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_tiers(self.far)
 
     @property
     def home(self) -> Path:
@@ -55,6 +67,31 @@ class KeeperConfig:
     def life_lock_path(self) -> Path:
         """Held by the keeper as long as it lives; contains its process id."""
         return self.home / "life.lock"
+
+
+def config_to_text(config: KeeperConfig) -> str:
+    """Write what a keeper is told on its command line; its directory is told apart."""
+    return json.dumps(
+        {
+            "run": config.run,
+            "host": config.host,
+            "store_url": absolute_url(config.store_url),
+            "arena_bytes": config.arena_bytes,
+            "lease_s": config.lease_s,
+            "flush_s": config.flush_s,
+            "hold": config.hold,
+            "keep": [policy_to_text(policy) for policy in config.keep],
+            "far": [tier_to_json(replace(tier, url=absolute_url(tier.url))) for tier in config.far],
+        }
+    )
+
+
+def parse_config(text: str, directory: Path) -> KeeperConfig:
+    """Read what `config_to_text` wrote."""
+    fields = json.loads(text)
+    keep = tuple(parse_policy(policy) for policy in fields.pop("keep"))
+    far = tuple(parse_tier(tier) for tier in fields.pop("far"))
+    return KeeperConfig(**fields, keep=keep, far=far, directory=directory)
 
 
 def absolute_url(store_url: str) -> str:

@@ -1,73 +1,44 @@
-"""Which checkpoints are kept, and the removal of the others: a policy names every delete."""
+"""Retention: lets checkpoints expire that no policy keeps, and sweeps what is left of them."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
-from checkpoint.engine.catalog import Catalog
-from checkpoint.errors import FormatError, NoCheckpoint
-from checkpoint.format.keys import DAMAGED, INDEX, PACKS, manifest_key, parse_page_key
-from checkpoint.format.manifest import Manifest, PackRef, PageRef
-from checkpoint.store.contract import Entry, Store
+from checkpoint.engine.receipt import RECEIPT_SEQ
+from checkpoint.errors import AlreadyExists, NotFound
+from checkpoint.format.json_fields import dump_json
+from checkpoint.format.keys import INDEX, PACKS, expired_key, manifest_key, pages_prefix, parse_page_key
+from checkpoint.lifecycle.claims import Patience
+from checkpoint.lifecycle.marks import scores, tags, verified
+from checkpoint.lifecycle.policies import BestByMetric, Candidate, Policy, Verdict, judge
+from checkpoint.lifecycle.survey import Standing, digest_of, objects_of, survey
+from checkpoint.lifecycle.sweep import Removed, Swept, sweep
+from checkpoint.store.contract import Store
 
-
-@dataclass(frozen=True, slots=True)
-class LatestN:
-    """Keep the newest `n` checkpoints."""
-
-    n: int
-
-    def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ValueError(f"LatestN keeps at least one checkpoint, not {self.n}")
-
-    def __str__(self) -> str:
-        return f"the newest {self.n}"
-
-
-@dataclass(frozen=True, slots=True)
-class EverySteps:
-    """Keep the checkpoints of every k-th step."""
-
-    k: int
-
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"EverySteps keeps every step or fewer, not every {self.k}th")
-
-    def __str__(self) -> str:
-        return f"every {self.k} steps"
-
-
-@dataclass(frozen=True, slots=True)
-class Pinned:
-    """Keep the checkpoints of these steps."""
-
-    steps: frozenset[int]
-
-    def __str__(self) -> str:
-        return f"pinned {sorted(self.steps)}"
-
-
-Policy = LatestN | EverySteps | Pinned
-
-
-@dataclass(frozen=True, slots=True)
-class Removed:
-    """An object that was deleted, and why."""
-
-    key: str
-    num_bytes: int
-    why: str
+LINGER_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class PruneReport:
-    """What a prune kept, let expire and deleted; and what it left alone because it could not judge it."""
+    """What a prune decided of each checkpoint and why, what it deleted, and what it could not judge.
 
-    kept: tuple[int, ...]
-    expired: tuple[int, ...]
+    `num_waiting_bytes` belong to checkpoints that expired, and are freed by a prune after the linger.
+    """
+
+    verdicts: tuple[Verdict, ...]
     removed: tuple[Removed, ...]
     problems: tuple[str, ...]
+    num_waiting_bytes: int
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The steps that stay."""
+        return tuple(one.step for one in self.verdicts if one.is_kept)
+
+    @property
+    def expired(self) -> tuple[int, ...]:
+        """The steps that exist no more."""
+        return tuple(one.step for one in self.verdicts if not one.is_kept)
 
     @property
     def num_bytes(self) -> int:
@@ -75,103 +46,114 @@ class PruneReport:
         return sum(one.num_bytes for one in self.removed)
 
 
-def expired(steps: Iterable[int], policies: Sequence[Policy], *, protect: Collection[int] = ()) -> list[int]:
-    """List the steps that no policy keeps, oldest first; never the newest, nor a protected one.
+def prune(
+    store: Store, policies: Sequence[Policy], *, now_s: float, grace_s: float, linger_s: float = LINGER_S
+) -> PruneReport:
+    """Let the checkpoints expire that no policy keeps, and delete what nothing has needed for a while.
 
-    Raises ValueError without any policy: that would let all but one expire.
+    First a manifest moves to `control/expired/`: then the checkpoint is no more. Its packs and pages stay for
+    `linger_s` (not longer than `grace_s`), so that who reads it or just commits it comes to an end; then
+    those go that nothing else needs. What never belonged to a checkpoint goes after `grace_s`, which has to
+    be longer than any save takes. Saves that build on what expires, promotions and other prunes may go on
+    meanwhile; with a grace of 0 they may not. A prune may break off anywhere: the next one goes on.
+
+    Never expire: the newest checkpoint, the newest that has all of its objects, the newest that was verified,
+    and whatever is tagged. A manifest that cannot be read is left alone; while there is one, no pack or page
+    is deleted, for it may need them; nor any orphan within `grace_s` of a checkpoint being set aside.
     """
-    if not policies:
-        raise ValueError("name at least one retention policy")
-    ordered = sorted(set(steps))
-    kept = {*ordered[-1:], *protect}
-    for policy in policies:
-        match policy:
-            case LatestN(n):
-                kept.update(ordered[-n:])
-            case EverySteps(k):
-                kept.update(step for step in ordered if step % k == 0)
-            case Pinned(pinned):
-                kept.update(pinned)
-    return [step for step in ordered if step not in kept]
-
-
-def prune(store: Store, policies: Sequence[Policy], *, now_s: float, grace_s: float) -> PruneReport:
-    """Delete the checkpoints that no policy keeps, and what no manifest has named for longer than `grace_s`.
-
-    A checkpoint's manifest goes first, then the pages and packs that no other manifest names; a crash between
-    leaves only orphans, which a later prune removes. `grace_s` has to be longer than any save takes. A
-    manifest that cannot be read is left alone; while there is one, no pack or page is deleted, for it may
-    need them; nor any orphan within `grace_s` of a checkpoint being set aside. The newest checkpoint never
-    expires, nor does the newest one that has all of its objects.
-    """
-    listing = [*store.list(PACKS), *store.list(INDEX)]  # before the manifests, so that no newer one is missed
-    manifests, problems = _read_manifests(Catalog(store))
-    sizes = {entry.key: entry.num_bytes for entry in listing}
-    whole = [step for step, manifest in manifests.items() if _is_whole(manifest, sizes)]
-    gone = expired(manifests, policies, protect=whole[-1:])
-    kept = [step for step in manifests if step not in gone]
-    rule = f"kept are {' and '.join(map(str, policies))}"
-    removed = []
-    for step in gone:
-        store.delete(manifest_key(step))
-        removed.append(Removed(manifest_key(step), 0, f"step {step} expired: {rule}"))
-    staying = [manifests[step] for step in kept]
-    asides = [entry.modified_s for entry in store.list(DAMAGED)]
-    reasons = _Reasons(
-        [manifests[step] for step in gone], now_s, grace_s, orphaned_s=max(asides, default=0.0)
+    found = survey(store)
+    held = _protected(store, found.standing)
+    verdicts = judge(_candidates(store, found.standing, policies), policies, protected=held)
+    removed: list[Removed] = []
+    gone = {one.step for one in verdicts if not one.is_kept}
+    for verdict in verdicts:
+        if verdict.step in gone:
+            removed += _expire(store, found.standing[verdict.step], verdict.why)
+    revived = _revive(store, {step: found.standing[step] for step in gone})
+    verdicts = [
+        Verdict(one.step, is_kept=True, why=revived[one.step]) if one.step in revived else one
+        for one in verdicts
+    ]
+    standing = {step: one for step, one in found.standing.items() if step not in gone or step in revived}
+    patience = Patience(now_s, grace_s, min(linger_s, grace_s))
+    swept = Swept() if found.problems else sweep(store, standing, patience)
+    problems = [f"{one}; no pack or page was deleted: restore or remove this one" for one in found.problems]
+    return PruneReport(
+        tuple(verdicts), (*removed, *swept.removed), (*problems, *swept.problems), swept.num_waiting_bytes
     )
-    for entry in _unnamed(listing, staying) if not problems else ():
-        if why := reasons.to_delete(entry):
-            store.delete(entry.key)
-            removed.append(Removed(entry.key, entry.num_bytes, why))
-    return PruneReport(tuple(kept), tuple(gone), tuple(removed), tuple(problems))
 
 
-def _read_manifests(catalog: Catalog) -> tuple[dict[int, Manifest], list[str]]:
-    """Read all manifests, oldest first, and say which cannot be read."""
-    manifests, problems = {}, []
-    for step in catalog.steps():
-        try:
-            manifests[step] = catalog.manifest(step)
-        except NoCheckpoint:
-            continue  # deleted since it was listed
-        except FormatError as error:
-            problems.append(f"{error}; nothing but manifests was deleted: restore or remove this one")
-    return manifests, problems
+def _candidates(
+    store: Store, standing: Mapping[int, Standing], policies: Sequence[Policy]
+) -> list[Candidate]:
+    """Gather what policies judge by; scores are read only if one asks for a metric."""
+    are_scored = any(isinstance(policy, BestByMetric) for policy in policies)
+    return [
+        Candidate(
+            step,
+            one.manifest.created_utc,
+            {**one.manifest.metrics, **(scores(store, step, one.digest) if are_scored else {})},
+            {ref.key: ref.num_bytes for ref in objects_of(one.manifest)},
+        )
+        for step, one in standing.items()
+    ]
 
 
-def _objects(manifest: Manifest) -> tuple[PackRef | PageRef, ...]:
-    return (*manifest.packs, *manifest.pages)
+def _protected(store: Store, standing: Mapping[int, Standing]) -> dict[int, str]:
+    """Map the steps that no policy may touch to why."""
+    held: dict[int, str] = {}
+    sizes = {entry.key: entry.num_bytes for prefix in (PACKS, INDEX) for entry in store.list(prefix)}
+    whole = [
+        step
+        for step, one in standing.items()
+        if all(sizes.get(ref.key) == ref.num_bytes for ref in objects_of(one.manifest))
+    ]
+    proved = verified(store)
+    sound = [step for step, one in standing.items() if (step, one.digest) in proved]
+    held |= dict.fromkeys(whole[-1:], "the newest that has all of its objects")
+    held |= dict.fromkeys(sound[-1:], "the newest that was verified")
+    return held | {step: f"tagged {name}" for name, step in tags(store).items()}
 
 
-def _is_whole(manifest: Manifest, sizes: Mapping[str, int]) -> bool:
-    return all(sizes.get(one.key) == one.num_bytes for one in _objects(manifest))
+def _expire(store: Store, one: Standing, why: str) -> list[Removed]:
+    """Move a manifest to where the sweep finds it, unless it is another one by now.
 
-
-def _unnamed(listing: Iterable[Entry], staying: Iterable[Manifest]) -> list[Entry]:
-    named = {one.key for manifest in staying for one in _objects(manifest)}
-    return [entry for entry in listing if entry.key not in named]
-
-
-class _Reasons:
-    """Why an object that no staying manifest names is to go."""
-
-    def __init__(
-        self, expiring: Iterable[Manifest], now_s: float, grace_s: float, *, orphaned_s: float
-    ) -> None:
-        self._steps = {one.key: manifest.step for manifest in expiring for one in _objects(manifest)}
-        self._receipts = {(manifest.generation, manifest.step) for manifest in expiring}
-        self._now_s = now_s
-        self._grace_s = grace_s
-        self._orphaned_s = orphaned_s  # a checkpoint set aside then may have left any of the orphans
-
-    def to_delete(self, entry: Entry) -> str:
-        """Say why the object is to be deleted now; nothing if it is not."""
-        if entry.key in self._steps:
-            return f"it belonged to step {self._steps[entry.key]}, which expired"
+    Its receipts go before it does: with them, a slow host would commit the step once more.
+    """
+    manifest = one.manifest
+    key = manifest_key(manifest.step)
+    try:
+        data = store.read(key)[0]
+    except NotFound:
+        return []
+    if digest_of(data) != one.digest:
+        return []
+    grave = expired_key(manifest.step, one.digest)
+    store.put(f"{grave}.json", dump_json({"policy": why, "step": manifest.step}, "the reason"))
+    store.put(grave, data)
+    removed = []
+    for entry in store.list(pages_prefix(manifest.generation, manifest.step)):
         page = parse_page_key(entry.key)
-        if page is not None and (page.generation, page.step) in self._receipts:
-            return f"it belonged to step {page.step}, which expired"
-        if self._now_s - max(entry.modified_s, self._orphaned_s) > self._grace_s:
-            return f"an orphan: no manifest has named it for {self._grace_s:.0f} s"
-        return ""
+        if page is not None and page.seq == RECEIPT_SEQ:
+            store.delete(entry.key)
+            removed.append(
+                Removed(entry.key, entry.num_bytes, f"the receipt of step {manifest.step}, which {why}")
+            )
+    store.delete(key)
+    return [*removed, Removed(key, 0, f"step {manifest.step} {why}")]
+
+
+def _revive(store: Store, gone: Mapping[int, Standing]) -> dict[int, str]:
+    """Bring back what was tagged while it expired; return why it stays."""
+    if not gone:
+        return {}
+    revived = {}
+    for name, step in tags(store).items():
+        if step in gone:
+            grave = expired_key(step, gone[step].digest)
+            with suppress(AlreadyExists, NotFound):
+                store.put_new(manifest_key(step), store.read(grave)[0])
+            store.delete(f"{grave}.json")
+            store.delete(grave)
+            revived[step] = f"tagged {name} meanwhile"
+    return revived

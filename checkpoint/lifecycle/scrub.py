@@ -1,37 +1,48 @@
 """The scrub: reads checkpoints back as a restore would, and names all that is not as it was written."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from itertools import groupby
+
+import numpy as np
 
 from checkpoint.engine.catalog import Catalog
-from checkpoint.engine.plan import check_cover, group_by_tensor
-from checkpoint.errors import Corrupt, FormatError, Incomplete, NoCheckpoint, NotFound
-from checkpoint.format.codec import checksum, decode
-from checkpoint.format.dtypes import itemsize
-from checkpoint.format.fingerprint import MODULUS, fingerprint
+from checkpoint.engine.plan import check_chunks, check_cover
+from checkpoint.errors import FormatError, Incomplete, NoCheckpoint, NotFound, StoreRefused
 from checkpoint.format.keys import manifest_key
-from checkpoint.format.manifest import ChunkRecord, Manifest, chunks_of_page
-from checkpoint.store.contract import Buffer, ByteRange, Store
+from checkpoint.format.manifest import Manifest, chunks_of_page
+from checkpoint.format.table import ChunkTable
+from checkpoint.lifecycle.contents import Contents, Identities, Places
+from checkpoint.lifecycle.marks import forget_verified, record_verified, verified
+from checkpoint.lifecycle.pace import Pace
+from checkpoint.lifecycle.proof import read_pack_index
+from checkpoint.lifecycle.survey import digest_of, read_manifest
+from checkpoint.store.contract import ByteRange, Store
 
-_BATCH_BYTES = 32 << 20  # stored bytes held at a time
 _MAX_LISTED = 1000
+_MAX_REMEMBERED = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Bad:
-    """Something that is not as it was written: a manifest, a page, a tensor or one of its chunks."""
+    """Something that is not as it was written: a manifest, a page, a pack, a chunk or a tensor.
+
+    `key` is of the object that is to blame; empty if the objects are as they were, but do not add up.
+    """
 
     step: int
     item: str
     why: str
+    key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class VerifyReport:
-    """What was read back, and what is wrong with it: `num_bad` items, the first thousand of them listed."""
+class Verified:
+    """What was found of one checkpoint: `num_bad` items are bad, the first thousand of them listed.
 
-    steps: tuple[int, ...]
+    `num_bytes` were read of it: what an earlier one shares with it was not read again.
+    """
+
+    step: int
     num_tensors: int
     num_chunks: int
     num_bytes: int
@@ -43,127 +54,253 @@ class VerifyReport:
         """Whether everything is as it was written."""
         return self.num_bad == 0
 
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What was read back, the newest checkpoint first, and what is wrong with it.
+
+    `skipped` steps were verified recently enough; `left` ones did not fit the budget. `unrecorded` says why
+    the store could not be told what was found, if so.
+    """
+
+    checkpoints: tuple[Verified, ...]
+    skipped: tuple[int, ...] = ()
+    left: tuple[int, ...] = ()
+    unrecorded: str = ""
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps that were read back."""
+        return tuple(one.step for one in self.checkpoints)
+
+    @property
+    def num_tensors(self) -> int:
+        """Tensors of all these checkpoints."""
+        return sum(one.num_tensors for one in self.checkpoints)
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of all these checkpoints."""
+        return sum(one.num_chunks for one in self.checkpoints)
+
+    @property
+    def num_bytes(self) -> int:
+        """Stored bytes that were read."""
+        return sum(one.num_bytes for one in self.checkpoints)
+
+    @property
+    def num_bad(self) -> int:
+        """Items that are bad."""
+        return sum(one.num_bad for one in self.checkpoints)
+
+    @property
+    def bad(self) -> tuple[Bad, ...]:
+        """The bad items that are listed."""
+        return tuple(bad for one in self.checkpoints for bad in one.bad)
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether everything is as it was written."""
+        return self.num_bad == 0
+
     @property
     def bad_steps(self) -> tuple[int, ...]:
-        """The steps that have something wrong, of those listed."""
-        return tuple(sorted({one.step for one in self.bad}))
+        """The steps that have something wrong."""
+        return tuple(sorted(one.step for one in self.checkpoints if one.num_bad))
 
 
-def verify(store: Store, step: int | None = None) -> VerifyReport:
+def verify(
+    store: Store,
+    step: int | None = None,
+    *,
+    since_s: float | None = None,
+    budget_bytes: int | None = None,
+    pace: Pace | None = None,
+) -> VerifyReport:
     """Read back every chunk of one step's checkpoint, or of all: checksums, fingerprints, exact coverage.
+
+    What was found is written to the store: the newest checkpoint that was proved never expires. Of all
+    checkpoints the newest comes first, and what several share is read once. With `since_s`, a unix time,
+    those are skipped that were proved since; with a `budget_bytes` none is begun once so much was read: so
+    calls with the same `since_s` go on where the last one stopped.
 
     Bad content is listed, never raised; memory stays within some 40 MiB beside the index of a checkpoint.
     Raises NoCheckpoint if there is nothing to verify, StoreUnavailable if the store cannot be read.
     """
-    catalog = Catalog(store)
-    steps = catalog.steps() if step is None else [step]
-    if not steps or (step is not None and step not in catalog.steps()):
+    there = Catalog(store).steps()
+    if not there or (step is not None and step not in there):
         what = "no checkpoint at all" if step is None else f"no checkpoint of step {step}"
         raise NoCheckpoint(f"{store} holds {what}: is the URL right, and has a checkpoint become durable?")
-    tally = _Tally()
-    for one in steps:
+    scrub = _Scrub(store, pace)
+    recent = set() if since_s is None else {key for key, at_s in verified(store).items() if at_s >= since_s}
+    left: list[int] = []
+    for each in sorted(there, reverse=True) if step is None else [step]:
+        if budget_bytes is not None and scrub.num_bytes >= budget_bytes:
+            left.append(each)
+        else:
+            scrub.visit(each, recent)
+    if step is not None and not (scrub.done or scrub.skipped):
+        raise NoCheckpoint(f"the checkpoint of step {step} in {store} was removed while it was read")
+    return VerifyReport(tuple(scrub.done), tuple(scrub.skipped), tuple(left), scrub.unrecorded)
+
+
+def examine(store: Store, manifest: Manifest) -> Verified:
+    """Read back what a manifest names, whether it stands in the store or not; nothing is written down."""
+    return _Scrub(store, None).read_back(manifest)
+
+
+class _Scrub:
+    """One pass over some checkpoints, and what it has proved so far."""
+
+    def __init__(self, store: Store, pace: Pace | None) -> None:
+        self.done: list[Verified] = []
+        self.skipped: list[int] = []
+        self.unrecorded = ""
+        self._store = store
+        self._pace = pace
+        self._proved: list[Identities] = []  # of the chunks read last, as many as fit _MAX_REMEMBERED
+        self._packs: set[str] = set()  # whose index was found to be sound
+
+    @property
+    def num_bytes(self) -> int:
+        """Stored bytes that were read so far."""
+        return sum(one.num_bytes for one in self.done)
+
+    def visit(self, step: int, recent: Collection[tuple[int, str]]) -> None:
+        """Read a checkpoint back, unless it was proved recently, and write down what was found."""
+        key = manifest_key(step)
         try:
-            manifest = catalog.manifest(one)
-        except (FormatError, NoCheckpoint) as error:
-            tally.note(one, manifest_key(one), error)
-            continue
-        _verify_checkpoint(store, manifest, tally)
-    return VerifyReport(
-        tuple(steps), tally.num_tensors, tally.num_chunks, tally.num_bytes, tally.num_bad, tuple(tally.bad)
-    )
+            manifest, data = read_manifest(self._store, step)
+        except NoCheckpoint:
+            return  # pruned since it was listed
+        except FormatError as error:
+            self.done.append(Verified(step, 0, 0, 0, 1, (Bad(step, key, str(error), key),)))
+            return
+        digest = digest_of(data)
+        if (step, digest) in recent:
+            self.skipped.append(step)
+            return
+        found = self.read_back(manifest)
+        if found.num_bad and not self._stands(step, digest):
+            return  # pruned while it was read
+        self.done.append(found)
+        self._record(found, digest)
+
+    def read_back(self, manifest: Manifest) -> Verified:
+        """Read back what is not known to be sound yet."""
+        tally = _Tally(manifest.step)
+        table = self._index(manifest, tally)
+        contents = Contents(self._store, manifest, table)
+        wanted = self._without_lost_packs(manifest, table, tally)
+        if self._proved:
+            wanted = wanted[~np.isin(contents.identities[wanted], np.concatenate(self._proved))]
+        num_bytes = 0
+        for batch in contents.prove(wanted):
+            num_bytes += batch.num_bytes
+            self._remember(batch.proved)
+            for flaw in batch.flaws:
+                tally.note(flaw.item, flaw.why, flaw.key)
+            if self._pace is not None:
+                self._pace.spend(batch.num_bytes)
+        _check_tensors(manifest, table, tally)
+        num_tensors = len(manifest.tensors)
+        return Verified(manifest.step, num_tensors, len(table), num_bytes, tally.num_bad, tuple(tally.bad))
+
+    def _index(self, manifest: Manifest, tally: "_Tally") -> ChunkTable:
+        tables = []
+        for page in manifest.pages:
+            try:
+                tables.append(chunks_of_page(manifest, page, self._store.read(page.key)[0]))
+            except (FormatError, NotFound) as error:
+                tally.note(page.key, error, page.key)
+        return ChunkTable.concat(tables)
+
+    def _without_lost_packs(self, manifest: Manifest, table: ChunkTable, tally: "_Tally") -> Places:
+        """Check every pack's own index; return the chunks that do not lie in packs which are gone."""
+        lost = []
+        for number, pack in enumerate(manifest.packs):
+            if pack.key in self._packs:
+                continue
+            try:
+                read_pack_index(self._store, pack)
+            except (FormatError, NotFound) as error:
+                if not self._is_gone(pack.key):
+                    tally.note(f"the index of {pack.key}", error, pack.key)
+                    continue
+                lost.append(number)
+                tally.note(pack.key, f"the pack is missing: {error}", pack.key)
+            else:
+                self._packs.add(pack.key)
+        owners = table.owners()[np.isin(table.rows["pack"], lost)]
+        return np.setdiff1d(np.arange(len(table)), owners)
+
+    def _is_gone(self, key: str) -> bool:
+        try:
+            self._store.read(key, [ByteRange(0, 1)])
+        except NotFound:
+            return True
+        return False
+
+    def _remember(self, proved: Identities) -> None:
+        self._proved.append(proved)
+        while sum(map(len, self._proved)) > _MAX_REMEMBERED:
+            del self._proved[0]
+
+    def _stands(self, step: int, digest: str) -> bool:
+        try:
+            return digest_of(self._store.read(manifest_key(step))[0]) == digest
+        except NotFound:
+            return False
+
+    def _record(self, found: Verified, digest: str) -> None:
+        """Write down whether a checkpoint is sound; a store that takes no writes can be read all the same."""
+        try:
+            if found.is_sound:
+                record_verified(self._store, found.step, digest, found.num_bytes)
+            else:
+                forget_verified(self._store, found.step, digest)
+        except StoreRefused as error:
+            self.unrecorded = str(error)
 
 
 @dataclass(slots=True)
 class _Tally:
-    """The counts of a scrub under way."""
+    """What is bad about one checkpoint, so far."""
 
-    num_tensors: int = 0
-    num_chunks: int = 0
-    num_bytes: int = 0
+    step: int
     num_bad: int = 0
     bad: list[Bad] = field(default_factory=list)
 
-    def note(self, step: int, item: str, why: object) -> None:
+    def note(self, item: str, why: object, key: str = "") -> None:
         self.num_bad += 1
         if len(self.bad) < _MAX_LISTED:
-            self.bad.append(Bad(step, item, str(why)))
+            self.bad.append(Bad(self.step, item, str(why), key))
 
 
-def _verify_checkpoint(store: Store, manifest: Manifest, tally: _Tally) -> None:
-    chunks = _read_index(store, manifest, tally)
-    sums = [0] * len(manifest.tensors)
-    for batch in _batches(chunks):
-        key = manifest.packs[batch[0].pack].key
-        for chunk, stored in _read(store, key, batch):
-            tally.num_chunks += 1
-            tally.num_bytes += chunk.num_bytes
-            try:
-                found = _proved(manifest, chunk, stored)
-            except FormatError as error:
-                name = manifest.tensors[chunk.tensor].name
-                tally.note(manifest.step, f"{name} (bytes {chunk.offset}+{chunk.num_bytes} of {key})", error)
-                continue
-            sums[chunk.tensor] = (sums[chunk.tensor] + found) % MODULUS
-    places = group_by_tensor([chunk.tensor for chunk in chunks])
+def _check_tensors(manifest: Manifest, table: ChunkTable, tally: _Tally) -> None:
+    """Prove that the chunks cover every tensor exactly once, and add up to its fingerprint."""
+    sums = table.fingerprint_sums()
+    uncovered = _uncovered(manifest, table)
     for number, tensor in enumerate(manifest.tensors):
-        tally.num_tensors += 1
-        try:
-            check_cover(tensor.name, tensor.shape, [chunks[place].box for place in places.get(number, [])])
-            if sums[number] != tensor.fingerprint:
-                raise Corrupt(f"its fingerprint is {sums[number]:016x} instead of {tensor.fingerprint:016x}")
-        except (Incomplete, Corrupt) as error:
-            tally.note(manifest.step, tensor.name, error)
+        if number in uncovered:
+            tally.note(tensor.name, uncovered[number])
+        elif sums.get(number, 0) != tensor.fingerprint:
+            found = sums.get(number, 0)
+            tally.note(tensor.name, f"its fingerprint is {found:016x} instead of {tensor.fingerprint:016x}")
 
 
-def _read_index(store: Store, manifest: Manifest, tally: _Tally) -> list[ChunkRecord]:
-    chunks: list[ChunkRecord] = []
-    for page in manifest.pages:
-        try:
-            chunks += chunks_of_page(manifest, page, store.read(page.key)[0])
-        except (FormatError, NotFound) as error:
-            tally.note(manifest.step, page.key, error)
-    return chunks
-
-
-def _batches(chunks: Sequence[ChunkRecord]) -> Iterator[list[ChunkRecord]]:
-    """Yield runs of chunks of one pack, in its order, of a bounded size."""
-    ordered = sorted(chunks, key=lambda chunk: (chunk.pack, chunk.offset))
-    for _, of_pack in groupby(ordered, key=lambda chunk: chunk.pack):
-        batch: list[ChunkRecord] = []
-        num_bytes = 0
-        for chunk in of_pack:
-            if batch and num_bytes + chunk.num_bytes > _BATCH_BYTES:
-                yield batch
-                batch, num_bytes = [], 0
-            batch.append(chunk)
-            num_bytes += chunk.num_bytes
-        yield batch
-
-
-def _read(
-    store: Store, key: str, batch: Sequence[ChunkRecord]
-) -> Iterator[tuple[ChunkRecord, Buffer | NotFound]]:
-    """Read chunks of a pack at once; if not all are there, one by one, to know which."""
-    ranges = [ByteRange(chunk.offset, chunk.num_bytes) for chunk in batch]
+def _uncovered(manifest: Manifest, table: ChunkTable) -> dict[int, Incomplete]:
     try:
-        yield from zip(batch, store.read(key, ranges), strict=True)
-    except NotFound:
-        for chunk, wanted in zip(batch, ranges, strict=True):
-            try:
-                yield chunk, store.read(key, [wanted])[0]
-            except NotFound as error:
-                yield chunk, error
-
-
-def _proved(manifest: Manifest, chunk: ChunkRecord, stored: Buffer | NotFound) -> int:
-    """Return the fingerprint of a chunk's content. Raises Corrupt if it is not what was written."""
-    if isinstance(stored, NotFound):
-        raise Corrupt(str(stored)) from stored
-    tensor = manifest.tensors[chunk.tensor]
-    raw = decode(chunk.codec, stored, chunk.box.numel * itemsize(tensor.dtype))
-    if checksum(raw) != chunk.checksum:
-        raise Corrupt("its checksum does not agree")
-    found = fingerprint(raw, tensor.dtype, tensor.shape, chunk.box)
-    if found != chunk.fingerprint:
-        raise Corrupt("its fingerprint does not agree: it is the content of another place")
+        check_chunks(manifest.tensors, table)
+    except Incomplete:
+        places = table.by_tensor()
+    else:
+        return {}
+    found = {}
+    for number, tensor in enumerate(manifest.tensors):
+        mine = places.get(number)
+        try:
+            check_cover(tensor.name, tensor.shape, [] if mine is None else [c.box for c in table.take(mine)])
+        except Incomplete as error:
+            found[number] = error
     return found

@@ -1,12 +1,25 @@
 """States, worlds and comparisons that the checkpoint engine's tests share."""
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import pytest
 import torch
 
-from checkpoint import Durable, Outcome, SavePolicy, Saver, Share, flatten_state
+from checkpoint import (
+    Catalog,
+    Durable,
+    NoCheckpoint,
+    Outcome,
+    SavePolicy,
+    Saver,
+    Share,
+    Store,
+    flatten_state,
+    load,
+    verify,
+)
 from checkpoint.engine.pipeline import Tuning
 from checkpoint.format.codec import Codec
 
@@ -24,6 +37,18 @@ def small_state(step: int) -> dict[str, Any]:
         "optimizer": {"exp_avg": torch.full((3, 5), float("nan")), "step": torch.tensor(float(step))},
         "cursor": {"step": step, "seen": (1, 2.5, None)},
         "empty": torch.empty(0, 4),
+    }
+
+
+def run_state(step: int, scale: int = 1) -> dict[str, Any]:
+    """A state of which some stays as it is, some drifts in a few bits and some is new at every step."""
+    steady = torch.Generator().manual_seed(0)
+    weight = torch.randn(5000 * scale, generator=steady)
+    return {
+        "frozen": torch.randn(4000 * scale, generator=steady),
+        "drifting": (weight * (1 + step * 2**-9)).bfloat16(),
+        "moment": torch.randn(300 * scale, generator=torch.Generator().manual_seed(step)),
+        "step": step,
     }
 
 
@@ -54,6 +79,31 @@ def save_alone(saver: Saver, step: int, generation: int = 0) -> tuple[Outcome, .
     saver.save(step, small_state(step), Share.alone(generation=generation), {})
     assert saver.drain(20)
     return saver.outcomes()
+
+
+def assert_whole(
+    store: Store, acknowledged: Collection[int], state_of: Callable[[int], Any] = small_state
+) -> None:
+    """Prove that every checkpoint that exists is whole, and every acknowledged one exists."""
+    steps = Catalog(store).steps()
+    assert set(acknowledged) <= set(steps)
+    assert Catalog(store).latest() == (max(steps) if steps else None)
+    for step in steps:
+        assert same_bits(load(store, step).state, state_of(step))
+    if steps:
+        assert load(store).manifest.step == max(steps) and load(store).report.fallbacks == ()
+        assert verify(store).is_sound
+    else:
+        with pytest.raises(NoCheckpoint):
+            load(store)
+
+
+def save_steps(saver: Saver, states: Mapping[int, Any]) -> None:
+    """Save states of a world of one, one after the other; all have to become durable."""
+    for step, state in states.items():
+        saver.save(step, state, Share.alone(), {})
+        assert saver.drain(20)
+        assert durable_steps(saver.outcomes()) == [step]
 
 
 def at_once(actions: list[Callable[[], None]]) -> None:

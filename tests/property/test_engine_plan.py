@@ -1,17 +1,31 @@
 """Plans are arithmetic: every element has one writer, the load is even, and copies fill what is wanted."""
 
 import math
+import random
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint.engine.plan import Piece, TensorSpec, check_cover, deal_pieces, plan_restore, plan_save
+from checkpoint.engine.plan import (
+    Piece,
+    TensorSpec,
+    check_chunks,
+    check_cover,
+    deal_pieces,
+    plan_copies,
+    plan_restore,
+    plan_save,
+)
+from checkpoint.engine.regions import Regions, find_outside, find_uncovered, meet, padded
 from checkpoint.errors import Incomplete
+from checkpoint.format.codec import Codec
 from checkpoint.format.dtypes import itemsize
 from checkpoint.format.layout import Box, split_box
-from checkpoint.format.records import MAX_CHUNK_BYTES
+from checkpoint.format.records import MAX_CHUNK_BYTES, ChunkRecord
+from checkpoint.format.table import ChunkTable
+from tests.restore_samples import random_cuts
 
 shapes = st.lists(st.integers(0, 6), max_size=4).map(tuple)
 specs = st.builds(TensorSpec, st.text(max_size=3), st.sampled_from(["float32", "bfloat16", "bool"]), shapes)
@@ -83,3 +97,122 @@ def test_two_overlapping_boxes_with_the_right_number_of_elements_are_no_cover():
 def test_a_box_outside_of_its_tensor_is_no_cover():
     with pytest.raises(Incomplete, match="outside"):
         check_cover("w", (4,), [Box((2,), (4,))])
+
+
+chances = st.integers(0, 2**32).map(random.Random)
+many_shapes = st.lists(st.lists(st.integers(1, 6), max_size=4).map(tuple), min_size=1, max_size=4)
+
+
+def random_box(chance: random.Random, shape: tuple[int, ...]) -> Box:
+    start = tuple(chance.randrange(size) for size in shape)
+    return Box(start, tuple(chance.randint(0, size - at) for size, at in zip(shape, start, strict=True)))
+
+
+def shapes_table(shapes: list[tuple[int, ...]]) -> np.ndarray:
+    return padded(shapes, max(map(len, shapes)), 1)
+
+
+@given(many_shapes, chances)
+def test_regions_of_many_tensors_meet_where_their_elements_do(shapes, chance):
+    drawn = [
+        [(tensor, random_box(chance, shapes[tensor])) for tensor in chance.choices(range(len(shapes)), k=9)]
+        for _ in range(2)
+    ]
+    sides = [Regions.of([box for _, box in side], [tensor for tensor, _ in side]) for side in drawn]
+    found = meet(*sides)
+    expected = {
+        (left, right): common
+        for left, (tensor, box) in enumerate(drawn[0])
+        for right, (other, wanted) in enumerate(drawn[1])
+        if tensor == other and (common := box.intersect(wanted)) is not None
+    }
+    rows = zip(found.left.tolist(), found.right.tolist(), strict=True)
+    ranks = [len(shapes[tensor]) for tensor in found.common.tensors.tolist()]
+    assert {pair: found.common.box(row, ranks[row]) for row, pair in enumerate(rows)} == expected
+    assert len(found) == len(expected) and (np.diff(found.right) >= 0).all()
+
+
+@given(many_shapes, chances)
+def test_a_cover_is_told_from_anything_else_as_counting_each_element_does(shapes, chance):
+    boxes: list[tuple[int, Box]] = []
+    for number, shape in enumerate(shapes):
+        boxes += [(number, box) for box in random_cuts(chance, Box.whole(shape), 4)]
+    for _ in range(chance.randint(0, 2)):  # leave one out, put one in twice, move or resize one
+        victim = chance.randrange(len(boxes)) if boxes else 0
+        if boxes and chance.random() < 0.5:
+            number, _ = boxes.pop(victim)
+            boxes += [(number, random_box(chance, shapes[number]))] * chance.randint(0, 1)
+        else:
+            boxes += [boxes[victim]] if boxes else []
+    chance.shuffle(boxes)
+    counts = [np.zeros(shape, int) for shape in shapes]
+    for number, box in boxes:
+        counts[number][box.within(Box.whole(shapes[number]))] += 1
+    wrong = {number for number, count in enumerate(counts) if (count != 1).any()}
+    regions = Regions.of([box for _, box in boxes], [number for number, _ in boxes])
+    found = find_uncovered(regions, shapes_table(shapes), range(len(shapes)))
+    assert found in wrong if wrong else found is None
+
+
+@given(many_shapes, chances)
+def test_a_table_of_chunks_is_held_against_the_tensors_that_are_asked_for(shapes, chance):
+    boxes = [
+        (number, box)
+        for number, shape in enumerate(shapes)
+        for box in random_cuts(chance, Box.whole(shape), 3)
+    ]
+    table = ChunkTable.of(
+        [ChunkRecord(number, box, Codec.RAW, 0, 0, box.numel, bytes(16), 0) for number, box in boxes]
+    )
+    tensors = [TensorSpec(f"t{number}", "uint8", shape) for number, shape in enumerate(shapes)]
+    check_chunks(tensors, table)
+    asked = set(chance.sample(range(len(shapes)), chance.randint(1, len(shapes))))
+    check_chunks(tensors, table.of_tensors(asked), asked)
+    lost = chance.randrange(len(boxes))
+    rest = table.take(np.array([row for row in range(len(boxes)) if row != lost], np.intp))
+    with pytest.raises(Incomplete, match=f"'t{boxes[lost][0]}'"):
+        check_chunks(tensors, rest)
+
+
+def test_boxes_that_reach_beyond_what_numbers_hold_lie_outside():
+    shapes = np.array([[10, 10]])
+    far = Regions(np.zeros(1, np.int64), np.array([[5, 0]]), np.array([[2**63 - 1, 1]]))
+    assert find_outside(far, shapes) == 0
+    assert find_outside(Regions.of([Box((9, 9), (1, 1))]), shapes) is None
+    assert find_outside(Regions.of([Box((9, 9), (1, 2))]), shapes) == 0
+
+
+def test_sizes_near_the_limit_of_the_format_are_planned_exactly():
+    size = 2**59
+    stored = [Box((0,), (size // 2,)), Box((size // 2,), (size // 2,))]
+    check_cover("w", (size,), stored)
+    (copy,) = plan_restore(stored, [Box((size - 3,), (3,))])
+    assert (copy.chunk, copy.box) == (1, Box((size - 3,), (3,)))
+    with pytest.raises(Incomplete):
+        check_cover("w", (size,), [stored[0], Box((size // 2 + 1,), (size // 2 - 1,))])
+    with pytest.raises(Incomplete, match="leave 1 of"):
+        plan_restore([stored[0]], [Box((0,), (size // 2 + 1,))])
+
+
+def test_boxes_too_jagged_to_be_a_saver_s_are_refused_in_bounded_memory():
+    chance = random.Random(0)
+    shape = (3,) * 14
+    boxes = [random_box(chance, shape) for _ in range(64)]
+    with pytest.raises(Incomplete):
+        check_cover("w", shape, boxes)
+
+
+def test_the_share_of_a_rank_in_a_million_chunks_is_found():
+    per = 1000
+    for num_tensors in (10, 1000):
+        rows = np.repeat(np.arange(num_tensors), per)
+        starts = np.zeros((len(rows), 2), np.int64)
+        starts[:, 0] = np.tile(np.arange(per) * 4, num_tensors)
+        stored = Regions(rows, starts, np.tile(np.array([[4, 1024]]), (len(rows), 1)))
+        numbers = np.arange(num_tensors)
+        shapes = np.tile(np.array([[4 * per, 1024]]), (num_tensors, 1))
+        assert find_uncovered(stored, shapes, range(num_tensors)) is None
+        wanted = Regions(
+            numbers, *(np.tile(np.array([one]), (num_tensors, 1)) for one in ((7, 0), (5, 1024)))
+        )
+        assert len(plan_copies(stored, wanted)) == 2 * num_tensors  # rows 7 to 12: of the chunks 1 and 2

@@ -68,7 +68,7 @@ def test_the_keys_are_listed_with_bounds_and_meaning():
         (["resume", "nobody", "--runs-dir", "nowhere"], ["no run nobody", "nowhere"]),
         (["inspect", "nothing-here"], ["nothing-here", "neither a URL"]),
         (["verify", "memory://empty"], ["memory://empty", "no checkpoint"]),
-        (["prune", "memory://empty", "--keep-latest", "1"], ["nothing was deleted"]),
+        (["prune", "memory://empty", "--keep", "latest:1"], ["nothing was deleted"]),
     ],
 )
 def test_a_mistake_gives_one_clear_error_and_no_traceback(arguments, words):
@@ -130,7 +130,7 @@ def test_an_edited_manifest_is_shown_as_damaged(store):
 
 
 def test_prune_keeps_what_its_policies_keep(store):
-    pruned = json.loads(ask("prune", store, "--keep-latest", "1", "--keep-every", "2", "--json").output)
+    pruned = json.loads(ask("prune", store, "--keep", "latest:1", "--keep", "every:2", "--json").output)
     assert (pruned["kept"], pruned["deleted"]) == ([2, 3], [1])
     assert ask("verify", store).exit_code == 0
 
@@ -150,7 +150,7 @@ def test_doctor_tells_of_a_store_that_cannot_be_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "verb", [["inspect"], ["verify"], ["prune", "--keep-latest", "1"], ["doctor", "--store"]]
+    "verb", [["inspect"], ["verify"], ["prune", "--keep", "latest:1"], ["doctor", "--store"]]
 )
 def test_the_core_verbs_import_neither_prefect_nor_ray(verb, store):
     script = (

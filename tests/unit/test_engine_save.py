@@ -33,6 +33,9 @@ DTYPES += [torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.
 DTYPES += [torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu]
 
 
+LARGE = 10_000  # elements: more than is copied at once
+
+
 class Held:
     """A host that opens only when it is let: until then nothing is captured."""
 
@@ -151,8 +154,8 @@ def test_python_values_are_taken_when_save_is_called(store, host):
 def test_a_tensor_that_changes_during_capture_spoils_the_snapshot_and_never_commits(
     store, host, moment, hand
 ):
-    weight, grad = torch.ones(1000), torch.ones(1000)
-    moments = [torch.zeros(1000), torch.zeros(1000)]
+    weight, grad = torch.ones(LARGE), torch.ones(LARGE)
+    moments = [torch.zeros(LARGE), torch.zeros(LARGE)]
     held = Held(host)
     saver = Saver(held, "run")
     if moment == "during":

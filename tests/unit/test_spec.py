@@ -60,7 +60,7 @@ def test_none_takes_an_optional_default_away():
         (["training=4"], ["training", "dictionary"]),
         (["training.steps=0"], ["training.steps = 0", "greater than or equal to 1"]),
         (["training.steps=many"], ["training.steps = 'many'", "integer"]),
-        (["checkpoint.codec=lz4"], ["checkpoint.codec = 'lz4'", "'raw' or 'zstd'"]),
+        (["checkpoint.codec=lz4"], ["checkpoint.codec = 'lz4'", "'raw', 'zstd' or 'planes'"]),
         (["job.path=not-a-path"], ["job.path"]),
         (["drill.faults=[{at_stp=1}]"], ["drill.faults[0].at_step", "missing"]),
         (["drill.faults=[{at_step=1, rnk=1}]"], ["drill.faults[0].rnk", "at_step, kind, rank"]),

@@ -1,0 +1,253 @@
+"""Checkpoints for any PyTorch loop: save a step and go on; restore into what is there, in any layout."""
+
+import logging
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from checkpoint.checkpointer.giving import to_tree
+from checkpoint.checkpointer.hosting import AnyHost, Kept, Lodging, find_host, held_by, open_host
+from checkpoint.checkpointer.restoring import Restoration, restore_newest
+from checkpoint.checkpointer.saving import Saving
+from checkpoint.checkpointer.world import World, join_world
+from checkpoint.engine.catalog import Catalog
+from checkpoint.engine.contract import Depth, Durable, Failed, Outcome
+from checkpoint.engine.reading import ReadPolicy
+from checkpoint.engine.restore import Fallback
+from checkpoint.engine.save import SavePolicy, Saver
+from checkpoint.engine.source import HeldSource, Source, StoreSource
+from checkpoint.errors import StoreError
+from checkpoint.format.tree import Json
+from checkpoint.lifecycle.aside import set_aside
+from checkpoint.lifecycle.policies import Policy
+from checkpoint.lifecycle.tiers import Tier, check_tiers, is_due
+from checkpoint.store.open import open_store
+
+log = logging.getLogger("holdfast.checkpoint")
+
+NEAREST = "store"
+MEMORY = "memory"
+_LEASE_S, _SHORT_LEASE_S = 60.0, 2.0
+_MAX_REMEMBERED = 256  # savings whose fate is still followed
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What seldom needs to be said of a Checkpointer.
+
+    `tiers` are the stores beyond the nearest, each with its cadence and retention. The arena, shared memory
+    that holds snapshots until they are written, is `arena_mib` large; by default two snapshots, and those
+    held. Snapshots are kept by a keeper, a process of its own, unless the store lives in this one. It
+    outlives this one until they are written, and for `lease_s`, by default a minute if it holds any in
+    memory. Leaving waits for `flush_s` at most until everything is durable.
+    """
+
+    tiers: tuple[Tier, ...] = ()
+    arena_mib: int | None = None
+    saving: SavePolicy = field(default_factory=SavePolicy)
+    reading: ReadPolicy = field(default_factory=ReadPolicy)
+    kept: Kept | None = None
+    directory: Path | None = None
+    lease_s: float | None = None
+    flush_s: float = 600.0
+
+
+class Checkpointer:
+    """Saves and restores a training state: modules, optimizers, schedulers, data loaders, random states.
+
+    Works alone, and under `torch.distributed` with any mix of replicated, FSDP2 and tensor parallel modules;
+    make it, restore and save on every rank then, after `init_process_group`. A state is nested dicts of such
+    things and of plain values. What was saved by one world restores into another, of any size and layout.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        run: str = "run",
+        every: int = 1,
+        keep: Sequence[Policy] = (),
+        memory: int = 0,
+        options: Options | None = None,
+    ) -> None:
+        """Open the store at `url` (a path, file://, s3://, memory://) for the checkpoints of one run.
+
+        Each `every`-th step is written, and kept as long as a policy of `keep` does (none: for ever). With
+        `memory` all steps are captured, and that many of the newest held in the keeper's memory, from where
+        a new process on this host restores. Raises StoreRefused, StoreUnavailable.
+        """
+        self._options = options or Options()
+        if every < 1 or memory < 0:
+            raise ValueError(
+                f"every {every} steps, {memory} held in memory: neither can be less than 1 and 0"
+            )
+        self._every = every
+        self._store = open_store(url)
+        check_tiers((Tier(url, every, name=NEAREST), *self._options.tiers))
+        kept = self._options.kept or ("in this process" if url.startswith("memory:") else "by a keeper")
+        if kept == "in this process" and (keep or self._options.tiers):
+            raise ValueError(
+                "retention and further tiers are a keeper's work: use a store that one can reach"
+            )
+        self._lodging = Lodging(
+            url, run, tuple(keep), self._options.tiers, memory, self._options.arena_mib, kept,
+            self._options.directory, _lease_s(self._options.lease_s, memory), self._options.flush_s,
+        )  # fmt: skip
+        self._world = self._join()
+        self._host: AnyHost | None = None
+        self._saver: Saver | None = None
+        self._damaged: tuple[Fallback, ...] = ()
+        self._last = -1
+        self._savings: deque[Saving] = deque(maxlen=_MAX_REMEMBERED)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        cursor: Json = None,
+        depth: Depth | None = None,
+    ) -> Saving | None:
+        """Save a step if it is due, and return at once; every rank does so, right after the same update.
+
+        Large tensors are copied while the next forward and backward run; a torch optimizer waits for that by
+        itself, anything else that changes the state calls `wait_captured` first. `metrics` are what retention
+        chooses the best by, `cursor` says where in the data the run is. `depth` "store" or "memory" overrides
+        the cadence. Returns None if nothing was due.
+
+        Raises `FormatError` for a state that cannot be stored, naming what; never for trouble with the store,
+        which is logged, and told by the Saving. Raises ValueError for a step that is not newer than the last.
+        """
+        depth = depth or self._due(step)
+        if depth is None:
+            return None
+        if step <= self._last:
+            raise ValueError(
+                f"step {step} is not newer than step {self._last}, which was saved last: "
+                "to go back, restore an older step first, or make another Checkpointer"
+            )
+        tree = to_tree(state)
+        saver = self._saver_for(tree)
+        self._make_way()
+        meta = {"metrics": dict(metrics or {}), "data_cursor": cursor}
+        captured = saver.save(step, tree, self._world.share, meta, depth=depth)
+        self._last = step
+        saving = Saving(step, self._world.generation, captured, self._tiers_of(step, depth), self._look)
+        self._savings.append(saving)
+        self._look()
+        return saving
+
+    def restore(self, state: Any, step: int | None = None) -> Restoration | None:
+        """Restore the newest whole checkpoint, or that of `step`, into the things of a state.
+
+        Parameters and buffers are filled where they are; optimizers, schedulers and the like load their
+        states; plain values are replaced in the dicts that hold them. Only what `state` names is read. In a
+        world, every rank calls it, and all restore the same step. Returns None if there is no checkpoint.
+
+        Raises Mismatch, naming what differs, for another model's checkpoint; NoCheckpoint if none is whole.
+        """
+        self.wait_captured()
+        self._host = self._host or find_host(self._lodging, self._world)
+        with ExitStack() as pinned:
+            held = pinned.enter_context(held_by(self._host))
+            sources = [*(HeldSource(one, MEMORY) for one in held), *self._stores()]
+            restored = restore_newest(state, sources, self._world, step, self._options.reading)
+        self._damaged = () if restored is None else restored.report.fallbacks
+        if self._last >= 0:
+            self._world, self._last = self._join(), -1  # what was saved before is of another generation
+        return restored
+
+    def latest(self) -> int | None:
+        """Return the newest step that is in the nearest store, None if there is none."""
+        return Catalog(self._store).latest()
+
+    def wait_captured(self) -> float:
+        """Wait until the state may be changed again; return the seconds that took."""
+        return 0.0 if self._saver is None else self._saver.wait_captured()
+
+    def wait(self, timeout_s: float = 600.0) -> bool:
+        """Wait until every save is durable in the nearest store or given up; False if time ran out."""
+        is_over = self._saver is None or self._saver.drain(timeout_s)
+        self._look()
+        return is_over
+
+    def close(self) -> None:
+        """Wait until everything is durable, and leave. The keeper ends when its lease is over."""
+        if self._saver is not None:
+            if not self.wait(self._options.flush_s):
+                log.error("left after %.0f s with checkpoints that are not durable", self._options.flush_s)
+            self._saver.close()
+        if self._host is not None:
+            self._host.close()
+        self._saver = self._host = None
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def world(self) -> World:
+        """This process's place."""
+        return self._world
+
+    def _join(self) -> World:
+        return join_world(self._store, apart="r" if self._lodging.kept == "in this process" else "")
+
+    def _due(self, step: int) -> Depth | None:
+        if step % self._every == 0:
+            return "store"
+        return "memory" if self._lodging.held else None
+
+    def _tiers_of(self, step: int, depth: Depth) -> tuple[str, ...]:
+        memory = (MEMORY,) if self._lodging.held else ()
+        if depth == "memory":
+            return (MEMORY,)
+        return (NEAREST, *(tier.label for tier in self._options.tiers if is_due(tier, step)), *memory)
+
+    def _stores(self) -> list[Source]:
+        return [
+            StoreSource(self._store, NEAREST),
+            *(StoreSource(open_store(tier.url), tier.label) for tier in self._options.tiers),
+        ]
+
+    def _saver_for(self, tree: Any) -> Saver:
+        if self._saver is None:
+            self._host = self._host or open_host(self._lodging, self._store, self._world, tree)
+            self._saver = Saver(self._host, self._lodging.run, self._options.saving)
+        return self._saver
+
+    def _make_way(self) -> None:
+        """Set aside, once, the checkpoints that could not be restored: their steps are to come again."""
+        damaged, self._damaged = self._damaged, ()
+        for one in damaged if self._world.rank == 0 else ():
+            try:
+                if set_aside(self._store, one.step, one.why):
+                    log.warning("the damaged checkpoint of step %d was set aside", one.step)
+            except StoreError as error:
+                log.warning("the damaged checkpoint of step %d stays in the way: %s", one.step, error)
+
+    def _look(self) -> None:
+        """Learn what became of saves, and say what went wrong."""
+        for outcome in () if self._saver is None else self._saver.outcomes():
+            _tell(outcome)
+            for saving in self._savings:
+                if (saving.step, saving.generation) == (outcome.step, outcome.generation):
+                    saving.note(outcome)
+
+
+def _lease_s(wanted_s: float | None, num_held: int) -> float:
+    if wanted_s is not None:
+        return wanted_s
+    return _LEASE_S if num_held else _SHORT_LEASE_S
+
+
+def _tell(outcome: Outcome) -> None:
+    if not isinstance(outcome, Durable):
+        where = f" on {outcome.tier}" if isinstance(outcome, Failed) and outcome.tier else ""
+        log.error("step %d is not checkpointed%s: %s", outcome.step, where, outcome.why)

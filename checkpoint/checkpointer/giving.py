@@ -1,0 +1,74 @@
+"""From what a training loop has to what a saver takes: modules, optimizers and the like as plain trees."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from checkpoint.checkpointer.objects import (
+    Kind,
+    kind_of,
+    module_state,
+    optimizer_names,
+    parameter_names,
+    state_of_rank,
+)
+from checkpoint.engine.per_rank import PerRank
+from checkpoint.errors import Unsupported
+
+_MAX_CLONED_BYTES = 1 << 20
+
+
+def to_tree(state: Any) -> Any:
+    """Return a state as nested plain data, tensors and PerRank values.
+
+    An optimizer's state goes by the names of its parameters, as they are in the modules beside it.
+    """
+    return _node(state, "", parameter_names(state))
+
+
+def _node(value: Any, path: str, names: Mapping[int, str]) -> Any:
+    match kind_of(value):
+        case Kind.DICT:
+            return {
+                key: _node(item, f"{path}/{key}" if path else str(key), names) for key, item in value.items()
+            }
+        case Kind.LIST | Kind.TUPLE:
+            return type(value)(_node(item, f"{path}/{number}", names) for number, item in enumerate(value))
+        case Kind.MODULE:
+            return {name: _held_still(tensor) for name, tensor in module_state(value, path).items()}
+        case Kind.OPTIMIZER:
+            return _optimizer(value, path, names)
+        case Kind.PER_RANK if isinstance(value, PerRank):
+            return PerRank(_node(value.value, path, names), value.max_bytes)
+        case Kind.PER_RANK:
+            return PerRank(state_of_rank(value)[0])
+        case Kind.STATEFUL:
+            return value.state_dict()
+        case _:
+            return value
+
+
+def _held_still(tensor: Any) -> Any:
+    """Return a parameter as it is, and a copy of a buffer, which a forward pass may change."""
+    is_buffer = isinstance(tensor, torch.Tensor) and not isinstance(tensor, nn.Parameter)
+    return tensor.detach().clone() if is_buffer and tensor.nbytes <= _MAX_CLONED_BYTES else tensor
+
+
+def _optimizer(optimizer: Optimizer, path: str, names: Mapping[int, str]) -> dict[str, Any]:
+    groups = optimizer_names(optimizer, names, path)
+    flat = [name for group in groups for name in group]
+    given = optimizer.state_dict()
+    numbers = [number for group in given["param_groups"] for number in group["params"]]
+    by_number = dict(zip(numbers, flat, strict=True))
+    if unknown := [key for key in given["state"] if key not in by_number]:
+        raise Unsupported(f"{path}: the optimizer has a state {unknown[0]!r} that belongs to no parameter")
+    return {
+        "state": {by_number[number]: value for number, value in given["state"].items()},
+        "param_groups": [
+            {**{key: value for key, value in group.items() if key != "param_names"}, "params": called}
+            for group, called in zip(given["param_groups"], groups, strict=True)
+        ],
+    }

@@ -1,0 +1,104 @@
+"""Who keeps this process's snapshots: the keeper of its host, or, for a store within this process, itself."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from checkpoint.checkpointer.world import World
+from checkpoint.engine.held import Held
+from checkpoint.engine.host import LocalHost
+from checkpoint.engine.leaves import describe, take_apart
+from checkpoint.engine.structure import host_bytes
+from checkpoint.keeper import KeeperConfig, KeeperHost, connect
+from checkpoint.keeper.home import is_free
+from checkpoint.lifecycle.policies import Policy
+from checkpoint.lifecycle.tiers import Tier
+from checkpoint.store.contract import Store
+
+MIB = 1 << 20
+_SLACK_BYTES = 1 * MIB
+_SPARE = 3.0  # a state before the optimizer's first step may grow to three times as much
+
+AnyHost = LocalHost | KeeperHost
+Kept = Literal["by a keeper", "in this process"]
+
+
+@dataclass(frozen=True, slots=True)
+class Lodging:
+    """Where snapshots are kept, and how many; `arena_mib` None asks for room for two, and those held."""
+
+    url: str
+    run: str
+    keep: tuple[Policy, ...]
+    tiers: tuple[Tier, ...]
+    held: int
+    arena_mib: int | None
+    kept: Kept
+    directory: Path | None
+    lease_s: float
+    flush_s: float
+
+    def config(self, host: str, arena_bytes: int) -> KeeperConfig:
+        """Return what the keeper of a host is told."""
+        return KeeperConfig(
+            run=self.run,
+            host=host,
+            store_url=self.url,
+            arena_bytes=arena_bytes,
+            lease_s=self.lease_s,
+            flush_s=self.flush_s,
+            hold=self.held,
+            keep=self.keep,
+            far=self.tiers,
+            directory=self.directory,
+        )
+
+
+def open_host(lodging: Lodging, store: Store, world: World, tree: Any) -> AnyHost:
+    """Join the keeper of this host or start one, with room for a state like `tree`."""
+    arena_bytes = arena_for(lodging, world, tree)
+    if lodging.kept == "in this process":
+        return LocalHost(store, world.host, arena_bytes=arena_bytes, hold=lodging.held)
+    return connect(lodging.config(world.host, arena_bytes))
+
+
+def find_host(lodging: Lodging, world: World) -> KeeperHost | None:
+    """Join the keeper of this host if one lives: it may hold what its last trainer captured."""
+    config = lodging.config(world.host, MIB)
+    if lodging.kept == "in this process" or not config.life_lock_path.exists() or is_free(config):
+        return None
+    return connect(config)
+
+
+def arena_for(lodging: Lodging, world: World, tree: Any) -> int:
+    """Return how large an arena is to be: as was said, else two snapshots of this host and those held."""
+    if lodging.arena_mib is not None:
+        return lodging.arena_mib * MIB
+    taken = take_apart(tree)
+    leaves = [
+        describe(name, leaf, world.rank, world.size)
+        for name, leaf in zip(taken.names, taken.leaves, strict=True)
+    ]
+    one = host_bytes(leaves, world.hosts, world.host)
+    spare = _SPARE if _is_young(tree) else 1.0
+    return int(one * (2 + lodging.held) * spare) + _SLACK_BYTES
+
+
+@contextmanager
+def held_by(host: AnyHost | None) -> Iterator[Sequence[Held]]:
+    """Pin what a host holds in memory, if anything."""
+    if host is None:
+        yield ()
+        return
+    with host.held() as held:
+        yield () if held is None else (held,)
+
+
+def _is_young(tree: Any) -> bool:
+    """Whether a state has an optimizer's that has not made a step."""
+    if not isinstance(tree, dict):
+        return False
+    is_blank = "param_groups" in tree and not tree.get("state")
+    return is_blank or any(_is_young(item) for item in tree.values())

@@ -1,0 +1,238 @@
+"""Back into what a training loop has: which boxes of a checkpoint it wants, and what it does with them.
+
+Parameters are filled where they are, in whatever layout they have now. What a checkpoint holds and nobody
+asks for is left alone; what is asked for and not there is an error.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from checkpoint.checkpointer.objects import Kind, kind_of, module_state, parameter_names, state_of_rank, walk
+from checkpoint.checkpointer.optimizers import plan_optimizer
+from checkpoint.checkpointer.sharing import Ranks, Request
+from checkpoint.engine.leaves import describe, own_tensors
+from checkpoint.engine.per_rank import PerRank, per_rank_values
+from checkpoint.engine.targets import Wanted
+from checkpoint.engine.tensors import identity, torch_dtype, unflatten_state
+from checkpoint.errors import Mismatch
+from checkpoint.format.layout import Box
+from checkpoint.format.manifest import Manifest, TensorRecord
+from checkpoint.format.tree import Json, leaf_names
+
+_MAX_NAMED = 5
+Later = Callable[[], Any]  # to be called once everything wanted is there: returns what a thing is now
+
+
+@dataclass(slots=True)
+class Refill:
+    """One restore of one checkpoint, for one rank: what to read, and what is to be told of it.
+
+    Make it with `plan_refill`; have the `requests` filled; then call `finish`.
+    """
+
+    manifest: Manifest
+    place: tuple[int, int]
+    requests: list[Request] = field(default_factory=list)
+    per_rank: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    finish: Later = lambda: None
+    records: dict[str, TensorRecord] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    filled: dict[Any, str] = field(default_factory=dict)
+
+    def tensor(self, live: torch.Tensor, node: Json, path: str) -> Later:
+        """Fill a tensor where it is: this rank's part of it."""
+        record = self.record(node, path)
+        leaf = describe(path, live, *self.place)
+        if (leaf.spec.dtype, leaf.spec.shape) != (record.dtype, record.shape):
+            raise Mismatch(
+                f"{path} is {leaf.spec.dtype}{list(leaf.spec.shape)} here and {record.dtype}"
+                f"{list(record.shape)} in the checkpoint of step {self.manifest.step}: "
+                "use the settings it was saved with"
+            )
+        own = own_tensors([live])[0].detach()
+        before = self.filled.setdefault((identity(own), leaf.spec.shape), record.name)
+        if before != record.name:
+            raise Mismatch(
+                f"{path} is one tensor here (tied weights) and two in the checkpoint, "
+                f"{before!r} and {record.name!r}"
+            )
+        mine = {part.box: part.local for part in leaf.parts(self.place[0])}
+        for piece in leaf.pieces(0, self.place[1]):
+            local = mine.get(piece.box)
+            target = None if local is None else own[tuple(map(slice, local.start, local.stop))]
+            self.ask(record, piece.box, piece.holders, target)
+        return lambda: live
+
+    def value(self, node: Json, path: str) -> Later:
+        """Read whatever there is at a place of the checkpoint, as plain data and new tensors on the CPU."""
+        tensors = {name: self.fresh(name, path) for name in dict.fromkeys(leaf_names(node))}
+        return lambda: unflatten_state(node, tensors)
+
+    def fresh(self, name: str, path: str) -> torch.Tensor:
+        """Return a new tensor on the CPU that will hold all of a stored one."""
+        record = self.record({"$": "tensor", "name": name}, path)
+        tensor = torch.empty(record.shape, dtype=torch_dtype(record.dtype))
+        self.ask(record, Box.whole(record.shape), tuple(range(self.place[1])), tensor)
+        return tensor
+
+    def ask(self, record: TensorRecord, box: Box, ranks: Ranks, target: torch.Tensor | None) -> None:
+        """Ask for a box that some ranks want; `target` is what it is to fill if this is one of them."""
+        wanted = None if target is None else Wanted(record.name, record.dtype, record.shape, box, target)
+        if not box.is_empty:
+            self.requests.append(Request(record.name, ranks, wanted))
+
+    def record(self, node: Json, path: str) -> TensorRecord:
+        """Return what the manifest says of the tensor that a node of the skeleton refers to."""
+        match node:
+            case {"$": "tensor", "name": str(name)}:
+                return self.records[name]
+        raise Mismatch(f"{path} is a tensor here, and none in the checkpoint of step {self.manifest.step}")
+
+
+def plan_refill(state: Any, manifest: Manifest, place: tuple[int, int]) -> Refill:
+    """Decide what to read for a state from a checkpoint; `place` is (rank, size).
+
+    Raises Mismatch, naming what differs, if the checkpoint does not hold what is asked for.
+    """
+    refill = Refill(manifest, place, records={record.name: record for record in manifest.tensors})
+    refill.names = parameter_names(state)
+    refill.finish = _node(refill, state, manifest.skeleton, "")
+    return refill
+
+
+def _node(refill: Refill, live: Any, node: Json, path: str) -> Later:
+    match kind_of(live):
+        case Kind.TENSOR:
+            return refill.tensor(live, node, path)
+        case Kind.MODULE:
+            return _module(refill, live, node, path)
+        case Kind.OPTIMIZER:
+            return _optimizer(refill, live, node, path)
+        case Kind.PER_RANK:
+            return _per_rank(refill, live, node, path)
+        case Kind.STATEFUL:
+            later = refill.value(node, path)
+            return lambda: (live.load_state_dict(later()), live)[1]
+        case Kind.DICT if not path or _holds_things(live):
+            return _dict(refill, live, node, path)
+        case Kind.LIST | Kind.TUPLE if _holds_things(live):
+            return _sequence(refill, live, node, path)
+        case _:
+            return refill.value(node, path)
+
+
+def _dict(refill: Refill, live: dict[Any, Any], node: Json, path: str) -> Later:
+    stored = entries(node, path)
+    _check_names(refill, path or "the state", set(live) - set(stored), set())
+    laters = {
+        key: _node(refill, item, stored[key], f"{path}/{key}" if path else str(key))
+        for key, item in live.items()
+    }
+
+    def later() -> dict[Any, Any]:
+        for key, one in laters.items():
+            live[key] = one()
+        return live
+
+    return later
+
+
+def _sequence(refill: Refill, live: Any, node: Json, path: str) -> Later:
+    match node:
+        case list(items) | {"$": "tuple", "items": list(items)} if len(items) == len(live):
+            laters = [
+                _node(refill, item, stored, f"{path}/{number}")
+                for number, (item, stored) in enumerate(zip(live, items, strict=True))
+            ]
+            return lambda: type(live)(one() for one in laters)
+    raise Mismatch(f"{path} has {len(live)} items here, and another number in the checkpoint")
+
+
+def _module(refill: Refill, module: nn.Module, node: Json, path: str) -> Later:
+    state, stored = module_state(module, path), entries(node, path)
+    _check_names(refill, path, set(state) - set(stored), set(stored) - set(state))
+    extras: list[tuple[nn.Module, Later]] = []
+    for name, value in state.items():
+        owner, _, last = name.rpartition(".")
+        if last == "_extra_state":
+            extras.append((module.get_submodule(owner), refill.value(stored[name], f"{path}/{name}")))
+        else:
+            refill.tensor(value, stored[name], f"{path}/{name}")
+
+    def later() -> nn.Module:
+        for owner, extra in extras:
+            owner.set_extra_state(extra())
+        return module
+
+    return later
+
+
+def _optimizer(refill: Refill, optimizer: Optimizer, node: Json, path: str) -> Later:
+    stored = entries(node, path)
+    _check_names(refill, path, {"state", "param_groups"} - set(stored), set())
+    later = plan_optimizer(refill, optimizer, stored, path)
+    return lambda: (later(), optimizer)[1]
+
+
+def _per_rank(refill: Refill, live: Any, node: Json, path: str) -> Later:
+    """Give a rank back what was its own, if there are as many ranks as there were."""
+    rows = refill.fresh(refill.record(node, path).name, path)
+    rank, size = refill.place
+
+    def later() -> Any:
+        values = refill.per_rank[path] = tuple(per_rank_values(rows))
+        if len(values) != size:
+            refill.notes.append(
+                f"{path} was saved by {len(values)} ranks, each its own, and {size} are here: left as it is"
+            )
+        elif not isinstance(live, PerRank):
+            state_of_rank(live)[1](values[rank])
+        elif kind_of(live.value) is Kind.STATEFUL or kind_of(live.value) is Kind.PER_RANK:
+            state_of_rank(live.value)[1](values[rank])
+        else:
+            return PerRank(values[rank], live.max_bytes)
+        return live
+
+    return later
+
+
+def entries(node: Json, path: str) -> Mapping[Any, Json]:
+    """Return the items of a stored dict. Raises Mismatch if it is none."""
+    match node:
+        case {"$": "dict", "items": list(items)}:
+            pairs = [pair for pair in items if isinstance(pair, list)]
+            return {unflatten_state(key, {}): item for key, item in pairs}
+        case dict() if "$" not in node:
+            return node
+    raise Mismatch(f"{path or 'the state'} has parts here, and none in the checkpoint")
+
+
+def _check_names(refill: Refill, path: str, missing: set[Any], unexpected: set[Any]) -> None:
+    if not missing and not unexpected:
+        return
+    told = [
+        f"{what}: {_listed(names)}"
+        for what, names in (("absent", missing), ("unknown here", unexpected))
+        if names
+    ]
+    raise Mismatch(
+        f"the checkpoint of step {refill.manifest.step} of run {refill.manifest.run!r} does not fit {path}; "
+        f"{'; '.join(told)}. Use the model it was saved with"
+    )
+
+
+def _listed(names: set[Any]) -> str:
+    some = sorted(map(str, names))
+    return ", ".join(some[:_MAX_NAMED]) + (
+        f" and {len(some) - _MAX_NAMED} more" if len(some) > _MAX_NAMED else ""
+    )
+
+
+def _holds_things(value: Any) -> bool:
+    return any(kind_of(one) is not Kind.PLAIN for _, one in walk(value))

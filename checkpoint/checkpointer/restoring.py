@@ -1,0 +1,182 @@
+"""One restore on all ranks: a step that every one of them could read, or the next older one."""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from checkpoint.checkpointer.refilling import Refill, plan_refill
+from checkpoint.checkpointer.sharing import by_ranks, digest_of, replicas
+from checkpoint.checkpointer.world import World
+from checkpoint.engine.reading import ReadPolicy
+from checkpoint.engine.restore import Fallback, RestoreReport, restore_into
+from checkpoint.engine.source import Source
+from checkpoint.errors import (
+    CheckpointError,
+    FormatError,
+    Incomplete,
+    Mismatch,
+    NoCheckpoint,
+    StoreUnavailable,
+    Unsupported,
+)
+from checkpoint.format.manifest import Manifest
+from checkpoint.format.tree import Json
+
+log = logging.getLogger("holdfast.checkpoint")
+
+_PASSED_OVER = (FormatError, Incomplete, NoCheckpoint)
+_MAX_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Restoration:
+    """What was restored: the step, what was saved along with it, and how it was read.
+
+    `report.fallbacks` are newer checkpoints that had to be passed over. `notes` tell what was left as it was,
+    and `per_rank` has the values that differed by rank, of all ranks that saved, by path.
+    """
+
+    step: int
+    cursor: Json
+    metrics: Mapping[str, float]
+    report: RestoreReport
+    notes: tuple[str, ...]
+    per_rank: Mapping[str, tuple[Any, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """How an attempt goes on one rank; `is_final` tells that an older checkpoint would not help."""
+
+    why: str = ""
+    is_final: bool = False
+    asked: str = ""
+
+
+class _Disagreed(Exception):
+    """A step that not all ranks can restore. Carries this rank's own error, if it has one."""
+
+    def __init__(self, why: str, own: CheckpointError | None, verdicts: Sequence[_Verdict]) -> None:
+        super().__init__(why)
+        self.own = own
+        self.is_final = any(one.is_final for one in verdicts)
+
+
+def restore_newest(
+    state: Any, sources: Sequence[Source], world: World, step: int | None, policy: ReadPolicy
+) -> Restoration | None:
+    """Restore the newest step that all ranks can read, or exactly `step`. Returns None if there is none."""
+    steps = [step] if step is not None else world.tell(lambda: _steps(sources))
+    passed: list[Fallback] = []
+    for candidate in steps:
+        try:
+            refill, report = _attempt(state, sources, candidate, world, policy)
+        except _Disagreed as error:
+            if error.is_final or step is not None:
+                raise error.own or CheckpointError(str(error)) from None
+            log.warning("step %d cannot be restored (%s): trying an older one", candidate, error)
+            passed.append(Fallback(candidate, str(error)))
+            continue
+        return _finish(refill, replace(report, fallbacks=tuple(passed)))
+    if passed:
+        named = "; ".join(f"step {one.step}: {one.why}" for one in passed[:_MAX_NAMED])
+        raise NoCheckpoint(f"no checkpoint is whole: {named}. Run `holdfast verify`, or start a new run")
+    return None
+
+
+def _attempt(
+    state: Any, sources: Sequence[Source], step: int, world: World, policy: ReadPolicy
+) -> tuple[Refill, RestoreReport]:
+    """Read one step. What fails on one rank raises _Disagreed on all."""
+    refill, failure = None, None
+    try:
+        refill = plan_refill(state, _manifest(sources, step), (world.rank, world.size))
+    except CheckpointError as error:
+        failure = error
+    _agree(world, failure, "" if refill is None else digest_of(refill.requests))
+    reports: list[RestoreReport] = []
+    failure = None
+    for ranks, wanted in by_ranks(refill.requests if refill else []).items():
+        with replicas(ranks, world.rank, world.size) as group:
+            try:
+                if world.rank in ranks:
+                    reading = replace(policy, group=group)
+                    reports.append(restore_into(sources, wanted, step=step, policy=reading).report)
+            except CheckpointError as error:
+                failure = error  # the other groups of this rank still need it
+    _agree(world, failure, "")
+    if refill is None:
+        raise AssertionError("a rank without a plan has agreed to it")
+    return refill, _summed(reports)
+
+
+def _agree(world: World, failure: CheckpointError | None, asked: str) -> None:
+    """Go on if all ranks do. Raises _Disagreed on all of them otherwise."""
+    verdicts = world.everybody(_verdict(failure, asked))
+    for rank, one in enumerate(verdicts):
+        if one.why:
+            raise _Disagreed(f"rank {rank}: {one.why}" if world.size > 1 else one.why, failure, verdicts)
+    if len({one.asked for one in verdicts}) > 1:
+        raise Mismatch("the ranks restore different things: give the same state on every rank")
+
+
+def _verdict(failure: CheckpointError | None, asked: str) -> _Verdict:
+    if failure is None:
+        return _Verdict(asked=asked)
+    may_go_on = isinstance(failure, _PASSED_OVER) and not isinstance(failure, Unsupported)
+    return _Verdict(f"{type(failure).__name__}: {failure}", is_final=not may_go_on)
+
+
+def _summed(reports: Sequence[RestoreReport]) -> RestoreReport:
+    """Add up the reports of one rank's reads."""
+    by_source: Counter[str] = Counter()
+    for one in reports:
+        by_source.update(one.bytes_by_source)
+    return RestoreReport(
+        sum(one.num_bytes for one in reports),
+        sum(one.num_requests for one in reports),
+        (),
+        dict(by_source),
+        sum(one.num_detours for one in reports),
+        tuple(detour for one in reports for detour in one.detours),
+    )
+
+
+def _steps(sources: Sequence[Source]) -> list[int]:
+    """List the steps of all sources that answer, newest first. Raises StoreUnavailable if the last fails."""
+    steps: set[int] = set()
+    outages: list[StoreUnavailable] = []
+    for source in sources:
+        try:
+            steps.update(source.steps())
+        except StoreUnavailable as error:
+            log.warning("%s cannot be asked for its checkpoints: %s", source.name, error)
+            outages.append(error)
+    if outages and len(outages) == len(sources):
+        raise outages[0]
+    return sorted(steps, reverse=True)
+
+
+def _manifest(sources: Sequence[Source], step: int) -> Manifest:
+    """Read a step's manifest from the nearest source that has it whole."""
+    failure: CheckpointError = NoCheckpoint(f"there is no checkpoint of step {step}")
+    for source in sources:
+        try:
+            return source.manifest(step)
+        except (FormatError, StoreUnavailable) as error:
+            failure = error
+        except NoCheckpoint:
+            continue
+    raise failure
+
+
+def _finish(refill: Refill, report: RestoreReport) -> Restoration:
+    refill.finish()
+    for note in refill.notes:
+        log.warning("%s", note)
+    manifest = refill.manifest
+    return Restoration(
+        manifest.step, manifest.data_cursor, manifest.metrics, report, tuple(refill.notes), refill.per_rank
+    )

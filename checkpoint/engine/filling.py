@@ -1,0 +1,264 @@
+"""Chunks from a source into targets: few large requests, a few threads, a budget, and proof before use."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import numpy as np
+
+from checkpoint.engine.pipeline import fan_out
+from checkpoint.engine.plan import plan_copies
+from checkpoint.engine.reading import DECODING, Holes, ReadPolicy, Tally
+from checkpoint.engine.regions import Column, Regions
+from checkpoint.engine.source import Source, StoreSource
+from checkpoint.engine.targets import Target
+from checkpoint.errors import Corrupt, FormatError, StoreUnavailable
+from checkpoint.format.codec import Buffer, Codec, checksum, decode, xor_bytes
+from checkpoint.format.dtypes import dtype_of, itemsize
+from checkpoint.format.fingerprint import fingerprint
+from checkpoint.format.layout import Box
+from checkpoint.format.manifest import Manifest
+from checkpoint.format.table import NO_BASE, ChunkTable
+from checkpoint.store.contract import ByteRange
+
+_DIRECT_BYTES = 256 << 10  # smaller chunks are read together instead
+_WASTE = 20  # of so many bytes that are needed, one may be read in vain
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A checkpoint as one source has it; the table lists all chunks of the tensors at hand."""
+
+    source: Source
+    manifest: Manifest
+    table: ChunkTable
+
+
+@dataclass(slots=True)
+class _Run:
+    """Rows of the table that lie close together in a pack: one range."""
+
+    pack: int
+    start: int
+    stop: int
+    num_wasted: int = 0
+    places: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Link:
+    """A row that is to be read for a chunk: its own, or one of the bases below it."""
+
+    chunk: int
+    row: int
+    above: Buffer | None = None  # the XOR of what was stored for the chunk so far
+
+
+class Filling:
+    """What one source has to say about some holes."""
+
+    def __init__(self, opened: Opened, targets: Sequence[Target], policy: ReadPolicy, tally: Tally) -> None:
+        self._opened = opened
+        self._targets = targets
+        self._policy = policy
+        self._tally = tally
+        self._rows = opened.table.rows
+        self._boxes = Regions.of_table(opened.table)
+        sizes = np.array([itemsize(tensor.dtype) for tensor in opened.manifest.tensors], np.int64)
+        self._raw_bytes: Column = self._boxes.numels * sizes[self._boxes.tensors]
+
+    def fill(self, holes: Holes) -> tuple[Holes, StoreUnavailable | None]:
+        """Fill holes; return those that are left, and why the source gave no more answers if it did not.
+
+        Raises Incomplete if the chunks leave elements of the holes out.
+        """
+        copies = plan_copies(self._boxes, holes.regions)
+        self._copies = copies = copies.take(np.argsort(copies.left, kind="stable"))
+        self._wanted = holes.wanted[copies.right]
+        is_done = self._is_done = np.zeros(len(copies), np.bool_)
+        failure = None
+        try:
+            for _ in fan_out(self._read_batch, self._batches(), self._policy.num_readers):
+                pass
+        except StoreUnavailable as error:
+            failure = error
+        return Holes(self._wanted[~is_done], copies.common.take(~is_done)), failure
+
+    def _batches(self) -> Iterator[list[int]]:
+        """Yield the needed chunks in the order of their packs, as many at a time as a thread may hold."""
+        chunks = np.unique(self._copies.left)
+        chunks = chunks[np.lexsort((self._rows["offset"][chunks], self._rows["pack"][chunks]))]
+        costs, num_decoding_bytes = self._costs(chunks)
+        most = self._policy.budget_bytes // self._policy.num_readers - num_decoding_bytes
+        most = min(most, self._policy.request_bytes)
+        batch: list[int] = []
+        cost = 0
+        for chunk, more in zip(chunks.tolist(), costs.tolist(), strict=True):
+            if batch and cost + more > most:
+                yield batch
+                batch, cost = [], 0
+            batch.append(chunk)
+            cost += more
+        if batch:
+            yield batch
+
+    def _costs(self, chunks: Column) -> tuple[Column, int]:
+        """Return what each chunk of a batch adds to what is held, and what the one being decoded takes."""
+        stored = self._rows["num_bytes"].astype(np.int64)
+        raw = self._raw_bytes[chunks]
+        is_delta = self._rows["base"][chunks] != NO_BASE
+        costs = stored[chunks]
+        if is_delta.any():
+            largest = np.zeros(len(self._opened.table), np.int64)
+            np.maximum.at(largest, self._opened.table.owners(), stored)
+            costs = np.where(is_delta, largest[chunks] + raw, costs)
+        is_coded = is_delta | (self._rows["codec"][chunks] != Codec.RAW)
+        costs += costs // _WASTE
+        return costs, DECODING * int(raw[is_coded].max(initial=0))
+
+    def _read_batch(self, chunks: list[int]) -> None:
+        """Read, prove and place chunks; those stored as deltas level by level, with their bases."""
+        level = [_Link(chunk, chunk) for chunk in chunks if not self._is_read_directly(chunk)]
+        while level:
+            level = [below for below in map(self._take, self._stored(level)) if below is not None]
+
+    def _take(self, read: tuple[_Link, memoryview]) -> _Link | None:
+        """Place the chunk of a link, or return what has to be read for it next; note what is wrong."""
+        link, stored = read
+        try:
+            raw = self._decoded(link, stored)
+            base = int(self._rows["base"][link.row])
+            if base != NO_BASE:  # a copy, lest a view keep all alive that was read with it
+                return _Link(link.chunk, base, bytes(raw))
+            self._finish(link.chunk, raw)
+        except FormatError as error:
+            self._tally.note(self._opened.source.name, self._described(link.chunk), error)
+        return None
+
+    def _stored(self, level: Sequence[_Link]) -> Iterator[tuple[_Link, memoryview]]:
+        """Read what is stored for some links. What the source has not is noted, and left out."""
+        for pack, group in groupby(self._runs(level), key=lambda run: run.pack):
+            runs = list(group)
+            ranges = [ByteRange(run.start, run.stop - run.start) for run in runs]
+            try:
+                found = self._opened.source.read(self._opened.manifest, pack, ranges)
+            except FormatError as error:
+                for run in runs:
+                    for place in run.places:
+                        self._tally.note(self._opened.source.name, self._described(level[place].chunk), error)
+                continue
+            self._tally.count(self._opened.source.name, ranges)
+            for run, data in zip(runs, found, strict=True):
+                view = memoryview(data).cast("B")
+                for place in run.places:
+                    row = self._rows[level[place].row]
+                    first = int(row["offset"]) - run.start
+                    yield level[place], view[first : first + int(row["num_bytes"])]
+
+    def _runs(self, level: Sequence[_Link]) -> list[_Run]:
+        """Join rows that lie close together in a pack."""
+        rows = self._rows[[link.row for link in level]]
+        runs: list[_Run] = []
+        order = np.lexsort((rows["offset"], rows["pack"]))
+        for place, (pack, start, num_bytes) in zip(
+            order.tolist(), rows[["pack", "offset", "num_bytes"]][order].tolist(), strict=True
+        ):
+            last = runs[-1] if runs and runs[-1].pack == pack else None
+            gap = max(start - last.stop, 0) if last else 0
+            if (
+                last is None
+                or gap > self._policy.gap_bytes
+                or (last.num_wasted + gap) * _WASTE > start + num_bytes - last.start
+            ):
+                last, gap = _Run(pack, start, start), 0
+                runs.append(last)
+            last.stop = max(last.stop, start + num_bytes)
+            last.num_wasted += gap
+            last.places.append(place)
+        return runs
+
+    def _decoded(self, link: _Link, stored: memoryview) -> Buffer:
+        """Return the raw bytes of a link, XOR those above it."""
+        codec = Codec(int(self._rows["codec"][link.row]))
+        raw = decode(codec, stored, int(self._raw_bytes[link.chunk]))
+        return raw if link.above is None else xor_bytes(link.above, raw)
+
+    def _is_read_directly(self, chunk: int) -> bool:
+        """Read a chunk straight to where it belongs, and prove it there; return whether that was possible."""
+        source, row = self._opened.source, self._rows[chunk]
+        if not isinstance(source, StoreSource) or not source.can_read_into:
+            return False
+        if row["num_bytes"] < _DIRECT_BYTES or row["codec"] != Codec.RAW or row["base"] != NO_BASE:
+            return False
+        first, last = self._copies_of(chunk)
+        if last != first + 1:
+            return False
+        box = self._box(chunk)
+        part = self._copies.common.box(first, len(box.size))
+        memory = self._targets[int(self._wanted[first])].memory(part) if part == box else None
+        if memory is None:
+            return False
+        wanted = ByteRange(int(row["offset"]), memory.nbytes)
+        try:
+            source.read_into(self._opened.manifest, int(row["pack"]), wanted.offset, memory)
+            self._tally.count(source.name, [wanted])
+            self._prove(chunk, box, memory)
+            self._is_done[first] = True
+        except FormatError as error:
+            self._tally.note(source.name, self._described(chunk), error)
+        return True
+
+    def _finish(self, chunk: int, raw: Buffer) -> None:
+        """Prove a chunk, and copy what is wanted of it."""
+        box = self._box(chunk)
+        self._prove(chunk, box, raw)
+        dtype = self._opened.manifest.tensors[int(self._rows["tensor"][chunk])].dtype
+        values = np.frombuffer(raw, dtype_of(dtype).carrier).reshape(box.size)
+        first, last = self._copies_of(chunk)
+        for copy in range(first, last):
+            part = self._copies.common.box(copy, len(box.size))
+            self._targets[int(self._wanted[copy])].put(part.start, values[part.within(box)])
+        self._is_done[first:last] = True
+
+    def _prove(self, chunk: int, box: Box, raw: Buffer) -> None:
+        """Raise Corrupt if these are not the raw bytes of a chunk."""
+        row = self._rows[chunk]
+        tensor = self._opened.manifest.tensors[int(row["tensor"])]
+        if checksum(raw) != row["checksum"].tobytes():
+            raise Corrupt("it is not what was written: its checksum does not match")
+        if fingerprint(raw, tensor.dtype, tensor.shape, box) != int(row["fingerprint"]):
+            raise Corrupt("it belongs elsewhere: its fingerprint does not match")
+
+    def _box(self, chunk: int) -> Box:
+        return self._boxes.box(chunk, int(self._rows["num_dims"][chunk]))
+
+    def _copies_of(self, chunk: int) -> tuple[int, int]:
+        """Return the first of a chunk's copies, and the first of the next chunk's."""
+        first, last = np.searchsorted(self._copies.left, [chunk, chunk + 1]).tolist()
+        return first, last
+
+    def _described(self, chunk: int) -> str:
+        row = self._rows[chunk]
+        name = self._opened.manifest.tensors[int(row["tensor"])].name
+        packs = self._opened.manifest.packs
+        where = f"in {packs[int(row['pack'])].key} " if packs else ""
+        return f"a chunk of {name!r} {where}at {int(row['offset'])}"
+
+
+def deal_copies(table: ChunkTable, holes: Holes, num_ranks: int) -> tuple[Holes, Column]:
+    """Cut holes along chunks, and say which rank is to read which: a run of chunks in the order of the packs.
+
+    The runs take about as many stored bytes each; all of a chunk falls to one rank.
+    """
+    copies = plan_copies(Regions.of_table(table), holes.regions)
+    chunks = np.unique(copies.left)
+    rows = table.rows[chunks]
+    order = np.lexsort((rows["offset"], rows["pack"]))
+    reached = np.cumsum(rows["num_bytes"][order].astype(np.int64))
+    owners = np.zeros(len(table), np.int64)
+    middle = reached - rows["num_bytes"][order].astype(np.int64) // 2
+    owners[chunks[order]] = np.minimum(middle * num_ranks // max(int(reached[-1]), 1), num_ranks - 1)
+    found = owners[copies.left]
+    by_owner = np.argsort(found, kind="stable")
+    copies = copies.take(by_owner)
+    return Holes(holes.wanted[copies.right], copies.common), found[by_owner]

@@ -1,0 +1,185 @@
+"""The leaves of a state as a saver sees them: the rank's own tensor of each, and how the whole one is spread.
+
+A leaf is a tensor that every rank holds in full, a DTensor, or a value that differs from rank to rank.
+"""
+
+import sys
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeGuard
+
+import torch
+
+from checkpoint.engine.per_rank import PerRank
+from checkpoint.engine.plan import Piece, TensorSpec
+from checkpoint.engine.tensors import check_plain, dtype_name, identity
+from checkpoint.errors import Mismatch, Unsupported
+from checkpoint.format.layout import (
+    Box,
+    Mesh,
+    Part,
+    Placement,
+    Replicate,
+    Shard,
+    Spread,
+    StridedShard,
+    holders_of,
+    local_shape,
+    parts_of,
+)
+from checkpoint.format.tree import flatten
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+Signature = tuple[Hashable, ...]
+
+
+class Leaves(NamedTuple):
+    """A state taken apart: plain data that refers to leaves, their names, and the leaves."""
+
+    skeleton: Any
+    names: list[str]
+    leaves: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """What a leaf's structure is. `spread` is None if every rank of the world holds all of it."""
+
+    spec: TensorSpec
+    spread: Spread | None
+    device: str
+
+    def pieces(self, number: int, num_ranks: int) -> list[Piece]:
+        """List the boxes that cover tensor number `number`, each with the ranks that can write it."""
+        if self.spread is None:
+            return [Piece(number, Box.whole(self.spec.shape), _everyone(num_ranks))]
+        return [
+            Piece(number, box, holders) for box, holders in holders_of(self.spread, self.spec.shape).items()
+        ]
+
+    def parts(self, rank: int) -> tuple[Part, ...]:
+        """List the boxes that a rank holds, each with its place in the rank's own tensor."""
+        if self.spread is None:
+            whole = Box.whole(self.spec.shape)
+            return (Part(whole, whole),)
+        if rank not in self.spread.mesh.members:
+            return ()
+        return parts_of(self.spread, self.spec.shape, rank)
+
+
+def take_apart(state: Any) -> Leaves:
+    """Take a nested state apart; a leaf that occurs twice (tied weights) is listed once.
+
+    Raises `FormatError` naming the path of what has no plain form.
+    """
+    flat = flatten(state, is_leaf=_is_leaf, key=_identity)
+    return Leaves(flat.skeleton, list(flat.leaves), list(flat.leaves.values()))
+
+
+def signature_of(name: str, leaf: Any) -> Signature:
+    """Return all that decides how a leaf is saved, but its content and where in memory it lies.
+
+    Raises Unsupported for a tensor without plain memory.
+    """
+    if type(leaf) in _PLAIN and leaf.layout is torch.strided:
+        return name, leaf.dtype, leaf.shape, leaf.device
+    if isinstance(leaf, PerRank):
+        return name, leaf.max_bytes
+    if is_dtensor(leaf):
+        return name, leaf.dtype, leaf.shape, leaf.placements, leaf.device_mesh
+    check_plain(name, leaf)
+    return name, leaf.dtype, leaf.shape, leaf.device
+
+
+def own_tensors(leaves: Sequence[Any]) -> list[torch.Tensor]:
+    """Return the rank's own tensors of leaves: theirs is the memory that is saved."""
+    with torch.no_grad():  # else a DTensor would hand out a view of its local tensor, for autograd
+        return [leaf if type(leaf) in _PLAIN else _own_tensor(leaf) for leaf in leaves]
+
+
+def describe(name: str, leaf: Any, rank: int, size: int) -> Leaf:
+    """Describe a leaf for a rank of a world of `size`.
+
+    Raises Unsupported for what cannot be saved, Mismatch if a DTensor does not lie as its mesh says.
+    """
+    if isinstance(leaf, PerRank):
+        spec = TensorSpec(name, "uint8", (size, leaf.max_bytes))
+        return Leaf(spec, Spread(Mesh((("rank", size),)), (Shard(0),)), "cpu")
+    spec = TensorSpec(name, dtype_name(leaf.dtype), tuple(leaf.shape))
+    if not is_dtensor(leaf):
+        check_plain(name, leaf)
+        return Leaf(spec, None, str(leaf.device))
+    with torch.no_grad():
+        local = leaf.to_local()
+    check_plain(name, local)
+    described = Leaf(spec, spread_of(name, leaf), str(local.device))
+    _check_local(described, tuple(local.shape), rank, size)
+    return described
+
+
+def spread_of(name: str, leaf: Any) -> Spread:
+    """Return how a DTensor lies on its mesh, by arithmetic alone. Raises Unsupported for partial sums."""
+    mesh = leaf.device_mesh
+    axes = mesh.mesh_dim_names or tuple(f"axis{number}" for number in range(mesh.mesh.dim()))
+    placements = tuple(_placement(name, one, leaf.dim()) for one in leaf.placements)
+    return Spread(
+        Mesh(tuple(zip(axes, mesh.mesh.shape, strict=True)), tuple(mesh.mesh.flatten().tolist())), placements
+    )
+
+
+def is_dtensor(leaf: object) -> TypeGuard[Any]:
+    """Whether a leaf is a DTensor; where nobody imported torch's module for them, there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(leaf, module.DTensor)
+
+
+def _own_tensor(leaf: Any) -> torch.Tensor:
+    if isinstance(leaf, PerRank):
+        return leaf.row()
+    own: torch.Tensor = leaf.to_local() if is_dtensor(leaf) else leaf
+    return own
+
+
+def _placement(name: str, placement: Any, num_dims: int) -> Placement:
+    kinds = sys.modules["torch.distributed.tensor.placement_types"]
+    if isinstance(placement, kinds.Replicate):
+        return Replicate()
+    if isinstance(placement, kinds._StridedShard):
+        return StridedShard(placement.dim % num_dims, placement.split_factor)
+    if isinstance(placement, kinds.Shard):
+        return Shard(placement.dim % num_dims)
+    raise Unsupported(
+        f"{name}: a DTensor placed {placement} holds no values of its own to save: "
+        "redistribute it to Replicate() or Shard() first"
+    )
+
+
+def _check_local(leaf: Leaf, found: tuple[int, ...], rank: int, size: int) -> None:
+    spread, name = leaf.spread, leaf.spec.name
+    if spread is None or rank not in spread.mesh.members:
+        return
+    if max(spread.mesh.members) >= size:
+        raise Mismatch(f"{name}: its mesh has rank {max(spread.mesh.members)}, the world has {size} ranks")
+    expected = local_shape(spread, leaf.spec.shape, rank)
+    if expected != found:
+        raise Mismatch(
+            f"{name}: this rank holds {list(found)} of {list(leaf.spec.shape)}, and by its placements "
+            f"{spread.placements} it should hold {list(expected or ())}: this torch shards in another way"
+        )
+
+
+def _is_leaf(value: object) -> TypeGuard[Any]:
+    return isinstance(value, (torch.Tensor, PerRank))
+
+
+def _identity(leaf: Any) -> Hashable:
+    if is_dtensor(leaf):
+        with torch.no_grad():
+            return identity(leaf.to_local()), leaf.shape, leaf.placements, leaf.device_mesh
+    return id(leaf) if isinstance(leaf, PerRank) else identity(leaf)
+
+
+@lru_cache(maxsize=8)
+def _everyone(num_ranks: int) -> tuple[int, ...]:
+    return tuple(range(num_ranks))

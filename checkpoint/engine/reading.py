@@ -1,0 +1,120 @@
+"""How a restore reads, and what it tells of it: its policy, its counts, and what is left to be read."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from checkpoint.engine.regions import Column, Regions
+from checkpoint.errors import Corrupt
+from checkpoint.format.records import MAX_CHUNK_BYTES
+from checkpoint.store.contract import ByteRange
+
+DECODING = 4  # times a chunk's raw bytes: what undoing a codec and a delta takes, result included
+_CHUNK_ROOM_BYTES = 8 * MAX_CHUNK_BYTES  # what one chunk takes at most, whatever its codec
+_MAX_LISTED = 100
+
+
+class Group(Protocol):
+    """Ranks that want the same boxes of the same tensors, each in memory of its own."""
+
+    @property
+    def rank(self) -> int:
+        """This rank's number in the group, from 0."""
+
+    @property
+    def size(self) -> int:
+        """How many ranks the group has."""
+
+    def broadcast(self, memory: memoryview, root: int) -> None:
+        """Make the memory of every rank like that of `root`; all ranks call it, with as many bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPolicy:
+    """How a restore reads.
+
+    What it holds at a time, besides the targets and the checkpoint's index, stays within `budget_bytes`. A
+    request asks for about `request_bytes`; it reads over gaps of at most `gap_bytes`, as long as they stay
+    below a twentieth of what is needed. With a `group`, replicas read each byte once, and broadcast it.
+    """
+
+    num_threads: int = 2
+    budget_bytes: int = 256 << 20
+    request_bytes: int = 8 << 20
+    gap_bytes: int = 64 << 10
+    group: Group | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_threads < 1 or self.request_bytes < 1 or self.gap_bytes < 0:
+            raise ValueError(f"a restore needs a thread and requests of at least a byte: {self}")
+        if self.budget_bytes < _CHUNK_ROOM_BYTES:
+            raise ValueError(
+                f"a restore needs a budget of at least {_CHUNK_ROOM_BYTES >> 20} MiB, "
+                f"not {self.budget_bytes} bytes"
+            )
+
+    @property
+    def num_readers(self) -> int:
+        """How many threads read: no more than the budget has room for."""
+        return min(self.num_threads, self.budget_bytes // _CHUNK_ROOM_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Detour:
+    """Something that a source could not give as it was written, so that it was looked for elsewhere."""
+
+    source: str
+    item: str
+    why: str
+
+
+@dataclass(slots=True)
+class Tally:
+    """The counts of a restore under way; `detours` are the first hundred of `num_detours`."""
+
+    num_requests: int = 0
+    num_bytes: dict[str, int] = field(default_factory=dict)
+    num_detours: int = 0
+    detours: list[Detour] = field(default_factory=list)
+    _last: Corrupt = field(default_factory=Corrupt)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def count(self, source: str, ranges: Sequence[ByteRange]) -> None:
+        """Count a request."""
+        with self._lock:
+            self.num_requests += len(ranges)
+            num_bytes = sum(wanted.num_bytes for wanted in ranges)
+            self.num_bytes[source] = self.num_bytes.get(source, 0) + num_bytes
+
+    def note(self, source: str, item: str, why: object) -> None:
+        """Remember a detour."""
+        with self._lock:
+            self.num_detours += 1
+            if len(self.detours) < _MAX_LISTED:
+                self.detours.append(Detour(source, item, str(why)))
+            self._last = Corrupt(f"{item}: {why}")
+
+    def last(self) -> Corrupt:
+        """Return the last detour as an error."""
+        with self._lock:
+            return self._last
+
+
+@dataclass(frozen=True, slots=True)
+class Holes:
+    """What is not filled yet: row i is a region of wanted box number `wanted[i]`."""
+
+    wanted: Column
+    regions: Regions
+
+    def __len__(self) -> int:
+        return len(self.wanted)
+
+    @classmethod
+    def all(cls, boxes: Regions) -> "Holes":
+        """Return the holes of targets that nothing is filled of."""
+        numbers = np.flatnonzero((boxes.sizes > 0).all(axis=1))
+        return cls(numbers, boxes.take(numbers))

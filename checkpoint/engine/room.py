@@ -1,0 +1,104 @@
+"""Room in the arena: lent to shares, and made by letting held snapshots go; and how tight it has been.
+
+Not thread-safe: its owner holds a lock around every call.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from checkpoint.engine.arena import Arena, Region
+from checkpoint.engine.contract import Pressure, SnapshotPlan
+from checkpoint.engine.ledger import SnapshotEntry
+
+log = logging.getLogger("holdfast.checkpoint")
+
+_BARE = (
+    "memory holds no snapshot until step %d is captured: the arena has no room for both. "
+    "Raise `checkpoint.arena_mib` to (hold + 1) times the host's share of the state"
+)
+
+
+class Room:
+    """An arena, and the snapshots in it."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self.pressure = Pressure(arena.num_bytes)
+
+    def lend(self, num_bytes: int, opening: SnapshotEntry, entries: Iterable[SnapshotEntry]) -> Region | None:
+        """Lend a region to a snapshot, in place of held ones if need be; None while there is no room.
+
+        Raises `ArenaFull` when even the empty arena could not hold so much.
+        """
+        present = tuple(entries)
+        while (region := self._arena.reserve(num_bytes)) is None:
+            held = in_order(present)
+            victim = choose_victim(held, opening, present)
+            if victim is None:
+                return None
+            if victim is held[-1] and not victim.is_durable:
+                self._note_bare(opening.step)
+            victim.is_held = False
+            self.free(victim)
+        most_bytes = max(self.pressure.most_bytes, self._arena.num_lent_bytes)
+        self.pressure = replace(self.pressure, most_bytes=most_bytes)
+        return region
+
+    def free(self, entry: SnapshotEntry) -> None:
+        """Take back what nobody needs of a snapshot's regions."""
+        for region in entry.releasable():
+            self._arena.release(region)
+
+    def note_wait(self, seconds: float) -> None:
+        """Count that somebody waited for room."""
+        num_waits, waited_s = self.pressure.num_waits + 1, self.pressure.waited_s + seconds
+        self.pressure = replace(self.pressure, num_waits=num_waits, waited_s=waited_s)
+
+    def note_skip(self) -> None:
+        """Count that a snapshot was given up for want of room."""
+        self.pressure = replace(self.pressure, num_skipped=self.pressure.num_skipped + 1)
+
+    def fullness(self, plan: SnapshotPlan) -> str:
+        """Say why a share finds no room."""
+        return (
+            f"the arena is full: {self._arena.num_lent_bytes} of {self._arena.num_bytes} bytes wait to be "
+            f"written, {plan.num_bytes} more are needed: raise `checkpoint.arena_mib` or save less often"
+        )
+
+    def _note_bare(self, step: int) -> None:
+        if not self.pressure.num_bare:
+            log.warning(_BARE, step)
+        self.pressure = replace(self.pressure, num_bare=self.pressure.num_bare + 1)
+
+
+def in_order(entries: Iterable[SnapshotEntry]) -> list[SnapshotEntry]:
+    """List the held ones, by generation and then as they were captured."""
+    held = [entry for entry in entries if entry.is_held]
+    return sorted(held, key=lambda entry: (entry.generation, entry.num_captured))
+
+
+def choose_victim(
+    held: Sequence[SnapshotEntry], opening: SnapshotEntry, entries: Iterable[SnapshotEntry]
+) -> SnapshotEntry | None:
+    """Return the held snapshot (given oldest first) that makes room for the one being opened, if one may.
+
+    Older ones go before newer ones; the newest goes only if a store has it, or if nothing but it and the
+    snapshot being opened is in the arena: then no waiting would ever make room.
+    """
+    for one in held:
+        if one.may_leave and (one is not held[-1] or one.is_durable):
+            return one
+    if not held or not held[-1].may_leave:
+        return None
+    is_all = all(one is held[-1] or one is opening for one in entries if one.has_room)
+    return held[-1] if is_all else None
+
+
+def choose_excess(held: Sequence[SnapshotEntry], hold: int) -> list[SnapshotEntry]:
+    """List those of the held snapshots (given oldest first) that are more than are to be held.
+
+    One that is not digested yet does not count: until then deltas may be made against those before.
+    """
+    whole = [one for one in held if one.image is not None]
+    return [one for one in whole[: max(len(whole) - hold, 0)] if one.may_leave]

@@ -1,0 +1,193 @@
+"""The content of a checkpoint's chunks, read back in bounded batches and proved, deltas with their bases."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoint.engine.regions import Regions
+from checkpoint.errors import Corrupt, FormatError, NotFound
+from checkpoint.format.checks import raw_sizes
+from checkpoint.format.codec import Codec, checksum, decode, xor_bytes
+from checkpoint.format.fingerprint import fingerprint
+from checkpoint.format.manifest import Manifest
+from checkpoint.format.records import MAX_CHAIN
+from checkpoint.format.table import NO_BASE, ChunkTable
+from checkpoint.store.contract import Buffer, ByteRange, Store
+
+_BATCH_BYTES = 32 << 20  # stored bytes held at a time
+_BATCH_CHUNKS = 16384
+_REQUEST_BYTES = 8 << 20
+_GAP_BYTES = 64 << 10  # reading over a gap is cheaper than another request
+_MIXERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(29))
+
+Places = NDArray[np.intp]
+Identities = NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class Flaw:
+    """A chunk that is not as it was written; `key` is of the pack that is to blame."""
+
+    chunk: int
+    key: str
+    item: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some chunks that were read: those proved, by their identities, and the flaws of the others."""
+
+    num_bytes: int
+    proved: Identities
+    flaws: tuple[Flaw, ...]
+
+
+class Contents:
+    """The chunks of one checkpoint, as its index lists them."""
+
+    def __init__(self, store: Store, manifest: Manifest, table: ChunkTable) -> None:
+        self._store = store
+        self._manifest = manifest
+        self._table = table
+        self._rows = table.rows
+        self._owners = table.owners()
+        self._raw_bytes = raw_sizes(table, manifest.tensors, f"the index of step {manifest.step}")
+        self._identities = self._identify()
+
+    @property
+    def identities(self) -> Identities:
+        """One number per chunk; the same in two checkpoints if place, content, tensor and box all are."""
+        return self._identities[: len(self._table)]
+
+    def prove(self, chunks: Places) -> Iterator[Batch]:
+        """Read chunks back in the order of their packs.
+
+        Bytes that are held stay below some 40 MiB, or what the chain of bases of a single chunk takes.
+        """
+        for places in self._batches(chunks):
+            yield self._prove_batch(places)
+
+    def _prove_batch(self, places: Sequence[int]) -> Batch:
+        rows = sorted({row for place in places for row in self._chain(place)})
+        stored = self._read(rows)
+        proved: set[int] = set()
+        flaws = [flaw for place in places if (flaw := self._flaw(place, stored, proved)) is not None]
+        num_bytes = int(self._rows["num_bytes"][rows].sum())
+        return Batch(num_bytes, self._identities[sorted(proved)], tuple(flaws))
+
+    def _batches(self, chunks: Places) -> Iterator[list[int]]:
+        ordered = chunks[np.lexsort((self._rows["offset"][chunks], self._rows["pack"][chunks]))]
+        costs = np.bincount(self._owners, self._rows["num_bytes"].astype(np.float64), len(self._table))
+        batch: list[int] = []
+        taken = 0.0
+        for place, cost in zip(ordered.tolist(), costs[ordered].tolist(), strict=True):
+            if batch and (taken + cost > _BATCH_BYTES or len(batch) == _BATCH_CHUNKS):
+                yield batch
+                batch, taken = [], 0.0
+            batch.append(place)
+            taken += cost
+        if batch:
+            yield batch
+
+    def _chain(self, row: int) -> Iterator[int]:
+        """Yield a row, and those of the bases below it."""
+        while row != NO_BASE:
+            yield row
+            row = int(self._rows["base"][row])
+
+    def _read(self, rows: Sequence[int]) -> dict[int, Buffer | NotFound]:
+        """Return the stored bytes of rows, or why they are not there."""
+        found: dict[int, Buffer | NotFound] = {}
+        place = self._rows[["pack", "offset", "num_bytes"]][list(rows)].tolist()
+        run: list[tuple[int, int, int]] = []
+        start = stop = pack = 0
+        for row, (number, offset, num_bytes) in sorted(zip(rows, place, strict=True), key=lambda one: one[1]):
+            end = max(stop, offset + num_bytes)
+            if run and (number != pack or offset > stop + _GAP_BYTES or end - start > _REQUEST_BYTES):
+                found |= self._read_run(pack, run)
+                run = []
+            if not run:
+                start, end, pack = offset, offset + num_bytes, number
+            stop = end
+            run.append((row, offset, num_bytes))
+        return found | self._read_run(pack, run)
+
+    def _read_run(self, pack: int, run: Sequence[tuple[int, int, int]]) -> dict[int, Buffer | NotFound]:
+        """Read neighbours of a pack at once; if not all are there, one by one, to know which."""
+        key = self._manifest.packs[pack].key
+        start, stop = run[0][1], max(offset + num_bytes for _, offset, num_bytes in run)
+        try:
+            data = memoryview(self._store.read(key, [ByteRange(start, stop - start)])[0])
+        except NotFound as error:
+            if len(run) == 1:
+                return {run[0][0]: error}
+            alone = [self._read_run(pack, [one]) for one in run]
+            return {row: found for each in alone for row, found in each.items()}
+        return {row: data[offset - start :][:num_bytes] for row, offset, num_bytes in run}
+
+    def _flaw(self, place: int, stored: Mapping[int, Buffer | NotFound], proved: set[int]) -> Flaw | None:
+        """Prove a chunk from its lowest base up; say what is wrong with it."""
+        raw: Buffer | None = None
+        for row in reversed(list(self._chain(place))):
+            try:
+                raw = self._proved(place, row, stored[row], raw)
+            except FormatError as error:
+                one = self._rows[row]
+                key = self._manifest.packs[int(one["pack"])].key
+                name = self._manifest.tensors[int(one["tensor"])].name
+                item = f"{name} (bytes {one['offset']}+{one['num_bytes']} of {key})"
+                return Flaw(place, key, item, str(error))
+            proved.add(row)
+        return None
+
+    def _proved(self, place: int, row: int, stored: Buffer | NotFound, below: Buffer | None) -> Buffer:
+        """Return the raw bytes of a row. Raises Corrupt if they are not what was written."""
+        if isinstance(stored, NotFound):
+            raise Corrupt(str(stored)) from stored
+        one = self._rows[row]
+        if memoryview(stored).nbytes != one["num_bytes"]:
+            raise Corrupt(f"the store gave {memoryview(stored).nbytes} bytes of {one['num_bytes']}")
+        raw = decode(Codec(one["codec"]), stored, int(self._raw_bytes[place]))
+        if below is not None:
+            raw = xor_bytes(raw, below)
+        if checksum(raw) != one["checksum"].tobytes():
+            raise Corrupt("its checksum does not agree")
+        tensor = self._manifest.tensors[int(one["tensor"])]
+        if fingerprint(raw, tensor.dtype, tensor.shape, self._table[place].box) != int(one["fingerprint"]):
+            raise Corrupt("its fingerprint does not agree: it is the content of another place")
+        return raw
+
+    def _identify(self) -> Identities:
+        """Digest each row: where it lies, what it holds, of what it is a box, and what lies below it."""
+        rows, boxes = self._rows, Regions.of_table(self._table)
+        packs = _digests(pack.key for pack in self._manifest.packs)
+        tensors = _digests(f"{tensor.dtype} {tensor.shape}" for tensor in self._manifest.tensors)
+        place = _mixed(len(self._table), [*boxes.starts.T, *boxes.sizes.T])
+        content = np.ascontiguousarray(rows["checksum"]).view("<u8").reshape(-1, 2).T
+        columns: list[NDArray[Any]] = [packs[rows["pack"]], rows["offset"], rows["num_bytes"], rows["codec"]]
+        columns += [*content, rows["fingerprint"], tensors[rows["tensor"]], place[self._owners]]
+        alone = whole = _mixed(len(rows), columns)
+        deltas = np.flatnonzero(rows["base"] != NO_BASE)
+        for _ in range(MAX_CHAIN if len(deltas) else 0):
+            whole = whole.copy()
+            whole[deltas] = _mixed(len(deltas), [alone[deltas], whole[rows["base"][deltas]]])
+        return whole
+
+
+def _digests(texts: Iterator[str]) -> Identities:
+    return np.array([int.from_bytes(checksum(text.encode())[:8], "little") for text in texts], np.uint64)
+
+
+def _mixed(num_rows: int, columns: Sequence[NDArray[Any]]) -> Identities:
+    """Mix columns of integers into one, row by row, as splitmix64 does."""
+    first, second, shift = _MIXERS
+    mixed = np.zeros(num_rows, np.uint64)
+    for column in columns:
+        mixed = (mixed ^ column.astype(np.uint64)) * first
+        mixed = (mixed ^ (mixed >> shift)) * second
+        mixed ^= mixed >> shift
+    return mixed

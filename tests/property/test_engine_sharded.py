@@ -1,0 +1,128 @@
+"""DTensors of every placement: the ranks write each element exactly once, and the whole tensor comes back."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from checkpoint import LocalHost, Saver, Share, Unsupported, load, verify
+from checkpoint.engine.per_rank import PerRank, per_rank_values
+from checkpoint.store.memory import MemoryStore
+from tests.fault.checkpoint_worlds import MIB, QUICK, RAW, durable_steps
+
+
+@contextmanager
+def rank_of(rank: int, size: int) -> Iterator[None]:
+    """Be one rank of a world whose other ranks do not exist: nothing that is saved may ask them."""
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(whole: torch.Tensor, mesh: Any, placements: list[Placement]) -> DTensor:
+    """Give a rank its part of a tensor, cut by torch itself."""
+    local = whole
+    for axis, placement in enumerate(placements):
+        if isinstance(placement, (Shard, _StridedShard)):
+            pieces = placement._split_tensor(local, mesh.size(axis), with_padding=False, contiguous=True)[0]
+            local = pieces[mesh.get_coordinate()[axis]]
+    return DTensor.from_local(
+        local.clone(), mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def save_all(store: MemoryStore, size: int, state_of: Any) -> list[Any]:
+    """Save one step from every rank of a world, on two hosts; return what each rank's plan writes."""
+    hosts = tuple("h0" if rank < (size + 1) // 2 else "h1" for rank in range(size))
+    locals_ = {name: LocalHost(store, name, arena_bytes=MIB, tuning=QUICK) for name in dict.fromkeys(hosts)}
+    savers, loads = [], []
+    for rank in range(size):
+        with rank_of(rank, size):
+            saver = Saver(locals_[hosts[rank]].session(), "run", RAW)
+            saver.save(1, state_of(rank), Share(1, rank, size, hosts), {})
+            saver.wait_captured()
+            savers.append(saver)
+            loads.append(saver._cache.structure.slots)  # type: ignore[union-attr]
+    for saver in savers:
+        assert saver.drain(20) and durable_steps(saver.outcomes()) == [1]
+        saver.close()
+    for host in locals_.values():
+        host.close()
+    return loads
+
+
+def strided(dim: int, split: int) -> _StridedShard:
+    return _StridedShard(dim, split_factor=split)
+
+
+dims = st.integers(0, 1)
+placements = st.one_of(
+    st.just(Replicate()), st.builds(Shard, dims), st.builds(strided, dims, st.integers(1, 3))
+)
+
+
+@settings(max_examples=25)
+@given(
+    st.data(),
+    st.lists(st.integers(1, 3), min_size=1, max_size=2),
+    st.tuples(st.integers(0, 9), st.integers(0, 9)),
+)
+def test_every_element_of_a_sharded_tensor_is_written_once_and_comes_back(data, sizes, shape):
+    chosen = [data.draw(placements) for _ in sizes]
+    size = int(torch.tensor(sizes).prod())
+    whole = torch.randint(0, 1 << 30, shape)
+
+    def state_of(rank: int) -> dict[str, Any]:
+        mesh = init_device_mesh("cpu", tuple(sizes))
+        tensor = shard(whole, mesh, chosen)
+        return {
+            "w": tensor,
+            "tied": tensor.detach(),
+            "step": 3,
+            "plain": torch.arange(7),
+            "own": PerRank({"rank": rank}),
+        }
+
+    store = MemoryStore("sharded")
+    slots = save_all(store, size, state_of)
+    loaded = load(store).state
+    assert torch.equal(loaded["w"], whole) and loaded["tied"] is loaded["w"]
+    assert [value["rank"] for value in per_rank_values(loaded["own"])] == list(range(size))
+    written = sum(slot.box.numel for each in slots for slot in each if slot.tensor == 0)
+    assert written == whole.numel() and verify(store).num_bad == 0
+
+
+def test_replicas_of_shards_share_the_work_evenly():
+    whole = {f"w{number}": torch.randn(8, 64) for number in range(40)}
+
+    def state_of(rank: int) -> dict[str, Any]:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
+        return {name: shard(tensor, mesh, [Replicate(), Shard(0)]) for name, tensor in whole.items()}
+
+    store = MemoryStore("hsdp")
+    loads = [sum(slot.num_bytes for slot in slots) for slots in save_all(store, 4, state_of)]
+    assert max(loads) == min(loads)
+    assert all(torch.equal(load(store).state[name], tensor) for name, tensor in whole.items())
+
+
+def test_partial_sums_are_refused_by_name():
+    with rank_of(0, 2):
+        mesh = init_device_mesh("cpu", (2,))
+        tensor = DTensor.from_local(torch.ones(3), mesh, [Partial()], run_check=False)
+        host = LocalHost(MemoryStore("partial"), arena_bytes=MIB)
+        saver = Saver(host, "run")
+        with pytest.raises(Unsupported, match="model/w: a DTensor placed"):
+            saver.save(1, {"model": {"w": tensor}}, Share(1, 0, 2, ("local", "local")), {})
+        saver.close()
+        host.close()

@@ -1,0 +1,103 @@
+"""What the guards notice for certain, and what a save holds on to."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from checkpoint import LocalHost, Saver, Share, load
+from checkpoint.engine.contract import Slot
+from checkpoint.engine.guards import AFTER_BYTES, BEFORE_BYTES, LINE_BYTES, watch
+from checkpoint.engine.structure import Source
+from checkpoint.format.layout import Box
+from checkpoint.store.memory import MemoryStore
+from tests.fault.checkpoint_worlds import MIB, QUICK, RAW, durable_steps
+
+NUM_BYTES = 1 << 20
+
+
+def watched(weight: torch.Tensor, salt: int):
+    box = Box.whole(tuple(weight.shape))
+    space = memoryview(bytearray(weight.nbytes))
+    one = watch(weight, Source(0, box, 0), Slot(0, box, 0, weight.nbytes), 0, salt)
+    return one, one.captured(space)
+
+
+runs = st.tuples(st.integers(0, 1 << 30), st.floats(0, 1))
+
+
+@given(runs)
+def test_a_run_of_128_kib_that_changes_before_it_is_copied_is_always_noticed(drawn):
+    salt, where = drawn
+    weight = torch.zeros(NUM_BYTES // 4)
+    one, copy = watched(weight, salt)
+    size = (BEFORE_BYTES + LINE_BYTES) // 4
+    start = int(where * (weight.numel() - size))
+    weight.numpy()[start : start + size] = 1
+    copy.copy_(one.live)
+    assert one.contradiction(copy) == "sampled elements differ from those at the time of the save"
+
+
+@given(runs)
+def test_a_run_of_16_kib_that_changes_after_it_was_copied_is_always_noticed(drawn):
+    salt, where = drawn
+    weight = torch.zeros(NUM_BYTES // 4)
+    one, copy = watched(weight, salt)
+    copy.copy_(one.live)
+    assert one.contradiction(copy) is None
+    size = (AFTER_BYTES + LINE_BYTES) // 4
+    start = int(where * (weight.numel() - size))
+    weight.numpy()[start : start + size] = 1
+    assert one.contradiction(copy) == "sampled elements changed after they were copied"
+
+
+def test_a_single_element_that_is_written_at_every_step_is_found_out_within_the_rotation():
+    weight = torch.zeros(NUM_BYTES // 4)
+    steps = 2 * AFTER_BYTES // LINE_BYTES
+    found = []
+    for step in range(steps):
+        one, copy = watched(weight, step)
+        copy.copy_(one.live)
+        weight.numpy()[12345] += 1
+        found.append(one.contradiction(copy) is not None)
+    assert any(found) and sum(found) <= steps // 32
+
+
+@pytest.mark.parametrize("value", [float("nan"), -0.0])
+def test_what_equals_itself_only_by_its_bits_is_no_contradiction(value):
+    weight = torch.full((9000,), value)
+    one, copy = watched(weight, 3)
+    copy.copy_(one.live)
+    assert one.contradiction(copy) is None
+    weight.numpy()[:] = 0.0
+    assert one.contradiction(copy) is not None
+
+
+def test_small_tensors_are_taken_at_once_so_they_may_change_right_after(monkeypatch):
+    store = MemoryStore("eager")
+    with LocalHost(store, arena_bytes=MIB, tuning=QUICK) as host:
+        saver = Saver(host, "run", RAW)
+        small = torch.zeros(1000)
+        for step in range(5):
+            saver.save(step, {"small": small}, Share.alone(), {})
+            small.data.add_(1)
+        assert saver.drain(20) and durable_steps(saver.outcomes()) == [0, 1, 2, 3, 4]
+        saver.close()
+    assert all((load(store, step).state["small"] == step).all() for step in range(5))
+
+
+def test_nothing_of_the_state_is_held_on_to_once_it_is_captured():
+    with LocalHost(MemoryStore("held"), arena_bytes=MIB, tuning=QUICK) as host:
+        saver = Saver(host, "run", RAW)
+        small, large = torch.zeros(10), torch.zeros(50_000)
+        seen = weakref.ref(large)
+        captured = saver.save(1, {"small": small, "large": large}, Share.alone(), {})
+        captured.result(20)
+        assert saver.drain(20)
+        del small, large
+        gc.collect()
+        assert seen() is None
+        saver.close()

@@ -1,0 +1,131 @@
+"""Packs: small ones first, large chunks written from where they lie, little memory beside the arena."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from checkpoint import Catalog, LocalHost, verify
+from checkpoint.engine.arena import Region
+from checkpoint.engine.encoding import Job, digest, work_on
+from checkpoint.engine.ledger import ShareEntry, Writing
+from checkpoint.engine.pipeline import Tuning
+from checkpoint.engine.source import StoreSource
+from checkpoint.format.codec import Codec, checksum, decode
+from checkpoint.store.contract import parts_of
+from checkpoint.store.memory import MemoryStore
+from tests.fault.checkpoint_shares import begin, give, handling, plan_of, rows_of
+from tests.fault.checkpoint_worlds import MIB
+
+TUNING = Tuning(poll_s=0.02, pack_bytes=8 * MIB, first_pack_bytes=MIB)
+
+
+class Watching(MemoryStore):
+    """Remembers of each pack how many bytes came in which parts."""
+
+    def __init__(self):
+        super().__init__("watching")
+        self.packs = {}
+
+    def put_new(self, key, data):
+        if key.startswith("packs/"):
+            self.packs[key] = parts_of(data)
+        super().put_new(key, data)
+
+
+def job_of(rows, treated, *, writing=Writing.SEALED, is_held=False):
+    plan = plan_of(rows, treated)
+    memory = memoryview(bytearray(plan.num_bytes + 64))
+    for slot in plan.slots:
+        memory[64 + slot.offset : 64 + slot.offset + slot.num_bytes] = list(rows.values())[
+            slot.tensor
+        ].tobytes()
+    share = ShareEntry(plan, Region(64, plan.num_bytes), None, writing)
+    return Job(share, tuple(range(len(plan.slots))), memory, is_held)
+
+
+@pytest.mark.parametrize(("writing", "is_held"), [(Writing.OPEN, False), (Writing.SEALED, True)])
+def test_what_the_trainer_still_compares_or_memory_holds_is_not_written_over(writing, is_held):
+    rows = {"w": np.zeros(300_000, np.float32), "v": np.ones(7, np.int64)}
+    job = job_of(rows, handling(codec=Codec.ZSTD), writing=writing, is_held=is_held)
+    before = bytes(job.memory)
+    done = work_on(job)
+    assert bytes(job.memory) == before
+    assert [one.is_in_arena for one in done] == [False, False]
+
+
+def test_what_was_compressed_goes_back_to_its_place_and_decodes_to_what_was_there():
+    rows = {"w": np.zeros(300_000, np.float32), "v": np.arange(99, dtype=np.int64)}
+    job = job_of(rows, handling(codec=Codec.ZSTD))
+    arrays: list[Any] = list(rows.values())
+    for one, values in zip(work_on(job), arrays, strict=True):
+        assert (
+            one.is_in_arena
+            and one.data is not None
+            and one.stored is not None
+            and one.held.checksum == checksum(values.tobytes())
+        )
+        stored = bytes(one.data)
+        assert len(stored) < values.nbytes
+        assert bytes(job.memory[one.held.offset :][: len(stored)]) == stored
+        assert bytes(decode(one.stored.codec, stored, values.nbytes)) == values.tobytes()
+
+
+def test_a_digest_is_the_same_however_many_chunks_are_digested_together():
+    rows = {f"t{number}": np.random.default_rng(number).random(50 + number % 3) for number in range(40)}
+    together = digest(job_of(rows, handling()))
+    for number, one in enumerate(together):
+        alone = Job(
+            **{
+                **{name: getattr(job_of(rows, handling()), name) for name in Job.__slots__},
+                "chunks": (number,),
+            }
+        )
+        assert digest(alone) == [one]
+
+
+def test_the_first_packs_are_small_and_raw_chunks_are_not_copied():
+    store = Watching()
+    rows = {f"t{number}": np.random.default_rng(number).random(MIB // 8) for number in range(12)}
+    with LocalHost(store, arena_bytes=32 * MIB, tuning=TUNING) as host:
+        assert give(host, 1, rows)
+    sizes = [sum(part.nbytes for part in parts) for _, parts in sorted(store.packs.items())]
+    assert [round(size / MIB) for size in sizes] == [1, 2, 4, 5]
+    assert all(max(part.nbytes for part in parts) == MIB for parts in store.packs.values())
+    assert verify(store).is_sound
+
+
+@pytest.mark.parametrize("hold", [0, 1])
+def test_compressed_packs_take_little_memory_beside_the_arena(hold):
+    store = Watching()
+    rows = {f"t{n}": np.random.default_rng(n).integers(0, 1 << 15, MIB // 4, np.int32) for n in range(24)}
+    with LocalHost(store, arena_bytes=64 * MIB, hold=hold, tuning=TUNING) as host:
+        assert give(host, 1, rows, handling(codec=Codec.ZSTD))
+    assert verify(store).is_sound
+    assert all(chunk.codec is Codec.ZSTD for chunk in StoreSource(store).chunks(Catalog(store).manifest(1)))
+    if hold:
+        assert max(sum(part.nbytes for part in parts) for parts in store.packs.values()) < 3 * MIB
+
+
+def test_chunks_keep_their_order_whatever_encoder_is_first():
+    store = Watching()
+    rows = {f"t{n}": np.random.default_rng(n).random(1000 * (1 + n * 7 % 13)) for n in range(60)}
+    with LocalHost(store, arena_bytes=16 * MIB, tuning=Tuning(poll_s=0.02, num_encoders=4)) as host:
+        plan = plan_of(rows, handling(codec=Codec.ZSTD))
+        ticket = begin(host, 1, rows, plan)
+        for chunk in range(len(plan.slots)):
+            host.ready(ticket, chunk)
+        host.seal(ticket)
+    places = [(chunk.pack, chunk.offset) for chunk in StoreSource(store).chunks(Catalog(store).manifest(1))]
+    assert places == sorted(places)
+
+
+def test_an_unsealed_share_s_chunks_are_packed_before_its_end_and_given_up_with_it():
+    store = Watching()
+    with LocalHost(store, arena_bytes=4 * MIB, tuning=TUNING) as host:
+        rows = rows_of(1, 2 * MIB)
+        ticket = begin(host, 1, rows, plan_of(rows))
+        host.ready(ticket, 0)
+        host.spoil(ticket, "on purpose")
+        assert give(host, 2, rows_of(2, 3 * MIB))
+    assert Catalog(store).steps() == [2] and verify(store).is_sound
