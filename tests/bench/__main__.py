@@ -1,5 +1,6 @@
 """Run benchmarks by name, or all of them: `python -m tests.bench [NAME ...] [--quick]`.
 
+Whole runs are written to `results/`, looks (--quick, ONLY=...) under the temporary directory.
 Exits 0 whatever the figures are; one that breaks before it has figures is an error, the others still run.
 """
 
@@ -7,12 +8,16 @@ import argparse
 import importlib
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from tests.bench.harness import Effort, Row, draw, missed_last, write_results, written
+from tests.bench.harness import RESULTS, Effort, Row, draw, missed_last, write_results, written
+
+LOOKS = Path(tempfile.gettempdir()) / f"holdfast-bench-{os.getuid()}"
+_LOG_WIDTH = 160
 
 
 def known_benchmarks() -> list[str]:
@@ -35,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="less work, rougher figures")
     options = parser.parse_args(arguments)
     effort = Effort.QUICK if options.quick else Effort.FULL
-    console, missed, broken = Console(), dict[str, list[Row]](), 0
+    directory = LOOKS if options.quick or "ONLY" in os.environ else RESULTS
+    console = Console() if sys.stdout.isatty() else Console(width=_LOG_WIDTH)
+    missed, broken = dict[str, list[Row]](), 0
     for name in choose(options.names, known_benchmarks()):
         console.print(f"[bold]{name}[/] ({effort.value}) ...")
         try:
@@ -45,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             broken += 1
             continue
         console.print(draw(name, rows))
-        console.print(f"written to {os.path.relpath(write_results(name, rows))}")
+        console.print(f"written to {write_results(name, rows, directory)}")
         missed[name] = [entry for entry in missed_last(rows) if entry.met is False]
     for name, rows in missed.items():
         for entry in rows:

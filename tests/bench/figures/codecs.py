@@ -1,0 +1,163 @@
+"""The codec on a real training's weights and Adam moments, beside plain zstandard at the same level."""
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+import numpy as np
+import torch
+import zstandard
+
+from checkpoint import Codec, SavePolicy
+from checkpoint.format.codec import decode, encode, xor_bytes
+from checkpoint.format.records import MAX_CHUNK_BYTES
+from tests.bench.figures.session import rounds
+from tests.bench.figures.trained import Trained, trained
+from tests.bench.harness import Effort, Goal, Row, row
+
+_LEVEL = SavePolicy().level
+_NUM_STEPS, _STEPS = 240, (121, 201)  # in the middle of the schedule, and near its end
+_QUICK_STEPS = (24, (12, 24))
+_ZSTD = f"zstandard {_LEVEL}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """Some of the state, in chunks as they are stored."""
+
+    dtype: str
+    chunks: Sequence[np.ndarray]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(chunk.nbytes for chunk in self.chunks)
+
+
+@dataclass(slots=True)
+class _Encoded:
+    """What became of a content, and the seconds that took."""
+
+    num_bytes: int = 0
+    seconds: list[float] = field(default_factory=list)
+
+
+def codec(effort: Effort) -> list[Row]:
+    """Measure sizes and speeds, one core, both ways in turn; every chunk has to decode to itself."""
+    middle, end = trained(_NUM_STEPS, _STEPS) if effort is Effort.FULL else trained(*_QUICK_STEPS)
+    contents = {
+        "fp32 weights and moments": _content("float32", [*end.weights, *end.moments]),
+        "fp32 weights": _content("float32", end.weights),
+        "fp32 moments": _content("float32", end.moments),
+        "bf16 weights": _content("bfloat16", _bf16(end.weights)),
+    }
+    ours: dict[str, _Encoded] = defaultdict(_Encoded)
+    plain: dict[str, _Encoded] = defaultdict(_Encoded)
+    turns = [
+        lambda name=name, encoded=encoded, work=work: work(contents[name], encoded[name])
+        for name in contents
+        for encoded, work in ((ours, _planes), (plain, _plain))
+    ]
+    rounds(2 if effort is Effort.QUICK else 7, turns)
+    rows = []
+    for name, bound in zip(contents, (None, 0.85, 0.85, 0.69), strict=True):
+        rows += _rows(f"codec, {name} ({end})", contents[name], (ours[name], plain[name]), bound)
+    speeds = [
+        _gb_per_s(content, [_decoding_s(content)]) for content in (contents["fp32 weights and moments"],)
+    ]
+    return [
+        *rows,
+        row("codec, fp32 weights and moments: decoding speed", "GB/s", ours=speeds[0]),
+        _delta_row(end, Goal("<=", 0.25)),
+        _delta_row(middle, None),
+    ]
+
+
+def _rows(name: str, content: _Content, both: tuple[_Encoded, _Encoded], bound: float | None) -> list[Row]:
+    """Make the rows of one content; sizes are against the bound, or else against zstandard's."""
+    ours, plain = both
+    return [
+        row(
+            f"{name}: stored / raw",
+            "",
+            ours=ours.num_bytes / content.num_bytes,
+            peers={_ZSTD: plain.num_bytes / content.num_bytes},
+            goal=Goal("<=", 1.0, of="ratio") if bound is None else Goal("<=", bound),
+        ),
+        row(
+            f"{name}: encoding speed, one core",
+            "GB/s",
+            ours=_gb_per_s(content, ours.seconds),
+            peers={_ZSTD: _gb_per_s(content, plain.seconds)},
+            better="higher",
+            goal=Goal(">=", 2.0, of="ratio"),
+        ),
+    ]
+
+
+def _delta_row(state: Trained, goal: Goal | None) -> Row:
+    now = _content("bfloat16", _bf16(state.weights))
+    before = _content("bfloat16", _bf16(state.weights_before))
+    deltas = [xor_bytes(one.data, other.data) for one, other in zip(now.chunks, before.chunks, strict=True)]
+    encoded = _Encoded()
+    _planes(_Content("bfloat16", [np.frombuffer(delta, np.uint8) for delta in deltas]), encoded)
+    plain = _Encoded()
+    _plain(_Content("bfloat16", [np.frombuffer(delta, np.uint8) for delta in deltas]), plain)
+    return row(
+        f"codec, XOR delta of consecutive bf16 weights ({state}): stored / raw",
+        "",
+        ours=encoded.num_bytes / now.num_bytes,
+        peers={_ZSTD: plain.num_bytes / now.num_bytes},
+        goal=goal,
+    )
+
+
+def _planes(content: _Content, encoded: _Encoded) -> None:
+    stored, started = [], time.perf_counter()
+    for chunk in content.chunks:
+        stored.append(encode(Codec.PLANES, chunk.data, _LEVEL, dtype=content.dtype))
+    encoded.seconds.append(time.perf_counter() - started)
+    encoded.num_bytes = sum(len(data) for _, data in stored)
+    for chunk, (how, data) in zip(content.chunks, stored, strict=True):
+        if bytes(decode(how, data, chunk.nbytes)) != chunk.tobytes():
+            raise RuntimeError("a chunk does not decode to itself")
+
+
+def _plain(content: _Content, encoded: _Encoded) -> None:
+    compressor = zstandard.ZstdCompressor(level=_LEVEL)
+    stored, started = [], time.perf_counter()
+    for chunk in content.chunks:
+        stored.append(compressor.compress(chunk.data))
+    encoded.seconds.append(time.perf_counter() - started)
+    encoded.num_bytes = sum(map(len, stored))
+
+
+def _decoding_s(content: _Content) -> float:
+    stored = [
+        (encode(Codec.PLANES, each.data, _LEVEL, dtype=content.dtype), each.nbytes) for each in content.chunks
+    ]
+    started = time.perf_counter()
+    for (how, data), num_bytes in stored:
+        decode(how, data, num_bytes)
+    return time.perf_counter() - started
+
+
+def _content(dtype: str, tensors: Sequence[torch.Tensor]) -> _Content:
+    raw = [tensor.contiguous().reshape(-1).view(torch.uint8).numpy() for tensor in tensors]
+    return _Content(
+        dtype,
+        [
+            each[start : start + MAX_CHUNK_BYTES]
+            for each in raw
+            for start in range(0, each.size, MAX_CHUNK_BYTES)
+        ],
+    )
+
+
+def _bf16(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor.bfloat16() for tensor in tensors]
+
+
+def _gb_per_s(content: _Content, seconds: Sequence[float]) -> float:
+    return content.num_bytes / 1e9 / median(seconds)
