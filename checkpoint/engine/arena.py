@@ -5,6 +5,7 @@ import errno
 import mmap
 import os
 from bisect import insort
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from checkpoint.errors import ArenaFull
@@ -76,16 +77,17 @@ class Arena:
                 f"{_mib(self.num_bytes)} MiB: raise `checkpoint.arena_mib` to at least {_mib(wanted)} "
                 "(twice the host's share of the state lets the next capture start while this one is flushed)"
             )
-        start = 0
-        for region in self._lent:
-            if region.offset - start >= wanted:
-                break
-            start = region.stop
-        if start + wanted > self.num_bytes:
+        start = self._gap(wanted, self._lent)
+        if start is None:
             return None
         granted = Region(start, wanted)
         insort(self._lent, granted)
         return granted
+
+    def would_fit(self, num_bytes: int, released: Collection[Region]) -> bool:
+        """Whether so much could be lent if some regions were released."""
+        staying = [region for region in self._lent if region not in released]
+        return self._gap(aligned(max(num_bytes, 1)), staying) is not None
 
     def release(self, region: Region) -> None:
         """Take a region back."""
@@ -103,6 +105,15 @@ class Arena:
     def view(self, region: Region) -> memoryview:
         """Return a region's bytes, writable."""
         return memoryview(self._memory)[region.offset : region.stop]
+
+    def _gap(self, wanted: int, lent: Sequence[Region]) -> int | None:
+        """Return where the first gap is that is large enough."""
+        start = 0
+        for region in lent:
+            if region.offset - start >= wanted:
+                break
+            start = region.stop
+        return start if start + wanted <= self.num_bytes else None
 
     @property
     def memory(self) -> memoryview:

@@ -2,8 +2,9 @@
 nothing but the bases of deltas; several batches are worked on at once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from checkpoint.engine.known import Known
 from checkpoint.engine.ledger import ShareEntry, Writing
@@ -19,7 +20,7 @@ _WORTH = 0.9  # of what the chunk took when it was last stored in full: a larger
 class Job:
     """Chunks of one share, and the memory of the arena that they lie in.
 
-    What is `known` need not be stored again; `bases` (if deltas are wanted) are what others may differ from.
+    What is `known` need not be stored again; against `bases`, if deltas are wanted, others may be stored.
     If the snapshot `is_held`, its raw bytes stay as they are.
     """
 
@@ -31,54 +32,52 @@ class Job:
     bases: Predecessors | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """A chunk as it is `held` in the arena, and as it is to be `stored`.
+class Encoded(NamedTuple):
+    """A chunk as it is to be stored.
 
-    Without `data` it is stored already: `stored` says where, counting in the packs of what is known. With it
-    the chunk's place is still to be found; its base, if it has one, counts in those packs as well. The data
-    may lie in the arena.
+    Without `data` it is stored already, and the record says where, counting in the packs of what is known.
+    With it the chunk's place is still to be found; its base, if it has one, counts in those packs as well.
+    The data may lie in the arena.
     """
 
-    held: ChunkRecord
-    stored: ChunkRecord | None = None
+    chunk: ChunkRecord
     data: Buffer | None = None
     is_in_arena: bool = False
 
 
-def digest(job: Job) -> list[Encoded]:
-    """Digest a batch that is held in the arena and not to be stored."""
-    return [Encoded(held) for held, _ in _digested(job)]
+def digest(share: ShareEntry, chunks: Sequence[int], memory: memoryview) -> list[ChunkRecord]:
+    """Return what a share's chunks are as they lie in the arena: raw; their offsets count in its memory."""
+    plan, first = share.plan, share.region.offset
+    slots = [plan.slots[index] for index in chunks]
+    raws = [memory[first + slot.offset : first + slot.offset + slot.num_bytes] for slot in slots]
+    specs = [plan.content.tensors[slot.tensor] for slot in slots]
+    marks = fingerprint_many(
+        [(raw, spec.dtype, spec.shape, slot.box) for raw, spec, slot in zip(raws, specs, slots, strict=True)]
+    )
+    return [
+        ChunkRecord(slot.tensor, slot.box, Codec.RAW, 0, first + slot.offset, len(raw), checksum(raw), mark)
+        for slot, raw, mark in zip(slots, raws, marks, strict=True)
+    ]
+
+
+def digest_once(share: ShareEntry, chunks: Sequence[int], memory: memoryview) -> list[ChunkRecord]:
+    """Do the same for a snapshot that is held, but for chunks that were digested before."""
+    new = [chunk for chunk in chunks if chunk not in share.digests]
+    share.digests.update(zip(new, digest(share, new, memory), strict=True))
+    return [share.digests[chunk] for chunk in chunks]
 
 
 def work_on(job: Job) -> list[Encoded]:
     """Digest a batch, and encode what is not known."""
     done = []
-    for held, raw in _digested(job):
+    for held in (digest_once if job.is_held else digest)(job.share, job.chunks, job.memory):
+        raw = job.memory[held.offset : held.offset + held.num_bytes]
         found = job.known and job.known.find(held.checksum, held.fingerprint, len(raw))
         if found:
-            done.append(Encoded(held, _moved_to(held, found)))
+            done.append(Encoded(_moved_to(held, found)))
         else:
             done.append(_encoded(job, held, raw))
     return done
-
-
-def _digested(job: Job) -> Iterator[tuple[ChunkRecord, memoryview]]:
-    plan = job.share.plan
-    tensors = plan.content.tensors
-    slots = [plan.slots[index] for index in job.chunks]
-    firsts = [job.share.region.offset + slot.offset for slot in slots]
-    raws = [job.memory[first : first + slot.num_bytes] for first, slot in zip(firsts, slots, strict=True)]
-    specs = [tensors[slot.tensor] for slot in slots]
-    regions = [
-        (raw, spec.dtype, spec.shape, slot.box) for raw, spec, slot in zip(raws, specs, slots, strict=True)
-    ]
-    marks = fingerprint_many(regions)
-    for slot, first, raw, mark in zip(slots, firsts, raws, marks, strict=True):
-        yield (
-            ChunkRecord(slot.tensor, slot.box, Codec.RAW, 0, first, len(raw), checksum(raw), mark),
-            raw,
-        )
 
 
 def _encoded(job: Job, held: ChunkRecord, raw: memoryview) -> Encoded:
@@ -88,20 +87,22 @@ def _encoded(job: Job, held: ChunkRecord, raw: memoryview) -> Encoded:
         codec, data = encode(handling.codec, xor_bytes(raw, base.raw), handling.level, dtype=spec.dtype)
         if codec is not Codec.RAW and len(data) <= _WORTH * _root(base.chunk).num_bytes:
             below = _moved_to(held, base.chunk)
-            return _put_by(job, Encoded(held, replace(held, codec=codec, base=below), data), raw)
+            return _put_by(job, Encoded(replace(held, codec=codec, base=below), data), raw)
     codec, data = encode(handling.codec, raw, handling.level, dtype=spec.dtype)
-    return _put_by(job, Encoded(held, replace(held, codec=codec), data), raw)
+    if codec is Codec.RAW:
+        return Encoded(held, raw, is_in_arena=True)
+    return _put_by(job, Encoded(replace(held, codec=codec), data), raw)
 
 
 def _put_by(job: Job, done: Encoded, raw: memoryview) -> Encoded:
     """Put what a chunk was encoded to in its place in the arena, if it is not needed there as it was."""
-    if done.data is None or done.data is raw:
-        return replace(done, is_in_arena=True)
-    if job.is_held or job.share.writing is not Writing.SEALED:  # the trainer still compares what it captured
+    if (
+        done.data is None or job.is_held or job.share.writing is not Writing.SEALED
+    ):  # the trainer still compares what it captured
         return done
     place = raw[: len(done.data)]
     place[:] = done.data
-    return replace(done, data=place, is_in_arena=True)
+    return done._replace(data=place, is_in_arena=True)
 
 
 def _root(chunk: ChunkRecord) -> ChunkRecord:

@@ -6,21 +6,20 @@ It keeps the books for the trainers' side and for the pipeline's threads, under 
 import logging
 import threading
 import time
-from collections import OrderedDict
+from collections import deque
 from dataclasses import dataclass
 
 from checkpoint.engine.arena import Arena, Region
 from checkpoint.engine.contract import Durable, Failed, Outcome, Pressure, Skipped, SnapshotPlan, Ticket
 from checkpoint.engine.held import Held
-from checkpoint.engine.ledger import ShareEntry, SnapshotEntry, SnapshotId, Writing
+from checkpoint.engine.ledger import ShareEntry, SnapshotEntry, Writing
 from checkpoint.engine.news import Board
-from checkpoint.engine.room import Room, choose_excess, in_order
+from checkpoint.engine.register import Register, objection
+from checkpoint.engine.room import Room, choose_excess
 from checkpoint.engine.worklist import Worklist
 from checkpoint.errors import ArenaFull, Mismatch
 
 log = logging.getLogger("holdfast.checkpoint")
-
-_MAX_REMEMBERED = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +40,10 @@ class Intake:
         self.hold = hold
         self.board = Board()
         self._changed = threading.Condition(threading.RLock())
-        self._entries: dict[SnapshotId, SnapshotEntry] = {}
-        self._over: OrderedDict[SnapshotId, None] = OrderedDict()
+        self._register = Register(host)
         self._failed: list[SnapshotEntry] = []
         self._work = Worklist()
+        self._undigested: deque[SnapshotEntry] = deque()
         self._room = Room(arena)
         self._why_ending: str | None = None
         self._is_closed = False
@@ -78,13 +77,13 @@ class Intake:
     def ready(self, ticket: Ticket, chunks: tuple[int, ...]) -> None:
         """Take note that some chunks are in the arena."""
         with self._changed:
-            if found := self._find(ticket):
+            if found := self._register.find(ticket):
                 self._announce(*found, ticket.rank, chunks)
 
     def seal(self, ticket: Ticket) -> None:
         """Take note that a share is whole and stays as it is."""
         with self._changed:
-            if found := self._find(ticket):
+            if found := self._register.find(ticket):
                 entry, share = found
                 self._announce(entry, share, ticket.rank, tuple(range(len(share.plan.slots))))
                 share.writing = Writing.SEALED
@@ -92,12 +91,14 @@ class Intake:
                     self._num_captured += 1
                     entry.num_captured = self._num_captured
                     entry.is_held = self.hold > 0
+                    if entry.is_held:
+                        self._undigested.append(entry)
                 self._advance(entry)
 
     def spoil(self, ticket: Ticket, why: str) -> None:
         """Give a share up, and with it its snapshot."""
         with self._changed:
-            if found := self._find(ticket):
+            if found := self._register.find(ticket):
                 entry, share = found
                 share.writing = Writing.GONE
                 self._fail(entry, why)
@@ -105,7 +106,7 @@ class Intake:
     def leave(self, owner: object, why: str) -> None:
         """Give up what an owner that is gone had not sealed."""
         with self._changed:
-            for entry in list(self._entries.values()):
+            for entry in self._register:
                 for share in entry.shares.values():
                     if share.owner is owner and share.writing is Writing.OPEN:
                         share.writing = Writing.GONE
@@ -114,7 +115,7 @@ class Intake:
     def abandon(self, why: str) -> None:
         """Give up every snapshot that is not captured: nobody is left who could deliver the rest."""
         with self._changed:
-            for entry in self._live():
+            for entry in self._register.live():
                 if not entry.is_captured:
                     self._fail(entry, f"{entry.missing()}: {why}")
 
@@ -133,7 +134,7 @@ class Intake:
     def num_unfinished(self) -> int:
         """How many snapshots are captured and have no outcome yet."""
         with self._changed:
-            return sum(entry.is_captured for entry in self._live())
+            return sum(entry.is_captured for entry in self._register.live())
 
     @property
     def is_closed(self) -> bool:
@@ -167,7 +168,9 @@ class Intake:
         """
         with self._changed:
             self._changed.wait_for(self._is_newest_digested, timeout_s)
-            digested = [entry for entry in self._held() if entry.image is not None and entry.is_alone]
+            digested = [
+                entry for entry in self._register.held() if entry.image is not None and entry.is_alone
+            ]
             return self._pinned(digested[-1]) if digested else None
 
     def pin_again(self, entry: SnapshotEntry) -> SnapshotEntry | None:
@@ -190,8 +193,8 @@ class Intake:
             self._changed.wait_for(lambda: self._work or self._is_closed, timeout_s)
             while self._work and not self._is_closed:
                 id_, rank, first = self._work.take()
-                entry = self._entries.get(id_)
-                if entry is None or not entry.is_wanted:
+                entry = self._register.get(id_)
+                if entry is None or not entry.is_live:
                     continue  # it failed meanwhile
                 if rank is None:
                     return Work(entry, None)
@@ -200,6 +203,12 @@ class Intake:
                 share.num_lent += len(chunks)
                 return Work(entry, share, chunks)
             return None
+
+    def next_undigested(self) -> SnapshotEntry | None:
+        """Wait for the next snapshot that is captured, and to be held; None after `close`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._undigested or self._is_closed)
+            return None if self._is_closed else self._undigested.popleft()
 
     def touch(self) -> bool:
         """Prepare a piece of the arena for its first use; return whether there is more to do."""
@@ -259,7 +268,7 @@ class Intake:
         """
         now = time.monotonic()
         with self._changed:
-            for entry in self._live():
+            for entry in self._register.live():
                 is_old = entry.generation < self._newest_generation
                 limit_s, since_s = (
                     (straggler_s, self._newer_since_s) if is_old else (patience_s, entry.started_s)
@@ -268,17 +277,11 @@ class Intake:
                     self._fail(entry, f"{entry.missing()} within {limit_s:.0f} s")
 
     # All of the following under the lock.
-    def _live(self) -> list[SnapshotEntry]:
-        return [entry for entry in self._entries.values() if entry.is_live]
-
-    def _held(self) -> list[SnapshotEntry]:
-        return in_order(self._entries.values())
-
     def _is_idle(self) -> bool:
         return self.num_unfinished == 0
 
     def _is_newest_digested(self) -> bool:
-        held = self._held()
+        held = self._register.held()
         return self._is_closed or not held or held[-1].image is not None
 
     def _pinned(self, entry: SnapshotEntry) -> SnapshotEntry:
@@ -286,42 +289,22 @@ class Intake:
         return entry
 
     def _admit(self, ticket: Ticket, plan: SnapshotPlan) -> SnapshotEntry | None:
-        key = (ticket.generation, ticket.step)
-        if key in self._over or self._is_closed:
-            return None
-        entry = self._entries.get(key)
+        entry = None if self._is_closed else self._register.enter(ticket, plan)
         if entry is None:
-            depth = plan.handling.depth
-            entry = SnapshotEntry(
-                key, ticket.run, plan.hosts, self.host, plan.content, depth, time.monotonic()
-            )
-            self._entries[key] = entry
-        if why := self._objection(entry, ticket, plan):
+            return None
+        why = self._why_ending or objection(entry, ticket.rank, plan)
+        if entry.depth == "memory" and not self.hold:
+            why = f"host {self.host} holds no snapshots in memory: give it a `hold` of 1 or more"
+        if why:
             self._fail(entry, why)
         return entry if entry.why_failed is None else None
-
-    def _objection(self, entry: SnapshotEntry, ticket: Ticket, plan: SnapshotPlan) -> str | None:
-        """Say what is wrong with one more share of a snapshot."""
-        if self._why_ending is not None:
-            return self._why_ending
-        if ticket.rank in entry.shares:
-            return f"rank {ticket.rank} delivered step {ticket.step} twice"
-        if (entry.content.digest, entry.hosts, entry.depth) != (
-            plan.content.digest,
-            plan.hosts,
-            plan.handling.depth,
-        ):
-            return f"rank {ticket.rank} saves another state than its neighbours at step {ticket.step}"
-        if entry.depth == "memory" and not self.hold:
-            return f"host {self.host} holds no snapshots in memory: give it a `hold` of 1 or more"
-        return None
 
     def _await_room(self, entry: SnapshotEntry, plan: SnapshotPlan) -> Region | None:
         """Lend a region, making room or waiting for it; None if the snapshot is over before there is any."""
         began_s = time.monotonic()
         patience_s = 0.0 if plan.handling.when_full == "skip" else plan.handling.max_wait_s
         has_waited = False
-        while (region := self._room.lend(plan.num_bytes, entry, self._entries.values())) is None:
+        while (region := self._room.lend(plan.num_bytes, entry, list(self._register))) is None:
             remaining_s = began_s + patience_s - time.monotonic()
             if remaining_s <= 0:
                 self._room.note_skip()
@@ -333,49 +316,39 @@ class Intake:
                 break
         if has_waited:
             self._room.note_wait(time.monotonic() - began_s)
-        self._sweep()
+        self._register.sweep()
         return region
 
     def _supersede(self, ticket: Ticket) -> None:
         """A rank that goes on to a newer step of its world will not deliver an older one."""
-        for entry in self._live():
+        for entry in self._register.live():
             is_older = entry.generation == ticket.generation and entry.step < ticket.step
             share = entry.shares.get(ticket.rank)
             if is_older and (share is None or share.writing is not Writing.SEALED):
                 self._fail(entry, f"rank {ticket.rank} went on to step {ticket.step} without delivering")
-
-    def _find(self, ticket: Ticket) -> tuple[SnapshotEntry, ShareEntry] | None:
-        entry = self._entries.get((ticket.generation, ticket.step))
-        if entry is None or ticket.rank not in entry.shares:
-            return None
-        return entry, entry.shares[ticket.rank]
 
     def _announce(self, entry: SnapshotEntry, share: ShareEntry, rank: int, chunks: tuple[int, ...]) -> None:
         new = [chunk for chunk in chunks if chunk not in share.announced]
         if not new or entry.why_failed is not None:
             return
         share.announced.update(new)
+        if entry.depth == "memory":
+            return
         share.num_needed += len(new)
         self._work.add(entry, rank, new)
         self._changed.notify_all()
 
     def _advance(self, entry: SnapshotEntry) -> None:
         """Do what a change of a snapshot made possible: let others go, free regions, hand out its end."""
-        for one in choose_excess(self._held(), self.hold):
+        for one in choose_excess(self._register.held(), self.hold):
             one.is_held = False
             self._room.free(one)
         self._room.free(entry)
-        if entry.is_captured and entry.is_wanted and not entry.is_handed_out:
+        if entry.is_captured and entry.is_live and entry.depth == "store" and not entry.is_handed_out:
             entry.is_handed_out = True
             self._work.add_end(entry)
-        self._sweep()
+        self._register.sweep()
         self._changed.notify_all()
-
-    def _sweep(self) -> None:
-        """Forget the snapshots of which nothing is left."""
-        for entry in list(self._entries.values()):
-            if not (entry.is_live or entry.is_held or entry.has_room):
-                del self._entries[entry.id]
 
     def _fail(self, entry: SnapshotEntry, why: str) -> None:
         if entry.is_live:
@@ -388,9 +361,7 @@ class Intake:
         if not entry.is_live:
             return
         entry.is_live = False
-        self._over[entry.id] = None
-        while len(self._over) > _MAX_REMEMBERED:
-            self._over.popitem(last=False)
+        self._register.note_end(entry)
         if not isinstance(outcome, Durable):
             entry.why_failed = outcome.why
             self._failed.append(entry)

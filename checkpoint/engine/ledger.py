@@ -6,6 +6,7 @@ from enum import Enum
 from checkpoint.engine.arena import Region
 from checkpoint.engine.contract import Content, Depth, SnapshotPlan
 from checkpoint.engine.held import Held
+from checkpoint.format.manifest import ChunkRecord
 
 SnapshotId = tuple[int, int]  # generation, step: newer ones compare greater
 
@@ -23,6 +24,7 @@ class ShareEntry:
     """One local rank's share: its region, and how far its chunks are.
 
     `num_needed` announced chunks are still to be read by the pipeline, `num_lent` of them are in its hands.
+    What is known of chunks as they lie in the arena is noted in `digests`, if the snapshot is held.
     """
 
     plan: SnapshotPlan
@@ -33,6 +35,7 @@ class ShareEntry:
     num_needed: int = 0
     num_lent: int = 0
     is_released: bool = False
+    digests: dict[int, ChunkRecord] = field(default_factory=dict)
 
 
 @dataclass(eq=False, slots=True)
@@ -89,20 +92,20 @@ class SnapshotEntry:
         )
 
     @property
-    def is_wanted(self) -> bool:
-        """Whether its chunks are still to be worked on."""
-        return self.is_live or (self.is_held and self.image is None)
-
-    @property
     def has_room(self) -> bool:
         """Whether any of the arena is lent to it."""
         return any(not share.is_released for share in self.shares.values())
 
     @property
+    def is_at_rest(self) -> bool:
+        """Whether it is held and digested, and the pipeline has no more use for its bytes."""
+        is_needed = self.is_live and any(share.num_needed for share in self.shares.values())
+        return self.is_held and self.image is not None and not is_needed
+
+    @property
     def may_leave(self) -> bool:
-        """Whether it is held, digested, and neither the pipeline nor a reader needs its bytes."""
-        is_needed = any(share.num_needed or share.num_lent for share in self.shares.values())
-        return self.is_held and self.image is not None and not (is_needed or self.num_readers)
+        """Whether it is at rest, and nobody is reading its bytes just now."""
+        return self.is_at_rest and not (self.num_readers or any(one.num_lent for one in self.shares.values()))
 
     def missing(self) -> str:
         """Say which local ranks have not delivered."""

@@ -7,21 +7,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import groupby
 
-from checkpoint.engine.commit import describe
 from checkpoint.engine.costing import costing
-from checkpoint.engine.encoding import Encoded, Job, digest, work_on
-from checkpoint.engine.held import Held
+from checkpoint.engine.encoding import Encoded, Job, work_on
 from checkpoint.engine.intake import Intake, Work
 from checkpoint.engine.known import Recall
 from checkpoint.engine.ledger import ShareEntry, SnapshotId
 from checkpoint.engine.packing import Filing, OpenPack, PackLimits, PackNumbers
-from checkpoint.engine.plan import check_chunks
 from checkpoint.engine.predecessors import Predecessors
-from checkpoint.engine.receipt import now_utc, receipt_of
 from checkpoint.engine.tuning import Tuning
-from checkpoint.errors import CheckpointError
 from checkpoint.format.pack import COPIED_BELOW
-from checkpoint.format.table import ChunkTable
 from checkpoint.store.contract import Store
 
 _MIN_PACK_BYTES = 4 << 20
@@ -81,15 +75,13 @@ class Packer:
         filing = self._filings.get(work.entry.id)
         if filing is None:
             filing = self._filings[work.entry.id] = Filing(work.entry)
-            if work.entry.depth == "store":
-                with costing(self._intake, work.entry):
-                    self._look_back(filing, work)
+            with costing(self._intake, work.entry):
+                self._look_back(filing, work)
         if work.share is None:
             return Ahead(work, filing, None)
         memory, is_held = self._intake.arena.memory, self._intake.hold > 0
         job = Job(work.share, work.chunks, memory, is_held, filing.known, filing.bases)
-        is_stored = work.entry.depth == "store" and work.entry.why_failed is None
-        return Ahead(work, filing, self._submit(work_on if is_stored else digest, job))
+        return Ahead(work, filing, self._submit(work_on, job))
 
     def _look_back(self, filing: Filing, work: Work) -> None:
         """Find out what the snapshot may share with an earlier checkpoint."""
@@ -106,56 +98,41 @@ class Packer:
             return
         num_lent = 0
         with costing(self._intake, entry):
-            done = ahead.encoded.result()
-            if self._intake.hold:
-                ahead.filing.held += [one.held for one in done]
-            for one in done:
+            for one in ahead.encoded.result():
                 num_lent += self._file(ahead.filing, one, share)
         self._intake.give_back(entry, share, len(ahead.work.chunks) - num_lent)
 
     def _file(self, filing: Filing, encoded: Encoded, share: ShareEntry) -> bool:
         """Put a chunk into a pack, if it is to be stored; return whether the pack reads it from the arena."""
-        if encoded.stored is None or filing.entry.why_failed is not None:
+        if filing.entry.why_failed is not None:
             return False
         if encoded.data is None:
-            filing.chunks.append(filing.borrow(encoded.stored))
+            filing.chunks.append(filing.borrow(encoded.chunk))
             return False
         if self._pack is not None and self._pack.filing is not filing:
             self._hand_over_pack()  # a pack holds chunks of one snapshot, so that it lives and dies with it
         if self._pack is None:
-            self._pack = OpenPack(filing, self._numbers.take(filing.entry.generation))
+            seq = self._numbers.take(filing.entry.generation)
+            self._pack = OpenPack(filing, seq, self._limits(filing))
         is_lent = encoded.is_in_arena and len(encoded.data) >= COPIED_BELOW
-        self._pack.add(encoded.stored, encoded.data, share if is_lent else None)
-        if self._pack.is_full(self._limits(filing)):
+        self._pack.add(encoded.chunk, encoded.data, share if is_lent else None)
+        if self._pack.is_full:
             self._hand_over_pack()
         return is_lent
 
     def _limits(self, filing: Filing) -> PackLimits:
         """Return how large a pack may become: the first ones of a snapshot are smaller."""
-        first_bytes = self._tuning.first_pack_bytes << min(len(filing.own) - 1, _MAX_DOUBLINGS)
+        first_bytes = self._tuning.first_pack_bytes << min(len(filing.own), _MAX_DOUBLINGS)
         return PackLimits(min(self._pack_bytes, first_bytes), self._copied_bytes)
 
     def _end(self, filing: Filing) -> None:
         """Finish a snapshot of which every chunk was worked on."""
         entry = filing.entry
         del self._filings[entry.id]
-        if entry.is_held:
-            try:
-                self._intake.digested(entry, self._held(filing))
-            except CheckpointError as error:
-                self._intake.forget(entry, f"{type(error).__name__}: {error}")
-        if entry.depth == "store" and entry.is_live:
+        if entry.is_live:
             if self._pack is not None and self._pack.filing is filing:
                 self._hand_over_pack()
             self._outbox.put(filing)
-
-    def _held(self, filing: Filing) -> Held:
-        """Describe a snapshot as it lies in the arena. Raises Incomplete if a tensor is not covered."""
-        chunks = ChunkTable.of(filing.held)
-        if filing.entry.is_alone:
-            check_chunks(filing.entry.content.tensors, chunks)
-        receipt = receipt_of(filing.entry)
-        return Held(describe(receipt, chunks, (), now_utc()), chunks, self._intake.arena.memory.toreadonly())
 
     def _hand_over_pack(self) -> None:
         if self._pack is not None:
@@ -167,9 +144,9 @@ class Packer:
         if self._pack is not None and self._pack.filing.entry.why_failed is not None:
             give_back(self._intake, self._pack)
             self._pack = None
-        for id_, filing in list(self._filings.items()):
-            if not filing.entry.is_wanted:
-                del self._filings[id_]
+        for filing in list(self._filings.values()):
+            if not filing.entry.is_live:
+                del self._filings[filing.entry.id]
 
 
 def give_back(intake: Intake, pack: OpenPack) -> None:

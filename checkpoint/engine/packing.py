@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from checkpoint.engine.known import Known
 from checkpoint.engine.ledger import ShareEntry, SnapshotEntry
 from checkpoint.engine.predecessors import Predecessors
@@ -14,21 +16,21 @@ from checkpoint.format.records import MAX_CHAIN, MAX_CHUNKS_PER_PAGE
 from checkpoint.format.table import ChunkTable
 from checkpoint.store.contract import Store
 
+_BORROWED = 1 << 31
 _MAX_CHUNKS = MAX_CHUNKS_PER_PAGE - MAX_CHAIN - 1  # so that one more fits, with all of its bases
 
 
 @dataclass(eq=False, slots=True)
 class Filing:
-    """How far one snapshot is: its chunks so far, as they are held and as they are stored, and its packs.
+    """How far one snapshot is: its chunks so far, as they are stored, and its packs.
 
     `own` packs were opened here, `borrowed` ones belong to an earlier checkpoint; the number of a chunk's
-    pack counts in `own` or, from -1 downwards, in `borrowed`.
+    pack counts in `own` or, from _BORROWED on, in `borrowed`.
     """
 
     entry: SnapshotEntry
     known: Known | None = None
     bases: Predecessors | None = None
-    held: list[ChunkRecord] = field(default_factory=list)
     chunks: list[ChunkRecord] = field(default_factory=list)
     own: list[PackRef | None] = field(default_factory=list)
     borrowed: dict[PackRef, int] = field(default_factory=dict)
@@ -39,7 +41,7 @@ class Filing:
         if self.known is None:
             return chunk
         pack = self.known.packs[chunk.pack]
-        number = self.borrowed.setdefault(pack, -1 - len(self.borrowed))
+        number = self.borrowed.setdefault(pack, _BORROWED + len(self.borrowed))
         return replace(chunk, pack=number, base=None if chunk.base is None else self.borrow(chunk.base))
 
     def packs(self) -> tuple[PackRef, ...]:
@@ -48,15 +50,10 @@ class Filing:
 
     def table(self) -> ChunkTable:
         """Return the chunks with the numbers of `packs`."""
-        num_own = len(self.own)
-        return ChunkTable.of([_counted(chunk, num_own) for chunk in self.chunks])
-
-
-def _counted(chunk: ChunkRecord, num_own: int) -> ChunkRecord:
-    if chunk.pack >= 0 and chunk.base is None:
-        return chunk
-    pack = chunk.pack if chunk.pack >= 0 else num_own - 1 - chunk.pack
-    return replace(chunk, pack=pack, base=None if chunk.base is None else _counted(chunk.base, num_own))
+        table = ChunkTable.of(self.chunks)
+        packs = table.rows["pack"]
+        packs[packs >= _BORROWED] -= np.uint32(_BORROWED - len(self.own))
+        return table
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +67,12 @@ class PackLimits:
 class OpenPack:
     """The pack that is being filled; `seq` is its number in its key."""
 
-    def __init__(self, filing: Filing, seq: int) -> None:
+    def __init__(self, filing: Filing, seq: int, limits: PackLimits) -> None:
         self.filing = filing
         self.lent: list[ShareEntry] = []  # once for each chunk that is read from the arena
         entry = filing.entry
         self.key = pack_key(entry.generation, entry.host, seq)
+        self._limits = limits
         self._num_copied_bytes = 0
         self._place = len(filing.own)
         filing.own.append(None)
@@ -83,18 +81,29 @@ class OpenPack:
     def add(self, stored: ChunkRecord, data: Buffer, lent_by: ShareEntry | None) -> None:
         """Append a chunk. What a share lends is read from the arena when the pack is written."""
         base = stored.base and self.filing.borrow(stored.base)
-        chunk = self._builder.add(replace(stored, pack=self._place, base=base), data)
-        self.filing.chunks.append(chunk)
+        mine = ChunkRecord(
+            stored.tensor,
+            stored.box,
+            stored.codec,
+            self._place,
+            0,
+            0,
+            stored.checksum,
+            stored.fingerprint,
+            base,
+        )
+        self.filing.chunks.append(self._builder.add(mine, data))
         if lent_by is None:
             self._num_copied_bytes += len(data)
         else:
             self.lent.append(lent_by)
 
-    def is_full(self, limits: PackLimits) -> bool:
+    @property
+    def is_full(self) -> bool:
         """Whether it is time to write it."""
         return (
-            self._builder.num_bytes >= limits.num_bytes
-            or self._num_copied_bytes >= limits.num_copied_bytes
+            self._builder.num_bytes >= self._limits.num_bytes
+            or self._num_copied_bytes >= self._limits.num_copied_bytes
             or self._builder.num_chunks >= _MAX_CHUNKS
         )
 

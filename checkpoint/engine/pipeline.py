@@ -1,10 +1,10 @@
 """One host's snapshots on their way from the arena to the store: the threads.
 
-A few digest and encode, one packs in order, a few write, one commits. Chunks move as soon as they are
-announced. Besides the arena, packs under way take a 64th of its size (8 MiB at least), and encoders the few
-chunks they are at: what is stored as it is is written from where it lies, and what was compressed goes back
-to its place in the arena, if the snapshot is not held. An error costs the snapshot it struck, never the
-thread, and never the training.
+A few digest and encode, one packs in order, a few write, one commits; and one digests what memory holds.
+Chunks move as soon as they are announced. Besides the arena, packs under way take a 64th of its size (8 MiB
+at least), and encoders the few chunks they are at: what is stored as it is is written from where it lies, and
+what was compressed goes back to its place in the arena, if the snapshot is not held. An error costs the
+snapshot it struck, never the thread, and never the training.
 """
 
 import queue
@@ -19,6 +19,7 @@ from typing import ParamSpec, TypeVar
 from checkpoint.engine.commit import proof_of, read_pages, write_pages
 from checkpoint.engine.committer import Committer, Waiting
 from checkpoint.engine.costing import costing
+from checkpoint.engine.digester import Digester
 from checkpoint.engine.intake import Intake
 from checkpoint.engine.known import Recall
 from checkpoint.engine.packer import Outbox, Packer, give_back
@@ -57,6 +58,7 @@ class Pipeline:
             "hand": self._keep_writing,
             "commit": self._committer.keep_committing,
             "touch": self._touch,
+            "digest": Digester(intake).keep_digesting,
         }
         self._threads = [
             threading.Thread(target=work, name=f"holdfast-{name}", daemon=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from datetime import UTC, datetime
 from typing import Any
 
@@ -117,9 +118,10 @@ def read_receipt(store: Store, key: str) -> Receipt:
 
 def encode_receipt(receipt: Receipt) -> bytes:
     """Write a receipt as JSON under its own checksum. Raises FormatError if meta is not plain JSON."""
-    fields = asdict(receipt)
-    for page in fields["pages"]:
-        page["checksum"] = page["checksum"].hex()
+    fields = {field.name: getattr(receipt, field.name) for field in dataclass_fields(receipt)}
+    fields["packs"] = [asdict(pack) for pack in receipt.packs]
+    fields["pages"] = [{**asdict(page), "checksum": page.checksum.hex()} for page in receipt.pages]
+    fields["content"] = None if receipt.content is None else _content_to_json(receipt.content)
     return seal("receipt", dump_json(fields, f"the meta of step {receipt.step}"))
 
 
@@ -153,6 +155,11 @@ def _page(fields: dict[str, Any], where: str) -> PageRef:
     return PageRef(**{**fields, "key": key, "checksum": bytes.fromhex(fields["checksum"])})
 
 
+def _content_to_json(content: Content) -> dict[str, Any]:
+    tensors = [[spec.name, spec.dtype, spec.shape] for spec in content.tensors]
+    return {"tensors": tensors, "skeleton": content.skeleton, "digest": content.digest}
+
+
 def _content(fields: dict[str, Any]) -> Content:
-    specs = tuple(TensorSpec(one["name"], one["dtype"], tuple(one["shape"])) for one in fields["tensors"])
+    specs = tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in fields["tensors"])
     return Content(specs, fields["skeleton"], fields["digest"])

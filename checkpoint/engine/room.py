@@ -26,21 +26,24 @@ class Room:
         self._arena = arena
         self.pressure = Pressure(arena.num_bytes)
 
-    def lend(self, num_bytes: int, opening: SnapshotEntry, entries: Iterable[SnapshotEntry]) -> Region | None:
+    def lend(self, num_bytes: int, opening: SnapshotEntry, entries: Sequence[SnapshotEntry]) -> Region | None:
         """Lend a region to a snapshot, in place of held ones if need be; None while there is no room.
 
         Raises `ArenaFull` when even the empty arena could not hold so much.
         """
-        present = tuple(entries)
-        while (region := self._arena.reserve(num_bytes)) is None:
-            held = in_order(present)
-            victim = choose_victim(held, opening, present)
-            if victim is None:
+        region = self._arena.reserve(num_bytes)
+        if region is None:
+            victims = choose_victims(opening, entries)
+            regions = [share.region for victim in victims for share in victim.shares.values()]
+            if not self._arena.would_fit(num_bytes, regions):
                 return None
-            if victim is held[-1] and not victim.is_durable:
-                self._note_bare(opening.step)
-            victim.is_held = False
-            self.free(victim)
+            newest = in_order(entries)[-1]
+            while (region := self._arena.reserve(num_bytes)) is None:
+                victim = victims.pop(0)
+                if victim is newest and not victim.is_durable:
+                    self._note_bare(opening.step)
+                victim.is_held = False
+                self.free(victim)
         most_bytes = max(self.pressure.most_bytes, self._arena.num_lent_bytes)
         self.pressure = replace(self.pressure, most_bytes=most_bytes)
         return region
@@ -78,27 +81,24 @@ def in_order(entries: Iterable[SnapshotEntry]) -> list[SnapshotEntry]:
     return sorted(held, key=lambda entry: (entry.generation, entry.num_captured))
 
 
-def choose_victim(
-    held: Sequence[SnapshotEntry], opening: SnapshotEntry, entries: Iterable[SnapshotEntry]
-) -> SnapshotEntry | None:
-    """Return the held snapshot (given oldest first) that makes room for the one being opened, if one may.
+def choose_victims(opening: SnapshotEntry, entries: Sequence[SnapshotEntry]) -> list[SnapshotEntry]:
+    """List the held snapshots that may make room for the one being opened, who is to go first first.
 
-    Older ones go before newer ones; the newest goes only if a store has it, or if nothing but it and the
-    snapshot being opened is in the arena: then no waiting would ever make room.
+    Older ones go before newer ones. The newest goes only if a store has it, or if nothing but those that may
+    go and the snapshot being opened is in the arena: then no waiting would ever make room.
     """
-    for one in held:
-        if one.may_leave and (one is not held[-1] or one.is_durable):
-            return one
-    if not held or not held[-1].may_leave:
-        return None
-    is_all = all(one is held[-1] or one is opening for one in entries if one.has_room)
-    return held[-1] if is_all else None
+    held = in_order(entries)
+    victims = [one for one in held if one.may_leave]
+    if not victims or victims[-1] is not held[-1] or held[-1].is_durable:
+        return victims
+    is_all = all(one is opening or one in victims for one in entries if one.has_room)
+    return victims if is_all else victims[:-1]
 
 
 def choose_excess(held: Sequence[SnapshotEntry], hold: int) -> list[SnapshotEntry]:
     """List those of the held snapshots (given oldest first) that are more than are to be held.
 
-    One that is not digested yet does not count: until then deltas may be made against those before.
+    One that is still at work does not count: it may be stored as what differs from the one before.
     """
-    whole = [one for one in held if one.image is not None]
-    return [one for one in whole[: max(len(whole) - hold, 0)] if one.may_leave]
+    resting = [one for one in held if one.is_at_rest]
+    return [one for one in resting[: max(len(resting) - hold, 0)] if one.may_leave]

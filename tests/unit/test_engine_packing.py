@@ -7,7 +7,7 @@ import pytest
 
 from checkpoint import Catalog, LocalHost, verify
 from checkpoint.engine.arena import Region
-from checkpoint.engine.encoding import Job, digest, work_on
+from checkpoint.engine.encoding import Job, digest, digest_once, work_on
 from checkpoint.engine.ledger import ShareEntry, Writing
 from checkpoint.engine.pipeline import Tuning
 from checkpoint.engine.source import StoreSource
@@ -59,29 +59,21 @@ def test_what_was_compressed_goes_back_to_its_place_and_decodes_to_what_was_ther
     job = job_of(rows, handling(codec=Codec.ZSTD))
     arrays: list[Any] = list(rows.values())
     for one, values in zip(work_on(job), arrays, strict=True):
-        assert (
-            one.is_in_arena
-            and one.data is not None
-            and one.stored is not None
-            and one.held.checksum == checksum(values.tobytes())
-        )
+        assert one.is_in_arena and one.data is not None and one.chunk.checksum == checksum(values.tobytes())
         stored = bytes(one.data)
         assert len(stored) < values.nbytes
-        assert bytes(job.memory[one.held.offset :][: len(stored)]) == stored
-        assert bytes(decode(one.stored.codec, stored, values.nbytes)) == values.tobytes()
+        assert bytes(job.memory[one.chunk.offset :][: len(stored)]) == stored
+        assert bytes(decode(one.chunk.codec, stored, values.nbytes)) == values.tobytes()
 
 
 def test_a_digest_is_the_same_however_many_chunks_are_digested_together():
     rows = {f"t{number}": np.random.default_rng(number).random(50 + number % 3) for number in range(40)}
-    together = digest(job_of(rows, handling()))
-    for number, one in enumerate(together):
-        alone = Job(
-            **{
-                **{name: getattr(job_of(rows, handling()), name) for name in Job.__slots__},
-                "chunks": (number,),
-            }
-        )
-        assert digest(alone) == [one]
+    job = job_of(rows, handling())
+    together = digest(job.share, job.chunks, job.memory)
+    assert [digest(job.share, (number,), job.memory) for number in job.chunks] == [[one] for one in together]
+    assert digest_once(job.share, (3, 5), job.memory) == [together[3], together[5]]
+    job.memory[:] = bytes(len(job.memory))
+    assert digest_once(job.share, (5,), job.memory) == [together[5]]
 
 
 def test_the_first_packs_are_small_and_raw_chunks_are_not_copied():

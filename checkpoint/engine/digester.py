@@ -1,0 +1,51 @@
+"""The nearest tier: captured snapshots that stay in memory are digested there, whatever the store does."""
+
+import logging
+
+from checkpoint.engine.commit import describe
+from checkpoint.engine.encoding import digest_once
+from checkpoint.engine.held import Held
+from checkpoint.engine.intake import Intake
+from checkpoint.engine.ledger import ShareEntry, SnapshotEntry
+from checkpoint.engine.plan import check_chunks
+from checkpoint.engine.receipt import now_utc, receipt_of
+from checkpoint.errors import CheckpointError
+from checkpoint.format.manifest import ChunkRecord
+from checkpoint.format.table import ChunkTable
+
+log = logging.getLogger("holdfast.checkpoint")
+
+_BATCH_CHUNKS = 64  # small ones are digested together
+
+
+class Digester:
+    """Digests what an intake holds; it asks no store for anything."""
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+        self._memory = intake.arena.memory.toreadonly()
+
+    def keep_digesting(self) -> None:
+        """Digest one snapshot after the other, until the intake is closed."""
+        while (entry := self._intake.next_undigested()) is not None:
+            try:
+                self._intake.digested(entry, self._held(entry))
+            except Exception as error:
+                if not isinstance(error, CheckpointError):
+                    log.exception("snapshot of step %d", entry.step)  # a defect must not stop later ones
+                self._intake.forget(entry, f"{type(error).__name__}: {error}")
+
+    def _held(self, entry: SnapshotEntry) -> Held:
+        """Describe a snapshot as it lies in the arena. Raises Incomplete if a tensor is not covered."""
+        records = [record for rank in entry.local_ranks for record in self._digests(entry.shares[rank])]
+        chunks = ChunkTable.of(records)
+        if entry.is_alone:
+            check_chunks(entry.content.tensors, chunks)
+        return Held(describe(receipt_of(entry), chunks, (), now_utc()), chunks, self._memory)
+
+    def _digests(self, share: ShareEntry) -> list[ChunkRecord]:
+        """Digest a share from its end, while the packer, which needs the same, comes from its beginning."""
+        numbers = range(len(share.plan.slots))
+        for last in range(len(numbers), 0, -_BATCH_CHUNKS):
+            digest_once(share, numbers[max(last - _BATCH_CHUNKS, 0) : last], self._memory)
+        return [share.digests[number] for number in numbers]
