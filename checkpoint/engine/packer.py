@@ -19,7 +19,7 @@ from checkpoint.format.pack import COPIED_BELOW
 from checkpoint.store.contract import Store
 
 _MIN_PACK_BYTES = 4 << 20
-_BUDGET_SHARE = 64  # of the arena: so much the packs under way may take besides it
+_BUDGET_SHARE = 128  # of the arena: so much the packs under way may take besides it
 _MIN_BUDGET_BYTES = 8 << 20
 _MAX_DOUBLINGS = 20
 
@@ -65,7 +65,7 @@ class Packer:
             work = self._intake.next_work(timeout_s)
             if work is not None:
                 ahead.append(self._begin(work))
-            if ahead and (work is None or len(ahead) > self._tuning.num_encoders + 1):
+            if ahead and (work is None or len(ahead) > self._tuning.num_encoders):
                 self._finish(ahead.popleft())
             self._drop_failed()
         self._outbox.put(None)

@@ -278,3 +278,4 @@ def _polite_signals() -> Iterator[list[int]]:
             signal.signal(each, handler)
     if asked:
         signal.raise_signal(asked[0])
+        raise KeyboardInterrupt  # nobody took it: SIGINT is ignored in a shell's background jobs

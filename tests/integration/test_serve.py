@@ -40,7 +40,7 @@ def test_the_forms_fields_come_from_the_specification_with_bounds_and_descriptio
     steps = schema["definitions"]["TrainingSpec"]["properties"]["steps"]
     assert (steps["default"], steps["minimum"]) == (RunSpec().training.steps, 1)
     assert steps["description"]
-    assert schema["definitions"]["CheckpointSpec"]["properties"]["codec"]["enum"] == ["raw", "zstd"]
+    assert schema["definitions"]["CheckpointSpec"]["properties"]["codec"]["enum"] == ["raw", "zstd", "planes"]
 
 
 def test_a_scheduled_run_fires(served):

@@ -98,6 +98,15 @@ def test_what_has_nothing_in_common_with_its_past_is_stored_in_full(store, run_o
         assert chunks_of(store, step)["noise"].num_bases == 0
 
 
+def test_a_delta_that_takes_as_much_as_the_whole_is_not_worth_its_chain(store, run_of):
+    run = run_of(store)
+    for step in (1, 2):
+        low = np.random.default_rng(step).integers(0, 256, 50_000).astype(np.int32)
+        run.save(step, {"low": low})
+        chunk = chunks_of(store, step)["low"]
+        assert chunk.codec is Codec.ZSTD and chunk.num_bases == 0
+
+
 def test_without_a_chain_and_with_the_raw_codec_there_are_no_deltas(store, run_of):
     variants: tuple[dict[str, Any], ...] = ({"chain": 0}, {"codec": Codec.RAW})
     for number, options in enumerate(variants):

@@ -123,6 +123,21 @@ def test_in_an_arena_for_one_the_held_snapshot_goes_when_the_next_one_comes_and_
     assert [record.getMessage() for record in caplog.records if "holds no snapshot" in record.getMessage()]
 
 
+def test_the_newest_snapshot_stays_while_waiting_may_make_room(store):
+    half = 2 * ROWS_BYTES - 128
+    with host_of(store, hold=1) as host:
+        give(host, 1, rows_of(1, half), MEMORY)
+        assert held_step(host) == 1
+        other = begin(host, 2, rows_of(2, half), plan_of(rows_of(2, half), MEMORY), generation=1)
+        assert other is not None
+        impatient = plan_of(rows_of(3, half), handling("memory", max_wait_s=0.0))
+        assert begin(host, 3, rows_of(3, half), impatient, generation=2) is None
+        assert held_step(host) == 1 and host.pressure().num_bare == 0
+        host.spoil(other, "on purpose")
+        assert begin(host, 4, rows_of(4, half), impatient, generation=2) is not None
+        assert held_step(host) == 1
+
+
 def test_a_snapshot_that_someone_reads_stays_until_it_was_read(store):
     with host_of(store, hold=1) as host:
         large = rows_of(1, 3 * ROWS_BYTES)
