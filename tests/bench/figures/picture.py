@@ -32,7 +32,7 @@ def draw_picture(rows: Sequence[Row], path: Path = PICTURE) -> None:
     figure.suptitle(
         "Holdfast beside what a user could pick instead: medians of interleaved rounds, all with fsync"
     )
-    figure.savefig(path, format="png")
+    figure.savefig(path, format="png", bbox_inches="tight")
 
 
 def _draw(axes: Axes, rows: Sequence[Row], title: str) -> None:
