@@ -74,8 +74,3 @@ class Saving:
             fate = self.durable(tier) if tier in self.tiers else None
             if fate is not None and not Future.done(fate):
                 fate.set_exception(CheckpointError(f"step {self.step} is not on {tier}: {outcome.why}"))
-
-    @property
-    def is_decided(self) -> bool:
-        """Whether nothing more is to be learned of it."""
-        return all(Future.done(self.durable(tier)) for tier in self.tiers)

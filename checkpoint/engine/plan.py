@@ -2,7 +2,7 @@
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -171,11 +171,3 @@ def _check_cover(tensors: Sequence[Described], boxes: Regions, numbers: Sequence
             f"the chunks of tensor {tensor.name!r} hold {covered} of its {math.prod(tensor.shape)} elements, "
             "or some of them twice: each element has to be written exactly once"
         )
-
-
-def group_by_tensor(tensors: Sequence[int]) -> Mapping[int, list[int]]:
-    """Map each tensor number to the positions at which it occurs."""
-    groups: dict[int, list[int]] = {}
-    for position, tensor in enumerate(tensors):
-        groups.setdefault(tensor, []).append(position)
-    return groups
