@@ -1,1 +1,1 @@
-"""Foreign formats: rules that map their names and shards to global tensors. Knows no store."""
+"""Foreign formats: readers, writers, and rules that map their names and shards to global tensors."""
