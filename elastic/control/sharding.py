@@ -56,7 +56,7 @@ def moves(held: Sequence[Collection[int]], holders: Holders) -> dict[tuple[int, 
 
 @dataclass(frozen=True, slots=True)
 class _Dealer:
-    """Gives states to ranks; `fair` is how many bytes each should come to hold, `load` how many it has got."""
+    """Gives states to ranks; `fair` is how many bytes each should come to hold, `load` how many it holds."""
 
     held: Sequence[Collection[int]]
     hosts: Sequence[str]
