@@ -73,7 +73,7 @@ class Place:
         """Fill a contiguous array with the bytes from an offset on. Raises as `read` does."""
         self._check_range(path, offset, out.nbytes)
         local = self.local(path)
-        row = memoryview(out.reshape(-1).view(np.uint8))
+        row = memoryview(out.reshape(-1).view(np.uint8).data)
         if local is None:
             row[:] = self._fetch(path, offset, out.nbytes)
             return

@@ -7,6 +7,7 @@ from typing import Protocol
 from checkpoint.errors import Unsupported
 from checkpoint.interop.formats.contract import Contents, ForeignCheckpoint
 from checkpoint.interop.formats.hf import looks_like_hf, open_hf, write_hf
+from checkpoint.interop.formats.torchfile import looks_like_torch, open_torch
 from checkpoint.interop.place import Draft, Place
 
 _SHOWN = 8
@@ -31,7 +32,10 @@ class Format:
 # In this order it is asked what a directory looks like: the more particular ones first.
 FORMATS: Mapping[str, Format] = {
     one.name: one
-    for one in (Format("hf", "Hugging Face safetensors", looks_like_hf, open_hf, write_hf, False),)
+    for one in (
+        Format("hf", "Hugging Face safetensors", looks_like_hf, open_hf, write_hf, False),
+        Format("torch", "a file of torch.save", looks_like_torch, open_torch, None, True),
+    )
 }
 
 

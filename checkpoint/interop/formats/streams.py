@@ -18,7 +18,7 @@ def blocks_of(contents: Contents, number: int, budget_bytes: int) -> Iterator[me
     """Yield the bytes of a tensor, row by row."""
     tensor = contents.tensors[number]
     for box in split_box(Box.whole(tensor.shape), itemsize(tensor.dtype), block_bytes(budget_bytes)):
-        yield memoryview(contents.read(number, box).reshape(-1).view("u1"))
+        yield memoryview(contents.read(number, box).reshape(-1).view("u1").data)
 
 
 def block_bytes(budget_bytes: int) -> int:

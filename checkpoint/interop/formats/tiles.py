@@ -14,13 +14,15 @@ from checkpoint.interop.formats.extents import Extent, read_box
 from checkpoint.interop.moves import Foreign
 from checkpoint.interop.place import Place
 
+_EXACT_IN_FLOAT32 = 1 << 24
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A box of a tensor, and how to find where it lies: looked up only when it is read."""
+    """A box of a tensor, and how to find where it lies (looked up only when it is read), or its bits."""
 
     box: Box
-    locate: Callable[[], Extent]
+    locate: Callable[[], Extent | Array]
 
 
 class Tiled:
@@ -42,9 +44,18 @@ class Tiled:
         """Do nothing: no file is kept open."""
 
 
-def found(box: Box, extent: Extent) -> Tile:
-    """Return a tile of which it is known where it lies."""
-    return Tile(box, lambda: extent)
+def found(box: Box, source: Extent | Array) -> Tile:
+    """Return a tile of which it is known where it lies, or what its bits are."""
+    return Tile(box, lambda: source)
+
+
+def held(name: str, value: float) -> tuple[Foreign, list[Tile]]:
+    """Return a tensor made of a number, as old optimizers keep their steps: float32 if that holds it."""
+    dtype = "float32" if float(np.float32(value)) == value else "float64"
+    if type(value) is int and abs(value) > _EXACT_IN_FLOAT32:
+        dtype = "int64"
+    bits: Array = np.array(value, dtype).view(dtype_of(dtype).carrier)
+    return Foreign(name, dtype, ()), [found(Box((), ()), bits)]
 
 
 def check_tiles(tensors: Sequence[Foreign], tiles: Sequence[Sequence[Tile]], where: str) -> None:
@@ -74,7 +85,9 @@ def _read(place: Place, tensor: Foreign, tiles: Sequence[Tile], box: Box) -> Arr
         common = tile.box.intersect(box)
         if common is None:
             continue
-        part = read_box(place, tile.locate(), common.moved(tile.box.start, (0,) * len(box.size)))
+        source, inner = tile.locate(), common.moved(tile.box.start, (0,) * len(box.size))
+        whole = Box.whole(tile.box.size)
+        part = read_box(place, source, inner) if isinstance(source, Extent) else source[inner.within(whole)]
         if common == box:
             return part
         if out is None:
