@@ -157,7 +157,7 @@ class Candidate:
                 return table
         try:
             table = source.chunks(manifest, None if len(tensors) == len(manifest.tensors) else tensors)
-            _prove(manifest, table, tensors)
+            prove_index(manifest, table, tensors)
         except (FormatError, Incomplete) as error:
             self._failed(source, f"the index of step {self.step}", error)
             return None
@@ -191,7 +191,7 @@ def _content(manifest: Manifest) -> object:
     return manifest.tensors, manifest.skeleton
 
 
-def _prove(manifest: Manifest, table: ChunkTable, tensors: Collection[int]) -> None:
+def prove_index(manifest: Manifest, table: ChunkTable, tensors: Collection[int]) -> None:
     """Prove that chunks cover tensors exactly once, and that their fingerprints add up to the manifest's."""
     check_chunks(manifest.tensors, table, tensors)
     sums = table.fingerprint_sums()
