@@ -95,6 +95,16 @@ class Refill:
         raise Mismatch(f"{path} is a tensor here, and none in the checkpoint of step {self.manifest.step}")
 
 
+def check_run(manifest: Manifest, run: str) -> None:
+    """Raise Mismatch, naming both, if a checkpoint is another run's: its weights would load as well."""
+    if manifest.run != run:
+        raise Mismatch(
+            f"the checkpoint of step {manifest.step} is of run {manifest.run!r}, and this is run {run!r}: "
+            f"continue the other with Checkpointer(url, run={manifest.run!r}), give this one a store of its "
+            f"own, or say restore(state, run={manifest.run!r}) if the other's state is meant"
+        )
+
+
 def plan_refill(state: Any, manifest: Manifest, place: tuple[int, int]) -> Refill:
     """Decide what to read for a state from a checkpoint; `place` is (rank, size).
 
