@@ -6,6 +6,7 @@ from typing import Protocol
 
 from checkpoint.errors import Unsupported
 from checkpoint.interop.formats.contract import Contents, ForeignCheckpoint
+from checkpoint.interop.formats.dcp import looks_like_dcp, open_dcp
 from checkpoint.interop.formats.hf import looks_like_hf, open_hf, write_hf
 from checkpoint.interop.formats.torchfile import looks_like_torch, open_torch
 from checkpoint.interop.place import Draft, Place
@@ -33,6 +34,7 @@ class Format:
 FORMATS: Mapping[str, Format] = {
     one.name: one
     for one in (
+        Format("dcp", "torch.distributed.checkpoint", looks_like_dcp, open_dcp, None, True),
         Format("hf", "Hugging Face safetensors", looks_like_hf, open_hf, write_hf, False),
         Format("torch", "a file of torch.save", looks_like_torch, open_torch, None, True),
     )
