@@ -262,6 +262,7 @@ def _quantized(*_: Any) -> Any:
 
 
 DTYPE_OF = {f"{kind}Storage": dtype for kind, dtype in _STORAGES.items()}
+STORAGE_OF = {dtype: kind for kind, dtype in DTYPE_OF.items() if kind != "UntypedStorage"}
 _REBUILDS: StandIns = {
     "torch._utils._rebuild_tensor": _view,
     "torch._utils._rebuild_tensor_v2": _view,
