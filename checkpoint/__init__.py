@@ -53,6 +53,7 @@ from checkpoint.store.open import Probe, open_store, probe
 
 if TYPE_CHECKING:
     from checkpoint.checkpointer import Checkpointer, Fate, Options, Restoration, Rng, Saving
+    from checkpoint.engine.on_ranks import OnRanks
     from checkpoint.engine.per_rank import PerRank, per_rank_values
     from checkpoint.engine.reading import ReadPolicy
     from checkpoint.engine.restore import (
@@ -125,6 +126,7 @@ __all__ = [
     "Mismatch",
     "NoCheckpoint",
     "NotFound",
+    "OnRanks",
     "Options",
     "Outcome",
     "Pace",
@@ -208,6 +210,7 @@ _WITH_TORCH = {
     **dict.fromkeys(
         ("Checkpointer", "Fate", "Options", "Restoration", "Rng", "Saving"), "checkpoint.checkpointer"
     ),
+    "OnRanks": "checkpoint.engine.on_ranks",
     **dict.fromkeys(("PerRank", "per_rank_values"), "checkpoint.engine.per_rank"),
     "ReadPolicy": "checkpoint.engine.reading",
     "Wanted": "checkpoint.engine.targets",

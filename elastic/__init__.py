@@ -15,6 +15,7 @@ from elastic.runtime.order import (
     TrainingOrder,
     TrainOrder,
 )
+from elastic.runtime.wish import resize
 from elastic.training.evaluation import Evaluation, build_model, evaluate, model_from_state
 from elastic.training.job import Job, Split, load_job, load_settings
 from elastic.training.randomness import seed_for
@@ -52,6 +53,7 @@ __all__ = [
     "load_settings",
     "model_from_state",
     "read_report",
+    "resize",
     "seed_for",
     "train",
     "weights_sha256",

@@ -35,6 +35,7 @@ def to_order(run: Run) -> elastic.TrainOrder:
             determinism=spec.training.determinism,
             grad_clip=spec.training.grad_clip,
             compare_every=spec.recovery.compare_every,
+            optimizer_copies=spec.training.optimizer_copies,
         ),
         world=elastic.WorldPolicy(
             workers=spec.world.workers,

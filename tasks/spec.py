@@ -84,6 +84,13 @@ class TrainingSpec(_Section):
         gt=0,
         description="Largest gradient norm; none (in the form: empty) leaves gradients unclipped.",
     )
+    optimizer_copies: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Shard the optimizer (ZeRO, stage 1): its state of each parameter is on so many workers, "
+        "so that one less may be lost at once without loss of a step; 0: every worker holds all of it.",
+    )
 
 
 class WorldSpec(_Section):

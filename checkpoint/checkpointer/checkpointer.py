@@ -4,10 +4,11 @@ import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from checkpoint.checkpointer.branches import Newer, abandon, newer_steps, told_abandoned, told_kept
 from checkpoint.checkpointer.giving import to_tree
 from checkpoint.checkpointer.hosting import AnyHost, Kept, Lodging, find_host, held_by, open_host
 from checkpoint.checkpointer.restoring import Restoration, restore_newest
@@ -19,11 +20,12 @@ from checkpoint.engine.reading import ReadPolicy
 from checkpoint.engine.restore import Fallback
 from checkpoint.engine.save import SavePolicy, Saver
 from checkpoint.engine.source import HeldSource, Source, StoreSource
-from checkpoint.errors import StoreError
+from checkpoint.errors import Conflict, StoreError
 from checkpoint.format.tree import Json
 from checkpoint.lifecycle.aside import set_aside
 from checkpoint.lifecycle.policies import Policy
 from checkpoint.lifecycle.tiers import Tier, check_tiers, is_due
+from checkpoint.store.contract import Store
 from checkpoint.store.open import open_store
 
 log = logging.getLogger("holdfast.checkpoint")
@@ -101,6 +103,7 @@ class Checkpointer:
         self._saver: Saver | None = None
         self._damaged: tuple[Fallback, ...] = ()
         self._last = -1
+        self._in_the_way = ""
         self._savings: deque[Saving] = deque(maxlen=_MAX_REMEMBERED)
 
     def save(
@@ -120,8 +123,11 @@ class Checkpointer:
         the cadence. Returns None if nothing was due.
 
         Raises `FormatError` for a state that cannot be stored, naming what; never for trouble with the store,
-        which is logged, and told by the Saving. Raises ValueError for a step that is not newer than the last.
+        which is logged, and told by the Saving. Raises ValueError for a step that is not newer than the last,
+        Conflict if training went back and newer checkpoints are in its way: see `restore`.
         """
+        if self._in_the_way:
+            raise Conflict(self._in_the_way)
         depth = depth or self._due(step)
         if depth is None:
             return None
@@ -141,22 +147,35 @@ class Checkpointer:
         self._look()
         return saving
 
-    def restore(self, state: Any, step: int | None = None) -> Restoration | None:
+    def restore(
+        self, state: Any, step: int | None = None, *, run: str | None = None, newer: Newer = "keep"
+    ) -> Restoration | None:
         """Restore the newest whole checkpoint, or that of `step`, into the things of a state.
 
         Parameters and buffers are filled where they are; optimizers, schedulers and the like load their
         states; plain values are replaced in the dicts that hold them. Only what `state` names is read. In a
         world, every rank calls it, and all restore the same step. Returns None if there is no checkpoint.
 
-        Raises Mismatch, naming what differs, for another model's checkpoint; NoCheckpoint if none is whole.
+        With an older `step` the newer ones stay, and `save` is refused, unless `newer="set aside"` moves
+        their manifests out of the way, on all tiers; `notes` names them. A checkpoint of another run is
+        refused unless `run` names it.
+
+        Raises Mismatch, naming what differs, for another model's checkpoint or another run's; NoCheckpoint if
+        none is whole; Conflict if a tagged one would be set aside.
         """
         self.wait_captured()
+        if step is not None:
+            self.wait(self._options.flush_s)  # what is on its way is newer as well
         self._host = self._host or find_host(self._lodging, self._world)
+        policy, run = self._options.reading, run or self._lodging.run
         with ExitStack() as pinned:
             held = pinned.enter_context(held_by(self._host))
-            sources = [*(HeldSource(one, MEMORY) for one in held), *self._stores()]
-            restored = restore_newest(state, sources, self._world, step, self._options.reading)
+            sources = [*(HeldSource(one, MEMORY) for one in held), *self._sources()]
+            restored = restore_newest(state, sources, self._world, step, policy, run=run)
         self._damaged = () if restored is None else restored.report.fallbacks
+        self._in_the_way = ""
+        if restored is not None and step is not None:
+            restored = self._branched(restored, newer)
         if self._last >= 0:
             self._world, self._last = self._join(), -1  # what was saved before is of another generation
         return restored
@@ -210,11 +229,26 @@ class Checkpointer:
             return (MEMORY,)
         return (NEAREST, *(tier.label for tier in self._options.tiers if is_due(tier, step)), *memory)
 
-    def _stores(self) -> list[Source]:
-        return [
-            StoreSource(self._store, NEAREST),
-            *(StoreSource(open_store(tier.url), tier.label) for tier in self._options.tiers),
-        ]
+    def _stores(self) -> dict[str, Store]:
+        return {NEAREST: self._store, **{tier.label: open_store(tier.url) for tier in self._options.tiers}}
+
+    def _sources(self) -> list[Source]:
+        return [StoreSource(store, name) for name, store in self._stores().items()]
+
+    def _branched(self, restored: Restoration, newer: Newer) -> Restoration:
+        """Look for checkpoints newer than the one that was asked for, and do with them as was said."""
+        step, stores = restored.step, self._stores()
+        if newer == "set aside":
+            self._world.everybody(None)  # what other ranks have under way is over
+            gone = self._world.tell(lambda: abandon(stores, step))
+            note = told_abandoned(gone, step) if gone else ""
+        else:
+            ahead = self._world.tell(lambda: newer_steps(stores, step))
+            note = self._in_the_way = told_kept(ahead, step) if ahead else ""
+        if not note:
+            return restored
+        log.warning("%s", note)
+        return replace(restored, notes=(*restored.notes, note))
 
     def _saver_for(self, tree: Any) -> Saver:
         if self._saver is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from checkpoint.checkpointer.refilling import Refill, plan_refill
+from checkpoint.checkpointer.refilling import Refill, check_run, plan_refill
 from checkpoint.checkpointer.sharing import by_ranks, digest_of, replicas
 from checkpoint.checkpointer.world import World
 from checkpoint.engine.reading import ReadPolicy
@@ -65,14 +65,17 @@ class _Disagreed(Exception):
 
 
 def restore_newest(
-    state: Any, sources: Sequence[Source], world: World, step: int | None, policy: ReadPolicy
+    state: Any, sources: Sequence[Source], world: World, step: int | None, policy: ReadPolicy, *, run: str
 ) -> Restoration | None:
-    """Restore the newest step that all ranks can read, or exactly `step`. Returns None if there is none."""
+    """Restore the newest step that all ranks can read, or exactly `step`. Returns None if there is none.
+
+    Raises Mismatch if it is another run's.
+    """
     steps = [step] if step is not None else world.tell(lambda: _steps(sources))
     passed: list[Fallback] = []
     for candidate in steps:
         try:
-            refill, report = _attempt(state, sources, candidate, world, policy)
+            refill, report = _attempt(state, sources, candidate, world, policy, run=run)
         except _Disagreed as error:
             if error.is_final or step is not None:
                 raise error.own or CheckpointError(str(error)) from None
@@ -87,12 +90,14 @@ def restore_newest(
 
 
 def _attempt(
-    state: Any, sources: Sequence[Source], step: int, world: World, policy: ReadPolicy
+    state: Any, sources: Sequence[Source], step: int, world: World, policy: ReadPolicy, *, run: str
 ) -> tuple[Refill, RestoreReport]:
     """Read one step. What fails on one rank raises _Disagreed on all."""
     refill, failure = None, None
     try:
-        refill = plan_refill(state, _manifest(sources, step), (world.rank, world.size))
+        manifest = _manifest(sources, step)
+        check_run(manifest, run)
+        refill = plan_refill(state, manifest, (world.rank, world.size))
     except CheckpointError as error:
         failure = error
     _agree(world, failure, "" if refill is None else digest_of(refill.requests))

@@ -10,7 +10,7 @@ from checkpoint.engine.pipeline import fan_out
 from checkpoint.engine.plan import plan_copies
 from checkpoint.engine.reading import DECODING, WASTE, Holes, ReadPolicy, Span, Tally
 from checkpoint.engine.regions import Column, Regions
-from checkpoint.engine.source import Source, StoreSource
+from checkpoint.engine.source import Source, StoreSource, origin_of
 from checkpoint.engine.targets import Target
 from checkpoint.errors import Corrupt, FormatError, StoreUnavailable
 from checkpoint.format.codec import Buffer, Codec, checksum, decode, xor_bytes
@@ -144,7 +144,7 @@ class Filling:
                     for place in run.places:
                         self._tally.note(self._opened.source.name, self._described(level[place].chunk), error)
                 continue
-            self._tally.count(self._opened.source.name, ranges)
+            self._tally.count(origin_of(self._opened.source, pack), ranges)
             for run, data in zip(runs, found, strict=True):
                 view = memoryview(data).cast("B")
                 for place in run.places:

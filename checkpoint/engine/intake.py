@@ -10,7 +10,16 @@ from collections import deque
 from dataclasses import dataclass
 
 from checkpoint.engine.arena import Arena, Region
-from checkpoint.engine.contract import Durable, Failed, Outcome, Pressure, Skipped, SnapshotPlan, Ticket
+from checkpoint.engine.contract import (
+    MEMORY,
+    Durable,
+    Failed,
+    Outcome,
+    Pressure,
+    Skipped,
+    SnapshotPlan,
+    Ticket,
+)
 from checkpoint.engine.held import Held
 from checkpoint.engine.ledger import ShareEntry, SnapshotEntry, Writing
 from checkpoint.engine.news import Board
@@ -90,7 +99,7 @@ class Intake:
                 if entry.is_captured and entry.is_live:
                     self._num_captured += 1
                     entry.num_captured = self._num_captured
-                    entry.is_held = self.hold > 0
+                    entry.is_held = entry.is_to_be_held
                     if entry.is_held:
                         self._undigested.append(entry)
                 self._advance(entry)
@@ -173,6 +182,22 @@ class Intake:
             ]
             return self._pinned(digested[-1]) if digested else None
 
+    def held(self) -> list[SnapshotEntry]:
+        """List what is held and digested, by generation and then as it was captured."""
+        with self._changed:
+            return [entry for entry in self._register.held() if entry.image is not None]
+
+    def guard(self, entry: SnapshotEntry) -> None:
+        """Keep a held snapshot although newer ones are held; room for a new one goes before."""
+        with self._changed:
+            entry.is_guarded = True
+
+    def unguard(self, entry: SnapshotEntry) -> None:
+        """Keep a snapshot no longer than others."""
+        with self._changed:
+            entry.is_guarded = False
+            self._advance(entry)
+
     def pin_again(self, entry: SnapshotEntry) -> SnapshotEntry | None:
         """Return a snapshot, to stay until `unpin`, if it is still held."""
         with self._changed:
@@ -229,7 +254,7 @@ class Intake:
             if entry.is_held:
                 seconds = time.monotonic() - entry.started_s
                 num_bytes = sum(tensor.num_bytes for tensor in image.manifest.tensors)
-                held = Durable(entry.step, entry.generation, "memory", num_bytes, seconds)
+                held = Durable(entry.step, entry.generation, MEMORY, num_bytes, seconds)
                 if entry.depth == "memory":
                     self._end(entry, held)
                 else:
@@ -292,6 +317,7 @@ class Intake:
         entry = None if self._is_closed else self._register.enter(ticket, plan)
         if entry is None:
             return None
+        entry.is_to_be_held = self.hold > 0
         why = self._why_ending or objection(entry, ticket.rank, plan)
         if entry.depth == "memory" and not self.hold:
             why = f"host {self.host} holds no snapshots in memory: give it a `hold` of 1 or more"

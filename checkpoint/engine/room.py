@@ -98,7 +98,8 @@ def choose_victims(opening: SnapshotEntry, entries: Sequence[SnapshotEntry]) -> 
 def choose_excess(held: Sequence[SnapshotEntry], hold: int) -> list[SnapshotEntry]:
     """List those of the held snapshots (given oldest first) that are more than are to be held.
 
-    One that is still at work does not count: it may be stored as what differs from the one before.
+    One that is still at work does not count: it may be stored as what differs from the one before. A guarded
+    one is kept besides: only a new capture that finds no other room takes its place.
     """
     resting = [one for one in held if one.is_at_rest]
-    return [one for one in resting[: max(len(resting) - hold, 0)] if one.may_leave]
+    return [one for one in resting[: max(len(resting) - hold, 0)] if one.may_leave and not one.is_guarded]

@@ -13,13 +13,13 @@ import xxhash
 from checkpoint.engine.contract import (
     Content,
     Depth,
-    Durable,
     Failed,
     Handling,
     Host,
     Outcome,
     SnapshotPlan,
     Ticket,
+    is_final,
 )
 from checkpoint.engine.leaves import Leaves, describe, own_tensors, signature_of, take_apart
 from checkpoint.engine.snapshot import Capturer, Snapshot, take
@@ -29,7 +29,6 @@ from checkpoint.errors import Mismatch
 from checkpoint.format.codec import Codec
 
 _POLL_S = 0.01
-_MEMORY = "memory"  # the tier that a host's own memory is
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +166,7 @@ class Saver:
                 self._unread.append(Failed(ending.ticket.step, ending.ticket.generation, ending.why))
         for outcome in self._host.outcomes():
             depth = self._pending.get((outcome.generation, outcome.step))
-            if depth is not None and _is_final(outcome, depth):
+            if depth is not None and is_final(outcome, depth):
                 del self._pending[outcome.generation, outcome.step]
             self._unread.append(outcome)
 
@@ -189,13 +188,6 @@ class Saver:
         return Handling(
             policy.codec, policy.level, policy.when_full, policy.max_wait_s, depth, policy.delta_chain
         )
-
-
-def _is_final(outcome: Outcome, depth: Depth) -> bool:
-    """Whether an outcome is a snapshot's own; others tell of memory and of far tiers besides."""
-    if isinstance(outcome, Durable):
-        return (outcome.tier == _MEMORY) == (depth == "memory")
-    return not (isinstance(outcome, Failed) and outcome.tier)
 
 
 def _content(structure: Structure, skeleton: Any) -> Content:

@@ -12,9 +12,9 @@ from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 
 from checkpoint.engine.arena import Region, map_arena, populate
-from checkpoint.engine.contract import Durable, Failed, Outcome, Pressure, SnapshotPlan, Ticket
+from checkpoint.engine.contract import Failed, Outcome, Pressure, SnapshotPlan, Ticket, is_final
 from checkpoint.engine.held import Held
-from checkpoint.errors import ArenaFull, KeeperLost, Mismatch
+from checkpoint.errors import ArenaFull, KeeperLost, Mismatch, StoreRefused
 from checkpoint.keeper.home import end_hung, is_free, start_locked
 from checkpoint.keeper.launch import launch
 from checkpoint.keeper.messages import (
@@ -28,13 +28,19 @@ from checkpoint.keeper.messages import (
     ticket_to_wire,
     timeval,
 )
+from checkpoint.keeper.peering.policy import (
+    Addresses,
+    PeerPolicy,
+    addresses_to_json,
+    parse_addresses,
+    policy_to_json,
+)
 from checkpoint.keeper.settings import KeeperConfig
 
 log = logging.getLogger("holdfast.keeper")
 
 _POLL_S = 0.05
 _MAX_FAILED = 3  # keepers that do not come up, one after the other
-_MEMORY = "memory"  # the tier that the keeper itself is
 _POPULATED_BYTES = 8 << 20  # at a time
 _STREAM_BYTES = 4 << 20  # chunks are announced in batches of about this size
 
@@ -118,8 +124,7 @@ class KeeperHost:
         while self._link.news:
             outcome = self._link.news.popleft()
             key = (outcome.generation, outcome.step)
-            is_held = isinstance(outcome, Durable) and outcome.tier == _MEMORY
-            if not (is_held and key in self._stored):  # else the store's outcome is yet to come
+            if is_final(outcome, "store" if key in self._stored else "memory"):
                 self._captured.pop(key, None)
                 self._stored.discard(key)
             taken.append(outcome)
@@ -146,6 +151,27 @@ class KeeperHost:
     def pressure(self) -> Pressure:
         """Return how tight the keeper's memory has been so far. Raises KeeperLost."""
         return Pressure(**self._link.ask({"verb": "pressure"})["pressure"])
+
+    def listen(self, policy: PeerPolicy) -> Addresses:
+        """Have the keeper listen to the keepers of other hosts; return whom it knows, itself among them.
+
+        Raises KeeperLost; StoreRefused if its machine has no such address.
+        """
+        reply = self._link.ask({"verb": "listen", "policy": policy_to_json(policy)})
+        if "error" in reply:
+            raise StoreRefused(f"the keeper of {self._config.host} cannot be a peer: {reply['error']}")
+        return parse_addresses(reply["peers"])
+
+    def peers(self) -> Addresses:
+        """Return the keepers of other hosts that this one knows, and itself if it listens; none if it died."""
+        with suppress(KeeperLost):
+            return parse_addresses(self._link.ask({"verb": "peers"})["peers"])
+        return {}
+
+    def meet(self, generation: int, addresses: Addresses) -> None:
+        """Tell the keeper the keepers of a generation's world, the first rank's first. Raises KeeperLost."""
+        told = addresses_to_json(addresses)
+        self._link.ask({"verb": "meet", "generation": generation, "peers": told})
 
     def close(self) -> None:
         """Leave the keeper. What was captured goes on to be durable."""

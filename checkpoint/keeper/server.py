@@ -25,6 +25,8 @@ from checkpoint.keeper.messages import (
     ticket_from_wire,
     timeval,
 )
+from checkpoint.keeper.peering.neighbourhood import Neighbourhood
+from checkpoint.keeper.peering.policy import parse_policy
 from checkpoint.keeper.settings import KeeperConfig
 from checkpoint.keeper.upkeep import Upkeep
 from checkpoint.store.contract import Store
@@ -46,6 +48,7 @@ class Server:
         self._arena = Arena(config.arena_bytes)
         self._intake = Intake(config.host, self._arena, config.hold)
         self._upkeep = Upkeep(store, self._intake, config.far, config.keep)
+        self._neighbourhood = Neighbourhood(self._intake)
         self._pipeline = Pipeline(store, self._intake, Tuning())
         self._lock = threading.Lock()
         self._lease = Lease(config.lease_s, config.flush_s, alone_since_s=time.monotonic())
@@ -83,6 +86,7 @@ class Server:
                 "ended while checkpoints were on their way to far tiers: the next keeper resumes that"
             )
         self._upkeep.close()
+        self._neighbourhood.close()
         self._intake.close()
         self._pipeline.join()
         log.info("memory: %s", self._intake.pressure)
@@ -93,7 +97,7 @@ class Server:
             return self._lease.is_over(time.monotonic(), self._intake.num_unfinished)
 
     def _attend(self, channel: socket.socket) -> None:
-        session = _Session(channel, self._intake)
+        session = _Session(channel, self._intake, self._neighbourhood)
         try:
             session.greet(self._arena)
             session.talk()
@@ -116,6 +120,7 @@ class _Session:
 
     channel: socket.socket
     intake: Intake
+    neighbourhood: Neighbourhood
     is_over: bool = False
     is_busy: bool = False
     plan: SnapshotPlan | None = None
@@ -161,6 +166,14 @@ class _Session:
                 return {}
             case "pressure":
                 return {"pressure": asdict(self.intake.pressure)}
+            case "listen":
+                self.neighbourhood.listen(parse_policy(message["policy"]))
+                return {"peers": self.neighbourhood.known()}
+            case "peers":
+                return {"peers": self.neighbourhood.known()}
+            case "meet":
+                self.neighbourhood.meet(message["generation"], message["peers"])
+                return {}
         ticket = ticket_from_wire(message["ticket"])
         match message["verb"]:
             case "open":

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from checkpoint.engine.contract import Durable, Outcome
+from checkpoint.engine.contract import MEMORY, PARITY, Durable, Outcome
 from checkpoint.engine.intake import Intake
 from checkpoint.errors import CheckpointError
 from checkpoint.keeper.far import FarTier, Graces, prune_logged
@@ -100,7 +100,7 @@ class Upkeep:
         return Retrying(store, self._policy.retry, may_go_on=lambda: not self._is_closed)
 
     def _note(self, outcome: Outcome) -> None:
-        others = {"memory", *(far.name for far in self._far)}
+        others = {MEMORY, PARITY, *(far.name for far in self._far)}
         if not isinstance(outcome, Durable) or outcome.tier in others:
             return
         with self._changed:

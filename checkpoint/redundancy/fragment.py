@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import xxhash
 
 from checkpoint.errors import Corrupt
+from checkpoint.redundancy.parts import Parts
 from checkpoint.store.contract import Buffer
 
 _MAGIC = b"HFpf"
@@ -42,9 +43,18 @@ class Fragment:
     payload: Buffer
 
 
-def whole_of(value: Buffer) -> Whole:
+def whole_of(value: Buffer | Parts) -> Whole:
     """Return what identifies a value."""
-    return Whole(memoryview(value).nbytes, _digest(value))
+    parts = value if isinstance(value, Parts) else Parts([value])
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(part)
+    return Whole(parts.num_bytes, digest.digest())
+
+
+def is_of(share: Share, block: Buffer) -> bool:
+    """Whether a block is, bit for bit, the one that a share speaks of."""
+    return memoryview(block).nbytes == share.num_bytes and _digest(block) == share.checksum
 
 
 def share_of(whole: Whole, block: Buffer) -> Share:

@@ -171,6 +171,21 @@ class MemberEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class MemberLeaving:
+    """A member was told that its process or its machine will be taken away soon (`notice`: who said so)."""
+
+    member: str
+    notice: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkersWanted:
+    """Somebody asked for another number of workers at full strength."""
+
+    workers: int
+
+
+@dataclass(frozen=True, slots=True)
 class StopRequested:
     """Somebody (a person, a cancelled flow run) asked for a clean end."""
 
@@ -225,6 +240,8 @@ Event = (
     | UserFailed
     | MemberFailed
     | MemberEnded
+    | MemberLeaving
+    | WorkersWanted
     | StopRequested
     | Tick
 )

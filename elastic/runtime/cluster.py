@@ -104,7 +104,8 @@ class Cluster:
                 lifetime="detached",
                 max_concurrency=8,
                 max_restarts=0,
-                num_cpus=cluster.threads_per_worker,
+                # A local Ray is the run's own: counting its cores would only keep the run from growing.
+                num_cpus=cluster.threads_per_worker if cluster.address else 0,
                 num_gpus=cluster.gpus_per_worker,
                 scheduling_strategy="SPREAD",
                 runtime_env=_runtime_env(self._order),

@@ -34,12 +34,14 @@ from elastic.control.events import (
     StepCommitted,
     StopRequested,
     Tick,
+    WorkersWanted,
 )
 from elastic.control.instructions import (
     End,
     FormWorld,
     Instruction,
     KillMember,
+    ReleaseMember,
     StartMember,
     Status,
     StopWorld,
@@ -51,6 +53,7 @@ from elastic.runtime.journal import Journal, read_moments, read_report
 from elastic.runtime.notices import LogLine, Observer
 from elastic.runtime.order import Fault, TrainOrder
 from elastic.runtime.watch import Watch
+from elastic.runtime.wish import Wish
 from elastic.runtime.worker import WorldOrder
 from elastic.runtime.world import open_rendezvous
 
@@ -86,6 +89,7 @@ class Driver:
     def __init__(self, order: TrainOrder, journal: Journal, observe: Observer) -> None:
         self._order, self._journal = order, journal
         self._watch = Watch(order, observe)
+        self._wish = Wish(order.run_dir, order.world.workers)
         self._store = open_store(order.checkpoint.store_url)
         self._token = secrets.token_hex(8)
         generation = newest_generation(self._store)
@@ -145,6 +149,8 @@ class Driver:
                 self._take(StopRequested(f"asked to by {signal.Signals(asked[0]).name}"))
             if stop_at is not None and time.monotonic() > stop_at and self._end is None:
                 self._end = End(Status.STOPPED, f"the final checkpoint took longer than {STOP_LIMIT_S:.0f} s")
+            if (wanted := self._wish.news()) is not None:
+                self._take(WorkersWanted(wanted))
             self._take(Tick(self._cluster.silence_s()))
             self._cluster.renew()
             self._watch.phase(self._controller.phase.value)
@@ -173,7 +179,7 @@ class Driver:
             match instruction:
                 case StartMember(member):
                     self._cluster.start(member)
-                case KillMember(member):
+                case KillMember(member) | ReleaseMember(member):
                     self._cluster.kill(member)
                 case FormWorld(members=members):
                     self._claim(instruction.generation)

@@ -71,6 +71,7 @@ class TrainingOrder:
     determinism: Literal["bitwise", "fast"]
     grad_clip: float | None
     compare_every: int = 0
+    optimizer_copies: int = 0
 
 
 @dataclass(frozen=True, slots=True)

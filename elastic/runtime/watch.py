@@ -9,14 +9,25 @@ from elastic.control.events import (
     CheckpointLost,
     Entry,
     FaultStruck,
+    MemberLeaving,
     MemberLost,
     MemberReady,
     ReplicaHealed,
     Settled,
     StepCommitted,
     UserFailed,
+    WorkersWanted,
 )
-from elastic.control.instructions import End, FormWorld, Instruction, KillMember, Manner, StopWorld
+from elastic.control.instructions import (
+    End,
+    FormWorld,
+    Instruction,
+    KillMember,
+    Manner,
+    ReleaseMember,
+    StartMember,
+    StopWorld,
+)
 from elastic.runtime.notices import Happening, LogLine, Notice, Observer, Progress
 from elastic.runtime.order import TrainOrder
 
@@ -109,15 +120,24 @@ class Watch:
 
 def _message(entry: Entry | Instruction) -> tuple[str, str]:
     match entry:
+        case StartMember() | KillMember() | ReleaseMember() | FormWorld() | StopWorld() | End():
+            return _decided(entry)
+        case _:
+            return _happened(entry)
+
+
+def _happened(entry: Entry) -> tuple[str, str]:
+    match entry:
         case MemberReady(member, host, pid):
             return "member", f"{member} is ready (pid {pid} on {host})"
         case MemberLost(member, cause, evidence):
             return "lost", f"{member} is lost: {cause}. {evidence}"
+        case MemberLeaving(member, notice):
+            return "leaving", f"{member} will be taken away: {notice}"
+        case WorkersWanted(workers):
+            return "resize", f"{workers} workers are wanted"
         case FaultStruck(member, step):
             return "drill", f"SIGKILL to {member} on purpose, at step {step}"
-        case FormWorld(generation, members, _, manner, reason):
-            when = "" if manner is Manner.AT_ONCE else f" {manner.value}"
-            return "world", f"world {generation}: {', '.join(members)}{when} ({reason})"
         case Settled(member, generation, step, source, seconds, note):
             extra = f". {note}" if note else ""
             return (
@@ -134,11 +154,22 @@ def _message(entry: Entry | Instruction) -> tuple[str, str]:
             )
         case UserFailed(member, _, step, _, traceback):
             return "failure", f"the job's code failed in {member} at step {step}\n{traceback}"
+        case _:
+            return "", ""
+
+
+def _decided(instruction: Instruction) -> tuple[str, str]:
+    match instruction:
+        case StartMember():
+            return "", ""
+        case FormWorld(generation, members, _, manner, reason):
+            when = "" if manner is Manner.AT_ONCE else f" {manner.value}"
+            return "world", f"world {generation}: {', '.join(members)}{when} ({reason})"
         case KillMember(member, reason):
             return "kill", f"{member} is killed: {reason}"
+        case ReleaseMember(member, reason):
+            return "released", f"{member} is not needed any more: {reason}"
         case StopWorld(_, reason):
             return "stop", f"stopping at the next step boundary: {reason}"
         case End(status, reason):
             return "end", f"{status}: {reason}"
-        case _:
-            return "", ""

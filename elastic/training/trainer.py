@@ -1,11 +1,9 @@
 """The training loop, read from top to bottom. Knows no processes, network or storage, only their ports."""
 
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +13,7 @@ from elastic.control.dealing import Dealing, deal, deal_rest
 from elastic.control.events import Ending, Event, ReplicaHealed, StepCommitted
 from elastic.control.standing import BLANK, Standing, settle
 from elastic.errors import JobRejected
+from elastic.training.blame import blaming_the_job
 from elastic.training.gradients import GradientRows
 from elastic.training.handover import Parcel, accept, hand_over
 from elastic.training.job import Job, Split
@@ -24,7 +23,8 @@ from elastic.training.randomness import keyed, make_deterministic, seed_for
 from elastic.training.reduction import PlainReduction, Reduction, TreeReduction
 from elastic.training.replicas import compare
 from elastic.training.saving import Snapshots
-from elastic.training.state import Learner
+from elastic.training.sharding import ShardedLearner
+from elastic.training.state import Learner, StateLost
 
 FINAL_DRAIN_S = 600.0
 _DRAIN_POLL_S = 0.2
@@ -38,7 +38,8 @@ class TrainPlan:
 
     `micro_batch` samples are a virtual rank's share of a step; `grad_clip` is the largest gradient norm
     (None: any); a checkpoint is taken every `save_every` steps and at the end. `source` names the data. Every
-    `compare_every` steps (0: never) the replicas are compared.
+    `compare_every` steps (0: never) the replicas are compared. Each parameter's optimizer state is on
+    `optimizer_copies` ranks (0: on all).
     """
 
     num_steps: int
@@ -52,6 +53,7 @@ class TrainPlan:
     run: str
     spec_digest: str
     compare_every: int = 0
+    optimizer_copies: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +74,6 @@ class Storage:
 
     saver: Saver | None = None
     restore: Callable[[], Loaded | None] | None = None
-
-
-class UserFailure(Exception):
-    """The job's own code raised, in one step and virtual rank (-1: outside of any). Carries text only."""
-
-    def __init__(self, step: int, virtual_rank: int, what: str, trace: str) -> None:
-        place = f"in step {step}, virtual rank {virtual_rank}" if virtual_rank >= 0 else f"at step {step}"
-        super().__init__(f"the job failed {place}: {what}")
-        self.step = step
-        self.virtual_rank = virtual_rank
-        self.traceback = trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +98,12 @@ class Trainer:
         split = Split(
             name="train", source=plan.source, seed=plan.seed, micro_batch=plan.micro_batch, settings=settings
         )
-        with _blaming_the_job(0):
+        with blaming_the_job(0):
             self._dataset = job.dataset(split)
-            self._learner = Learner(job, settings, plan.seed, plan.num_steps, device)
-        rows = GradientRows(self._learner.model, plan.virtual_ranks)
+            learner = Learner(job, settings, plan.seed, plan.num_steps, device)
+        copies = plan.optimizer_copies
+        self._learner = ShardedLearner(learner, copies, device) if copies else learner
+        rows = GradientRows(learner.model, plan.virtual_ranks)
         self._reduction: Reduction = (
             TreeReduction(rows) if plan.determinism == "bitwise" else PlainReduction(rows)
         )
@@ -135,6 +128,8 @@ class Trainer:
 
     def save_alone(self, generation: int, host: str) -> bool:
         """Save the whole state as a world of one; return whether it became durable."""
+        if not self._learner.is_whole:
+            return False
         self._snapshots.save(Share(generation, 0, 1, (host,)), self._standing.committed, self._learner.tree)
         return self._snapshots.drain(FINAL_DRAIN_S) and self._snapshots.why_newest_lost() is None
 
@@ -201,6 +196,7 @@ class Trainer:
         self._standing = Standing(step, reduced=step)
         agreed = self._agree(world, orders.pending())
         self._commit()  # all ranks hold the gradients now: whoever survives can apply them
+        self._learner.complete(world)
         return agreed
 
     def _agree(self, world: World, flags: Flags) -> Flags:
@@ -216,7 +212,7 @@ class Trainer:
         """Add the gradient of one virtual rank's micro-batch to the bound row; return its loss."""
         step = self._standing.committed
         key = seed_for(self._plan.seed, step, virtual_rank)
-        with _blaming_the_job(step, virtual_rank), keyed(key, self._device) as rng:
+        with blaming_the_job(step, virtual_rank), keyed(key, self._device) as rng:
             batch = self._job.batch(self._dataset, step, virtual_rank)
             buffers = _buffers(self.model)
             loss = self._job.loss(self.model, batch, rng)
@@ -234,7 +230,7 @@ class Trainer:
     def _commit(self) -> None:
         """Apply the reduced gradients this member holds. Asks nobody: a broken world cannot interrupt it."""
         blocked_s = self._attempt.blocked_s + self._snapshots.wait_captured()
-        with _blaming_the_job(self._standing.committed):
+        with blaming_the_job(self._standing.committed):
             self._learner.update()
         self._standing = Standing(self._standing.committed + 1)
         self._reduction.forget()
@@ -272,10 +268,23 @@ class Trainer:
             self._take_over(parcel.state)
         if parcel.origin == "store":
             self._snapshots.hold(world.generation, self._standing.committed)
+        self._settle_shards(world)
         self._deal_rest(
             [held[rank] if standings[rank].committed == settlement.step else () for rank in range(world.size)]
         )
         return Settling(self._standing.committed, source, time.perf_counter() - started, parcel.note)
+
+    def _settle_shards(self, world: World) -> None:
+        try:
+            self._learner.settle(world)
+        except StateLost as lost:
+            self._give_up(world, str(lost))
+
+    def _give_up(self, world: World, why: str) -> NoReturn:
+        """Leave the state to the next world, which restores it from a checkpoint."""
+        self._snapshots.wait_captured()
+        self._standing = Standing(BLANK)
+        raise Broken(world.generation, why)
 
     def _compare(self, world: World) -> None:
         """Find replicas that hold other bits than the majority, and heal them from one that does not.
@@ -285,10 +294,8 @@ class Trainer:
         step = self._standing.committed
         found = compare(world, self._learner.tree(step))
         corrupt, source = found.verdict.corrupt, found.verdict.source
-        if source is None:
-            self._snapshots.wait_captured()
-            self._standing = Standing(BLANK)
-            raise Broken(world.generation, f"the replicas differ at step {step}, and none has a majority")
+        if source is None or (corrupt and not self._learner.is_replica):
+            self._give_up(world, f"the replicas differ at step {step}, and none has a majority")
         if corrupt and world.rank == source:
             hand_over(world, sorted(corrupt), Parcel(self._learner.tree(step), "self"), self._device)
         if world.rank in corrupt:
@@ -337,7 +344,7 @@ class Trainer:
 
     def _save(self, world: World) -> None:
         share = Share(world.generation, world.rank, world.size, world.hosts)
-        self._snapshots.save(share, self._standing.committed, self._learner.tree)
+        self._snapshots.save(share, self._standing.committed, self._learner.shares)
 
     def _finish(self, world: World, orders: Orders, emit: Emit, ending: Ending) -> Ending:
         """Wait until the last checkpoint is durable, or a newer world (it saves again) is to form.
@@ -365,19 +372,6 @@ class Trainer:
     def _count_tokens(self, batch: Any) -> int:
         count = getattr(self._job, "tokens", None)
         return int(count(batch)) if count is not None else self._plan.micro_batch
-
-
-@contextmanager
-def _blaming_the_job(step: int, virtual_rank: int = -1) -> Iterator[None]:
-    """Turn whatever the job's code raises into UserFailure. No world is asked inside: nothing is Broken."""
-    try:
-        yield
-    except (JobRejected, UserFailure):
-        raise
-    except Exception as error:  # noqa: BLE001  (this is the border to the user's code)
-        raise UserFailure(
-            step, virtual_rank, f"{type(error).__name__}: {error}", traceback.format_exc()
-        ) from None
 
 
 def _buffers(model: nn.Module) -> list[tuple[int, int]]:

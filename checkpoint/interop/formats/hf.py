@@ -1,0 +1,196 @@
+"""Hugging Face models: safetensors, one file or sharded with an index, and the configuration beside them."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from checkpoint.errors import Corrupt, Incomplete, Unsupported
+from checkpoint.format.box import Box
+from checkpoint.interop.formats.contract import About, Contents
+from checkpoint.interop.formats.extents import check_shape
+from checkpoint.interop.formats.hf_config import sizes_from
+from checkpoint.interop.formats.safetensors import Header, header_bytes, read_header, sort_key
+from checkpoint.interop.formats.streams import blocks_of, check_global, num_bytes_of
+from checkpoint.interop.formats.tiles import Tile, Tiled, found
+from checkpoint.interop.moves import Foreign
+from checkpoint.interop.place import Draft, Place
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+_SUFFIX = ".safetensors"
+_INDEX = "model.safetensors.index.json"
+_CONFIG = "config.json"
+_BESIDE = re.compile(r"[^/]+\.(json|txt|model|jinja|tiktoken)")
+_MAX_BESIDE_BYTES = 64 << 20
+_NUMBERED = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
+_SHARDING = "DCP_SHARDING_INFO"  # what torch's distributed checkpoints add when they write this format
+
+
+def looks_like_hf(files: Mapping[str, int]) -> bool:
+    """Tell whether a directory holds safetensors files."""
+    return any(name.endswith(_SUFFIX) for name in files)
+
+
+def open_hf(place: Place) -> Tiled:
+    """Open a Hugging Face model; what lies beside its weights is carried along as `config` and `files`.
+
+    Raises Corrupt for a file that is not what its header says, Incomplete if a shard is missing.
+    """
+    paths, weight_map = _shards(place)
+    headers = {path: read_header(place, path) for path in paths}
+    if weight_map is not None:
+        _check_index(place, weight_map, headers)
+    tensors, tiles = _gather(place, headers)
+    beside = {
+        name: place.read(name)
+        for name, size in place.files.items()
+        if _BESIDE.fullmatch(name) and not name.endswith(".index.json") and size <= _MAX_BESIDE_BYTES
+    }
+    config = _json(beside[_CONFIG], f"{_CONFIG} in {place}") if _CONFIG in beside else {}
+    extra = {"config": config, "files": beside}
+    return Tiled(place, About("hf", extra=extra, sizes=sizes_from(config)), tensors, tiles)
+
+
+def write_hf(draft: Draft, contents: Contents, budget_bytes: int) -> None:
+    """Write a model in shards of at most 5 GB (or `max_shard_bytes`), an index, and what goes with them.
+
+    Raises Unsupported for what a model's files cannot hold: optimizer states, other tensors, some dtypes.
+    """
+    check_global(contents.tensors, "hf")
+    for tensor in contents.tensors:
+        if tensor.name.startswith(("optimizer.", "other.")):
+            raise Unsupported(f"{tensor} is no part of a model: the format hf does not hold it, leave it out")
+    extra = contents.about.extra
+    _write_beside(draft, extra)
+    shards = _dealt(contents.tensors, int(extra.get("max_shard_bytes", MAX_SHARD_BYTES)))
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards):
+        path = f"model-{number + 1:05}-of-{len(shards):05}{_SUFFIX}" if len(shards) > 1 else f"model{_SUFFIX}"
+        weight_map |= {contents.tensors[each].name: path for each in shard}
+        if path not in draft.kept:
+            _write_shard(draft, path, contents, shard, budget_bytes)
+    if len(shards) > 1:
+        total = sum(num_bytes_of(tensor) for tensor in contents.tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        with draft.writing(_INDEX) as file:
+            file.write(json.dumps(index, indent=2).encode())
+
+
+def _write_shard(
+    draft: Draft, path: str, contents: Contents, shard: Sequence[int], budget_bytes: int
+) -> None:
+    order = sorted(shard, key=lambda number: sort_key(contents.tensors[number]))
+    with draft.writing(path) as file:
+        file.write(header_bytes([contents.tensors[number] for number in order], {"format": "pt"}))
+        for number in order:
+            for block in blocks_of(contents, number, budget_bytes):
+                file.write(block)
+
+
+def _write_beside(draft: Draft, extra: Mapping[str, Any]) -> None:
+    beside = dict(extra.get("files", {}))
+    config = extra.get("config")
+    if config and (_CONFIG not in beside or _json(beside[_CONFIG], _CONFIG) != config):
+        beside[_CONFIG] = json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
+    for name, data in beside.items():
+        if not _BESIDE.fullmatch(name):
+            raise Unsupported(f"{name!r} is no name for a file beside a model's weights")
+        with draft.writing(name) as file:
+            file.write(data)
+
+
+def _dealt(tensors: Sequence[Foreign], max_bytes: int) -> list[list[int]]:
+    """Deal tensors to shards in their order; one that is too large gets a shard of its own."""
+    shards: list[list[int]] = [[]]
+    filled = 0
+    for number, tensor in enumerate(tensors):
+        if shards[-1] and filled + num_bytes_of(tensor) > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(number)
+        filled += num_bytes_of(tensor)
+    return shards
+
+
+def _shards(place: Place) -> tuple[list[str], dict[str, str] | None]:
+    """Return the files that hold the weights, and the index if there is one."""
+    files = place.files
+    indices = [name for name in files if name.endswith(f"{_SUFFIX}.index.json") and "/" not in name]
+    if len(indices) > 1:
+        raise Corrupt(f"{place} has several indices, {indices}: which one is meant?")
+    if indices:
+        weight_map = _weight_map(place, indices[0])
+        return sorted(set(weight_map.values())), weight_map
+    paths = [name for name in files if name.endswith(_SUFFIX) and "/" not in name]
+    if not paths:
+        raise Incomplete(f"{place} holds no safetensors file; it holds {sorted(files)[:5]}")
+    numbered = [match for path in paths if (match := _NUMBERED.fullmatch(path))]
+    expected = max((int(match[2]) for match in numbered), default=0)
+    if numbered and {int(match[1]) for match in numbered} != set(range(1, expected + 1)):
+        raise Incomplete(f"{place} has {len(paths)} of {expected} shards, and no index: {paths[:5]}")
+    return paths, None
+
+
+def _weight_map(place: Place, index: str) -> dict[str, str]:
+    weight_map = _json(place.read(index), f"{index} in {place}").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise Corrupt(f"{index} in {place} has no weight_map")
+    for name, path in weight_map.items():
+        if not isinstance(path, str) or "/" in path or "\\" in path or path in ("", ".", ".."):
+            raise Corrupt(f"{index} in {place} says that {name!r} lies in {ascii(path)[:80]}, outside of it")
+        if path not in place.files:
+            raise Incomplete(f"{index} in {place} says that {name!r} lies in {path}, which is not there")
+    return weight_map
+
+
+def _check_index(place: Place, weight_map: Mapping[str, str], headers: Mapping[str, Header]) -> None:
+    for name, path in weight_map.items():
+        if name not in headers[path].tensors:
+            raise Incomplete(f"the index of {place} says that {name!r} lies in {path}, which lacks it")
+    for path, header in headers.items():
+        strays = [name for name in header.tensors if weight_map.get(name) != path]
+        if strays:
+            raise Corrupt(f"{path} in {place} holds {strays[:3]}, of which the index says otherwise")
+
+
+def _gather(place: Place, headers: Mapping[str, Header]) -> tuple[list[Foreign], list[list[Tile]]]:
+    """Return every tensor and the tiles that hold it: one, unless torch has written the parts of ranks."""
+    tensors: dict[str, Foreign] = {}
+    tiles: dict[str, list[Tile]] = {}
+    for path, header in headers.items():
+        sharding = _json_text(header.metadata.get(_SHARDING), path)
+        for name, extent in header.tensors.items():
+            start = _offsets(sharding, name, path) if sharding else (0,) * len(extent.shape)
+            box = Box(start, extent.shape) if len(start) == len(extent.shape) else None
+            known = tensors.get(name)
+            if box is None or (known and (known.dtype, len(known.shape)) != (extent.dtype, len(box.size))):
+                raise Corrupt(f"{name!r} in {path} of {place} does not go with its other parts")
+            if known and not sharding:
+                raise Corrupt(f"{name!r} is in several files of {place}, {path} among them")
+            shape = tuple(map(max, known.shape, box.stop)) if known else box.stop
+            tensors[name] = Foreign(name, extent.dtype, shape)
+            tiles.setdefault(name, []).append(found(box, extent))
+    return list(tensors.values()), list(tiles.values())
+
+
+def _offsets(sharding: Mapping[str, Any], name: str, path: str) -> tuple[int, ...]:
+    entry = sharding.get(name)
+    if not isinstance(entry, dict):
+        raise Corrupt(f"{path} does not say which part of {name!r} it holds")
+    return check_shape(entry.get("saved_offsets"), f"{name!r} of {path}")
+
+
+def _json_text(text: str | None, path: str) -> dict[str, Any]:
+    """Read JSON within a file's metadata; without any it is empty."""
+    return _json(text.encode(), f"the metadata of {path}") if text is not None else {}
+
+
+def _json(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise Corrupt(f"{where} is no sound JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise Corrupt(f"{where} is not a JSON object")
+    return found

@@ -1,0 +1,79 @@
+"""The foreign formats there are: which one a directory is in, and how each is opened and written."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from checkpoint.errors import Unsupported
+from checkpoint.interop.formats.contract import Contents, ForeignCheckpoint
+from checkpoint.interop.formats.hf import looks_like_hf, open_hf, write_hf
+from checkpoint.interop.formats.torchfile import looks_like_torch, open_torch
+from checkpoint.interop.place import Draft, Place
+
+_SHOWN = 8
+
+
+class _Write(Protocol):
+    def __call__(self, draft: Draft, contents: Contents, budget_bytes: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A foreign format by the name that `--format` takes."""
+
+    name: str
+    about: str
+    looks_like: Callable[[Mapping[str, int]], bool]
+    open: Callable[[Place], ForeignCheckpoint]
+    write: _Write | None
+    holds_optimizer: bool
+
+
+# In this order it is asked what a directory looks like: the more particular ones first.
+FORMATS: Mapping[str, Format] = {
+    one.name: one
+    for one in (
+        Format("hf", "Hugging Face safetensors", looks_like_hf, open_hf, write_hf, False),
+        Format("torch", "a file of torch.save", looks_like_torch, open_torch, None, True),
+    )
+}
+
+
+def open_foreign(url: str, format: str | None = None) -> ForeignCheckpoint:
+    """Open a foreign checkpoint, in the format of this name or in the first one that it looks like.
+
+    Raises Unsupported, saying what is known and what was seen, if it looks like none of them.
+    """
+    place = Place(url)
+    return (_named(format) if format is not None else detect(place)).open(place)
+
+
+def detect(place: Place) -> Format:
+    """Return the format that a directory looks like. Raises Unsupported."""
+    for one in FORMATS.values():
+        if one.looks_like(place.files):
+            return one
+    seen = sorted(place.files)
+    more = f" and {len(seen) - _SHOWN} more" if len(seen) > _SHOWN else ""
+    raise Unsupported(
+        f"{place} looks like none of {', '.join(FORMATS)}; it holds {', '.join(seen[:_SHOWN])}{more}. "
+        "If it is one of them, name its format"
+    )
+
+
+def write_foreign(format: str, draft: Draft, contents: Contents, budget_bytes: int) -> None:
+    """Write a checkpoint in the format of this name, holding at most so many bytes of it at a time."""
+    known = _named(format)
+    if known.write is None:
+        raise Unsupported(f"the format {format} is only read; those that are written: {_writable()}")
+    known.write(draft, contents, budget_bytes)
+
+
+def _named(name: str) -> Format:
+    if name not in FORMATS:
+        raise Unsupported(f"there is no format {name!r}; there are {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def _writable() -> str:
+    return ", ".join(one.name for one in FORMATS.values() if one.write)

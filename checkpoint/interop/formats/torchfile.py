@@ -1,0 +1,92 @@
+"""Files of torch.save as foreign checkpoints: a state_dict, or a model and an optimizer in one file."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from checkpoint.errors import Corrupt, Incomplete, Unsupported
+from checkpoint.format.box import Box
+from checkpoint.interop.formats.archive import Archive, Stored, is_archive, read_archive
+from checkpoint.interop.formats.contract import About
+from checkpoint.interop.formats.states import States, name_states
+from checkpoint.interop.formats.tiles import Tile, Tiled, held
+from checkpoint.interop.moves import Foreign
+from checkpoint.interop.place import Place
+
+_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
+_INDEX = "pytorch_model.bin.index.json"
+
+
+def looks_like_torch(files: Mapping[str, int]) -> bool:
+    """Tell whether a directory holds one file of torch.save, or a model's shards with an index."""
+    return _INDEX in files or len(_candidates(files)) == 1
+
+
+def open_torch(place: Place) -> Tiled:
+    """Open a file of torch.save (or the shards of a Hugging Face `pytorch_model.bin`). Executes nothing.
+
+    Raises Unsupported for what cannot be read without executing it, or where it cannot be told whose an
+    optimizer's states are; Corrupt, Incomplete.
+    """
+    if _INDEX in place.files:
+        return _open_shards(place)
+    path = _the_file(place)
+    archive = read_archive(place, path)
+    states = name_states(archive.tree, Stored, f"{path} in {place}")
+    return _opened(place, states, dict.fromkeys(states.tensors, archive))
+
+
+def _open_shards(place: Place) -> Tiled:
+    try:
+        weight_map = json.loads(place.read(_INDEX))["weight_map"]
+        paths = sorted(set(weight_map.values()))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise Corrupt(f"{_INDEX} in {place} is no index: {error}") from error
+    states, owners = States(), dict[str, Archive]()
+    for path in paths:
+        if path not in place.files:
+            raise Incomplete(f"{_INDEX} in {place} names {ascii(path)[:80]}, which is not there")
+        archive = read_archive(place, path)
+        shard = name_states(archive.tree, Stored, f"{path} in {place}")
+        wrong = [name for name in shard.tensors if weight_map.get(name) != path or name in owners]
+        if wrong:
+            raise Corrupt(f"{path} in {place} holds {wrong[:3]}, of which the index says otherwise")
+        states.tensors |= shard.tensors
+        owners |= dict.fromkeys(shard.tensors, archive)
+    missing = sorted(weight_map.keys() - owners.keys())
+    if missing:
+        raise Incomplete(f"the shards of {place} lack {missing[:5]}, which the index names")
+    return _opened(place, states, owners)
+
+
+def _opened(place: Place, states: States, owners: Mapping[str, Archive]) -> Tiled:
+    tensors, tiles = [], []
+    for name, item in states.tensors.items():
+        tensor, parts = _tensor(name, item, owners[name])
+        tensors.append(tensor)
+        tiles.append(parts)
+    about = About("torch", step=states.step, extra=states.extra, notes=tuple(states.notes))
+    return Tiled(place, about, tensors, tiles)
+
+
+def _tensor(name: str, item: Any, archive: Archive) -> tuple[Foreign, list[Tile]]:
+    if not isinstance(item, Stored):
+        return held(name, item)
+    return Foreign(name, item.dtype, item.shape), [Tile(Box.whole(item.shape), lambda: archive.locate(item))]
+
+
+def _the_file(place: Place) -> str:
+    files = place.files
+    found = list(files) if len(files) == 1 else _candidates(files)
+    if len(found) != 1:
+        raise Unsupported(
+            f"{place} holds {len(found)} files that torch.save may have written, {sorted(found)[:5]}: "
+            "give the path of one"
+        )
+    if not is_archive(place, found[0]):
+        raise Corrupt(f"{found[0]} in {place} is neither a zip nor an older file of torch.save")
+    return found[0]
+
+
+def _candidates(files: Mapping[str, int]) -> list[str]:
+    return [name for name in files if name.endswith(_SUFFIXES) and "/" not in name]
