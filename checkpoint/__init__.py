@@ -28,6 +28,7 @@ from checkpoint.errors import (
 )
 from checkpoint.format.codec import Codec
 from checkpoint.format.manifest import Manifest
+from checkpoint.format.scheme import parse_layout
 from checkpoint.keeper import KeeperConfig, KeeperHost, connect
 from checkpoint.lifecycle.aside import set_aside
 from checkpoint.lifecycle.marks import record_score, tag, tags, untag
@@ -68,23 +69,49 @@ if TYPE_CHECKING:
     from checkpoint.engine.source import HeldSource, StoreSource
     from checkpoint.engine.targets import Wanted
     from checkpoint.engine.tensors import fingerprint_tensor, flatten_state, specs_of, unflatten_state
+    from checkpoint.interop.conversion.casting import parse_dtype
+    from checkpoint.interop.conversion.comparing import Compared, Verdict
+    from checkpoint.interop.conversion.contract import ConversionReport, ConversionSettings, Progress, Proof
+    from checkpoint.interop.conversion.exporting import Emigration
+    from checkpoint.interop.conversion.foreign import (
+        ForeignSummary,
+        Whereabouts,
+        compare_places,
+        export_foreign,
+        format_names,
+        import_foreign,
+        look_at_foreign,
+        plan_export_foreign,
+        plan_import_foreign,
+    )
+    from checkpoint.interop.conversion.importing import Adoption
+    from checkpoint.interop.conversion.resharding import Change, plan_reshard, reshard
+    from checkpoint.interop.conversion.ruled import RuleChoice, choose_rules
+    from checkpoint.interop.conversion.sharing import RankShare, share_of_rank
 
 __all__ = [
+    "Adoption",
     "AlreadyExists",
     "ArenaFull",
     "BestByMetric",
     "Catalog",
+    "Change",
     "CheckpointError",
     "Checkpointer",
     "Codec",
+    "Compared",
     "Conflict",
+    "ConversionReport",
+    "ConversionSettings",
     "Corrupt",
     "Durable",
+    "Emigration",
     "EveryMinutes",
     "EverySteps",
     "Failed",
     "Fallback",
     "Fate",
+    "ForeignSummary",
     "FormatError",
     "HeldSource",
     "Host",
@@ -107,14 +134,18 @@ __all__ = [
     "Pinned",
     "Policy",
     "Probe",
+    "Progress",
     "PromoteReport",
+    "Proof",
     "PruneReport",
+    "RankShare",
     "ReadPolicy",
     "RepairReport",
     "Restoration",
     "RestoreReport",
     "Restored",
     "Rng",
+    "RuleChoice",
     "SavePolicy",
     "Saver",
     "Saving",
@@ -129,27 +160,42 @@ __all__ = [
     "Tier",
     "Torn",
     "Unsupported",
+    "Verdict",
     "VerifyReport",
     "Wanted",
+    "Whereabouts",
     "WithinBytes",
     "check_fits",
     "check_tiers",
+    "choose_rules",
     "claim_generation",
+    "compare_places",
     "connect",
+    "export_foreign",
     "fingerprint_tensor",
     "flatten_state",
+    "format_names",
+    "import_foreign",
     "load",
+    "look_at_foreign",
     "newest_generation",
     "open_store",
+    "parse_dtype",
+    "parse_layout",
     "parse_policy",
     "per_rank_values",
+    "plan_export_foreign",
+    "plan_import_foreign",
+    "plan_reshard",
     "probe",
     "promote",
     "prune",
     "record_score",
     "repair",
+    "reshard",
     "restore_into",
     "set_aside",
+    "share_of_rank",
     "specs_of",
     "tag",
     "tags",
@@ -178,12 +224,31 @@ _WITH_TORCH = {
         ("fingerprint_tensor", "flatten_state", "specs_of", "unflatten_state"), "checkpoint.engine.tensors"
     ),
 }
+_ROOM = "checkpoint.interop.conversion"
+_CONVERSIONS = {
+    "Adoption": f"{_ROOM}.importing",
+    "Emigration": f"{_ROOM}.exporting",
+    "parse_dtype": f"{_ROOM}.casting",
+    **dict.fromkeys(("Compared", "Verdict"), f"{_ROOM}.comparing"),
+    **dict.fromkeys(("ConversionReport", "ConversionSettings", "Progress", "Proof"), f"{_ROOM}.contract"),
+    **dict.fromkeys(
+        (
+            *("ForeignSummary", "Whereabouts", "compare_places", "export_foreign", "format_names"),
+            *("import_foreign", "look_at_foreign", "plan_export_foreign", "plan_import_foreign"),
+        ),
+        f"{_ROOM}.foreign",
+    ),
+    **dict.fromkeys(("Change", "plan_reshard", "reshard"), f"{_ROOM}.resharding"),
+    **dict.fromkeys(("RuleChoice", "choose_rules"), f"{_ROOM}.ruled"),
+    **dict.fromkeys(("RankShare", "share_of_rank"), f"{_ROOM}.sharing"),
+}
+_LATER = {**_WITH_TORCH, **_CONVERSIONS}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name that needs torch."""
-    if name not in _WITH_TORCH:
+    """Import a name that needs torch, or that only few need."""
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(_WITH_TORCH[name]), name)
+    found = getattr(import_module(_LATER[name]), name)
     globals()[name] = found
     return found

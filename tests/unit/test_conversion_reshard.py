@@ -14,7 +14,7 @@ import checkpoint
 from checkpoint.errors import AlreadyExists, Corrupt, FormatError, Mismatch, NoCheckpoint
 from checkpoint.format.layout import Shard, StridedShard
 from checkpoint.format.notation import layout_from_json
-from checkpoint.interop.conversion.contract import Settings
+from checkpoint.interop.conversion.contract import ConversionSettings
 from checkpoint.interop.conversion.resharding import Change, plan_reshard, reshard
 from checkpoint.interop.conversion.stored import Stored
 from checkpoint.store.memory import MemoryStore
@@ -169,7 +169,7 @@ def test_a_damaged_chunk_of_the_source_ends_the_conversion():
 
 # ---------------------------------------------------------------------------------- cut off, and resumed
 
-TIGHT = Settings(budget_bytes=128 << 20)
+TIGHT = ConversionSettings(budget_bytes=128 << 20)
 
 
 class Interrupted(BaseException):
@@ -233,12 +233,12 @@ def test_a_kill_loses_nothing_that_was_packed(tmp_path):
     save_state(source, large_state())
     script = (
         "import os, signal, sys, checkpoint\n"
-        "from checkpoint.interop.conversion.contract import Settings\n"
+        "from checkpoint.interop.conversion.contract import ConversionSettings\n"
         "from checkpoint.interop.conversion.resharding import Change, reshard\n"
         "def listener(p):\n"
         "    if p.num_done_bytes > 0.7 * p.num_bytes: os.kill(os.getpid(), signal.SIGKILL)\n"
         "source, target = map(checkpoint.open_store, sys.argv[1:])\n"
-        "settings = Settings(budget_bytes=128 << 20)\n"
+        "settings = ConversionSettings(budget_bytes=128 << 20)\n"
         "reshard(source, target, Change(to='shard=2'), settings=settings, listener=listener)\n"
     )
     places = [str(tmp_path / name) for name in ("source", "target")]
@@ -259,10 +259,11 @@ def test_memory_stays_within_the_budget_however_large_the_state(tmp_path):
     save_state(source, {"model": {f"{n}.weight": torch.randn(num_bytes // 24, 2) for n in range(3)}})
     script = (
         "import sys, checkpoint\n"
-        "from checkpoint.interop.conversion.contract import Settings\n"
+        "from checkpoint.interop.conversion.contract import ConversionSettings\n"
         "from checkpoint.interop.conversion.resharding import Change, reshard\n"
         "source, target = map(checkpoint.open_store, sys.argv[1:])\n"
-        "report = reshard(source, target, Change(to='shard=3'), settings=Settings(budget_bytes=128 << 20))\n"
+        "settings = ConversionSettings(budget_bytes=128 << 20)\n"
+        "report = reshard(source, target, Change(to='shard=3'), settings=settings)\n"
         "print(report.grown_bytes)\n"
     )
     places = [str(tmp_path / name) for name in ("source", "target")]
@@ -274,9 +275,9 @@ def test_memory_stays_within_the_budget_however_large_the_state(tmp_path):
 
 def test_a_budget_that_is_too_small_is_refused():
     with pytest.raises(ValueError, match="at least 128 MiB"):
-        Settings(budget_bytes=1 << 20)
+        ConversionSettings(budget_bytes=1 << 20)
     for budget in (128 << 20, 1 << 30, 1 << 34):
-        settings = Settings(budget_bytes=budget)
+        settings = ConversionSettings(budget_bytes=budget)
         assert settings.peak_bytes <= budget
         assert settings.batch_bytes >= 4 << 20
 

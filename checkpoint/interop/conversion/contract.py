@@ -47,7 +47,7 @@ def unheard(_: Progress) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class ConversionSettings:
     """How a conversion works: in how much memory, with how many threads, and how chunks are stored.
 
     What it holds at a time, besides indices, stays within `budget_bytes`: each thread reads, and holds a
@@ -103,7 +103,7 @@ class Proof:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ConversionReport:
     """What a conversion did, or, if `is_dry`, would do (then what is written is an upper bound).
 
     `num_resumed_bytes` (raw) were found done by an earlier attempt that was cut off. `is_new` is false if the

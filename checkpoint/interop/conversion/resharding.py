@@ -1,5 +1,6 @@
 """Resharding: the same tensors as the chunks of another layout, or in another type, or some of them."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,12 +19,12 @@ from checkpoint.interop.conversion.batches import batches_of, cuts_of, needed_by
 from checkpoint.interop.conversion.casting import FLOATS, Cast, parse_dtype, reference_fingerprint
 from checkpoint.interop.conversion.contract import (
     Array,
+    ConversionReport,
+    ConversionSettings,
     GlobalTensors,
     Listener,
     Progress,
     Proof,
-    Report,
-    Settings,
     Wish,
     unheard,
 )
@@ -90,9 +91,9 @@ def reshard(
     change: Change,
     *,
     step: int | None = None,
-    settings: Settings | None = None,
+    settings: ConversionSettings | None = None,
     listener: Listener = unheard,
-) -> Report:
+) -> ConversionReport:
     """Write the checkpoint of a step (or the newest) to another store, cut for another layout.
 
     Each tensor is proved before the manifest is created: its fingerprint is the source's, or, if it was cast,
@@ -101,7 +102,7 @@ def reshard(
     Raises NoCheckpoint, Corrupt if a chunk of the source is damaged, FormatError for a change that cannot be,
     AlreadyExists if the target has another checkpoint of the step.
     """
-    settings = settings or Settings()
+    settings = settings or ConversionSettings()
     began_s, before = time.monotonic(), high_water_bytes()
     plan = _plan(source, change, step)
     present = _present(target, plan)
@@ -128,10 +129,15 @@ def reshard(
 
 
 def plan_reshard(
-    source: Store, target: Store, change: Change, *, step: int | None = None, settings: Settings | None = None
-) -> Report:
+    source: Store,
+    target: Store,
+    change: Change,
+    *,
+    step: int | None = None,
+    settings: ConversionSettings | None = None,
+) -> ConversionReport:
     """Tell what `reshard` would do: the bytes that it would read, and write at most, and its peak memory."""
-    settings = settings or Settings()
+    settings = settings or ConversionSettings()
     plan = _plan(source, change, step)
     _present(target, plan)
     numbers = [number for number, spec in enumerate(plan.source.tensors) if spec in plan.chosen.tensors]
@@ -239,24 +245,22 @@ def _prove(plan: _Plan, found: Mapping[str, int], listener: Listener) -> list[Pr
     return proofs
 
 
-def _report(target: Store, plan: _Plan, settings: Settings, manifest: Manifest) -> Report:
+def _report(target: Store, plan: _Plan, settings: ConversionSettings, manifest: Manifest) -> ConversionReport:
     specs = plan.draft.tensors
-    return Report(
+    return ConversionReport(
         source=str(plan.draft.meta["converted"]["from"]),
         target=str(target),
         step=manifest.step,
         layout=str(plan.draft.meta["layout"]["scheme"]),
         num_tensors=len(specs),
         num_chunks=0,
-        num_bytes=sum(_num_bytes(spec) for spec in specs),
+        num_bytes=sum(num_bytes_of(spec) for spec in specs),
         read_bytes=0,
         written_bytes=0,
         peak_bytes=settings.peak_bytes,
     )
 
 
-def _num_bytes(spec: TensorSpec) -> int:
-    numel = 1
-    for size in spec.shape:
-        numel *= size
-    return numel * itemsize(spec.dtype)
+def num_bytes_of(spec: TensorSpec) -> int:
+    """Return how many bytes a tensor's elements take."""
+    return math.prod(spec.shape) * itemsize(spec.dtype)

@@ -57,6 +57,12 @@ def sweep_attempt(store: Store, host: str, manifest: Manifest) -> None:
             store.delete(entry.key)
 
 
+def discard_attempt(store: Store, host: str) -> None:
+    """Delete the packs of an attempt whose proof failed, so that the next one begins anew."""
+    for entry in store.list(f"{PACKS}{GENERATION:06d}-{host}-"):
+        store.delete(entry.key)
+
+
 def _read_index(store: Store, key: str, num_bytes: int, specs: Sequence[TensorSpec]) -> list[ChunkRecord]:
     """Return what a pack lists; nothing if it cannot be read, or speaks of other tensors."""
     try:

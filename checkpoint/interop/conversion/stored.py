@@ -5,18 +5,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from checkpoint.engine.candidate import prove_index
-from checkpoint.engine.catalog import Catalog
 from checkpoint.engine.filling import Filling, Opened
 from checkpoint.engine.plan import TensorSpec
 from checkpoint.engine.reading import Holes, ReadPolicy, Tally
 from checkpoint.engine.regions import Regions
 from checkpoint.engine.source import StoreSource
 from checkpoint.engine.targets import Target, Wanted
-from checkpoint.errors import NoCheckpoint
 from checkpoint.format.dtypes import dtype_of
-from checkpoint.format.manifest import Manifest
 from checkpoint.format.table import ChunkTable
 from checkpoint.interop.conversion.contract import READ_BYTES, Array, Wish
+from checkpoint.interop.conversion.finding import manifest_of
 from checkpoint.store.contract import Store
 
 _POLICY = ReadPolicy(num_threads=1, budget_bytes=READ_BYTES)
@@ -28,6 +26,7 @@ class Stored:
 
     def __init__(self, store: Store, step: int | None = None) -> None:
         """Open the checkpoint of a step, or the newest. Raises NoCheckpoint, Corrupt, Incomplete."""
+        self.store = store
         self._source = StoreSource(store)
         self._tally = Tally()
         self.manifest = manifest_of(store, step)
@@ -66,15 +65,3 @@ class Stored:
     def _chunks_of(self, numbers: set[int]) -> ChunkTable:
         rows = [self._rows[number] for number in sorted(numbers) if number in self._rows]
         return self.table.take(np.concatenate(rows) if rows else np.zeros(0, np.intp))
-
-
-def manifest_of(store: Store, step: int | None) -> Manifest:
-    """Return the manifest of a step, or of the newest checkpoint that can be read. Raises NoCheckpoint."""
-    catalog = Catalog(store)
-    chosen = catalog.latest() if step is None else step
-    if chosen is None:
-        raise NoCheckpoint(f"{store} holds no checkpoint; check the URL")
-    if chosen not in (steps := catalog.steps()):
-        there = ", ".join(map(str, steps)) or "none"
-        raise NoCheckpoint(f"{store} has no checkpoint of step {chosen}; it has: {there}")
-    return catalog.manifest(chosen)

@@ -18,7 +18,7 @@ from checkpoint.engine.contract import Content
 from checkpoint.engine.pipeline import Crew
 from checkpoint.engine.plan import Piece, TensorSpec
 from checkpoint.engine.receipt import Receipt, now_utc, write_receipt
-from checkpoint.errors import AlreadyExists, Conflict, StoreUnavailable
+from checkpoint.errors import AlreadyExists, Conflict, Mismatch, StoreUnavailable
 from checkpoint.format.codec import Buffer, checksum, encode
 from checkpoint.format.fingerprint import fingerprint_many
 from checkpoint.format.keys import pack_key
@@ -28,8 +28,14 @@ from checkpoint.format.records import MAX_CHUNKS_PER_PAGE, ChunkRecord
 from checkpoint.format.table import ChunkTable
 from checkpoint.format.tree import Json
 from checkpoint.interop.conversion.batches import Cut, batches_of, cuts_of, wishes_of
-from checkpoint.interop.conversion.contract import GlobalTensors, Listener, Progress, Settings, unheard
-from checkpoint.interop.conversion.salvage import GENERATION, Salvage, salvage, sweep_attempt
+from checkpoint.interop.conversion.contract import (
+    ConversionSettings,
+    GlobalTensors,
+    Listener,
+    Progress,
+    unheard,
+)
+from checkpoint.interop.conversion.salvage import GENERATION, Salvage, discard_attempt, salvage, sweep_attempt
 from checkpoint.store.contract import Store
 
 _HOST_DIGITS = 24
@@ -51,7 +57,7 @@ class Draft:
     pieces: tuple[Piece, ...]
     origin: str
 
-    def host(self, settings: Settings) -> str:
+    def host(self, settings: ConversionSettings) -> str:
         """Return the name under which an attempt writes its objects."""
         specs = [[spec.name, spec.dtype, spec.shape] for spec in self.tensors]
         pieces = [[one.tensor, one.box.start, one.box.size] for one in self.pieces]
@@ -79,7 +85,7 @@ def write_checkpoint(
     draft: Draft,
     contents: GlobalTensors,
     *,
-    settings: Settings,
+    settings: ConversionSettings,
     check: Check,
     listener: Listener = unheard,
 ) -> Written:
@@ -107,7 +113,11 @@ def write_checkpoint(
         packing.close()
     table = ChunkTable.of(packing.chunks)
     sums = table.fingerprint_sums()
-    check({spec.name: sums.get(number, 0) for number, spec in enumerate(draft.tensors)})
+    try:
+        check({spec.name: sums.get(number, 0) for number, spec in enumerate(draft.tensors)})
+    except Mismatch:
+        discard_attempt(store, host)
+        raise
     manifest = _commit(store, host, draft, packing.packs, table)
     sweep_attempt(store, host, manifest)
     stored = sum(pack.num_bytes for pack in manifest.packs)
@@ -118,7 +128,7 @@ Encoded = list[tuple[ChunkRecord, Buffer]]
 
 
 def _encoded(
-    draft: Draft, contents: GlobalTensors, cuts: Sequence[Cut], settings: Settings
+    draft: Draft, contents: GlobalTensors, cuts: Sequence[Cut], settings: ConversionSettings
 ) -> Iterator[tuple[list[Cut], Encoded]]:
     """Yield what batches of chunks are encoded to, in order; a few are worked on at once."""
     crew = Crew("convert", settings.num_workers)
@@ -136,7 +146,9 @@ def _encoded(
         crew.close()
 
 
-def _encode_batch(draft: Draft, contents: GlobalTensors, batch: list[Cut], settings: Settings) -> Encoded:
+def _encode_batch(
+    draft: Draft, contents: GlobalTensors, batch: list[Cut], settings: ConversionSettings
+) -> Encoded:
     arrays = contents.read(wishes_of(batch))
     specs = [draft.tensors[cut.tensor] for cut in batch]
     raws = [np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for array in arrays]
