@@ -29,6 +29,7 @@ from checkpoint.errors import (
 from checkpoint.format.codec import Codec
 from checkpoint.format.manifest import Manifest
 from checkpoint.keeper import KeeperConfig, KeeperHost, connect
+from checkpoint.keeper.peering.policy import Address, Parity, PeerPolicy
 from checkpoint.lifecycle.aside import set_aside
 from checkpoint.lifecycle.marks import record_score, tag, tags, untag
 from checkpoint.lifecycle.pace import Pace
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from checkpoint.engine.tensors import fingerprint_tensor, flatten_state, specs_of, unflatten_state
 
 __all__ = [
+    "Address",
     "AlreadyExists",
     "ArenaFull",
     "BestByMetric",
@@ -101,6 +103,8 @@ __all__ = [
     "Options",
     "Outcome",
     "Pace",
+    "Parity",
+    "PeerPolicy",
     "PerRank",
     "Pinned",
     "Policy",
