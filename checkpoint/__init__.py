@@ -30,6 +30,7 @@ from checkpoint.format.codec import Codec
 from checkpoint.format.manifest import Manifest
 from checkpoint.format.scheme import parse_layout
 from checkpoint.keeper import KeeperConfig, KeeperHost, connect
+from checkpoint.keeper.peering.policy import Address, Parity, PeerPolicy
 from checkpoint.lifecycle.aside import set_aside
 from checkpoint.lifecycle.marks import record_score, tag, tags, untag
 from checkpoint.lifecycle.pace import Pace
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
     from checkpoint.interop.conversion.sharing import RankShare, share_of_rank
 
 __all__ = [
+    "Address",
     "Adoption",
     "AlreadyExists",
     "ArenaFull",
@@ -130,6 +132,8 @@ __all__ = [
     "Options",
     "Outcome",
     "Pace",
+    "Parity",
+    "PeerPolicy",
     "PerRank",
     "Pinned",
     "Policy",

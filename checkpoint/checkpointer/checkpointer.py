@@ -11,17 +11,19 @@ from typing import Any
 from checkpoint.checkpointer.branches import Newer, abandon, newer_steps, told_abandoned, told_kept
 from checkpoint.checkpointer.giving import to_tree
 from checkpoint.checkpointer.hosting import AnyHost, Kept, Lodging, find_host, held_by, open_host
+from checkpoint.checkpointer.meeting import Meeting, Neighbours, check_neighbours, rebuilt_notes
 from checkpoint.checkpointer.restoring import Restoration, restore_newest
 from checkpoint.checkpointer.saving import Saving
 from checkpoint.checkpointer.world import World, join_world
 from checkpoint.engine.catalog import Catalog
-from checkpoint.engine.contract import Depth, Durable, Failed, Outcome
+from checkpoint.engine.contract import MEMORY, PARITY, Depth, Durable, Failed, Outcome
 from checkpoint.engine.reading import ReadPolicy
 from checkpoint.engine.restore import Fallback
 from checkpoint.engine.save import SavePolicy, Saver
 from checkpoint.engine.source import HeldSource, Source, StoreSource
 from checkpoint.errors import Conflict, StoreError
 from checkpoint.format.tree import Json
+from checkpoint.keeper.peering.policy import Parity
 from checkpoint.lifecycle.aside import set_aside
 from checkpoint.lifecycle.policies import Policy
 from checkpoint.lifecycle.tiers import Tier, check_tiers, is_due
@@ -31,7 +33,6 @@ from checkpoint.store.open import open_store
 log = logging.getLogger("holdfast.checkpoint")
 
 NEAREST = "store"
-MEMORY = "memory"
 _LEASE_S, _SHORT_LEASE_S = 60.0, 2.0
 _MAX_REMEMBERED = 256  # savings whose fate is still followed
 
@@ -45,6 +46,11 @@ class Options:
     held. Snapshots are kept by a keeper, a process of its own, unless the store lives in this one. It
     outlives this one until they are written, and for `lease_s`, by default a minute if it holds any in
     memory. Leaving waits for `flush_s` at most until everything is durable.
+
+    With `parity` the hosts of a world protect what they hold in memory for the loss of some of them; the
+    arena has room for two snapshots more then. Their keepers reach each other at `address`, by default that
+    from which this machine reaches the first rank. A host is called as its machine, or `host` (where several
+    hosts have one name), and breaks together with those of its failure `domain`, by default alone.
     """
 
     tiers: tuple[Tier, ...] = ()
@@ -55,6 +61,10 @@ class Options:
     directory: Path | None = None
     lease_s: float | None = None
     flush_s: float = 600.0
+    parity: Parity | None = None
+    address: str = ""
+    host: str = ""
+    domain: str = ""
 
 
 class Checkpointer:
@@ -97,8 +107,12 @@ class Checkpointer:
         self._lodging = Lodging(
             url, run, tuple(keep), self._options.tiers, memory, self._options.arena_mib, kept,
             self._options.directory, _lease_s(self._options.lease_s, memory), self._options.flush_s,
+            2 if self._options.parity is not None else 0,
         )  # fmt: skip
+        neighbours = Neighbours(self._options.parity, self._options.address, self._options.domain)
+        check_neighbours(neighbours, memory)
         self._world = self._join()
+        self._meeting = Meeting(self._world, neighbours)
         self._host: AnyHost | None = None
         self._saver: Saver | None = None
         self._damaged: tuple[Fallback, ...] = ()
@@ -144,6 +158,8 @@ class Checkpointer:
         self._last = step
         saving = Saving(step, self._world.generation, captured, self._tiers_of(step, depth), self._look)
         self._savings.append(saving)
+        if self._lodging.held:
+            self._meeting.look(self._host)
         self._look()
         return saving
 
@@ -170,14 +186,19 @@ class Checkpointer:
         policy, run = self._options.reading, run or self._lodging.run
         with ExitStack() as pinned:
             held = pinned.enter_context(held_by(self._host))
-            sources = [*(HeldSource(one, MEMORY) for one in held), *self._sources()]
+            peers = pinned.enter_context(self._meeting.source(self._host))
+            sources = [*(HeldSource(one, MEMORY) for one in held), *peers, *self._sources()]
             restored = restore_newest(state, sources, self._world, step, policy, run=run)
+            if restored is not None:
+                notes = rebuilt_notes(peers, restored.step)
+                restored = replace(restored, notes=(*restored.notes, *notes))
         self._damaged = () if restored is None else restored.report.fallbacks
         self._in_the_way = ""
         if restored is not None and step is not None:
             restored = self._branched(restored, newer)
         if self._last >= 0:
             self._world, self._last = self._join(), -1  # what was saved before is of another generation
+            self._meeting = self._meeting.of(self._world)
         return restored
 
     def latest(self) -> int | None:
@@ -216,7 +237,8 @@ class Checkpointer:
         return self._world
 
     def _join(self) -> World:
-        return join_world(self._store, apart="r" if self._lodging.kept == "in this process" else "")
+        apart = "r" if self._lodging.kept == "in this process" else ""
+        return join_world(self._store, apart=apart, host=self._options.host)
 
     def _due(self, step: int) -> Depth | None:
         if step % self._every == 0:
@@ -225,8 +247,11 @@ class Checkpointer:
 
     def _tiers_of(self, step: int, depth: Depth) -> tuple[str, ...]:
         memory = (MEMORY,) if self._lodging.held else ()
+        parity = self._options.parity
+        if parity is not None and self._meeting.is_wanted and step % parity.every == 0:
+            memory = (MEMORY, PARITY)
         if depth == "memory":
-            return (MEMORY,)
+            return memory
         return (NEAREST, *(tier.label for tier in self._options.tiers if is_due(tier, step)), *memory)
 
     def _stores(self) -> dict[str, Store]:
@@ -273,6 +298,8 @@ class Checkpointer:
             for saving in self._savings:
                 if (saving.step, saving.generation) == (outcome.step, outcome.generation):
                     saving.note(outcome)
+                elif isinstance(outcome, Durable) and outcome.tier == PARITY:
+                    saving.note_passed(outcome)
 
 
 def _lease_s(wanted_s: float | None, num_held: int) -> float:

@@ -39,6 +39,7 @@ class Lodging:
     directory: Path | None
     lease_s: float
     flush_s: float
+    num_guarded: int = 0  # snapshots that parity keeps besides
 
     def config(self, host: str, arena_bytes: int) -> KeeperConfig:
         """Return what the keeper of a host is told."""
@@ -83,7 +84,7 @@ def arena_for(lodging: Lodging, world: World, tree: Any) -> int:
     ]
     one = host_bytes(leaves, world.hosts, world.host)
     spare = _SPARE if _is_young(tree) else 1.0
-    return int(one * (2 + lodging.held) * spare) + _SLACK_BYTES
+    return int(one * (2 + lodging.held + lodging.num_guarded) * spare) + _SLACK_BYTES
 
 
 @contextmanager

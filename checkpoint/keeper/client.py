@@ -152,6 +152,11 @@ class KeeperHost:
         """Return how tight the keeper's memory has been so far. Raises KeeperLost."""
         return Pressure(**self._link.ask({"verb": "pressure"})["pressure"])
 
+    @property
+    def keeper(self) -> object:
+        """Stands for the keeper that is joined now: another one's is another object."""
+        return self._link
+
     def listen(self, policy: PeerPolicy) -> Addresses:
         """Have the keeper listen to the keepers of other hosts; return whom it knows, itself among them.
 
@@ -163,7 +168,7 @@ class KeeperHost:
         return parse_addresses(reply["peers"])
 
     def peers(self) -> Addresses:
-        """Return the keepers of other hosts that this one knows, and itself if it listens; none if it died."""
+        """Return the keepers that this one knows, itself among them if it listens; none if it died."""
         with suppress(KeeperLost):
             return parse_addresses(self._link.ask({"verb": "peers"})["peers"])
         return {}
