@@ -17,6 +17,7 @@ from checkpoint.checkpointer.saving import Saving
 from checkpoint.checkpointer.world import World, join_world
 from checkpoint.engine.catalog import Catalog
 from checkpoint.engine.contract import MEMORY, PARITY, Depth, Durable, Failed, Outcome
+from checkpoint.engine.given import plain_metrics, plain_step
 from checkpoint.engine.reading import ReadPolicy
 from checkpoint.engine.restore import Fallback
 from checkpoint.engine.save import SavePolicy, Saver
@@ -125,23 +126,24 @@ class Checkpointer:
         step: int,
         state: Any,
         *,
-        metrics: Mapping[str, float] | None = None,
+        metrics: Mapping[str, Any] | None = None,
         cursor: Json = None,
         depth: Depth | None = None,
     ) -> Saving | None:
         """Save a step if it is due, and return at once; every rank does so, right after the same update.
 
         Large tensors are copied while the next forward and backward run; a torch optimizer waits for that by
-        itself, anything else that changes the state calls `wait_captured` first. `metrics` are what retention
-        chooses the best by, `cursor` says where in the data the run is. `depth` "store" or "memory" overrides
-        the cadence. Returns None if nothing was due.
+        itself, anything else that changes the state calls `wait_captured` first. `metrics` are numbers that
+        retention chooses the best by, `cursor` says, in plain JSON, where in the data the run is. `depth`
+        "store" or "memory" overrides the cadence. Returns None if nothing was due.
 
-        Raises `FormatError` for a state that cannot be stored, naming what; never for trouble with the store,
-        which is logged, and told by the Saving. Raises ValueError for a step that is not newer than the last,
+        Raises `FormatError` for what cannot be stored, naming it; never for trouble with the store, which is
+        logged, and told by the Saving. Raises ValueError for a step that is not newer than the last,
         Conflict if training went back and newer checkpoints are in its way: see `restore`.
         """
         if self._in_the_way:
             raise Conflict(self._in_the_way)
+        step, metrics = plain_step(step), plain_metrics(metrics or {})
         depth = depth or self._due(step)
         if depth is None:
             return None
@@ -153,7 +155,7 @@ class Checkpointer:
         tree = to_tree(state)
         saver = self._saver_for(tree)
         self._make_way()
-        meta = {"metrics": dict(metrics or {}), "data_cursor": cursor}
+        meta = {"metrics": metrics, "data_cursor": cursor}
         captured = saver.save(step, tree, self._world.share, meta, depth=depth)
         self._last = step
         saving = Saving(step, self._world.generation, captured, self._tiers_of(step, depth), self._look)
@@ -181,6 +183,7 @@ class Checkpointer:
         """
         self.wait_captured()
         if step is not None:
+            step = plain_step(step)
             self.wait(self._options.flush_s)  # what is on its way is newer as well
         self._host = self._host or find_host(self._lodging, self._world)
         policy, run = self._options.reading, run or self._lodging.run

@@ -21,13 +21,16 @@ from checkpoint.engine.contract import (
     Ticket,
     is_final,
 )
+from checkpoint.engine.given import plain_meta, plain_step
 from checkpoint.engine.leaves import Leaves, describe, own_tensors, signature_of, take_apart
 from checkpoint.engine.snapshot import Capturer, Snapshot, take
 from checkpoint.engine.staging import Staging
 from checkpoint.engine.structure import Structure, plan_structure
-from checkpoint.errors import Mismatch
+from checkpoint.errors import Mismatch, Unsupported
 from checkpoint.format.codec import Codec
 
+MAX_SKELETON_BYTES = 24 << 20  # of a state's plain values as JSON, so that every reader takes the manifest
+MAX_CONTAINERS = 1 << 21
 _POLL_S = 0.01
 
 
@@ -104,11 +107,13 @@ class Saver:
 
         `meta` is plain data for the manifest; its "spec_digest", "data_cursor" and "metrics" become the
         manifest's. Waits for the snapshot before, if that is still being captured. Raises `FormatError` for a
-        state that has no plain form, `Mismatch` for one that does not lie on its ranks as it says.
+        state or meta that has no plain form, `Mismatch` for one that does not lie on its ranks as it says,
+        TypeError or ValueError for a step that is none.
         """
         self._capturer.wait()
+        step, meta = plain_step(step), plain_meta(meta)
         taken = take_apart(state)
-        own = own_tensors(taken.leaves)
+        own = own_tensors(taken.names, taken.leaves)
         cache = self._cached(taken, share)
         structure = cache.structure
         plan = SnapshotPlan(
@@ -192,5 +197,20 @@ class Saver:
 
 def _content(structure: Structure, skeleton: Any) -> Content:
     text = json.dumps(skeleton, separators=(",", ":"), allow_nan=False)
+    _check_room(skeleton, text)
     digest = xxhash.xxh3_128_hexdigest(f"{structure.described}\n{text}".encode())
     return Content(structure.specs, text, digest)
+
+
+def _check_room(skeleton: Any, text: str) -> None:
+    """Raise Unsupported, naming the largest part, for plain values that no manifest can hold."""
+    num_containers = text.count("[") + text.count("{")
+    if len(text) <= MAX_SKELETON_BYTES and num_containers <= MAX_CONTAINERS:
+        return
+    parts = skeleton if isinstance(skeleton, dict) and "$" not in skeleton else {"the state": skeleton}
+    largest = max(parts, key=lambda name: len(json.dumps(parts[name])))
+    raise Unsupported(
+        f"the plain values of the state take {len(text)} bytes in {num_containers} lists and dicts, and at "
+        f"most {MAX_SKELETON_BYTES} and {MAX_CONTAINERS} can be kept; most of it is {largest!r}: "
+        "make long lists tensors (torch.tensor)"
+    )
