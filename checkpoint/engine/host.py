@@ -7,6 +7,7 @@ from checkpoint.engine.arena import Arena, Region, Sizing
 from checkpoint.engine.contract import Failed, Outcome, Pressure, SnapshotPlan, Ticket
 from checkpoint.engine.held import Held
 from checkpoint.engine.intake import Intake
+from checkpoint.engine.leaving import finish_at_exit
 from checkpoint.engine.pipeline import Pipeline, Tuning
 from checkpoint.store.contract import Store
 
@@ -74,6 +75,7 @@ class LocalHost:
         self._arena = Arena(arena_bytes, sizing or Sizing())
         self._intake = Intake(host, self._arena, hold)
         self._pipeline = Pipeline(store, self._intake, tuning)
+        finish_at_exit(self._intake.drain)
         session = self.session()
         self.open = session.open
         self.ready = session.ready

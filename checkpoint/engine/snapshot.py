@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from checkpoint.engine.contract import Host, SnapshotPlan, Ticket
 from checkpoint.engine.guards import Watch, watch
+from checkpoint.engine.leaving import finish_at_exit
 from checkpoint.engine.staging import Staging
 from checkpoint.engine.structure import Structure
 from checkpoint.engine.transfer import Transfer
@@ -118,6 +119,7 @@ class Capturer:
         self._hook = register_optimizer_step_pre_hook(self._before_step)
         self._thread = threading.Thread(target=self._work, name="holdfast-capture", daemon=True)
         self._thread.start()
+        finish_at_exit(self.finish)
 
     def start(self, snapshot: Snapshot) -> None:
         """Hand a snapshot to the thread. The one before has been waited for."""
@@ -131,6 +133,11 @@ class Capturer:
         with self._changed:
             while self._snapshot is not None:
                 self._changed.wait()
+
+    def finish(self, timeout_s: float) -> bool:
+        """Wait until nothing is being captured, for so long at most; return whether that is so."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._snapshot is None, timeout_s)
 
     @property
     def is_idle(self) -> bool:

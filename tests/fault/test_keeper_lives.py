@@ -20,6 +20,7 @@ from checkpoint import (
     KeeperConfig,
     LatestN,
     Options,
+    ReadPolicy,
     Saver,
     Share,
     Tier,
@@ -189,6 +190,7 @@ def test_a_keeper_that_still_writes_to_a_silent_far_tier_serves_the_next_trainer
     tmp_path, options, silent
 ):
     url, quick = str(tmp_path / "store"), replace(options, lease_s=0.2, tiers=(Tier(silent, name="far"),))
+    quick = replace(quick, reading=ReadPolicy(patience_s=0.2))
     with Checkpointer(url, options=quick) as checkpointer:
         saving = checkpointer.save(1, at(1))
         assert saving is not None and saving.durable().result(20).step == 1
@@ -197,6 +199,8 @@ def test_a_keeper_that_still_writes_to_a_silent_far_tier_serves_the_next_trainer
     with Checkpointer(url, options=quick) as checkpointer:
         saving = checkpointer.save(2, at(2))
         assert saving is not None and saving.durable().result(10).step == 2
+        restored = checkpointer.restore(at(0))
+        assert restored is not None and restored.step == 2 and restored.report.unreached == ("far",)
         assert keeper_of(tmp_path) == keeper
     os.kill(keeper, signal.SIGTERM)
     with Checkpointer(url, options=quick) as checkpointer:
