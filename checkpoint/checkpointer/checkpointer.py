@@ -26,7 +26,7 @@ from checkpoint.errors import Conflict, StoreError
 from checkpoint.format.tree import Json
 from checkpoint.keeper.peering.policy import Parity
 from checkpoint.lifecycle.aside import set_aside
-from checkpoint.lifecycle.policies import Policy
+from checkpoint.lifecycle.policies import Policy, parse_policies
 from checkpoint.lifecycle.tiers import Tier, check_tiers, is_due
 from checkpoint.store.contract import Store
 from checkpoint.store.open import open_store
@@ -82,13 +82,14 @@ class Checkpointer:
         *,
         run: str = "run",
         every: int = 1,
-        keep: Sequence[Policy] = (),
+        keep: str | Policy | Sequence[str | Policy] = (),
         memory: int = 0,
         options: Options | None = None,
     ) -> None:
         """Open the store at `url` (a path, file://, s3://, memory://) for the checkpoints of one run.
 
-        Each `every`-th step is written, and kept as long as a policy of `keep` does (none: for ever). With
+        Each `every`-th step is written, and kept as long as a policy of `keep` does (none: for ever); one or
+        several, as values or as text ("latest:3"). With
         `memory` all steps are captured, and that many of the newest held in the keeper's memory, from where
         a new process on this host restores. Raises StoreRefused, StoreUnavailable.
         """
@@ -106,7 +107,7 @@ class Checkpointer:
                 "retention and further tiers are a keeper's work: use a store that one can reach"
             )
         self._lodging = Lodging(
-            url, run, tuple(keep), self._options.tiers, memory, self._options.arena_mib, kept,
+            url, run, parse_policies(keep), self._options.tiers, memory, self._options.arena_mib, kept,
             self._options.directory, _lease_s(self._options.lease_s, memory), self._options.flush_s,
             2 if self._options.parity is not None else 0,
         )  # fmt: skip

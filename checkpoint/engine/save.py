@@ -132,8 +132,8 @@ class Saver:
     def wait_captured(self) -> float:
         """Wait until the snapshot in hand is captured; return the seconds that took.
 
-        A snapshot that turned out to be torn is spoiled and reported as an outcome; training goes on. Raises
-        `ArenaFull` if the state could never be captured with this arena.
+        A snapshot that turned out to be torn is spoiled and reported as an outcome; training goes on. So it
+        does with one that is too large for the arena.
         """
         if self._capturer.is_idle:
             return 0.0

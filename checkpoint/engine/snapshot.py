@@ -16,10 +16,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from checkpoint.engine.contract import Host, SnapshotPlan, Ticket
 from checkpoint.engine.guards import Watch, watch
+from checkpoint.engine.leaving import finish_at_exit
 from checkpoint.engine.staging import Staging
 from checkpoint.engine.structure import Structure
 from checkpoint.engine.transfer import Transfer
-from checkpoint.errors import ArenaFull, CheckpointError, KeeperLost, Torn
+from checkpoint.errors import CheckpointError, KeeperLost, Torn
 
 log = logging.getLogger("holdfast.checkpoint")
 
@@ -114,11 +115,11 @@ class Capturer:
         self._changed = threading.Condition()
         self._snapshot: Snapshot | None = None
         self._endings: list[Ending] = []
-        self._full: ArenaFull | None = None
         self._is_closed = False
         self._hook = register_optimizer_step_pre_hook(self._before_step)
         self._thread = threading.Thread(target=self._work, name="holdfast-capture", daemon=True)
         self._thread.start()
+        finish_at_exit(self.finish)
 
     def start(self, snapshot: Snapshot) -> None:
         """Hand a snapshot to the thread. The one before has been waited for."""
@@ -128,21 +129,20 @@ class Capturer:
             self._changed.notify_all()
 
     def wait(self) -> None:
-        """Wait until nothing is being captured; bounded by the plan's `max_wait_s` and the copy itself.
-
-        Raises `ArenaFull` once if the snapshot could never fit.
-        """
+        """Wait until nothing is being captured; bounded by the plan's `max_wait_s` and the copy itself."""
         with self._changed:
             while self._snapshot is not None:
                 self._changed.wait()
-            full, self._full = self._full, None
-        if full is not None:
-            raise full
+
+    def finish(self, timeout_s: float) -> bool:
+        """Wait until nothing is being captured, for so long at most; return whether that is so."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._snapshot is None, timeout_s)
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing is being captured."""
-        return self._snapshot is None and self._full is None
+        return self._snapshot is None
 
     def endings(self) -> list[Ending]:
         """Return (once) the snapshots that will not become checkpoints, as far as this side knows."""
@@ -195,10 +195,6 @@ class Capturer:
             return CheckpointError(f"step {snapshot.ticket.step} was not taken: its outcome says why")
         except Torn as error:
             log.error("%s", error)
-            return error
-        except ArenaFull as error:
-            self._full = error
-            self._end(snapshot, None)
             return error
         except KeeperLost as error:
             self._end(snapshot, str(error))

@@ -74,9 +74,11 @@ def durable_steps(outcomes: tuple[Outcome, ...]) -> list[int]:
     return sorted({outcome.step for outcome in outcomes if isinstance(outcome, Durable)})
 
 
-def save_alone(saver: Saver, step: int, generation: int = 0) -> tuple[Outcome, ...]:
+def save_alone(
+    saver: Saver, step: int, generation: int = 0, *, share: Share | None = None
+) -> tuple[Outcome, ...]:
     """Save one step of a world of one and wait for its outcome."""
-    saver.save(step, small_state(step), Share.alone(generation=generation), {})
+    saver.save(step, small_state(step), share or Share.alone(generation=generation), {})
     assert saver.drain(20)
     return saver.outcomes()
 

@@ -1,5 +1,6 @@
 """Which checkpoint a restore takes, from which source, and what it says when one is not as it was written."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from checkpoint.engine.asking import ask_for_steps
 from checkpoint.engine.held import Held
+from checkpoint.engine.reading import ReadPolicy
 from checkpoint.engine.restore import load
 from checkpoint.engine.source import HeldSource, Source, StoreSource
 from checkpoint.errors import Corrupt, Incomplete, NoCheckpoint, StoreUnavailable, Unsupported
@@ -102,6 +105,38 @@ def test_a_source_that_cannot_even_list_is_passed_over_unless_it_is_the_only_one
     assert loaded.manifest.step == 2 and loaded.report.bytes_by_source.keys() == {"far"}
     with pytest.raises(StoreUnavailable, match="away"):
         load(Away("alone"))
+
+
+@pytest.mark.parametrize("near", ["store", "memory"])
+def test_a_far_source_that_never_answers_costs_no_more_than_its_patience_and_is_named(near):
+    store, never = two_steps(), threading.Event()
+    nearest: Source = StoreSource(store) if near == "store" else HeldSource(held_of(store, 2))
+
+    class Silent(MemoryStore):
+        def list(self, prefix: str) -> Any:
+            assert not never.wait(60), "nobody waits for this"
+
+    loaded = load([nearest, StoreSource(Silent("s"), "far")], policy=ReadPolicy(patience_s=0.05))
+    assert loaded.manifest.step == 2 and loaded.report.unreached == ("far",)
+    never.set()
+
+
+def test_a_slow_near_source_is_waited_for_however_soon_a_far_one_answers():
+    store, answered = two_steps(), threading.Event()
+
+    class Slow(MemoryStore):
+        def list(self, prefix: str) -> Any:
+            assert answered.wait(20)
+            return store.list(prefix)
+
+    class Quick(StoreSource):
+        def steps(self) -> list[int]:
+            threading.Timer(0.2, answered.set).start()
+            return [1]
+
+    far = Quick(store, "far")
+    asked = ask_for_steps([StoreSource(Slow("slow")), far], 0.01)
+    assert asked.steps == [2, 1] and asked.outages == {}
 
 
 def test_the_newest_step_of_any_source_is_taken():

@@ -1,5 +1,6 @@
 """What is saved is the state at the moment of `save`, to the bit, or nothing."""
 
+import re
 import threading
 from typing import Any
 
@@ -7,7 +8,6 @@ import pytest
 import torch
 
 from checkpoint import (
-    ArenaFull,
     Catalog,
     Failed,
     LocalHost,
@@ -20,6 +20,7 @@ from checkpoint import (
     load,
     verify,
 )
+from checkpoint.engine.arena import Sizing
 from checkpoint.engine.contract import Content, Handling, Slot, SnapshotPlan, Ticket
 from checkpoint.engine.plan import TensorSpec
 from checkpoint.format.codec import Codec
@@ -208,15 +209,31 @@ def test_a_closed_saver_leaves_no_hook_behind(host):
     torch.optim.SGD([parameter], lr=1.0).step()
 
 
-def test_a_state_larger_than_the_arena_is_one_clear_error_at_the_fence(host):
+def test_a_state_larger_than_the_arena_is_one_clear_outcome_and_the_training_goes_on(host):
     saver = Saver(host, "run")
     saver.save(1, {"w": torch.zeros(3 * MIB)}, Share.alone(), {})
-    with pytest.raises(ArenaFull, match=r"12 MiB.*8 MiB.*checkpoint\.arena_mib"):
-        saver.wait_captured()
-    assert saver.wait_captured() == 0.0
-    saver.drain(20)
-    assert all(isinstance(outcome, Failed) for outcome in saver.outcomes())
+    saver.wait_captured()
+    assert saver.drain(20)
+    (told,) = saver.outcomes()
+    assert isinstance(told, Failed) and re.search(r"12 MiB.*8 MiB.*checkpoint\.arena_mib", told.why)
+    assert durable_steps(save_alone(saver, 2)) == [2]
     saver.close()
+
+
+def test_an_arena_that_may_grow_does_so_under_the_eyes_of_who_reads_it(store):
+    with LocalHost(store, arena_bytes=MIB, hold=1, sizing=Sizing("as needed")) as host:
+        saver = Saver(host, "run")
+        saver.save(1, small_state(1), Share.alone(), {})
+        assert saver.drain(20)
+        with host.held() as held:
+            assert held is not None
+            before = bytes(held.memory[:8192])
+            saver.save(2, {"w": torch.ones(3 * MIB)}, Share.alone(), {})
+            assert saver.drain(20) and durable_steps(saver.outcomes()) == [1, 2]
+            assert bytes(held.memory[:8192]) == before
+        assert host.pressure().arena_bytes == 36 * MIB and host.pressure().num_waits == 0
+        saver.close()
+    assert (load(store).state["w"] == 1).all()
 
 
 def test_a_full_arena_skips_the_checkpoint_when_the_policy_says_so(store, host):
