@@ -35,7 +35,7 @@ from checkpoint.store.contract import Store
 
 EXTRA, GROUPS = "extra", "param_groups"
 _OTHER = "other."
-_DEFAULT_RUN = "imported"
+_DEFAULT_RUN = "run"  # what a Checkpointer calls its run unless it is told
 
 
 @dataclass(frozen=True, slots=True)
