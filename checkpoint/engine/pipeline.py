@@ -10,9 +10,8 @@ snapshot it struck, never the thread, and never the training.
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import ParamSpec, TypeVar
 
@@ -80,12 +79,14 @@ class Pipeline:
             pass
 
     def _keep_writing(self) -> None:
-        flying: deque[Future[None]] = deque()
+        flying: set[Future[None]] = set()
         while (item := self._outbox.get()) is not None:
             while flying and (isinstance(item, Filing) or len(flying) >= self._tuning.num_writers):
-                flying.popleft().result()
+                written, flying = wait(flying, return_when=FIRST_COMPLETED)
+                for each in written:
+                    each.result()
             if isinstance(item, OpenPack):
-                flying.append(self._writers.submit(self._write_pack, item))
+                flying.add(self._writers.submit(self._write_pack, item))
             elif item.entry.why_failed is None:
                 with costing(self._intake, item.entry):
                     self._committer.inbox.put(self._receipted(item))
