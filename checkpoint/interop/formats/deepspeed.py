@@ -283,9 +283,9 @@ class _ModelRank:
                     Foreign(name, tensor.dtype, tensor.shape, self._at),
                     [Tile(Box.whole(tensor.shape), partial(archive.locate, tensor))],
                 )
-            elif shared.get(name, name) in shapes:
+            elif str(shared.get(name, name)) in shapes:
                 dtype = tensor.dtype if tensor.dtype in ROUNDED else "float32"
-                told.setdefault(shared.get(name, name), {})[name] = dtype
+                told.setdefault(str(shared.get(name, name)), {})[name] = dtype
             elif name not in frozen:
                 collected.notes.append(
                     f"the model has {name!r}, of which ZeRO-3 says neither shape nor content: a tied weight?"
