@@ -5,16 +5,15 @@ ds_to_universal.py.)
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
-from checkpoint.errors import Corrupt, Incomplete, Mismatch
+from checkpoint.errors import Corrupt, Incomplete
 from checkpoint.format.box import Box, boxes_of_run
-from checkpoint.format.dtypes import itemsize
 from checkpoint.interop.formats.archive import Stored
 from checkpoint.interop.formats.contract import About, Array
 from checkpoint.interop.formats.deepspeed_files import (
@@ -36,15 +35,15 @@ from checkpoint.interop.formats.deepspeed_parts import (
     zero_of,
 )
 from checkpoint.interop.formats.deepspeed_said import extra_of, notes_of, step_of
+from checkpoint.interop.formats.deepspeed_state import Collected, Rounded, ZeroCheckpoint, run_of
 from checkpoint.interop.formats.deepspeed_twins import check_distinct
-from checkpoint.interop.formats.extents import Extent, contiguous, read_box
-from checkpoint.interop.formats.rounding import ROUNDED, round_bits
+from checkpoint.interop.formats.deepspeed_weights import ModelStates, collect_weights
+from checkpoint.interop.formats.extents import Extent, read_box
 from checkpoint.interop.formats.tiles import Tile, Tiled, held
 from checkpoint.interop.moves import Foreign
 from checkpoint.interop.place import Place
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_LISTS = "module"
 
 
 def looks_like_deepspeed(files: Mapping[str, int]) -> bool:
@@ -52,7 +51,7 @@ def looks_like_deepspeed(files: Mapping[str, int]) -> bool:
     return looks_like_zero(files)
 
 
-def open_deepspeed(place: Place) -> "ZeroCheckpoint":
+def open_deepspeed(place: Place) -> ZeroCheckpoint:
     """Open a checkpoint of ZeRO-1, 2 or 3: the tag that `latest` names, or the folder of a tag.
 
     Fp32 parameters are "optimizer.master.NAME"; NAME is the 16-bit weight that the model computes with. Files
@@ -64,7 +63,7 @@ def open_deepspeed(place: Place) -> "ZeroCheckpoint":
     files = optimizer_files(folder)
     if not files:
         raise Incomplete(f"{folder} has no *_optim_states.pt")
-    collected = _Collected()
+    collected = Collected()
     models = sorted({file.model for file in files})
     trees = []
     for model in models:
@@ -84,50 +83,6 @@ def open_deepspeed(place: Place) -> "ZeroCheckpoint":
     return ZeroCheckpoint(tiled, collected.rounded)
 
 
-@dataclass(frozen=True, slots=True)
-class Rounded:
-    """A weight that no file holds: the master of this number, in another dtype."""
-
-    name: str
-    dtype: str
-    master: int
-
-
-class ZeroCheckpoint:
-    """Tensors that lie in tiles, and such that are others' values rounded to 16 bits."""
-
-    def __init__(self, tiled: Tiled, rounded: Sequence[Rounded]) -> None:
-        self._tiled = tiled
-        self.about = tiled.about
-        self._masters = [one.master for one in rounded]
-        copies = [replace(tiled.tensors[one.master], name=one.name, dtype=one.dtype) for one in rounded]
-        self.tensors: tuple[Foreign, ...] = (*tiled.tensors, *copies)
-
-    def read(self, number: int, box: Box) -> Array:
-        """Return the bits of a box of a tensor, row by row, in its dtype's carrier type."""
-        stored = len(self._tiled.tensors)
-        if number < stored:
-            return self._tiled.read(number, box)
-        return round_bits(self._tiled.read(self._masters[number - stored], box), self.tensors[number].dtype)
-
-    def close(self) -> None:
-        """Do nothing: no file is kept open."""
-
-
-@dataclass(slots=True)
-class _Collected:
-    """What the files of all model-parallel ranks hold."""
-
-    tensors: list[Foreign] = field(default_factory=list)
-    tiles: list[list[Tile]] = field(default_factory=list)
-    rounded: list[Rounded] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def add(self, tensor: Foreign, tiles: list[Tile]) -> None:
-        self.tensors.append(tensor)
-        self.tiles.append(tiles)
-
-
 class _ModelRank:
     """The files of one model-parallel rank: the model is whole in them, divided among data-parallel ranks."""
 
@@ -143,7 +98,7 @@ class _ModelRank:
             if group_shapes(model) != self._shapes:
                 raise Corrupt(f"{model.path} lists other parameters than {models[0].path}: of another save?")
 
-    def collect(self, collected: _Collected) -> None:
+    def collect(self, collected: Collected) -> None:
         """Add its tensors. Raises Corrupt, Incomplete."""
         fragments = fragments_of(self._files, self._shapes, self._stage)
         flats = {"master": [self._flats(zero) for zero in self._zeros]}
@@ -154,7 +109,7 @@ class _ModelRank:
                 flats[moment] = [[group.get(moment) for group in rank] for rank in states]
             steps = self._steps(states)
         check_distinct(self._folder.place, self._files, flats)
-        weights = self._weights(collected)
+        weights = collect_weights(ModelStates(self._models, self._shapes, self._stage, self._at), collected)
         for group, members in enumerate(self._shapes):
             for name, shape in members.items():
                 for state, parts in flats.items():
@@ -260,76 +215,8 @@ class _ModelRank:
             find = cache(partial(file.archive.locate, flat))
             start = fragment.start
             for box in boxes_of_run(shape, fragment.first, fragment.first + fragment.numel):
-                yield Tile(box, partial(_run, find, start, box.size))
+                yield Tile(box, partial(run_of, find, start, box.size))
                 start += box.numel
-
-    def _weights(self, collected: _Collected) -> dict[str, dict[str, str]]:
-        """Add what the model states hold; return the weights that only a master tells, with their dtypes."""
-        tree, archive = self._models[0].archive.tree, self._models[0].archive
-        module = tree.get(_LISTS)
-        if not isinstance(module, dict):
-            raise Corrupt(f"{self._models[0].path} holds no model: is it of a pipeline?")
-        shapes = {name: shape for members in self._shapes for name, shape in members.items()}
-        frozen = tree.get("frozen_param_shapes") or {}
-        shared = tree.get("shared_params") or {}
-        told: dict[str, dict[str, str]] = {}
-        for name, tensor in module.items():
-            if not isinstance(tensor, Stored):
-                continue
-            is_divided = self._stage == 3 and name not in (tree.get("buffer_names") or ())
-            if not is_divided or (tensor.shape and tensor.shape == shapes.get(name)):
-                self._check_shape(name, tensor, shapes)
-                collected.add(
-                    Foreign(name, tensor.dtype, tensor.shape, self._at),
-                    [Tile(Box.whole(tensor.shape), partial(archive.locate, tensor))],
-                )
-            elif str(shared.get(name, name)) in shapes:
-                dtype = tensor.dtype if tensor.dtype in ROUNDED else "float32"
-                told.setdefault(str(shared.get(name, name)), {})[name] = dtype
-            elif name not in frozen:
-                collected.notes.append(
-                    f"the model has {name!r}, of which ZeRO-3 says neither shape nor content: a tied weight?"
-                )
-        self._frozen(collected, module)
-        return told
-
-    def _check_shape(self, name: str, tensor: Stored, shapes: Mapping[str, Shape]) -> None:
-        if name in shapes and tensor.shape != shapes[name]:
-            raise Mismatch(
-                f"{self._models[0].path}: {name!r} has the shape {tensor.shape}, and should have "
-                f"{shapes[name]}"
-            )
-
-    def _frozen(self, collected: _Collected, module: Mapping[str, Any]) -> None:
-        """Add the frozen parameters: with ZeRO-3, each rank's file holds its part."""
-        shapes = self._models[0].archive.tree.get("frozen_param_shapes") or {}
-        for name, said in shapes.items():
-            shape = tuple(said)
-            if self._stage != 3 and name in module:
-                continue
-            parts = [
-                (file.archive.tree.get("frozen_param_fragments") or {}).get(name) for file in self._models
-            ]
-            length = -(-math.prod(shape) // len(parts)) if self._stage == 3 else math.prod(shape)
-            tiles, dtype = [], "float32"
-            for number, part in enumerate(parts):
-                if not isinstance(part, Stored) or math.prod(part.shape) != length:
-                    raise Incomplete(f"{self._models[number].path} lacks its part of the frozen {name!r}")
-                dtype, first = part.dtype, number * length
-                find, start = cache(partial(self._models[number].archive.locate, part)), 0
-                for box in boxes_of_run(
-                    shape, min(first, math.prod(shape)), min(first + length, math.prod(shape))
-                ):
-                    tiles.append(Tile(box, partial(_run, find, start, box.size)))
-                    start += box.numel
-            collected.add(Foreign(name, dtype, shape, self._at), tiles)
-
-
-def _run(find: Callable[[], Extent], start: int, size: tuple[int, ...]) -> Extent:
-    """Return where a run of a flat partition lies, as a tensor of its own."""
-    flat = find()
-    offset = flat.offset + start * itemsize(flat.dtype)
-    return Extent(flat.path, offset, flat.dtype, size, contiguous(size))
 
 
 def _same(bits: Array) -> Array:
