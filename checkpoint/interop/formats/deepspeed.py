@@ -36,10 +36,10 @@ from checkpoint.interop.formats.deepspeed_parts import (
 )
 from checkpoint.interop.formats.deepspeed_said import extra_of, notes_of, step_of
 from checkpoint.interop.formats.deepspeed_state import Collected, Rounded, ZeroCheckpoint, run_of
+from checkpoint.interop.formats.deepspeed_steps import read_step
 from checkpoint.interop.formats.deepspeed_twins import check_distinct
 from checkpoint.interop.formats.deepspeed_weights import ModelStates, collect_weights
-from checkpoint.interop.formats.extents import Extent, read_box
-from checkpoint.interop.formats.tiles import Tile, Tiled, held
+from checkpoint.interop.formats.tiles import Tile, Tiled
 from checkpoint.interop.moves import Foreign
 from checkpoint.interop.place import Place
 
@@ -188,17 +188,8 @@ class _ModelRank:
         step = state.get("step", self._zeros[number].get("base_optimizer_state_step"))
         if step is None:
             step = _group_step(self._base(number), group)
-        if isinstance(step, Stored) and math.prod(step.shape) == 1:
-            extent = self._files[number].archive.locate(step)
-            scalar = replace(extent, shape=(), strides=())
-            return Foreign("step", step.dtype, ()), read_box(self._folder.place, scalar, Box((), ()))
-        if type(step) not in (int, float):
-            raise Corrupt(f"{self._files[number].path} does not say which step its optimizer has done")
-        tensor, tiles = held("step", step)
-        found = tiles[0].locate()
-        if isinstance(found, Extent):
-            raise TypeError("a number lies in no file")
-        return tensor, found
+        file = self._files[number]
+        return read_step(self._folder.place, file.archive, step, file.path)
 
     def _tiles(
         self, fragments: Sequence[Fragment], parts: Sequence[Sequence[Any]], shape: Shape

@@ -91,7 +91,7 @@ def model_files(folder: Folder, model: int) -> list[RankFile]:
     parts = {key: name for key, name in _numbered(folder, _MODEL_3).items() if key[1] == model}
     if not whole and not parts:
         raise Incomplete(f"{folder} has no mp_rank_{model:02}_model_states.pt")
-    return _grid(folder, parts or whole, "model_states")
+    return _grid(folder, whole or parts, "model_states")
 
 
 def _is_of(found: re.Match[str] | None, model: int) -> bool:

@@ -1,4 +1,4 @@
-"""Rounding of fp32 bits to 16 bits: to nearest, ties to even, as torch casts."""
+"""Casts between fp32 bits and those of 16 bits, as torch casts: to nearest, ties to even."""
 
 from typing import Any, Final
 
@@ -22,3 +22,12 @@ def round_bits(bits: Array, dtype: str) -> Array:
     is_nan = (words & 0x7FFFFFFF) > 0x7F800000
     kept = np.where(is_nan, (words >> 16) | _QUIET, rounded)
     return kept.astype(np.uint16)
+
+
+def widen_bits(bits: Array, dtype: str) -> Array:
+    """Return the bits of fp32 values that are equal to these of a dtype of `ROUNDED`."""
+    if dtype == "float32":
+        return bits
+    if dtype == "float16":
+        return bits.view(np.float16).astype(np.float32).view(np.uint32)
+    return bits.astype(np.uint32) << 16
