@@ -88,7 +88,7 @@ def import_(
     step: Annotated[
         int | None, typer.Option(help="Its step. Default: what it says itself, or 0.", show_default=False)
     ] = None,
-    run: Annotated[str, typer.Option(help="The name of its run.")] = "run",
+    run: Annotated[str, typer.Option(help="The name of its run; 'run' is a Checkpointer's default.")] = "run",
     budget: Budget = "1GiB",
     threads: Threads = 2,
     dry_run: DryRun = False,

@@ -77,7 +77,9 @@ def as_foreign(model, optimizer) -> InMemory:
         shards += [plain(f"optimizer.{kind}.{name}", one) for kind, one in optimizer.state[parameter].items()]
     shards.append(plain("other.schedule.best", torch.tensor([2.0, 3.0])))
     group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-    extra = {"param_groups": [{**group, "params": names}], "config": {"width": 8}, "files": {"a.json": b"{}"}}
+    plain_state = {names[0]: {"kind": "adam"}}
+    optimizer_extra = {"param_groups": [{**group, "params": names}], "state": plain_state}
+    extra = {"optimizer": optimizer_extra, "config": {"width": 8}, "files": {"a.json": b"{}"}}
     return InMemory(shards, About("memory", {}, step=12, extra=extra, notes=("a note",)))
 
 
@@ -145,10 +147,12 @@ def test_a_llama_of_megatron_comes_in_by_rules_and_goes_out_to_other_ranks(layou
     assert bits_of(moved) == bits_of(store)
     _, back = export(moved, Emigration("memory", to="tensor=3,pipeline=2", rules=other))
     expected = {
-        (one.name, *one.at.values()): array for one, array in megatron_llama(weights, (1, 1, 1), (2, 2))
+        (one.name, one.at["tensor"], one.at["pipeline"]): array
+        for one, array in megatron_llama(weights, (1, 1, 1), (2, 2))
     }
     found = {
-        (one.name, *one.at.values()): array for one, array in zip(back.tensors, back.arrays, strict=True)
+        (one.name, one.at["tensor"], one.at["pipeline"]): array
+        for one, array in zip(back.tensors, back.arrays, strict=True)
     }
     assert found.keys() == expected.keys()
     for key, array in expected.items():

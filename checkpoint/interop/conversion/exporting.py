@@ -27,7 +27,7 @@ from checkpoint.interop.conversion.contract import (
     Proof,
     unheard,
 )
-from checkpoint.interop.conversion.importing import EXTRA, GROUPS
+from checkpoint.interop.conversion.importing import EXTRA, OPTIMIZER, STATE
 from checkpoint.interop.conversion.measuring import high_water_bytes
 from checkpoint.interop.conversion.moving import target_part, turned_back
 from checkpoint.interop.conversion.names import rule_name, to_foreign
@@ -223,11 +223,22 @@ def _about(manifest: Manifest, emigration: Emigration, plan: Plan) -> About:
     if isinstance(plain, Mapping):
         if isinstance(plain.get(EXTRA), Mapping):
             extra |= plain[EXTRA]
-        optimizer = plain.get("optimizer")
-        if isinstance(optimizer, Mapping) and GROUPS in optimizer:
-            extra[GROUPS] = optimizer[GROUPS]
+        optimizer = plain.get(OPTIMIZER)
+        if isinstance(optimizer, Mapping) and (kept := _plain_parts(optimizer)):
+            extra[OPTIMIZER] = kept
     axes = {axis: 1 + max(one.at[axis] for one in plan.foreign) for axis in plan.foreign[0].at}
     return About(emigration.format, axes, manifest.step, extra)
+
+
+def _plain_parts(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of an optimizer is no tensor: as an import found it in `extra`."""
+    kept = {name: value for name, value in optimizer.items() if name != STATE}
+    states = {
+        parameter: plain
+        for parameter, kinds in (optimizer.get(STATE) or {}).items()
+        if (plain := {kind: item for kind, item in kinds.items() if item is not None})
+    }
+    return {**kept, STATE: states} if states else kept
 
 
 class _Nothing(dict[str, None]):

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,9 +33,9 @@ from checkpoint.interop.moves import Foreign, How, Plan
 from checkpoint.interop.rules import plan_import
 from checkpoint.store.contract import Store
 
-EXTRA, GROUPS = "extra", "param_groups"
+EXTRA, OPTIMIZER, STATE = "extra", "optimizer", "state"
 _OTHER = "other."
-_DEFAULT_RUN = "run"  # what a Checkpointer calls its run unless it is told
+_DEFAULT_RUN = "run"  # as a Checkpointer calls it
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,9 +211,9 @@ def _skeleton(specs: Sequence[TensorSpec], extra: Mapping[str, Any]) -> Any:
         path = ("optimizer", "state", owner.parameter, owner.state) if owner else (kind, rest)
         nested.put(path, _Reference(spec.name))
     left = dict(extra)
-    groups = left.pop(GROUPS, None)
-    if groups is not None:
-        nested.put(("optimizer", GROUPS), groups)
+    optimizer = left.pop(OPTIMIZER, None)
+    for path, value in _entries(optimizer) if isinstance(optimizer, Mapping) else ():
+        nested.put((OPTIMIZER, *path), value)
     if left:
         nested.put((EXTRA,), left)
     flat = flatten(nested.tree, lambda value: isinstance(value, _Reference))
@@ -222,6 +222,17 @@ def _skeleton(specs: Sequence[TensorSpec], extra: Mapping[str, Any]) -> Any:
         strange = next(name for path, name in renamed.items() if path != name)
         raise FormatError(f"two tensors would be called {strange!r}: rename one by rules")
     return flat.skeleton
+
+
+def _entries(optimizer: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield the plain data of an optimizer: what it keeps for each parameter, its groups, and the rest."""
+    for name, value in optimizer.items():
+        if name != STATE or not isinstance(value, Mapping):
+            yield (name,), value
+            continue
+        for parameter, kinds in value.items():
+            for kind, item in kinds.items():
+                yield (STATE, parameter, kind), item
 
 
 def _known_sizes(choice: RuleChoice, sizes: Mapping[str, int]) -> dict[str, Size]:
