@@ -227,7 +227,7 @@ class Checkpointer:
         return "memory" if self._lodging.held else None
 
     def _tiers_of(self, step: int, depth: Depth) -> tuple[str, ...]:
-        memory = (MEMORY,) if self._lodging.held else ()
+        memory: tuple[str, ...] = (MEMORY,) if self._lodging.held else ()
         parity = self._options.parity
         if parity is not None and self._meeting.is_wanted and step % parity.every == 0:
             memory = (MEMORY, PARITY)
@@ -264,7 +264,7 @@ class Checkpointer:
             for saving in self._savings:
                 if (saving.step, saving.generation) == (outcome.step, outcome.generation):
                     saving.note(outcome)
-                elif isinstance(outcome, Durable) and outcome.tier == PARITY:
+                elif isinstance(outcome, Durable | Failed) and outcome.tier == PARITY:
                     saving.note_passed(outcome)
 
 
