@@ -171,7 +171,8 @@ class Checkpointer:
         with ExitStack() as pinned:
             held = pinned.enter_context(held_by(self._host))
             peers = pinned.enter_context(self._meeting.source(self._host))
-            sources = [*(HeldSource(one, MEMORY) for one in held), *peers, *self._stores()]
+            own: list[Source] = [HeldSource(one, MEMORY) for one in held]
+            sources = [*own, *peers, *self._stores()]
             restored = restore_newest(state, sources, self._world, step, self._options.reading)
             if restored is not None:
                 notes = rebuilt_notes(peers, restored.step)

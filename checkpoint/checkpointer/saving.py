@@ -63,7 +63,7 @@ class Saving:
         return self.fates.setdefault(wanted, Fate(self.look))
 
     def note_passed(self, newer: Durable | Failed) -> None:
-        """Take note that a newer snapshot of this world had its turn on a tier to which not every one comes."""
+        """Take note that a newer snapshot had its turn on a tier to which not every one comes."""
         if newer.generation == self.generation and newer.step > self.step:
             why = f"step {newer.step} had its turn instead: snapshots come faster than that tier takes them"
             self.note(Failed(self.step, self.generation, why, newer.tier))

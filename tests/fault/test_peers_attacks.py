@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import NoCheckpoint, PeerPolicy
+from checkpoint import Failed, NoCheckpoint, PeerPolicy
 from checkpoint.errors import CheckpointError, PeerLost
 from checkpoint.keeper.messages import receive, send
 from checkpoint.keeper.peering.dialing import TcpPeers
@@ -131,8 +131,8 @@ def test_parity_that_finds_no_room_is_reported_and_holds_up_neither_captures_nor
         hosts.give(1, rows_at(1, large))
         hosts.await_told("parity", 1, "Failed")
         hosts.await_told("memory", 1)
-        why = next(one.why for one in hosts.told["h0"] if getattr(one, "tier", "") == "parity")
-        assert "budget_mib" in why
+        failed = [one for one in hosts.told["h0"] if isinstance(one, Failed)]
+        assert "budget_mib" in failed[0].why
         for name in hosts.addresses:
             hosts.handles[name].listen(PeerPolicy("127.0.0.1", parity=Parity(3, 1)))
         hosts.give(2, rows_at(2, large))
