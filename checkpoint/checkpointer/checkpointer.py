@@ -191,7 +191,8 @@ class Checkpointer:
         with ExitStack() as pinned:
             held = pinned.enter_context(held_by(self._host))
             peers = pinned.enter_context(self._meeting.source(self._host))
-            sources = [*(HeldSource(one, MEMORY) for one in held), *peers, *self._sources()]
+            own: list[Source] = [HeldSource(one, MEMORY) for one in held]
+            sources = [*own, *peers, *self._sources()]
             restored = restore_newest(state, sources, self._world, step, policy, run=run)
             if restored is not None:
                 notes = rebuilt_notes(peers, restored.step)
@@ -250,7 +251,7 @@ class Checkpointer:
         return "memory" if self._lodging.held else None
 
     def _tiers_of(self, step: int, depth: Depth) -> tuple[str, ...]:
-        memory = (MEMORY,) if self._lodging.held else ()
+        memory: tuple[str, ...] = (MEMORY,) if self._lodging.held else ()
         parity = self._options.parity
         if parity is not None and self._meeting.is_wanted and step % parity.every == 0:
             memory = (MEMORY, PARITY)
@@ -302,7 +303,7 @@ class Checkpointer:
             for saving in self._savings:
                 if (saving.step, saving.generation) == (outcome.step, outcome.generation):
                     saving.note(outcome)
-                elif isinstance(outcome, Durable) and outcome.tier == PARITY:
+                elif isinstance(outcome, Durable | Failed) and outcome.tier == PARITY:
                     saving.note_passed(outcome)
 
 

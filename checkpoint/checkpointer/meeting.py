@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed import distributed_c10d
 
 from checkpoint.checkpointer.world import World
@@ -163,9 +163,9 @@ def _merged(told: Sequence[Addresses], hosts: Sequence[str]) -> Addresses:
 
 def _own_address(store: Any) -> str:
     """Return the address of this machine from which its packets to the first rank's leave."""
-    while isinstance(store, dist.PrefixStore):
+    while isinstance(store, PrefixStore):
         store = store.underlying_store
-    target = store.host if isinstance(store, dist.TCPStore) else socket.gethostname()
+    target = store.host if isinstance(store, TCPStore) else socket.gethostname()
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((target, 9))  # sends nothing
         return str(probe.getsockname()[0])

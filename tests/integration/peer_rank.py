@@ -83,8 +83,13 @@ def _protected(checkpointer: Checkpointer, saving: Any) -> int | None:
 
 def main(directory: str, hosts: list[str]) -> None:
     """Fork a rank for each host, because torch takes long to load; end them when this process is told to."""
-    children = []
-    signal.signal(signal.SIGTERM, lambda *_: [os.kill(child, signal.SIGKILL) for child in children])
+    children: list[int] = []
+
+    def end(*_: object) -> None:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+
+    signal.signal(signal.SIGTERM, end)
     for rank, host in enumerate(hosts):
         if (pid := os.fork()) == 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
