@@ -31,6 +31,7 @@ from elastic.control.events import (
     FaultStruck,
     SegmentEnded,
     SegmentStarted,
+    StacksKept,
     StepCommitted,
     StopRequested,
     Tick,
@@ -145,6 +146,8 @@ class Driver:
             for message in self._cluster.hear(HEAR_S):
                 if isinstance(message, LogLine):
                     self._watch.tell(message)
+                elif isinstance(message, StacksKept):
+                    self._note(message)
                 else:
                     self._take(message)
             if asked and stop_at is None:
@@ -182,7 +185,9 @@ class Driver:
             match instruction:
                 case StartMember(member):
                     self._cluster.start(member)
-                case KillMember(member) | ReleaseMember(member):
+                case KillMember(member):
+                    self._cluster.end_silent(member)
+                case ReleaseMember(member):
                     self._cluster.kill(member)
                 case FormWorld(members=members):
                     self._claim(instruction.generation)
