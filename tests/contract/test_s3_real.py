@@ -16,9 +16,9 @@ from checkpoint.store.contract import Store
 from checkpoint.store.objects import ObjectStore
 from checkpoint.store.open import probe
 from checkpoint.store.wrappers import Retrying, RetryPolicy
-from tests.contract.s3_suite import BUCKET, S3Contract, client, credentials
+from tests.contract.s3_suite import BUCKET, S3Contract, client, served
 from tests.contract.suite import KEY, NUM_WRITERS
-from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server, missing_programs
+from tests.s3_server import S3Server
 
 pytestmark = pytest.mark.slow
 
@@ -27,16 +27,8 @@ SOON = RetryPolicy(deadline_s=30.0, first_wait_s=0.01, longest_wait_s=0.1)
 
 @pytest.fixture(scope="module", autouse=True)
 def server() -> Iterator[S3Server]:
-    missing = missing_programs()
-    if missing:
-        pytest.skip(f"no {', '.join(missing)} on this machine: install the packages of deploy/apt.txt")
-    server = S3Server()
-    try:
-        server.start()
-        with credentials(server.endpoint, ACCESS_KEY, SECRET_KEY):
-            yield server
-    finally:
-        server.stop()
+    with served() as server:
+        yield server
 
 
 @pytest.fixture

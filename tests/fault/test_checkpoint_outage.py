@@ -35,9 +35,9 @@ from checkpoint.lifecycle.promotion import promote
 from checkpoint.store.memory import MemoryStore
 from checkpoint.store.objects import ObjectStore
 from checkpoint.store.wrappers import Metered, Retrying, RetryPolicy
-from tests.contract.s3_suite import BUCKET, credentials
+from tests.contract.s3_suite import BUCKET, served
 from tests.fault.checkpoint_worlds import MIB, QUICK, RAW, assert_whole, durable_steps, run_state, same_bits
-from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server, missing_programs
+from tests.s3_server import S3Server
 
 pytestmark = pytest.mark.slow
 
@@ -53,16 +53,8 @@ NUM_WRITES = (
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[S3Server]:
-    missing = missing_programs()
-    if missing:
-        pytest.skip(f"no {', '.join(missing)} on this machine: install the packages of deploy/apt.txt")
-    server = S3Server()
-    try:
-        server.start()
-        with credentials(server.endpoint, ACCESS_KEY, SECRET_KEY):
-            yield server
-    finally:
-        server.stop()
+    with served() as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)
