@@ -7,7 +7,6 @@ from contextlib import suppress
 
 import boto3  # type: ignore[import-untyped]  # it has no types
 import pytest
-import stamina
 from botocore.exceptions import ClientError  # type: ignore[import-untyped]  # it has no types
 
 from checkpoint.errors import AlreadyExists, StoreUnavailable
@@ -29,13 +28,6 @@ SOON = RetryPolicy(deadline_s=30.0, first_wait_s=0.01, longest_wait_s=0.1)
 def server() -> Iterator[S3Server]:
     with served() as server:
         yield server
-
-
-@pytest.fixture
-def quiet_retries() -> Iterator[None]:
-    stamina.instrumentation.set_on_retry_hooks([])
-    yield
-    stamina.instrumentation.set_on_retry_hooks(None)
 
 
 @pytest.fixture(scope="class")

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import stamina
 
 from checkpoint import (
     Catalog,
@@ -39,7 +38,7 @@ from tests.contract.s3_suite import BUCKET, served
 from tests.fault.checkpoint_worlds import MIB, QUICK, RAW, assert_whole, durable_steps, run_state, same_bits
 from tests.s3_server import S3Server
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quiet_retries")]
 
 SOON = RetryPolicy(deadline_s=30.0, first_wait_s=0.01, longest_wait_s=0.1)
 PATIENT = replace(QUICK, outage_s=60.0)
@@ -55,13 +54,6 @@ NUM_WRITES = (
 def server() -> Iterator[S3Server]:
     with served() as server:
         yield server
-
-
-@pytest.fixture(autouse=True)
-def quiet_retries() -> Iterator[None]:
-    stamina.instrumentation.set_on_retry_hooks([])
-    yield
-    stamina.instrumentation.set_on_retry_hooks(None)
 
 
 class Striking:
