@@ -1,11 +1,12 @@
 """Which checkpoints there are: all sources are asked at once, and a far one out of reach delays nobody."""
 
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 
+from checkpoint.engine.pipeline import apart
 from checkpoint.engine.source import Source
 from checkpoint.errors import StoreUnavailable
 
@@ -26,8 +27,7 @@ def ask_for_steps(sources: Sequence[Source], patience_s: float) -> Answers:
     """
     told: SimpleQueue[tuple[int, list[int] | BaseException]] = SimpleQueue()
     for number, source in enumerate(sources):
-        ask = threading.Thread(target=_ask, args=(number, source, told), name="holdfast-ask", daemon=True)
-        ask.start()
+        apart(partial(_ask, number, source, told))
     pending, steps = set(range(len(sources))), set[int]()
     nearest, deadline = len(sources), float("inf")  # of those that told of steps
     outages: dict[int, StoreUnavailable] = {}

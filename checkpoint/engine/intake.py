@@ -158,9 +158,9 @@ class Intake:
             self._why_ending = None
 
     def drain(self, timeout_s: float) -> bool:
-        """Wait until every captured snapshot has its outcome; False if time ran out."""
+        """Wait until every captured snapshot has its outcome, or none will come; False if time ran out."""
         with self._changed:
-            return self._changed.wait_for(self._is_idle, timeout_s)
+            return self._changed.wait_for(lambda: self._is_closed or not self.num_unfinished, timeout_s)
 
     @property
     def num_unfinished(self) -> int:
@@ -332,9 +332,6 @@ class Intake:
                     self._fail(entry, f"{entry.missing()} within {limit_s:.0f} s")
 
     # All of the following under the lock.
-    def _is_idle(self) -> bool:
-        return self.num_unfinished == 0
-
     def _is_newest_digested(self) -> bool:
         held = self._register.held()
         return self._is_closed or not held or held[-1].image is not None

@@ -35,4 +35,4 @@ def _leave() -> None:
         if finish is None or pid != os.getpid():
             continue  # a forked child has none of the threads that it would wait for
         if not finish(max(deadline - time.monotonic(), 0.0)):
-            log.error("the program ended before its newest checkpoint was captured: close() waits for that")
+            log.error("the program ended before its newest checkpoint was safe: close() waits for that")

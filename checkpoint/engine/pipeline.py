@@ -28,7 +28,7 @@ from checkpoint.engine.tuning import Tuning
 from checkpoint.store.contract import Store
 from checkpoint.store.wrappers import Retrying, RetryPolicy
 
-__all__ = ["Crew", "Pipeline", "Tuning", "fan_out"]
+__all__ = ["Crew", "Pipeline", "Tuning", "apart", "fan_out"]
 
 _LONGEST_WAIT_S = 15.0  # between tries during an outage
 
@@ -156,6 +156,11 @@ class Crew:
     def _work(self) -> None:
         while (order := self._orders.get()) is not None:
             order()
+
+
+def apart(work: Callable[[], None]) -> None:
+    """Do work in a thread of its own, that nobody waits for: it may hang."""
+    threading.Thread(target=work, name="holdfast-apart", daemon=True).start()
 
 
 def fan_out(work: Callable[[Input], Output], items: Iterable[Input], num_threads: int) -> Iterator[Output]:

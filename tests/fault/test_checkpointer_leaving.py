@@ -25,4 +25,4 @@ def test_the_newest_save_survives_every_way_a_program_can_end_but_a_kill(tmp_pat
     while saved() != expected and time.monotonic() < deadline:
         time.sleep(0.05)
     assert saved() == expected
-    assert "before its newest checkpoint was captured" in done.stderr
+    assert "before its newest checkpoint was safe" in done.stderr
