@@ -33,7 +33,7 @@ DTYPES += [torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.
 DTYPES += [torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu]
 
 
-LARGE = 10_000  # elements: more than is copied at once
+LARGE = 40_000  # elements: more than is copied at once
 
 
 class Held:
