@@ -13,9 +13,10 @@ when the capture ends, the copy and the live tensor have to agree in one line of
 lie changes from step to step. So a run of bytes that changed before it was copied is noticed for certain from
 128 KiB on, one that changed after from 16 KiB on; a shorter one of n bytes with a probability of about
 n / 128 KiB and n / 16 KiB in each snapshot. A single element
-written so once is most likely NOT noticed (1 in 256 after it was copied, 1 in 2,048 before); who writes it at
-every step is found out within some hundreds. What lies scattered (a transposed tensor) is sampled in two
-blocks of 64 elements only. Who writes so has to call `wait_captured` first, as torch optimizers do themselves.
+written so once is most likely NOT noticed (1 in 256 after it was copied, 1 in 2,048 before); who writes it
+at every step is found out within some hundreds. What lies scattered (a transposed tensor) is sampled in two
+blocks of 64 elements only. Who writes so has to call `wait_captured` first, as torch optimizers do by
+themselves.
 """
 
 from collections.abc import Iterator
@@ -53,7 +54,9 @@ class Watch:
     version: int
     salt: int
     before: tuple[torch.Tensor, ...]
-    memory: tuple[torch.UntypedStorage, int, int]  # and its size and address when the snapshot was asked for
+    memory: torch.UntypedStorage  # and how large it was, and where, when the snapshot was asked for
+    memory_bytes: int
+    address: int
 
     def captured(self, space: memoryview) -> torch.Tensor:
         """Return the chunk's place in a region, in the form of `live`."""
@@ -62,8 +65,7 @@ class Watch:
 
     def absence(self) -> str | None:
         """Say so if the chunk's memory is no longer what it was: to read it could end the process."""
-        storage, num_bytes, address = self.memory
-        if (storage.nbytes(), storage.data_ptr()) != (num_bytes, address):
+        if self.memory.nbytes() != self.memory_bytes or self.memory.data_ptr() != self.address:
             return "its memory was given back"
         return None
 
@@ -87,8 +89,7 @@ class Watch:
 def watch(own: torch.Tensor, origin: Origin, slot: Slot, number: int, salt: int) -> Watch:
     """Begin to watch over a chunk of the rank's own tensor, at places that `salt` chooses."""
     live = own.detach()
-    storage = live.untyped_storage()
-    memory = storage, storage.nbytes(), storage.data_ptr()
+    memory = live.untyped_storage()
     version = -1 if live.is_inference() else live._version
     if origin.first is not None and live.is_contiguous() and not (live.is_conj() or live.is_neg()):
         form: Form = "run"
@@ -99,7 +100,7 @@ def watch(own: torch.Tensor, origin: Origin, slot: Slot, number: int, salt: int)
         form = "elements"
         live = live[tuple(map(slice, origin.box.start, origin.box.stop))]
     before = tuple(sample.clone() for sample in _samples(live, form, salt, BEFORE_BYTES))
-    return Watch(number, form, slot, live, version, salt, before, memory)
+    return Watch(number, form, slot, live, version, salt, before, memory, memory.nbytes(), memory.data_ptr())
 
 
 def _samples(chunk: torch.Tensor, form: Form, salt: int, every_bytes: int) -> Iterator[torch.Tensor]:

@@ -1,5 +1,6 @@
 """What is saved is the state at the moment of `save`, to the bit, or nothing."""
 
+import gc
 import threading
 from typing import Any
 
@@ -279,3 +280,31 @@ def _share_of(num_bytes: int, *, step: int, rank: int, size: int) -> Any:
     slot = Slot(0, Box((0,), (num_bytes,)), 0, num_bytes)
     plan = SnapshotPlan(("local",) * size, content, {}, Handling(Codec.RAW, 1, "wait", 5.0), (slot,))
     return Ticket("run", 0, step, rank), plan
+
+
+def test_a_save_is_not_interrupted_by_the_garbage_collector_and_leaves_it_as_it_was(store, host):
+    state = {f"layer.{number}": torch.zeros(64) for number in range(4000)}
+    saver = Saver(host, "run", RAW)
+    here, runs = threading.get_ident(), []
+
+    def note(phase: str, _: object) -> None:
+        if phase == "start" and threading.get_ident() == here:
+            runs.append(phase)
+
+    for step in range(3):
+        assert saver.drain(20)
+        gc.collect()
+        runs.clear()
+        gc.callbacks.append(note)
+        saver.save(step, state, Share.alone(), {})
+        gc.callbacks.remove(note)
+        assert gc.isenabled()
+    assert len(runs) <= 2, "4,000 tensors would make it run ten times and more"
+    gc.disable()
+    try:
+        saver.save(3, state, Share.alone(), {})
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    assert saver.drain(20)
+    saver.close()
