@@ -3,6 +3,7 @@
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from checkpoint.checkpointer.world import World, join_world
 from checkpoint.engine.catalog import Catalog
 from checkpoint.engine.contract import MEMORY, PARITY, Depth, Durable, Failed, Outcome
 from checkpoint.engine.given import plain_metrics, plain_step
+from checkpoint.engine.quiet import no_collection
 from checkpoint.engine.reading import ReadPolicy
 from checkpoint.engine.restore import Fallback
 from checkpoint.engine.save import SavePolicy, Saver
@@ -153,11 +155,8 @@ class Checkpointer:
                 f"step {step} is not newer than step {self._last}, which was saved last: "
                 "to go back, restore an older step first, or make another Checkpointer"
             )
-        tree = to_tree(state)
-        saver = self._saver_for(tree)
-        self._make_way()
-        meta = {"metrics": metrics, "data_cursor": cursor}
-        captured = saver.save(step, tree, self._world.share, meta, depth=depth)
+        with no_collection():
+            captured = self._begin(step, state, {"metrics": metrics, "data_cursor": cursor}, depth)
         self._last = step
         saving = Saving(step, self._world.generation, captured, self._tiers_of(step, depth), self._look)
         self._savings.append(saving)
@@ -285,6 +284,12 @@ class Checkpointer:
             self._host = self._host or open_host(self._lodging, self._store, self._world, tree)
             self._saver = Saver(self._host, self._lodging.run, self._options.saving)
         return self._saver
+
+    def _begin(self, step: int, state: Any, meta: Mapping[str, Any], depth: Depth) -> "Future[None]":
+        tree = to_tree(state)
+        saver = self._saver_for(tree)
+        self._make_way()
+        return saver.save(step, tree, self._world.share, meta, depth=depth)
 
     def _make_way(self) -> None:
         """Set aside, once, the checkpoints that could not be restored: their steps are to come again."""

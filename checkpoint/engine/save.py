@@ -23,6 +23,7 @@ from checkpoint.engine.contract import (
 )
 from checkpoint.engine.given import plain_meta, plain_step
 from checkpoint.engine.leaves import Leaves, describe, own_tensors, signature_of, take_apart
+from checkpoint.engine.quiet import no_collection
 from checkpoint.engine.snapshot import Capturer, Snapshot, take
 from checkpoint.engine.staging import Staging
 from checkpoint.engine.structure import Structure, plan_structure
@@ -112,19 +113,8 @@ class Saver:
         """
         self._capturer.wait()
         step, meta = plain_step(step), plain_meta(meta)
-        taken = take_apart(state)
-        own = own_tensors(taken.names, taken.leaves)
-        cache = self._cached(taken, share)
-        structure = cache.structure
-        plan = SnapshotPlan(
-            hosts=share.hosts,
-            content=_content(structure, taken.skeleton),
-            meta=meta,
-            handling=self._handling(depth),
-            slots=structure.slots,
-        )
-        ticket = Ticket(self._run, share.generation, step, share.rank)
-        snapshot = Snapshot(ticket, plan, take(structure, cache.small, own, step), Future())
+        with no_collection():
+            snapshot = self._taken(step, state, share, meta, depth)
         self._pending[share.generation, step] = depth
         self._capturer.start(snapshot)
         return snapshot.captured
@@ -163,6 +153,22 @@ class Saver:
     def close(self) -> None:
         """End the capture thread, after the snapshot in hand. What was captured goes on to be durable."""
         self._capturer.close()
+
+    def _taken(self, step: int, state: Any, share: Share, meta: Mapping[str, Any], depth: Depth) -> Snapshot:
+        """Take what changes next, and plan the rest."""
+        taken = take_apart(state)
+        own = own_tensors(taken.names, taken.leaves)
+        cache = self._cached(taken, share)
+        structure = cache.structure
+        plan = SnapshotPlan(
+            hosts=share.hosts,
+            content=_content(structure, taken.skeleton),
+            meta=meta,
+            handling=self._handling(depth),
+            slots=structure.slots,
+        )
+        ticket = Ticket(self._run, share.generation, step, share.rank)
+        return Snapshot(ticket, plan, take(structure, cache.small, own, step), Future())
 
     def _take(self) -> None:
         for ending in self._capturer.endings():

@@ -1,7 +1,11 @@
 """Capture: a rank's share is copied into the arena by a thread of its own, and proved not to be torn.
 
 Three guards stand in each other's shadow: every optimizer's step waits for the capture (a hook); version
-counters; and sampled lines of memory (`guards`). Small tensors need none: `save` copies them itself.
+counters; and sampled lines of memory (`guards`). Small tensors need none: `save` copies them itself. Memory
+that was given back (`untyped_storage().resize_(0)`) is not read: that is looked at right before each chunk,
+of 4 MiB at most, is copied. Only who gives memory back in the very millisecond in which it is copied can
+still end the process, on the CPU: nothing in torch keeps memory from its own storage's `resize_`. On CUDA the
+allocator waits for the copy.
 """
 
 import logging
@@ -9,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -58,8 +62,8 @@ def take(structure: Structure, small: Staging, own: Sequence[torch.Tensor], salt
 
 
 def _watch(structure: Structure, own: Sequence[torch.Tensor], number: int, salt: int) -> Watch:
-    source, slot = structure.sources[number], structure.slots[number]
-    return watch(own[source.leaf], source, slot, number, salt)
+    origin, slot = structure.origins[number], structure.slots[number]
+    return watch(own[origin.leaf], origin, slot, number, salt)
 
 
 def capture(snapshot: Snapshot, host: Host, transfer: Transfer) -> bool:
@@ -75,6 +79,9 @@ def capture(snapshot: Snapshot, host: Host, transfer: Transfer) -> bool:
     taken.small.put(space, transfer)
     copies, under_way = [], []
     for one in taken.watches:
+        if absence := one.absence():
+            transfer.settle()  # the region is another's once the share is spoiled
+            _tear(snapshot, host, one, absence)
         copies.append(one.captured(space))
         event = transfer.copy(copies[-1], one.live)
         if event is None:
@@ -89,13 +96,17 @@ def capture(snapshot: Snapshot, host: Host, transfer: Transfer) -> bool:
         with transfer.beside(one.live):
             why = one.contradiction(copy)
         if why:
-            message = (
-                f"tensor {taken.names[one.number]!r} changed while step {ticket.step} was captured ({why})"
-            )
-            host.spoil(ticket, message)
-            raise Torn(f"{message}: call wait_captured() before anything changes the state")
+            _tear(snapshot, host, one, why)
     host.seal(ticket)
     return True
+
+
+def _tear(snapshot: Snapshot, host: Host, one: Watch, why: str) -> NoReturn:
+    """Give a share up, of which a chunk is not what was to be saved."""
+    name, ticket = snapshot.take.names[one.number], snapshot.ticket
+    message = f"tensor {name!r} changed while step {ticket.step} was captured ({why})"
+    host.spoil(ticket, message)
+    raise Torn(f"{message}: call wait_captured() before anything changes the state")
 
 
 @dataclass(frozen=True, slots=True)

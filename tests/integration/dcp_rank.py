@@ -1,7 +1,7 @@
 """Ranks that shard a model in every way torch knows, save it with torch's own tools, and load what we wrote.
 
-    python -m tests.integration.dcp_rank ROOT save 4      ROOT/<layout>, and ROOT/<layout>.pt: what it holds
-    python -m tests.integration.dcp_rank ROOT load 2      ROOT/ours into FSDP2, compared with ROOT/fsdp2.pt
+python -m tests.integration.dcp_rank ROOT save 4      ROOT/<layout>, and ROOT/<layout>.pt: what it holds
+python -m tests.integration.dcp_rank ROOT load 2      ROOT/ours into FSDP2, compared with ROOT/fsdp2.pt
 """
 
 import sys

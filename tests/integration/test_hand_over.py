@@ -9,7 +9,6 @@ from typing import Any
 
 import psutil
 import pytest
-import ray
 from ray.cluster_utils import Cluster
 
 import elastic

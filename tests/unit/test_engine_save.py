@@ -1,5 +1,6 @@
 """What is saved is the state at the moment of `save`, to the bit, or nothing."""
 
+import gc
 import re
 import threading
 from typing import Any
@@ -34,7 +35,7 @@ DTYPES += [torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.
 DTYPES += [torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu]
 
 
-LARGE = 10_000  # elements: more than is copied at once
+LARGE = 40_000  # elements: more than is copied at once
 
 
 class Held:
@@ -296,3 +297,31 @@ def _share_of(num_bytes: int, *, step: int, rank: int, size: int) -> Any:
     slot = Slot(0, Box((0,), (num_bytes,)), 0, num_bytes)
     plan = SnapshotPlan(("local",) * size, content, {}, Handling(Codec.RAW, 1, "wait", 5.0), (slot,))
     return Ticket("run", 0, step, rank), plan
+
+
+def test_a_save_is_not_interrupted_by_the_garbage_collector_and_leaves_it_as_it_was(store, host):
+    state = {f"layer.{number}": torch.zeros(64) for number in range(4000)}
+    saver = Saver(host, "run", RAW)
+    here, runs = threading.get_ident(), []
+
+    def note(phase: str, _: object) -> None:
+        if phase == "start" and threading.get_ident() == here:
+            runs.append(phase)
+
+    for step in range(3):
+        assert saver.drain(20)
+        gc.collect()
+        runs.clear()
+        gc.callbacks.append(note)
+        saver.save(step, state, Share.alone(), {})
+        gc.callbacks.remove(note)
+        assert gc.isenabled()
+    assert len(runs) <= 2, "4,000 tensors would make it run ten times and more"
+    gc.disable()
+    try:
+        saver.save(3, state, Share.alone(), {})
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    assert saver.drain(20)
+    saver.close()
