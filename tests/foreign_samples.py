@@ -76,7 +76,9 @@ def of_every_dtype(but: tuple[str, ...] = (), seed: int = 0) -> dict[str, torch.
     return found
 
 
-def named(state: Mapping[str, Any], model: str = "model", optimizer: str = "optim") -> dict[str, torch.Tensor]:
+def named(
+    state: Mapping[str, Any], model: str = "model", optimizer: str = "optim"
+) -> dict[str, torch.Tensor]:
     """Name the tensors of a nested state as the contract does, in a way of its own."""
     found = dict(state[model])
     for owner, entries in state.get(optimizer, {}).get("state", {}).items():
