@@ -208,7 +208,7 @@ def _skeleton(specs: Sequence[TensorSpec], extra: Mapping[str, Any]) -> Any:
     for spec in specs:
         owner = owner_of(spec.name)
         kind, _, rest = spec.name.partition("/")
-        path = ("optimizer", "state", owner.parameter, owner.state) if owner else (kind, rest)
+        path: Sequence[str] = (OPTIMIZER, STATE, owner.parameter, owner.state) if owner else (kind, rest)
         nested.put(path, _Reference(spec.name))
     left = dict(extra)
     optimizer = left.pop(OPTIMIZER, None)
