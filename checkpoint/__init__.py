@@ -16,6 +16,7 @@ from checkpoint.errors import (
     Corrupt,
     FormatError,
     Incomplete,
+    KeeperBusy,
     KeeperLost,
     Mismatch,
     NoCheckpoint,
@@ -30,6 +31,7 @@ from checkpoint.format.codec import Codec
 from checkpoint.format.manifest import Manifest
 from checkpoint.format.scheme import parse_layout
 from checkpoint.keeper import KeeperConfig, KeeperHost, connect
+from checkpoint.keeper.peering.policy import Address, Parity, PeerPolicy
 from checkpoint.lifecycle.aside import set_aside
 from checkpoint.lifecycle.marks import record_score, tag, tags, untag
 from checkpoint.lifecycle.pace import Pace
@@ -90,6 +92,7 @@ if TYPE_CHECKING:
     from checkpoint.interop.conversion.sharing import RankShare, share_of_rank
 
 __all__ = [
+    "Address",
     "Adoption",
     "AlreadyExists",
     "ArenaFull",
@@ -116,6 +119,7 @@ __all__ = [
     "HeldSource",
     "Host",
     "Incomplete",
+    "KeeperBusy",
     "KeeperConfig",
     "KeeperHost",
     "KeeperLost",
@@ -130,6 +134,8 @@ __all__ = [
     "Options",
     "Outcome",
     "Pace",
+    "Parity",
+    "PeerPolicy",
     "PerRank",
     "Pinned",
     "Policy",

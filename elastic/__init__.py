@@ -2,6 +2,7 @@
 
 from elastic.control.policy import WorldPolicy
 from elastic.control.report import CheckpointCount, FailureSpan, TrainReport, WorldSpan
+from elastic.control.standbys import num_standbys
 from elastic.errors import ElasticError, Fenced, JobRejected, RunGone, TrainingFailed
 from elastic.runtime.driver import train
 from elastic.runtime.journal import read_report
@@ -52,6 +53,7 @@ __all__ = [
     "load_job",
     "load_settings",
     "model_from_state",
+    "num_standbys",
     "read_report",
     "resize",
     "seed_for",

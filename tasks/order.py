@@ -40,6 +40,9 @@ def to_order(run: Run) -> elastic.TrainOrder:
         world=elastic.WorldPolicy(
             workers=spec.world.workers,
             min_workers=spec.world.min_workers,
+            standbys=elastic.num_standbys(spec.world.workers)
+            if spec.world.standbys == "auto"
+            else spec.world.standbys,
             gather_s=spec.world.gather_s,
             wait_s=spec.world.wait_s,
             max_failures=spec.recovery.max_failures,

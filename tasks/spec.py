@@ -104,6 +104,12 @@ class WorldSpec(_Section):
     min_workers: int = Field(
         default=1, ge=1, le=65_536, description="Train on as long as this many are left."
     )
+    standbys: int | Literal["auto"] = Field(
+        default=0,
+        union_mode="left_to_right",
+        description="Workers kept ready beside them, to take a lost one's place at once; auto: as many as "
+        "suffice on 99 days of 100, if a worker is lost every 250 days.",
+    )
     gpus_per_worker: float = Field(default=0.0, ge=0, le=64, description="Accelerators a worker gets.")
     threads_per_worker: int = Field(
         default=1, ge=1, le=1024, description="Compute threads of a worker's CPU kernels."

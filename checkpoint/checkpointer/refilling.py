@@ -65,7 +65,7 @@ class Refill:
                 f"{list(record.shape)} in the checkpoint of step {self.manifest.step}: "
                 "use the settings it was saved with"
             )
-        own = own_tensors([live])[0].detach()
+        own = own_tensors([path], [live])[0].detach()
         before = self.filled.setdefault((identity(own), leaf.spec.shape), record.name)
         if before != record.name:
             raise Mismatch(

@@ -149,7 +149,7 @@ class Host(Protocol):
     def open(self, ticket: Ticket, plan: SnapshotPlan) -> memoryview | None:
         """Lend arena space for a share; None when the snapshot is not taken (an outcome says why).
 
-        Waits while the arena is full, as the plan's handling says. Raises ArenaFull if it could never fit.
+        Waits while the arena is full, as the plan's handling says.
         """
 
     def ready(self, ticket: Ticket, chunk_index: int) -> None:

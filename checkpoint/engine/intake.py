@@ -9,7 +9,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from checkpoint.engine.arena import Arena, Region
+from checkpoint.engine.arena import Arena, Region, Sizing
 from checkpoint.engine.contract import (
     MEMORY,
     Durable,
@@ -61,8 +61,12 @@ class Intake:
         self._num_captured = 0
         self._leads = False
 
-    def open(self, ticket: Ticket, plan: SnapshotPlan, owner: object) -> Region | None:
-        """Lend a region for a share, waiting for room as the plan says; None when the snapshot is over."""
+    def open(self, ticket: Ticket, plan: SnapshotPlan, owner: object) -> Region | Failed | None:
+        """Lend a region for a share, waiting for room as the plan says.
+
+        None if its snapshot failed, which the board tells; Failed, for who asked alone, if that was over
+        before.
+        """
         if not ticket.rank < len(plan.hosts) or plan.hosts[ticket.rank] != self.host:
             raise Mismatch(f"rank {ticket.rank} of hosts {plan.hosts} does not live on {self.host!r}")
         with self._changed:
@@ -71,17 +75,31 @@ class Intake:
             if ticket.generation == self._newest_generation:
                 self._leads = plan.hosts[0] == self.host
             self._supersede(ticket)
+            if why := self._register.refusal(ticket) or (self._is_closed and f"{self.host} is closed"):
+                return Failed(ticket.step, ticket.generation, why)
             entry = self._admit(ticket, plan)
             if entry is None:
                 return None
             try:
+                self._room.provide(plan.num_bytes, (2 + self.hold) * len(entry.local_ranks))
                 region = self._await_room(entry, plan)
             except ArenaFull as error:
                 self._fail(entry, str(error))
-                raise
+                return None
             if region is not None:
                 entry.shares[ticket.rank] = ShareEntry(plan, region, owner)
             return region
+
+    def is_stale(self, ticket: Ticket) -> bool:
+        """Whether a ticket is of an older generation than this host knows, or of a snapshot that is over."""
+        with self._changed:
+            return bool(self._register.refusal(ticket)) or ticket.generation < self._newest_generation
+
+    def adopt(self, hold: int, arena_bytes: int, sizing: Sizing) -> None:
+        """Hold so many snapshots from now on, in an arena of that size at least. Raises ArenaFull."""
+        with self._changed:
+            self.hold = hold
+            self._room.adopt(arena_bytes, sizing)
 
     def ready(self, ticket: Ticket, chunks: tuple[int, ...]) -> None:
         """Take note that some chunks are in the arena."""
@@ -134,16 +152,28 @@ class Intake:
             self._why_ending = why
             self.abandon(why)
 
-    def drain(self, timeout_s: float) -> bool:
-        """Wait until every captured snapshot has its outcome; False if time ran out."""
+    def go_on(self) -> None:
+        """Take snapshots again: the end was called off."""
         with self._changed:
-            return self._changed.wait_for(self._is_idle, timeout_s)
+            self._why_ending = None
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until every captured snapshot has its outcome, or none will come; False if time ran out."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._is_closed or not self.num_unfinished, timeout_s)
 
     @property
     def num_unfinished(self) -> int:
         """How many snapshots are captured and have no outcome yet."""
         with self._changed:
             return sum(entry.is_captured for entry in self._register.live())
+
+    @property
+    def num_only_here(self) -> int:
+        """How many snapshots would be lost with this memory: the newest one held, if no store has it."""
+        with self._changed:
+            newest = self._register.held()[-1:]
+            return sum(not entry.is_durable for entry in newest)
 
     @property
     def is_closed(self) -> bool:
@@ -302,9 +332,6 @@ class Intake:
                     self._fail(entry, f"{entry.missing()} within {limit_s:.0f} s")
 
     # All of the following under the lock.
-    def _is_idle(self) -> bool:
-        return self.num_unfinished == 0
-
     def _is_newest_digested(self) -> bool:
         held = self._register.held()
         return self._is_closed or not held or held[-1].image is not None
@@ -314,9 +341,7 @@ class Intake:
         return entry
 
     def _admit(self, ticket: Ticket, plan: SnapshotPlan) -> SnapshotEntry | None:
-        entry = None if self._is_closed else self._register.enter(ticket, plan)
-        if entry is None:
-            return None
+        entry = self._register.enter(ticket, plan)
         entry.is_to_be_held = self.hold > 0
         why = self._why_ending or objection(entry, ticket.rank, plan)
         if entry.depth == "memory" and not self.hold:
@@ -387,7 +412,7 @@ class Intake:
         if not entry.is_live:
             return
         entry.is_live = False
-        self._register.note_end(entry)
+        self._register.note_end(entry, outcome)
         if not isinstance(outcome, Durable):
             entry.why_failed = outcome.why
             self._failed.append(entry)

@@ -15,7 +15,7 @@ import torch
 from checkpoint.engine.on_ranks import OnRanks
 from checkpoint.engine.per_rank import PerRank
 from checkpoint.engine.plan import Piece, TensorSpec
-from checkpoint.engine.tensors import check_plain, dtype_name, identity
+from checkpoint.engine.tensors import UNSTRIDED, check_copyable, check_plain, dtype_name, identity
 from checkpoint.errors import Mismatch, Unsupported
 from checkpoint.format.layout import (
     Box,
@@ -85,7 +85,9 @@ def signature_of(name: str, leaf: Any) -> Signature:
 
     Raises Unsupported for a tensor without plain memory.
     """
-    if type(leaf) in _PLAIN and leaf.layout is torch.strided:
+    if type(leaf) in _PLAIN and leaf.layout is torch.strided and not leaf.is_nested:
+        if leaf.dtype is UNSTRIDED:
+            check_copyable(name, leaf)
         return name, leaf.dtype, leaf.shape, leaf.device
     if isinstance(leaf, PerRank):
         return name, leaf.max_bytes
@@ -97,10 +99,13 @@ def signature_of(name: str, leaf: Any) -> Signature:
     return name, leaf.dtype, leaf.shape, leaf.device
 
 
-def own_tensors(leaves: Sequence[Any]) -> list[torch.Tensor]:
+def own_tensors(names: Sequence[str], leaves: Sequence[Any]) -> list[torch.Tensor]:
     """Return the rank's own tensors of leaves: theirs is the memory that is saved."""
     with torch.no_grad():  # else a DTensor would hand out a view of its local tensor, for autograd
-        return [leaf if type(leaf) in _PLAIN else _own_tensor(leaf) for leaf in leaves]
+        return [
+            leaf if type(leaf) in _PLAIN else _own_tensor(name, leaf)
+            for name, leaf in zip(names, leaves, strict=True)
+        ]
 
 
 def describe(name: str, leaf: Any, rank: int, size: int) -> Leaf:
@@ -111,12 +116,14 @@ def describe(name: str, leaf: Any, rank: int, size: int) -> Leaf:
     if isinstance(leaf, PerRank):
         spec = TensorSpec(name, "uint8", (size, leaf.max_bytes))
         return Leaf(spec, Spread(Mesh((("rank", size),)), (Shard(0),)), "cpu")
-    spec = TensorSpec(name, dtype_name(leaf.dtype), tuple(leaf.shape))
     if isinstance(leaf, OnRanks):
         _check_on_ranks(name, leaf, rank, size)
+        spec = TensorSpec(name, dtype_name(leaf.dtype), leaf.shape)
         return Leaf(spec, None, str(leaf.own().device), leaf.ranks)
     if not is_dtensor(leaf):
         check_plain(name, leaf)
+    spec = TensorSpec(name, dtype_name(leaf.dtype), tuple(leaf.shape))
+    if not is_dtensor(leaf):
         return Leaf(spec, None, str(leaf.device))
     with torch.no_grad():
         local = leaf.to_local()
@@ -142,9 +149,9 @@ def is_dtensor(leaf: object) -> TypeGuard[Any]:
     return module is not None and isinstance(leaf, module.DTensor)
 
 
-def _own_tensor(leaf: Any) -> torch.Tensor:
+def _own_tensor(name: str, leaf: Any) -> torch.Tensor:
     if isinstance(leaf, PerRank):
-        return leaf.row()
+        return leaf.row(name)
     if isinstance(leaf, OnRanks):
         return leaf.own()
     own: torch.Tensor = leaf.to_local() if is_dtensor(leaf) else leaf

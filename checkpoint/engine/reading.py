@@ -40,7 +40,8 @@ class ReadPolicy:
 
     What it holds at a time, besides the targets and the checkpoint's index, stays within `budget_bytes`. A
     request asks for about `request_bytes`; it reads over gaps of at most `gap_bytes`, as long as they stay
-    below a twentieth of what is needed. With a `group`, replicas read each byte once, and broadcast it.
+    below a twentieth of what is needed. With a `group`, replicas read each byte once, and broadcast it. When
+    a nearer source has said what it has, a farther one is waited for `patience_s` at most.
     """
 
     num_threads: int = 2
@@ -48,6 +49,7 @@ class ReadPolicy:
     request_bytes: int = 8 << 20
     gap_bytes: int = GAP_BYTES
     group: Group | None = None
+    patience_s: float = 5.0
 
     def __post_init__(self) -> None:
         if self.num_threads < 1 or self.request_bytes < 1 or self.gap_bytes < 0:

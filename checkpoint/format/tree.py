@@ -74,7 +74,7 @@ def is_bulk(items: Collection[Any]) -> bool:
     """
     kinds = set(map(type, items))
     if kinds == {int}:
-        return min(items) >= -_MAX_EXACT_INT and max(items) <= _MAX_EXACT_INT
+        return all(-_MAX_EXACT_INT <= end <= _MAX_EXACT_INT for end in (min(items), max(items)))
     if kinds == {float}:
         return all(map(math.isfinite, items))
     return kinds == {str}

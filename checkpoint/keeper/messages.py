@@ -31,6 +31,7 @@ Message = dict[str, Any]
 
 MAX_MESSAGE_BYTES = 256 << 20
 _LENGTH = struct.Struct("<I")
+_CREDENTIALS = struct.Struct("3i")
 _OUTCOMES: Mapping[str, type[Outcome]] = {kind.__name__: kind for kind in (Durable, Failed, Skipped)}
 
 
@@ -164,6 +165,13 @@ def timeval(seconds: float) -> bytes:
     """Return a time as the socket options that limit waiting want it."""
     whole = int(seconds)
     return whole.to_bytes(8, "little") + int((seconds - whole) * 1e6).to_bytes(8, "little")
+
+
+def peer_pid(channel: socket.socket) -> int:
+    """Return the process on the other side of a unix socket."""
+    credentials = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, _, _ = _CREDENTIALS.unpack(credentials)
+    return int(pid)
 
 
 def _body(channel: socket.socket, head: bytes, max_bytes: int) -> Message:

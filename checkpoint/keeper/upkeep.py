@@ -83,6 +83,12 @@ class Upkeep:
             work = partial(self._keep_doing, chore)
             threading.Thread(target=work, name="holdfast-upkeep", daemon=True).start()
 
+    @property
+    def num_undone(self) -> int:
+        """How many tiers have not been looked after since the last commit."""
+        with self._changed:
+            return sum(chore.num_seen != self._num_commits for chore in self._chores)
+
     def drain(self, timeout_s: float) -> bool:
         """Wait until every tier has been looked after since the last commit; False if time ran out."""
         with self._changed:
@@ -92,6 +98,7 @@ class Upkeep:
 
     def close(self) -> None:
         """Stop; what is under way to a far tier is broken off, and resumed by who comes next."""
+        self._intake.board.unwatch(self._note)
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()

@@ -219,6 +219,14 @@ class FaultStruck:
 
 
 @dataclass(frozen=True, slots=True)
+class StacksKept:
+    """What a silent member was doing is written down in `file`, in the run's directory."""
+
+    member: str
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
 class SegmentEnded:
     """The driver let go of the run, for `reason`."""
 
@@ -245,4 +253,4 @@ Event = (
     | StopRequested
     | Tick
 )
-Entry = Event | SegmentStarted | FaultStruck | SegmentEnded
+Entry = Event | SegmentStarted | FaultStruck | StacksKept | SegmentEnded

@@ -31,6 +31,7 @@ from elastic.control.events import (
     FaultStruck,
     SegmentEnded,
     SegmentStarted,
+    StacksKept,
     StepCommitted,
     StopRequested,
     Tick,
@@ -50,6 +51,7 @@ from elastic.control.report import TrainReport
 from elastic.errors import Fenced, TrainingFailed
 from elastic.runtime.cluster import Cluster
 from elastic.runtime.journal import Journal, read_moments, read_report
+from elastic.runtime.metrics import Metrics
 from elastic.runtime.notices import LogLine, Observer
 from elastic.runtime.order import Fault, TrainOrder
 from elastic.runtime.watch import Watch
@@ -99,6 +101,7 @@ class Driver:
         self._cleaner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prune")
         self._cleaning: Future[PruneReport] | None = None
         self._end: End | None = None
+        self._metrics: Metrics | None = None  # once Ray is there
         self._note(SegmentStarted(order.training.num_steps, generation, time.time()))
 
     def run(self, asked: list[int]) -> End:
@@ -110,6 +113,7 @@ class Driver:
         with self._recorded():
             self._watch.phase("starting the cluster")
             self._cluster = Cluster(self._order)
+            self._metrics = Metrics(self._order.run)
             try:
                 self._rendezvous, self._endpoint = open_rendezvous(self._cluster.address)
                 end = self._loop(asked)
@@ -142,6 +146,8 @@ class Driver:
             for message in self._cluster.hear(HEAR_S):
                 if isinstance(message, LogLine):
                     self._watch.tell(message)
+                elif isinstance(message, StacksKept):
+                    self._note(message)
                 else:
                     self._take(message)
             if asked and stop_at is None:
@@ -179,7 +185,9 @@ class Driver:
             match instruction:
                 case StartMember(member):
                     self._cluster.start(member)
-                case KillMember(member) | ReleaseMember(member):
+                case KillMember(member):
+                    self._cluster.end_silent(member)
+                case ReleaseMember(member):
                     self._cluster.kill(member)
                 case FormWorld(members=members):
                     self._claim(instruction.generation)
@@ -227,6 +235,8 @@ class Driver:
     def _note(self, entry: Entry | Instruction) -> None:
         self._journal.record(time.monotonic(), entry)
         self._watch.see(entry)
+        if self._metrics is not None:
+            self._metrics.see(entry)
 
 
 def _num_struck(order: TrainOrder) -> int:

@@ -14,6 +14,7 @@ from elastic.control.events import (
     MemberReady,
     ReplicaHealed,
     Settled,
+    StacksKept,
     StepCommitted,
     UserFailed,
     WorkersWanted,
@@ -136,6 +137,8 @@ def _happened(entry: Entry) -> tuple[str, str]:
             return "leaving", f"{member} will be taken away: {notice}"
         case WorkersWanted(workers):
             return "resize", f"{workers} workers are wanted"
+        case StacksKept(member, file):
+            return "stacks", f"what {member} was doing is in {file}"
         case FaultStruck(member, step):
             return "drill", f"SIGKILL to {member} on purpose, at step {step}"
         case Settled(member, generation, step, source, seconds, note):

@@ -35,6 +35,7 @@ from elastic.control.events import (
     Event,
     MemberEnded,
     MemberFailed,
+    MemberLeaving,
     MemberReady,
     Settled,
     UserFailed,
@@ -43,9 +44,11 @@ from elastic.control.events import (
 )
 from elastic.control.instructions import FormWorld, Manner, StopWorld
 from elastic.errors import JobRejected
+from elastic.runtime import autopsy
 from elastic.runtime.lifeline import Anchor, Lifeline
 from elastic.runtime.notices import LogLine
 from elastic.runtime.order import TrainOrder
+from elastic.runtime.preemption import heed_sigterm
 from elastic.runtime.world import Endpoint, Former, Place, World
 from elastic.training.blame import UserFailure
 from elastic.training.job import load_job, load_settings
@@ -187,6 +190,8 @@ class Member:
         self._lifeline = Lifeline(assignment.member)
         logging.getLogger("holdfast").addHandler(self._outbox)
         logging.getLogger("holdfast").setLevel(logging.INFO)
+        autopsy.prepare(assignment.order.run, assignment.member)
+        heed_sigterm(lambda: self._outbox.put(MemberLeaving(assignment.member, "it was sent SIGTERM")))
         threading.Thread(target=self._live, name="training", daemon=True).start()
 
     def poll(self, timeout_s: float) -> list[Event | LogLine]:

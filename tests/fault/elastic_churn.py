@@ -27,6 +27,8 @@ class Story:
     gone: set[str] = field(default_factory=set)
     holders: set[str] = field(default_factory=set)
     steps: int = 0
+    newest_settled: bool = False
+    num_segments: int = 0
     _settled: dict[int, set[str]] = field(default_factory=dict)
     _orders: dict[int, set[str]] = field(default_factory=dict)
     _read: int = 0
@@ -42,7 +44,8 @@ class Story:
                 if not line.endswith(b"\n"):
                     break
                 self._read += len(line)
-                self._take(json.loads(line))
+                if line.strip():
+                    self._take(json.loads(line))
 
     def _take(self, moment: dict[str, Any]) -> None:
         match moment["kind"]:
@@ -50,13 +53,17 @@ class Story:
                 self.pids[moment["member"]] = moment["pid"]
             case "MemberLost" | "KillMember" | "ReleaseMember":
                 self.gone.add(moment["member"])
+            case "SegmentStarted":
+                self.num_segments += 1
             case "FormWorld":
+                self.newest_settled = False
                 self._orders[moment["generation"]] = set(moment["members"])
             case "Settled":
                 settled = self._settled.setdefault(moment["generation"], set())
                 settled.add(moment["member"])
                 if settled == self._orders[moment["generation"]]:
                     self.holders = set(settled)
+                    self.newest_settled = moment["generation"] == max(self._orders)
             case "StepCommitted":
                 self.steps = max(self.steps, moment["step"])
             case _:

@@ -22,18 +22,23 @@ WIDTH = 32
 
 @dataclass(frozen=True)
 class Doom:
-    """One death: of the first process to come to `event` of `function` in step `step` or later.
+    """One death: of the first process to come to `event` of `function` once the doom is armed.
 
-    A newcomer, which has computed nothing yet, dies only of a doom with `newcomer`; `after` names the doom
-    that must have struck before.
+    A newcomer, which has computed nothing yet, dies only of a doom with `newcomer`.
     """
 
     name: str
     function: str
-    step: int = 0
     event: str = "call"
     newcomer: bool = False
-    after: str = ""
+
+    def arm(self, marks: Path) -> None:
+        """Let it strike from now on."""
+        (marks / f"{self.name}.armed").touch()
+
+    def has_struck(self, marks: Path) -> bool:
+        """Whether a process has died of it, or is about to."""
+        return (marks / self.name).exists()
 
 
 @dataclass(frozen=True)
@@ -115,9 +120,7 @@ class DoomedJob:
     def _is_due(self, doom: Doom) -> bool:
         """Claim a doom that is due; exactly one process can."""
         marks = Path(self._settings.marks)
-        if doom.newcomer != (self._step is None) or (self._step or 0) < doom.step:
-            return False
-        if doom.after and not (marks / doom.after).exists():
+        if doom.newcomer != (self._step is None) or not (marks / f"{doom.name}.armed").exists():
             return False
         try:
             os.close(os.open(marks / doom.name, os.O_CREAT | os.O_EXCL))

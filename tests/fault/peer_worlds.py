@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,11 @@ class Hosts:
     def await_told(self, tier: str, step: int, kind: str = "Durable", names: Collection[str] = ()) -> None:
         """Wait until hosts have told something of a step on a tier."""
         for name in dict.fromkeys(names or self.names):
-            eventually(lambda name=name: (kind, step) in self.news(name, tier), (name, self.told[name]))
+            wanted = (kind, step)
+            eventually(partial(self._has_told, name, tier, wanted), (name, self.told[name]))
+
+    def _has_told(self, name: str, tier: str, wanted: tuple[str, int]) -> bool:
+        return wanted in self.news(name, tier)
 
     def pid(self, name: str) -> int:
         """The process id of a host's keeper."""
@@ -121,10 +126,12 @@ class Hosts:
 
 
 @contextmanager
-def hosts_of(root: Path, num_hosts: int, parity: Parity | None, **more: int) -> Iterator[Hosts]:
+def hosts_of(
+    root: Path, num_hosts: int, parity: Parity | None, *, arena_bytes: int = 4 * MIB, ranks_each: int = 1
+) -> Iterator[Hosts]:
     """Start the hosts of a world; end them afterwards."""
     root.chmod(0o700)
-    hosts = Hosts(root, num_hosts, parity, **more)
+    hosts = Hosts(root, num_hosts, parity, arena_bytes, ranks_each)
     try:
         hosts.start(hosts.names)
         hosts.meet()
@@ -133,6 +140,7 @@ def hosts_of(root: Path, num_hosts: int, parity: Parity | None, **more: int) -> 
         for name, handle in hosts.handles.items():
             handle.close()
             with suppress(OSError, ValueError):
+                os.kill(hosts.pid(name), signal.SIGCONT)
                 os.kill(hosts.pid(name), signal.SIGKILL)
 
 

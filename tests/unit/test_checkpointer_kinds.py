@@ -3,7 +3,7 @@
 import copy
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch.optim import lr_scheduler as schedules
 from torch.optim.swa_utils import SWALR, AveragedModel
 
 from checkpoint.checkpointer import Checkpointer, Options
+from checkpoint.checkpointer.likeness import to_plain
 from checkpoint.engine.per_rank import PerRank
 from checkpoint.errors import Mismatch
 from tests.fault.checkpoint_worlds import same_bits
@@ -62,7 +63,9 @@ SCHEDULES: dict[str, Callable[[optim.Optimizer], Any]] = {
     "CosineAnnealingLR": lambda one: schedules.CosineAnnealingLR(one, 10),
     "CosineAnnealingWarmRestarts": lambda one: schedules.CosineAnnealingWarmRestarts(one, 3),
     "CyclicLR": lambda one: schedules.CyclicLR(one, 0.01, 0.1, step_size_up=3),
-    "CyclicLR, a callable": lambda one: schedules.CyclicLR(one, 0.01, 0.1, 3, scale_fn=Shrink()),
+    "CyclicLR, a callable": lambda one: schedules.CyclicLR(
+        one, 0.01, 0.1, 3, scale_fn=cast(Callable[[float], float], Shrink())
+    ),
     "OneCycleLR": lambda one: schedules.OneCycleLR(one, 0.1, total_steps=50),
     "ReduceLROnPlateau": lambda one: schedules.ReduceLROnPlateau(one, patience=1),
     "SequentialLR": _sequential,

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import stamina
 
 from checkpoint.errors import AlreadyExists, NotFound, StoreRefused, StoreUnavailable
 from checkpoint.store.contract import ByteRange
@@ -26,14 +25,9 @@ from checkpoint.store.wrappers import (
     Unanswered,
 )
 
+pytestmark = pytest.mark.usefixtures("quiet_retries")
+
 SOON = RetryPolicy(deadline_s=0.5, first_wait_s=0.001, longest_wait_s=0.002)
-
-
-@pytest.fixture(autouse=True)
-def quiet_retries():
-    stamina.instrumentation.set_on_retry_hooks([])
-    yield
-    stamina.instrumentation.set_on_retry_hooks(None)
 
 
 @pytest.mark.parametrize("verb", ["put_new", "put", "read", "list", "delete"])

@@ -74,7 +74,11 @@ def read_archive(place: Place, path: str, more: StandIns | None = None) -> Archi
 
 def read_part(place: Place, path: str, span: tuple[int, int], more: StandIns | None = None) -> Archive:
     """Read the tree of a part of a file, from one byte to another."""
-    window = Window(place, path, span)
+    return read_window(Window(place, path, span), more)
+
+
+def read_window(window: Window, more: StandIns | None = None) -> Archive:
+    """Read the tree of a part of a file of which both ends are there already."""
     if window.read_at(0, 4) == _ZIP:
         return _read_zip(window, dict(more or {}))
     return _read_legacy(window, dict(more or {}))
@@ -258,6 +262,7 @@ def _quantized(*_: Any) -> Any:
 
 
 DTYPE_OF = {f"{kind}Storage": dtype for kind, dtype in _STORAGES.items()}
+STORAGE_OF = {dtype: kind for kind, dtype in DTYPE_OF.items() if kind != "UntypedStorage"}
 _REBUILDS: StandIns = {
     "torch._utils._rebuild_tensor": _view,
     "torch._utils._rebuild_tensor_v2": _view,

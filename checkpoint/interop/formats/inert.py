@@ -124,6 +124,8 @@ PLAIN: StandIns = {
     "builtins.int": Name("int"),
     "builtins.float": Name("float"),
     "builtins.str": Name("str"),
+    "builtins.unicode": Name("str"),
+    "builtins.long": Name("int"),
     "builtins.bool": Name("bool"),
     "_codecs.encode": _bytes,
     "torch.Size": _tuple,

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from checkpoint.errors import Unsupported
 from checkpoint.interop.formats.contract import Contents, ForeignCheckpoint
+from checkpoint.interop.formats.dcp import looks_like_dcp, open_dcp
 from checkpoint.interop.formats.hf import looks_like_hf, open_hf, write_hf
 from checkpoint.interop.formats.torchfile import looks_like_torch, open_torch
 from checkpoint.interop.place import Draft, Place
@@ -29,12 +30,26 @@ class Format:
     holds_optimizer: bool
 
 
+def _write_dcp(draft: Draft, contents: Contents, budget_bytes: int) -> None:
+    # Only writers need torch, and this one also torch.distributed: seconds that readers can do without.
+    from checkpoint.interop.formats.dcp_writing import write_dcp  # noqa: PLC0415
+
+    write_dcp(draft, contents, budget_bytes)
+
+
+def _write_torch(draft: Draft, contents: Contents, budget_bytes: int) -> None:
+    from checkpoint.interop.formats.torchfile_writing import write_torch  # noqa: PLC0415 - as above
+
+    write_torch(draft, contents, budget_bytes)
+
+
 # In this order it is asked what a directory looks like: the more particular ones first.
 FORMATS: Mapping[str, Format] = {
     one.name: one
     for one in (
+        Format("dcp", "torch.distributed.checkpoint", looks_like_dcp, open_dcp, _write_dcp, True),
         Format("hf", "Hugging Face safetensors", looks_like_hf, open_hf, write_hf, False),
-        Format("torch", "a file of torch.save", looks_like_torch, open_torch, None, True),
+        Format("torch", "a file of torch.save", looks_like_torch, open_torch, _write_torch, True),
     )
 }
 

@@ -14,11 +14,14 @@ _MIN_BLOCK_BYTES = 64 << 10
 _SHARE_OF_BUDGET = 4  # a block, what its reader puts it together from, and what the file's client holds
 
 
-def blocks_of(contents: Contents, number: int, budget_bytes: int) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor, row by row."""
+def blocks_of(
+    contents: Contents, number: int, budget_bytes: int, box: Box | None = None
+) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor, or of a box of it, row by row."""
     tensor = contents.tensors[number]
-    for box in split_box(Box.whole(tensor.shape), itemsize(tensor.dtype), block_bytes(budget_bytes)):
-        yield memoryview(contents.read(number, box).reshape(-1).view("u1").data)
+    box = Box.whole(tensor.shape) if box is None else box
+    for part in split_box(box, itemsize(tensor.dtype), block_bytes(budget_bytes)):
+        yield memoryview(contents.read(number, part).reshape(-1).view("u1").data)
 
 
 def block_bytes(budget_bytes: int) -> int:

@@ -26,6 +26,14 @@ class Window:
             self._head = place.read(path, self.offset, _END_BYTES)
             self._tail = place.read(path, self.offset + self.num_bytes - _END_BYTES, _END_BYTES)
 
+    @classmethod
+    def of(cls, place: Place, path: str, offset: int, data: bytes) -> "Window":
+        """Return a window whose bytes have been read already."""
+        window = cls.__new__(cls)
+        window.path, window.offset, window.num_bytes = path, offset, len(data)
+        window._place, window._head, window._tail = place, data, data
+        return window
+
     def __str__(self) -> str:
         part = f" (from byte {self.offset})" if self.offset else ""
         return f"{self.path} in {self._place}{part}"

@@ -20,7 +20,7 @@ from checkpoint.store.contract import Buffer, parts_of
 
 ABSENT = -1  # in the sizes of a reply: nothing is there
 _CONNECT_S = 3.0
-_ANSWER_S = 10.0
+ANSWER_S = 10.0  # a peer that says nothing for so long is gone
 _REST_S = 2.0  # a peer that could not be reached is left alone for so long
 _NOTHING: tuple[Buffer, ...] = ()
 
@@ -36,7 +36,7 @@ class Reply:
 class Link:
     """One connection to a keeper that takes requests, one after the other. Raises PeerLost when it breaks."""
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address, answer_s: float) -> None:
         try:
             where = (address.host, address.port)
             self._channel = socket.create_connection(where, timeout=_CONNECT_S)
@@ -44,7 +44,7 @@ class Link:
             raise PeerLost(f"the keeper at {address.host}:{address.port} is gone: {error}") from error
         try:
             self._channel.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._channel.settimeout(_ANSWER_S)
+            self._channel.settimeout(answer_s)
             introduce(self._channel, address.token)
         except PeerLost:
             self._channel.close()
@@ -89,8 +89,9 @@ class Link:
 class TcpPeers:
     """Keepers by the names of their hosts. Thread-safe. Connections are kept for the next request."""
 
-    def __init__(self, addresses: Addresses) -> None:
+    def __init__(self, addresses: Addresses, *, answer_s: float = ANSWER_S) -> None:
         self._addresses = dict(addresses)
+        self._answer_s = answer_s
         self._lock = threading.Lock()
         self._idle: dict[str, list[Link]] = defaultdict(list)
         self._down: dict[str, tuple[float, str]] = {}
@@ -196,7 +197,7 @@ class TcpPeers:
         if address is None or time.monotonic() < until_s:
             raise PeerLost(f"{peer} cannot be reached: {why or 'its address is not known'}")
         try:
-            return Link(address)
+            return Link(address, self._answer_s)
         except PeerLost as error:
             with self._lock:
                 self._down[peer] = time.monotonic() + _REST_S, str(error)

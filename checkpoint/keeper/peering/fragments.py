@@ -39,7 +39,7 @@ class Fragments:
             num_bytes = self.num_bytes + len(value) + _ENTRY_BYTES
             if num_bytes > self.budget_bytes:
                 raise PeerLost(
-                    f"its memory for parity is full ({self.num_bytes} of {self.budget_bytes} bytes are taken): "
+                    f"its memory for parity is full ({self.num_bytes} of {self.budget_bytes} bytes): "
                     "raise parity's `budget_mib` to 2 x losses / (group size - losses) of a host's share"
                 )
             self._kept[name] = value

@@ -43,10 +43,10 @@ def mark_name(id_: SnapshotId, mark: Mark, host: str) -> str:
     return f"{marks_of(id_)}{mark}.{host}"
 
 
-def put_mark(peers: Peers, hosts: Iterable[str], name: str) -> None:
-    """Leave a mark with some hosts. Raises PeerLost."""
+def put_mark(peers: Peers, hosts: Iterable[str], name: str, said: str = "") -> None:
+    """Leave a mark with some hosts, and what is said besides. Raises PeerLost."""
     for host in hosts:
-        peers.put(Place(host, name), [])
+        peers.put(Place(host, name), [said.encode()])
 
 
 def missing(names: Collection[str], id_: SnapshotId, mark: Mark, hosts: Iterable[str]) -> list[str]:

@@ -4,7 +4,7 @@ import threading
 from typing import Any
 
 from checkpoint.engine.intake import Intake
-from checkpoint.keeper.peering.dialing import TcpPeers
+from checkpoint.keeper.peering.dialing import ANSWER_S, TcpPeers
 from checkpoint.keeper.peering.fragments import Fragments
 from checkpoint.keeper.peering.handshake import new_token
 from checkpoint.keeper.peering.policy import Address, PeerPolicy, addresses_to_json, parse_addresses
@@ -66,7 +66,10 @@ class Neighbourhood:
             self._known |= addresses
             domains = {host: one.domain or host for host, one in addresses.items()}
             if self._protector is not None:
-                self._protector.meet(Circle(generation, domains, TcpPeers(addresses)))
+                parity = self._protector.parity
+                answer_s = ANSWER_S if parity is None else min(ANSWER_S, parity.patience_s)
+                peers = TcpPeers(addresses, answer_s=answer_s)
+                self._protector.meet(Circle(generation, domains, peers))
 
     def close(self) -> None:
         """Be reached no longer."""

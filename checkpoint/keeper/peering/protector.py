@@ -41,6 +41,7 @@ log = logging.getLogger("holdfast.keeper")
 _TICK_S = 0.1
 _POLL_S = 0.02
 _MAX_KEPT = 2  # besides the one under way: the last that is whole, and one of which that is not sure
+_MAX_WHY = 500
 _NICENESS = 5  # captures, packs and uploads go first
 
 
@@ -229,10 +230,16 @@ class Protector:
             if time.monotonic() > deadline:
                 late = missing(self._fragments.keys(""), id_, mark, hosts)
                 raise PeerLost(f"{', '.join(late)} had not {mark} it after {task.patience_s:g} s")
-        names = self._fragments.keys("")
-        gone = voided_by(names, id_)
-        if gone is not None and missing(names, id_, mark, hosts):
-            raise PeerLost(f"{gone} could not go on")
+        if missing(self._fragments.keys(""), id_, mark, hosts):
+            raise PeerLost(self._why_void(id_))
+
+    def _why_void(self, id_: SnapshotId) -> str:
+        """Say what another host said when it could not go on with a snapshot; "" if none did."""
+        gone = voided_by(self._fragments.keys(""), id_)
+        if gone is None:
+            return ""
+        said = self._fragments.fetch(mark_name(id_, Mark.VOID, gone)) or b""
+        return f"{gone} could not go on: {said.decode(errors='replace')}"
 
     def _missing_anywhere(self, task: _Task) -> list[str]:
         """List the hosts whose word that they are done has reached nobody who can be asked."""
@@ -256,6 +263,7 @@ class Protector:
 
     def _give_up(self, circle: Circle, id_: SnapshotId, why: str) -> None:
         """Say that a snapshot is not protected; what this host has not vouched for is of no use."""
+        why = self._why_void(id_) or why  # the other's trouble is the cause of this one's
         log.warning("step %d is not protected by parity: %s", id_[1], why)
         own_mark = mark_name(id_, Mark.DONE, self._host)
         if own_mark not in self._fragments.keys(own_mark):
@@ -265,7 +273,8 @@ class Protector:
             self._drop(id_)
             for host in circle.hosts:
                 with suppress(PeerLost):
-                    put_mark(self._peers(circle), [host], mark_name(id_, Mark.VOID, self._host))
+                    void = mark_name(id_, Mark.VOID, self._host)
+                    put_mark(self._peers(circle), [host], void, why[:_MAX_WHY])
         self._shelf.intake.board.tell(Failed(id_[1], id_[0], why, PARITY))
 
     def _drop(self, id_: SnapshotId) -> None:

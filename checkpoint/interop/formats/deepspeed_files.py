@@ -1,0 +1,127 @@
+"""Which files a DeepSpeed checkpoint has: a tag's folder, and one file of each kind for every rank.
+
+A folder may hold files of another save by the same names or of another world; whatever is missing, there
+twice, or too many is an error that names it.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from checkpoint.errors import Corrupt, Incomplete, Unsupported
+from checkpoint.interop.formats.archive import Archive, read_archive
+from checkpoint.interop.place import Place
+
+_OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_([0-9]+)_mp_rank_([0-9]+)_optim_states\.pt")
+_MODEL = re.compile(r"mp_rank_([0-9]+)_model_states\.pt")
+_MODEL_3 = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_([0-9]+)_mp_rank_([0-9]+)_model_states\.pt")
+_OTHERS = re.compile(r"(layer_[0-9]+.*|expp_rank_.*|.*_expert_.*)_states\.pt")
+_MAX_TAG_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class RankFile:
+    """One rank's file: its place among the data-parallel ranks and the model-parallel ones, and its tree."""
+
+    path: str
+    data: int
+    model: int
+    archive: Archive
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A tag's folder in a checkpoint's; files by name, without what is beside them."""
+
+    place: Place
+    prefix: str
+
+    @property
+    def names(self) -> list[str]:
+        """The names of its files."""
+        size = len(self.prefix)
+        return [path[size:] for path in self.place.files if path.startswith(self.prefix)]
+
+    def __str__(self) -> str:
+        return f"{self.prefix.rstrip('/')} in {self.place}" if self.prefix else str(self.place)
+
+
+def looks_like_zero(files: Mapping[str, int]) -> bool:
+    """Tell whether a directory, or its folder of a tag, holds optimizer states of ZeRO."""
+    return any(_OPTIM.fullmatch(path.rpartition("/")[2]) and path.count("/") <= 1 for path in files)
+
+
+def find_folder(place: Place, pointer: str) -> Folder:
+    """Return the folder that a directory's `latest` names, or the directory itself.
+
+    Raises Incomplete if what it names is not there, Unsupported if there are several and nothing says which.
+    """
+    if pointer in place.files:
+        tag = (
+            place.read(pointer, 0, min(_MAX_TAG_BYTES, place.files[pointer]))
+            .decode("utf-8", "replace")
+            .strip()
+        )
+        if not any(path.startswith(f"{tag}/") for path in place.files):
+            raise Incomplete(f"{pointer} in {place} names {ascii(tag)[:80]}, and there is no such folder")
+        return Folder(place, f"{tag}/")
+    tags = sorted({path.split("/")[0] for path in place.files if "/" in path and path.endswith("_states.pt")})
+    if any(path.endswith("_states.pt") for path in place.files if "/" not in path) or not tags:
+        return Folder(place, "")
+    if len(tags) > 1:
+        raise Unsupported(f"{place} holds {tags[:5]} and no file `{pointer}`: give the path of one of them")
+    return Folder(place, f"{tags[0]}/")
+
+
+def optimizer_files(folder: Folder) -> list[RankFile]:
+    """Return the optimizer states of every rank, in order. Raises Incomplete, Corrupt."""
+    return _grid(folder, _numbered(folder, _OPTIM), "optim_states")
+
+
+def model_files(folder: Folder, model: int) -> list[RankFile]:
+    """Return the model states of one model-parallel rank: one file, or with ZeRO-3 one of each data rank."""
+    strange = [name for name in folder.names if _OTHERS.fullmatch(name)]
+    if strange:
+        raise Unsupported(
+            f"{strange[0]} in {folder} belongs to a pipeline or to experts of DeepSpeed, which are not read: "
+            "convert it with DeepSpeed's ds_to_universal, and read that"
+        )
+    found = [name for name in folder.names if _is_of(_MODEL.fullmatch(name), model)]
+    whole = {(data, model): name for data, name in enumerate(found)}
+    parts = {key: name for key, name in _numbered(folder, _MODEL_3).items() if key[1] == model}
+    if not whole and not parts:
+        raise Incomplete(f"{folder} has no mp_rank_{model:02}_model_states.pt")
+    return _grid(folder, whole or parts, "model_states")
+
+
+def _is_of(found: re.Match[str] | None, model: int) -> bool:
+    return found is not None and int(found[1]) == model
+
+
+def _numbered(folder: Folder, pattern: re.Pattern[str]) -> dict[tuple[int, int], str]:
+    found: dict[tuple[int, int], str] = {}
+    for name in folder.names:
+        match = pattern.fullmatch(name)
+        if match:
+            key = (int(match[1]), int(match[2]))
+            if key in found:
+                raise Corrupt(
+                    f"{folder} has {found[key]} and {name}, both of one rank: one is of another save"
+                )
+            found[key] = name
+    return found
+
+
+def _grid(folder: Folder, names: Mapping[tuple[int, int], str], kind: str) -> list[RankFile]:
+    """Read the files of all ranks, seeing that none is missing."""
+    models = sorted({model for _, model in names})
+    world = max((data for data, _ in names), default=-1) + 1
+    for model in models:
+        missing = [data for data in range(world) if (data, model) not in names and (model or len(names) > 1)]
+        if missing:
+            raise Incomplete(f"{folder} has no {kind} of rank {missing[0]}, model-parallel rank {model}")
+    return [
+        RankFile(path, data, model, read_archive(folder.place, path))
+        for (data, model), name in sorted(names.items(), key=lambda item: (item[0][1], item[0][0]))
+        for path in [folder.prefix + name]
+    ]

@@ -1,0 +1,71 @@
+"""What a DeepSpeed checkpoint says beside its tensors: counters, schedulers, groups, client state."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from checkpoint.errors import Corrupt
+from checkpoint.interop.formats.archive import Stored
+from checkpoint.interop.formats.deepspeed_parts import stage_of
+from checkpoint.interop.formats.inert import MAX_DEPTH, plain
+
+_TENSORS = {"module", "frozen_param_fragments", "optimizer"}
+_MAX_VALUES = 1 << 22
+_SHARDS = {
+    *("base_optimizer_state", "single_partition_of_fp32_groups", "fp32_flat_groups", "optimizer_state_dict"),
+    "param_slice_mappings",
+}
+
+
+def step_of(tree: Mapping[str, Any]) -> int | None:
+    """Return how many steps the engine had done."""
+    step = tree.get("global_steps", tree.get("iteration"))
+    return step if type(step) is int and step >= 0 else None
+
+
+def extra_of(tree: Mapping[str, Any], zero: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return what is no tensor, as plain data: the engine's under its own keys, ZeRO's under "zero"."""
+    extra = {key: value for key, value in tree.items() if key not in _TENSORS}
+    extra = {str(key): _plain(value, where) for key, value in extra.items()}
+    extra["zero"] = {str(key): _plain(value, where) for key, value in zero.items() if key not in _SHARDS}
+    extra["zero"]["param_groups"] = _plain(_groups(zero), where)
+    return extra
+
+
+def notes_of(zero: Mapping[str, Any], world: int) -> tuple[str, ...]:
+    """Tell how the checkpoint was laid out."""
+    return (f"saved by {world} ranks with ZeRO stage {stage_of(zero)}",)
+
+
+def _groups(zero: Mapping[str, Any]) -> Any:
+    for key in ("base_optimizer_state", "optimizer_state_dict"):
+        base = zero.get(key)
+        if isinstance(base, dict) and isinstance(base.get("param_groups"), list):
+            return base["param_groups"]
+    return []
+
+
+def _plain(value: Any, where: str) -> Any:
+    return plain(_Stripped(where).of(value, 0), where)
+
+
+class _Stripped:
+    """Replaces tensors in a tree by texts that tell their shapes; a hostile tree may repeat itself."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._num_values = 0
+
+    def of(self, value: Any, depth: int) -> Any:
+        self._num_values += 1
+        if depth > MAX_DEPTH or self._num_values > _MAX_VALUES:
+            raise Corrupt(f"{self._where} nests or repeats its data beyond all reason")
+        match value:
+            case Stored():
+                return f"a tensor {value.dtype} of shape {value.shape}, left out"
+            case dict():
+                return {key: self.of(each, depth + 1) for key, each in value.items()}
+            case list():
+                return [self.of(each, depth + 1) for each in value]
+            case tuple():
+                return tuple(self.of(each, depth + 1) for each in value)
+        return value

@@ -1,0 +1,179 @@
+"""Writes DeepSpeed's universal checkpoints, which its engines load under any ZeRO stage and world."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from checkpoint.errors import Incomplete, Unsupported
+from checkpoint.format.box import Box, split_box
+from checkpoint.interop.formats.contract import Contents
+from checkpoint.interop.formats.deepspeed_universal import STATES
+from checkpoint.interop.formats.rounding import ROUNDED, widen_bits
+from checkpoint.interop.formats.saving import Later, Saving
+from checkpoint.interop.formats.streams import block_bytes, blocks_of, check_global
+from checkpoint.interop.moves import Foreign
+from checkpoint.interop.place import Draft
+
+_STATE = re.compile(r"optimizer\.(master|exp_avg|exp_avg_sq|step)\.(.+)")
+_VERSION = "0.19.8"  # of the DeepSpeed that these files were compared with
+_NOT_OURS = {"zero", "param_shapes", "ds_config", "optimizer", "containers", "files", "module"}
+
+
+@dataclass(slots=True)
+class _Parts:
+    """The tensors to write, by what they are; all by their number."""
+
+    states: dict[str, dict[str, int]] = field(default_factory=dict)  # by parameter
+    weights: dict[str, int] = field(default_factory=dict)
+
+
+def write_deepspeed_universal(draft: Draft, contents: Contents, budget_bytes: int) -> None:
+    """Write a universal checkpoint: `latest_universal` names its folder, and is written last.
+
+    Raises Incomplete naming a parameter that lacks a state that others have; Unsupported.
+    """
+    check_global(contents.tensors, "deepspeed-universal")
+    parts = _parts(contents.tensors)
+    tag = f"global_step{contents.about.step or 0}_universal"
+    for name, states in parts.states.items():
+        for state, number in states.items():
+            if state == "step":
+                _save(
+                    draft,
+                    f"{tag}/zero/{name}/step.pt",
+                    _later(contents, number),
+                    _plainly(contents, budget_bytes),
+                )
+            else:
+                _save_wide(draft, f"{tag}/zero/{name}/{STATES[state]}.pt", (contents, number), budget_bytes)
+    for name, number in parts.weights.items():
+        is_float = contents.tensors[number].dtype in ROUNDED
+        if "master" not in parts.states.get(name, {}) and is_float:
+            _save_wide(draft, f"{tag}/zero/{name}/fp32.pt", (contents, number), budget_bytes)
+    plainly = _plainly(contents, budget_bytes)
+    _save(draft, f"{tag}/zero/optimizer_state.pt", _common(contents, parts), plainly)
+    module = {name: _later(contents, number) for name, number in parts.weights.items()}
+    empty = {name: Later(-1, "float32", (0,)) for name in module}
+    engine = _engine(contents, parts)
+    _save(draft, f"{tag}/mp_rank_00_model_states.pt", {**engine, "module": module}, plainly)
+    _save(draft, f"{tag}/zero_pp_rank_0_mp_rank_00_model_states.pt", {**engine, "module": empty}, _nothing)
+    with draft.writing("latest_universal") as file:
+        file.write(tag.encode())
+
+
+def _parts(tensors: Iterable[Foreign]) -> _Parts:
+    parts = _Parts()
+    for number, tensor in enumerate(tensors):
+        found = _STATE.fullmatch(tensor.name)
+        if found:
+            parts.states.setdefault(found[2], {})[found[1]] = number
+        elif not tensor.name.startswith(("optimizer.", "other.")):
+            parts.weights[tensor.name] = number
+        else:
+            raise Unsupported(
+                f"DeepSpeed's universal checkpoints have no place for {tensor.name!r}: leave it out"
+            )
+    for name in [*parts.states, *parts.weights]:
+        if "/" in name or name in (".", ".."):
+            raise Unsupported(f"{name!r} cannot be the name of a folder")
+    kinds = {kind for states in parts.states.values() for kind in states}
+    for name, states in parts.states.items():
+        missing = sorted((kinds | {"master"}) - states.keys())
+        if missing and not (missing == ["master"] and name in parts.weights):
+            raise Incomplete(f"the parameter {name!r} lacks {missing}, and a universal checkpoint needs it")
+    return parts
+
+
+Blocks = Callable[[int], Iterable[memoryview]]
+
+
+def _save(draft: Draft, path: str, tree: Any, blocks: Blocks) -> None:
+    if path not in draft.kept:
+        with draft.writing(path) as file:
+            Saving(tree).write(file, blocks)
+
+
+def _save_wide(draft: Draft, path: str, what: tuple[Contents, int], budget_bytes: int) -> None:
+    """Write a tensor as fp32, in the dict that DeepSpeed's converter makes."""
+    contents, number = what
+    tensor = contents.tensors[number]
+    if tensor.dtype not in ROUNDED:
+        raise Unsupported(f"{tensor} is {tensor.dtype}; DeepSpeed keeps fp32 parameters and moments")
+    tree = {"cat_dim": 0, "param": Later(number, "float32", tensor.shape)}
+
+    def blocks(_: int) -> Iterator[memoryview]:
+        for box in split_box(Box.whole(tensor.shape), 4, block_bytes(budget_bytes)):
+            bits = widen_bits(contents.read(number, box), tensor.dtype)
+            yield memoryview(bits.reshape(-1).view("u1").data)
+
+    _save(draft, path, tree, blocks)
+
+
+def _plainly(contents: Contents, budget_bytes: int) -> Blocks:
+    return lambda number: blocks_of(contents, number, budget_bytes)
+
+
+def _nothing(_: int) -> list[memoryview]:
+    return []
+
+
+def _later(contents: Contents, number: int) -> Later:
+    tensor = contents.tensors[number]
+    return Later(number, tensor.dtype, tensor.shape)
+
+
+def _common(contents: Contents, parts: _Parts) -> dict[str, Any]:
+    """Return what DeepSpeed keeps once for all parameters; ZeRO-3 takes the step from here."""
+    zero = contents.about.extra.get("zero")
+    said: Mapping[str, Any] = zero if isinstance(zero, dict) else {}
+    groups = [dict(group) for group in said.get("param_groups") or _groups(contents) or [{}]]
+    steps = [states["step"] for states in parts.states.values() if "step" in states]
+    state = {0: {"step": _later(contents, steps[0])}} if steps else {}
+    return {
+        "zero_stage": 1,
+        "clip_grad": said.get("clip_grad", 0.0),
+        "dynamic_loss_scale": said.get("dynamic_loss_scale", False),
+        "overflow": False,
+        "ds_version": said.get("ds_version", _VERSION),
+        "param_groups": groups,
+        "optimizer_state_dict": {"state": state, "param_groups": groups},
+    }
+
+
+def _groups(contents: Contents) -> list[dict[str, Any]]:
+    optimizer = contents.about.extra.get("optimizer")
+    groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
+    if not isinstance(groups, list):
+        return []
+    return [{**group, "params": [number]} for number, group in enumerate(groups) if isinstance(group, dict)]
+
+
+def _engine(contents: Contents, parts: _Parts) -> dict[str, Any]:
+    """Return what the engine keeps of itself, and the client's state."""
+    extra = contents.about.extra
+    shapes = {
+        name: contents.tensors[next(iter(states.values()))].shape for name, states in parts.states.items()
+    }
+    for name, states in parts.states.items():
+        shapes[name] = contents.tensors[
+            next(number for state, number in states.items() if state != "step")
+        ].shape
+    step = contents.about.step or 0
+    defaults: dict[str, Any] = {
+        "buffer_names": [],
+        "optimizer": None,
+        "frozen_param_shapes": None,
+        "shared_params": {},
+        "frozen_param_fragments": None,
+        "lr_scheduler": None,
+        "data_sampler": None,
+        "random_ltd": None,
+        "skipped_steps": 0,
+        "global_samples": 0,
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+        "ds_version": _VERSION,
+    }
+    said = {key: value for key, value in extra.items() if key not in _NOT_OURS}
+    return {**defaults, **said, "global_steps": step, "param_shapes": [shapes]}
