@@ -66,8 +66,8 @@ def report_conversion(report: checkpoint.ConversionReport) -> None:
     ]
     told = (
         f"Step {report.step} of {report.source} -> {report.target} ({report.layout}): "
-        f"{report.num_bytes} bytes of {report.num_tensors} tensors in {report.seconds:.1f} s; read {report.read_bytes}, "
-        f"written {report.written_bytes}. {' '.join(report.notes)}"
+        f"{report.num_bytes} bytes of {report.num_tensors} tensors in {report.seconds:.1f} s; "
+        f"read {report.read_bytes}, written {report.written_bytes}. {' '.join(report.notes)}"
     )
     create_table_artifact(table=rows, key=_ARTIFACT, description=told)
 

@@ -161,7 +161,8 @@ def places_of(truth: Truth, layout: Layout, rank: int, memory: Memory):
                 run = memory.buffers[buffer_of[name]][slices(part.local)]
                 yield name, part.box, run.reshape(part.box.size)
             else:
-                yield name, part.box, memory.tensors[name][(*slices(part.local), ...)]
+                own = memory.tensors[name]
+                yield name, part.box, own[slices(part.local)] if own.ndim else own
 
 
 def restore(truth: Truth, store: Store, layout: Layout) -> list[Memory]:
