@@ -17,7 +17,7 @@ from checkpoint.interop.conversion.stored import Stored
 from checkpoint.interop.formats.contract import About
 from checkpoint.interop.moves import Foreign
 from checkpoint.store.memory import MemoryStore
-from tests.conversion_samples import bits_of
+from tests.conversion_samples import bits_of, save_state
 from tests.interop_samples import LLAMA, foreign, llama, megatron_llama, slices
 
 
@@ -227,6 +227,29 @@ def test_a_flipped_bit_on_the_way_out_is_caught(trained):
 
     with pytest.raises(Mismatch, match=r"differ from the source's: \['model/0\.weight'\]; do not use it"):
         export_checkpoint(outward, "memory:", lambda contents: kept.append(written(contents)), spoiled)
+
+
+def test_what_lies_beside_model_and_optimizer_comes_back_where_it_was():
+    state = {
+        "model": {"w": torch.ones(3)},
+        "loop": {"cursor": [1, 2], "rng": {"cpu": torch.arange(4)}, "note": None},
+        "schedule": {"lr": (0.1, 0.2)},
+    }
+    store, again = MemoryStore("s"), MemoryStore("again")
+    save_state(store, state)
+    _, back = export(store, Emigration("memory"))
+    assert back.about.extra == {"loop": {"cursor": [1, 2], "note": None}, "schedule": {"lr": (0.1, 0.2)}}
+    import_checkpoint(back, "memory:", again, Adoption())
+    assert bits_of(again) == bits_of(store)
+    loaded = checkpoint.load(again).state
+    assert loaded["loop"]["cursor"] == [1, 2] and loaded["schedule"] == state["schedule"]
+
+
+def test_an_optimizer_without_groups_gets_one_of_all_its_parameters():
+    store = MemoryStore("s")
+    shards = [plain(name, torch.ones(2)) for name in ("a", "b", "optimizer.exp_avg.a", "optimizer.exp_avg.b")]
+    import_checkpoint(InMemory(shards), "memory:", store, Adoption())
+    assert checkpoint.load(store).state["optimizer"]["param_groups"] == [{"params": ["a", "b"]}]
 
 
 @pytest.mark.parametrize("name", ["a.b.weight", "optimizer.exp_avg.a.b.weight", "other.rng.cuda/0"])

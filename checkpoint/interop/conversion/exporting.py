@@ -1,7 +1,7 @@
 """Exporting: a universal checkpoint in another framework's names, shards and format."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -27,20 +27,21 @@ from checkpoint.interop.conversion.contract import (
     Proof,
     unheard,
 )
-from checkpoint.interop.conversion.importing import EXTRA, OPTIMIZER, STATE
+from checkpoint.interop.conversion.importing import EXTRA, MODEL
 from checkpoint.interop.conversion.measuring import high_water_bytes
 from checkpoint.interop.conversion.moving import target_part, turned_back
 from checkpoint.interop.conversion.names import rule_name, to_foreign
 from checkpoint.interop.conversion.resharding import ONE_RANK, Chosen, num_bytes_of
 from checkpoint.interop.conversion.roles import owner_of
 from checkpoint.interop.conversion.ruled import RuleChoice
-from checkpoint.interop.conversion.skeletons import matches, select
+from checkpoint.interop.conversion.skeletons import matches
 from checkpoint.interop.conversion.stored import Stored
 from checkpoint.interop.formats.contract import About
 from checkpoint.interop.formats.contract import Contents as ForeignContents
 from checkpoint.interop.moves import Foreign, Move, Plan
 from checkpoint.interop.writing import plan_export
 
+_TENSOR = object()
 _LEFT_OUT = "the format {format} holds no optimizer: {number} of its tensors are left out"
 
 
@@ -218,34 +219,34 @@ def _plan(specs: Sequence[TensorSpec], emigration: Emigration) -> Plan:
 
 def _about(manifest: Manifest, emigration: Emigration, plan: Plan) -> About:
     """Return what is told besides tensors: what an import laid aside, and the optimizer's groups."""
-    plain: Any = unflatten(select(manifest.skeleton, lambda _: True), _Nothing())
+    plain = _without_tensors(unflatten(manifest.skeleton, _Tensors()))
     extra: dict[str, Any] = {}
-    if isinstance(plain, Mapping):
-        if isinstance(plain.get(EXTRA), Mapping):
-            extra |= plain[EXTRA]
-        optimizer = plain.get(OPTIMIZER)
-        if isinstance(optimizer, Mapping) and (kept := _plain_parts(optimizer)):
-            extra[OPTIMIZER] = kept
+    if isinstance(plain, dict):
+        kept = {name: value for name, value in plain.items() if name not in (MODEL, EXTRA)}
+        extra = {**kept, **(plain.get(EXTRA) or {})}
     axes = {axis: 1 + max(one.at[axis] for one in plan.foreign) for axis in plan.foreign[0].at}
     return About(emigration.format, axes, manifest.step, extra)
 
 
-def _plain_parts(optimizer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of an optimizer is no tensor: as an import found it in `extra`."""
-    kept = {name: value for name, value in optimizer.items() if name != STATE}
-    states = {
-        parameter: plain
-        for parameter, kinds in (optimizer.get(STATE) or {}).items()
-        if (plain := {kind: item for kind, item in kinds.items() if item is not None})
-    }
-    return {**kept, STATE: states} if states else kept
+class _Tensors(dict[str, object]):
+    """Has a mark in the place of every tensor."""
+
+    def __missing__(self, _: str) -> object:
+        return _TENSOR
 
 
-class _Nothing(dict[str, None]):
-    """Stands for every tensor."""
-
-    def __missing__(self, _: str) -> None:
-        return None
+def _without_tensors(node: Any) -> Any:
+    """Return a state without its tensors; a dict that held nothing else goes with them."""
+    if isinstance(node, dict):
+        pairs = [(name, _without_tensors(value)) for name, value in node.items()]
+        some = {name: value for name, value in pairs if value is not _TENSOR}
+        return some if some or not node else _TENSOR
+    if isinstance(node, list | tuple):
+        items = [_without_tensors(value) for value in node]
+        if items and all(item is _TENSOR for item in items):
+            return _TENSOR
+        return type(node)(None if item is _TENSOR else item for item in items)
+    return node
 
 
 def _prove(

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,8 @@ from checkpoint.interop.moves import Foreign, How, Plan
 from checkpoint.interop.rules import plan_import
 from checkpoint.store.contract import Store
 
-EXTRA, OPTIMIZER, STATE = "extra", "optimizer", "state"
+MODEL, OPTIMIZER, OTHER, EXTRA = "model", "optimizer", "other", "extra"
+STATE, GROUPS = "state", "param_groups"
 _OTHER = "other."
 _DEFAULT_RUN = "run"  # as a Checkpointer calls it
 
@@ -196,43 +197,42 @@ class _Nested:
     tree: dict[str, Any] = field(default_factory=dict)
 
     def put(self, path: Sequence[str], value: Any) -> None:
+        """Put a value in its place; what is a dict there already is added to."""
+        if isinstance(value, dict) and value and all(isinstance(name, str) for name in value):
+            for name, item in value.items():
+                self.put((*path, name), item)
+            return
         node = self.tree
         for name in path[:-1]:
             node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                raise FormatError(f"{'/'.join(path)} cannot lie in what is a value of its own")
         node[path[-1]] = value
 
 
 def _skeleton(specs: Sequence[TensorSpec], extra: Mapping[str, Any]) -> Any:
-    """Return the state around tensors, as a Checkpointer saves it; what else was told lies beside it."""
+    """Return the state around tensors, as a Checkpointer saves it; plain data lies beside it by name.
+
+    An optimizer of which no groups are told gets one, of all its parameters.
+    """
     nested = _Nested()
     for spec in specs:
         owner = owner_of(spec.name)
         kind, _, rest = spec.name.partition("/")
-        path = ("optimizer", "state", owner.parameter, owner.state) if owner else (kind, rest)
-        nested.put(path, _Reference(spec.name))
-    left = dict(extra)
-    optimizer = left.pop(OPTIMIZER, None)
-    for path, value in _entries(optimizer) if isinstance(optimizer, Mapping) else ():
-        nested.put((OPTIMIZER, *path), value)
-    if left:
-        nested.put((EXTRA,), left)
+        is_flat = kind in (MODEL, OTHER)
+        path = (kind, rest) if is_flat else tuple(spec.name.split("/"))
+        nested.put((OPTIMIZER, STATE, owner.parameter, owner.state) if owner else path, _Reference(spec.name))
+    for name, value in extra.items():
+        nested.put((name,) if name not in (MODEL, OTHER) else (EXTRA, name), value)
+    optimizer = nested.tree.get(OPTIMIZER)
+    if optimizer is not None:
+        optimizer.setdefault(GROUPS, [{"params": list(optimizer.get(STATE, {}))}])
     flat = flatten(nested.tree, lambda value: isinstance(value, _Reference))
     renamed = {path: leaf.name for path, leaf in flat.leaves.items()}
     if any(path != name for path, name in renamed.items()):
         strange = next(name for path, name in renamed.items() if path != name)
         raise FormatError(f"two tensors would be called {strange!r}: rename one by rules")
     return flat.skeleton
-
-
-def _entries(optimizer: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield the plain data of an optimizer: what it keeps for each parameter, its groups, and the rest."""
-    for name, value in optimizer.items():
-        if name != STATE or not isinstance(value, Mapping):
-            yield (name,), value
-            continue
-        for parameter, kinds in value.items():
-            for kind, item in kinds.items():
-                yield (STATE, parameter, kind), item
 
 
 def _known_sizes(choice: RuleChoice, sizes: Mapping[str, int]) -> dict[str, Size]:

@@ -2,8 +2,8 @@
 
 A foreign checkpoint calls a weight NAME, a state of the optimizer "optimizer.STATE.NAME", and anything else
 "other.PATH". A universal one, as a Checkpointer saves {"model": ..., "optimizer": ...}, calls them
-"model/NAME", "optimizer/state/NAME/STATE" and "other/PATH"; rules, which know no optimizer's dict, NAME and
-"optimizer/STATE/NAME".
+"model/NAME", "optimizer/state/NAME/STATE" and "other/PATH" (or PATH, if that was a path here before); rules,
+which know no optimizer's dict, NAME and "optimizer/STATE/NAME".
 """
 
 import re
@@ -20,7 +20,8 @@ def from_foreign(name: str) -> str:
     if found:
         return f"optimizer/state/{found['parameter']}/{found['state']}"
     if name.startswith(f"{_OTHER}."):
-        return f"{_OTHER}/{name.removeprefix(f'{_OTHER}.')}"
+        path = name.removeprefix(f"{_OTHER}.")
+        return path if "/" in path else f"{_OTHER}/{path}"
     return f"{_MODEL}{name}"
 
 

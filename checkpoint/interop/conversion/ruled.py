@@ -62,7 +62,8 @@ def placements_by(
     choice: RuleChoice, specs: Sequence[TensorSpec], scheme: Scheme
 ) -> dict[str, dict[str, Placement]]:
     """Return what each axis does with each parameter. Raises Mismatch, Incomplete, FormatError."""
-    axes = {axis: ranks for axis, ranks in scheme.mesh.axes if axis in _SPREADING and ranks > 1}
+    known = set(_SPREADING) & _axes_of(choice.rules)  # a dense model's copies on expert ranks are replicas
+    axes = {axis: ranks for axis, ranks in scheme.mesh.axes if axis in known and ranks > 1}
     weights = [spec for spec in specs if spec.name.startswith("model/")]
     renamed = [TensorSpec(rule_name(spec.name), spec.dtype, spec.shape) for spec in weights]
     plan = plan_export(choice.rules, choice.sizes, axes, renamed)
@@ -77,6 +78,13 @@ def placements_by(
         spec.name: {axis: _placement(spec, found) for axis, found in held[spec.name].items()}
         for spec in renamed
     }
+
+
+def _axes_of(rules: RuleSet) -> set[str]:
+    """Return the axes that some rule speaks of."""
+    found = {axis for rule in rules.rules for axis in rule.axes}
+    found |= {axis for rule in rules.rules for piece in rule.pieces for axis in piece.axes}
+    return found | {one.axis for rule in rules.rules for one in rule.numbers.values()}
 
 
 def _placement(spec: TensorSpec, held: Held) -> Placement:
