@@ -35,6 +35,7 @@ def to_order(run: Run) -> elastic.TrainOrder:
             determinism=spec.training.determinism,
             grad_clip=spec.training.grad_clip,
             compare_every=spec.recovery.compare_every,
+            when_not_finite=spec.training.when_not_finite,
         ),
         world=elastic.WorldPolicy(
             workers=spec.world.workers,

@@ -84,6 +84,11 @@ class TrainingSpec(_Section):
         gt=0,
         description="Largest gradient norm; none (in the form: empty) leaves gradients unclipped.",
     )
+    when_not_finite: Literal["fail", "skip"] = Field(
+        default="fail",
+        description="A step with an infinite or undefined loss or gradient is never applied. "
+        "fail: the run ends there; skip: it goes on.",
+    )
 
 
 class WorldSpec(_Section):

@@ -71,6 +71,7 @@ class TrainingOrder:
     determinism: Literal["bitwise", "fast"]
     grad_clip: float | None
     compare_every: int = 0
+    when_not_finite: Literal["fail", "skip"] = "fail"
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,10 +50,11 @@ from elastic.runtime.notices import LogLine
 from elastic.runtime.order import TrainOrder
 from elastic.runtime.preemption import heed_sigterm
 from elastic.runtime.world import Endpoint, Former, Place, World
+from elastic.training.blame import UserFailure
 from elastic.training.job import load_job, load_settings
 from elastic.training.ports import Broken, Flags
 from elastic.training.state import weights_sha256
-from elastic.training.trainer import Storage, Trainer, TrainPlan, UserFailure
+from elastic.training.trainer import Storage, Trainer, TrainPlan
 
 log = logging.getLogger("holdfast.worker")
 MAX_UNREAD = 10_000
@@ -329,6 +330,7 @@ def _trainer(assignment: Assignment, saver: Saver, device: torch.device) -> Trai
         run=order.run,
         spec_digest=order.spec_digest,
         compare_every=training.compare_every,
+        when_not_finite=training.when_not_finite,
     )
     storage = Storage(saver, _restorer(order))
     return Trainer(job, settings, plan, member=assignment.member, device=device, storage=storage)

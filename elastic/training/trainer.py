@@ -1,10 +1,9 @@
 """The training loop, read from top to bottom. Knows no processes, network or storage, only their ports."""
 
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Literal
 
 import torch
@@ -12,9 +11,11 @@ from torch import Tensor, nn
 
 from checkpoint import Loaded, Saver, Share
 from elastic.control.dealing import Dealing, deal, deal_rest
-from elastic.control.events import Ending, Event, ReplicaHealed, StepCommitted
+from elastic.control.events import Ending, Event, LossJumped, ReplicaHealed, StepCommitted, StepSkipped
+from elastic.control.guard import LossWatch, why_not_finite
 from elastic.control.standing import BLANK, Standing, settle
 from elastic.errors import JobRejected
+from elastic.training.blame import UserFailure, blaming_the_job
 from elastic.training.gradients import GradientRows
 from elastic.training.handover import Parcel, accept, hand_over
 from elastic.training.job import Job, Split
@@ -38,7 +39,8 @@ class TrainPlan:
 
     `micro_batch` samples are a virtual rank's share of a step; `grad_clip` is the largest gradient norm
     (None: any); a checkpoint is taken every `save_every` steps and at the end. `source` names the data. Every
-    `compare_every` steps (0: never) the replicas are compared.
+    `compare_every` steps (0: never) the replicas are compared. A step whose loss or gradient is not finite
+    fails the run or is skipped; either way nothing of it is applied.
     """
 
     num_steps: int
@@ -52,6 +54,7 @@ class TrainPlan:
     run: str
     spec_digest: str
     compare_every: int = 0
+    when_not_finite: Literal["fail", "skip"] = "fail"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +77,6 @@ class Storage:
     restore: Callable[[], Loaded | None] | None = None
 
 
-class UserFailure(Exception):
-    """The job's own code raised, in one step and virtual rank (-1: outside of any). Carries text only."""
-
-    def __init__(self, step: int, virtual_rank: int, what: str, trace: str) -> None:
-        place = f"in step {step}, virtual rank {virtual_rank}" if virtual_rank >= 0 else f"at step {step}"
-        super().__init__(f"the job failed {place}: {what}")
-        self.step = step
-        self.virtual_rank = virtual_rank
-        self.traceback = trace
-
-
 @dataclass(frozen=True, slots=True)
 class _Attempt:
     """The step whose reduced gradients this member holds, or held last."""
@@ -93,6 +85,7 @@ class _Attempt:
     loss: float = float("nan")
     started: float = 0.0
     blocked_s: float = 0.0
+    is_refused: bool = False
 
 
 class Trainer:
@@ -107,7 +100,7 @@ class Trainer:
         split = Split(
             name="train", source=plan.source, seed=plan.seed, micro_batch=plan.micro_batch, settings=settings
         )
-        with _blaming_the_job(0):
+        with blaming_the_job(0):
             self._dataset = job.dataset(split)
             self._learner = Learner(job, settings, plan.seed, plan.num_steps, device)
         rows = GradientRows(self._learner.model, plan.virtual_ranks)
@@ -120,6 +113,7 @@ class Trainer:
         self._attempt = _Attempt()
         self._pace = Pace(device)
         self._dealing: Dealing | None = None  # of the step that a lost rank interrupted
+        self._loss_watch = LossWatch()
         self._num_tokens = 0
         self._untold: list[Event] = []
 
@@ -194,14 +188,30 @@ class Trainer:
 
         self._reduction.fold(dealt[world.rank], leaf)
         loss = self._reduction.reduce(world, dealt)
-        if self._plan.grad_clip is not None:
-            self._reduction.clip(self._plan.grad_clip)
+        norm = self._reduction.clip(inf if self._plan.grad_clip is None else self._plan.grad_clip)
+        is_refused = self._guard(world, loss, norm)
         # Capture ends before the agreement: after it, survivors may go past what a lost member still owes.
-        self._attempt = _Attempt(world.generation, loss, started, self._snapshots.wait_captured())
+        blocked_s = self._snapshots.wait_captured()
+        self._attempt = _Attempt(world.generation, loss, started, blocked_s, is_refused)
         self._standing = Standing(step, reduced=step)
         agreed = self._agree(world, orders.pending())
         self._commit()  # all ranks hold the gradients now: whoever survives can apply them
         return agreed
+
+    def _guard(self, world: World, loss: float, norm: float) -> bool:
+        """Return whether the step must not be applied, or raise UserFailure; every rank sees the same."""
+        step = self._standing.committed
+        told: list[Event] = []
+        why = why_not_finite(loss, norm)
+        if why is not None and self._plan.when_not_finite == "fail":
+            advice = 'nothing of it was applied; mend the job, or set training.when_not_finite = "skip"'
+            raise UserFailure(step, -1, f"{why}; {advice}", "")
+        if why is not None:
+            told.append(StepSkipped(self._member, world.generation, step, why))
+        elif (usual := self._loss_watch.look(loss)) is not None:
+            told.append(LossJumped(self._member, world.generation, step, loss, usual))
+        self._untold.extend(told if world.rank == 0 else [])
+        return why is not None
 
     def _agree(self, world: World, flags: Flags) -> Flags:
         """Return what any rank was told; that it returns says that every rank came here. Tells paces too."""
@@ -216,7 +226,7 @@ class Trainer:
         """Add the gradient of one virtual rank's micro-batch to the bound row; return its loss."""
         step = self._standing.committed
         key = seed_for(self._plan.seed, step, virtual_rank)
-        with _blaming_the_job(step, virtual_rank), keyed(key, self._device) as rng:
+        with blaming_the_job(step, virtual_rank), keyed(key, self._device) as rng:
             batch = self._job.batch(self._dataset, step, virtual_rank)
             buffers = _buffers(self.model)
             loss = self._job.loss(self.model, batch, rng)
@@ -234,8 +244,9 @@ class Trainer:
     def _commit(self) -> None:
         """Apply the reduced gradients this member holds. Asks nobody: a broken world cannot interrupt it."""
         blocked_s = self._attempt.blocked_s + self._snapshots.wait_captured()
-        with _blaming_the_job(self._standing.committed):
-            self._learner.update()
+        if not self._attempt.is_refused:
+            with blaming_the_job(self._standing.committed):
+                self._learner.update()
         self._standing = Standing(self._standing.committed + 1)
         self._reduction.forget()
         self._dealing = None
@@ -365,19 +376,6 @@ class Trainer:
     def _count_tokens(self, batch: Any) -> int:
         count = getattr(self._job, "tokens", None)
         return int(count(batch)) if count is not None else self._plan.micro_batch
-
-
-@contextmanager
-def _blaming_the_job(step: int, virtual_rank: int = -1) -> Iterator[None]:
-    """Turn whatever the job's code raises into UserFailure. No world is asked inside: nothing is Broken."""
-    try:
-        yield
-    except (JobRejected, UserFailure):
-        raise
-    except Exception as error:  # noqa: BLE001  (this is the border to the user's code)
-        raise UserFailure(
-            step, virtual_rank, f"{type(error).__name__}: {error}", traceback.format_exc()
-        ) from None
 
 
 def _buffers(model: nn.Module) -> list[tuple[int, int]]:
