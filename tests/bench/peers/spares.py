@@ -47,10 +47,11 @@ class Spares:
             os.close(descriptor)
 
     def clear(self) -> None:
-        """Give all of it back; what a disk has to be told of freed blocks, it is told now."""
+        """Remove what engines wrote; what a disk has to be told of freed blocks, it is told now.
+
+        What is kept full stays so, until the folder above is removed.
+        """
         self._remove_kept()
-        self._full.unlink(missing_ok=True)
-        self._num_kept_bytes = 0
         os.sync()
 
     def _fill(self, descriptor: int, least_bytes: int) -> None:
