@@ -29,7 +29,13 @@ from checkpoint.errors import (
 from checkpoint.format.codec import Codec
 from checkpoint.format.manifest import Manifest
 from checkpoint.keeper import KeeperConfig, KeeperHost, connect
-from checkpoint.keeper.peering.policy import Address, Parity, PeerPolicy
+from checkpoint.keeper.peering.policy import (
+    Address,
+    Parity,
+    PeerPolicy,
+    addresses_to_json,
+    parse_addresses,
+)
 from checkpoint.lifecycle.aside import set_aside
 from checkpoint.lifecycle.marks import record_score, tag, tags, untag
 from checkpoint.lifecycle.pace import Pace
@@ -68,6 +74,7 @@ if TYPE_CHECKING:
     from checkpoint.engine.source import HeldSource, StoreSource
     from checkpoint.engine.targets import Wanted
     from checkpoint.engine.tensors import fingerprint_tensor, flatten_state, specs_of, unflatten_state
+    from checkpoint.keeper.peering.source import PeerSource
 
 __all__ = [
     "Address",
@@ -105,6 +112,7 @@ __all__ = [
     "Pace",
     "Parity",
     "PeerPolicy",
+    "PeerSource",
     "PerRank",
     "Pinned",
     "Policy",
@@ -134,6 +142,7 @@ __all__ = [
     "VerifyReport",
     "Wanted",
     "WithinBytes",
+    "addresses_to_json",
     "check_fits",
     "check_tiers",
     "claim_generation",
@@ -143,6 +152,7 @@ __all__ = [
     "load",
     "newest_generation",
     "open_store",
+    "parse_addresses",
     "parse_policy",
     "per_rank_values",
     "probe",
@@ -169,6 +179,7 @@ _WITH_TORCH = {
     **dict.fromkeys(("PerRank", "per_rank_values"), "checkpoint.engine.per_rank"),
     "ReadPolicy": "checkpoint.engine.reading",
     "Wanted": "checkpoint.engine.targets",
+    "PeerSource": "checkpoint.keeper.peering.source",
     **dict.fromkeys(("HeldSource", "StoreSource"), "checkpoint.engine.source"),
     **dict.fromkeys(
         ("Fallback", "Loaded", "RestoreReport", "Restored", "check_fits", "load", "restore_into"),
