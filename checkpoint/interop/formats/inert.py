@@ -166,7 +166,7 @@ def load_inert(data: bytes, where: str, stand_ins: StandIns, persistent: Callabl
     if len(data) > MAX_PICKLE_BYTES:
         raise Unsupported(f"{where} is a pickle of {len(data)} bytes, too large to look through")
     if end_of_pickle(data, 0, where) is None:
-        raise Corrupt(f"{where} is a pickle that is cut short")
+        raise Corrupt(f"{where} is no pickle, or one that is cut short")
     try:
         return _Unpickler(data, stand_ins, persistent).load()
     except (Corrupt, Unsupported) as error:
