@@ -91,6 +91,11 @@ class TrainingSpec(_Section):
         description="Shard the optimizer (ZeRO, stage 1): its state of each parameter is on so many workers, "
         "so that one less may be lost at once without loss of a step; 0: every worker holds all of it.",
     )
+    when_not_finite: Literal["fail", "skip"] = Field(
+        default="fail",
+        description="A step with an infinite or undefined loss or gradient is never applied. "
+        "fail: the run ends there; skip: it goes on.",
+    )
 
 
 class WorldSpec(_Section):

@@ -53,21 +53,21 @@ def abandon(stores: Stores, step: int) -> tuple[int, ...]:
 def told_kept(ahead: tuple[int, ...], step: int) -> str:
     """Say that newer checkpoints stay, and what that means."""
     return (
-        f"{listed(ahead)} newer than the restored step {step}, and stay: nothing can be saved after it until "
-        f'restore(state, step={step}, newer="set aside") has set them aside; or go on in a store of its own'
+        f"checkpoints newer than the restored step {step} stay ({named(ahead)}): nothing can be saved after "
+        f'it until restore(state, step={step}, newer="set aside") has set them aside; or go on in another store'
     )
 
 
 def told_abandoned(gone: tuple[int, ...], step: int) -> str:
     """Say where newer checkpoints went."""
     return (
-        f"{listed(gone)} newer than the restored step {step}, and were set aside: their manifests are in "
-        f"{ABANDONED} of each store, and the next prune frees their bytes"
+        f"checkpoints newer than the restored step {step} were set aside ({named(gone)}): their manifests are "
+        f"in {ABANDONED} of each store, and the next prune frees their bytes"
     )
 
 
-def listed(steps: tuple[int, ...]) -> str:
-    """Name steps as the subject of a sentence."""
+def named(steps: tuple[int, ...]) -> str:
+    """Name some steps."""
     some = ", ".join(map(str, steps[:_MAX_NAMED]))
     more = f" and {len(steps) - _MAX_NAMED} more" if len(steps) > _MAX_NAMED else ""
-    return f"step {some} is" if len(steps) == 1 else f"steps {some}{more} are"
+    return f"step{'s' if len(steps) > 1 else ''} {some}{more}"

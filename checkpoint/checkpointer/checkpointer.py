@@ -45,10 +45,10 @@ class Options:
     """What seldom needs to be said of a Checkpointer.
 
     `tiers` are the stores beyond the nearest, each with its cadence and retention. The arena, shared memory
-    that holds snapshots until they are written, is `arena_mib` large; by default two snapshots, and those
-    held. Snapshots are kept by a keeper, a process of its own, unless the store lives in this one. It
-    outlives this one until they are written, and for `lease_s`, by default a minute if it holds any in
-    memory. Leaving waits for `flush_s` at most until everything is durable.
+    that holds snapshots until they are written, is `arena_mib` large; by default it has room for two, and
+    those held, and grows with the state. Snapshots are kept by a keeper, a process of its own, unless the
+    store lives in this one. It outlives this one until they are written, and for `lease_s`, by default a
+    minute if it holds any in memory. Leaving waits for `flush_s` at most until everything is durable.
 
     With `parity` the hosts of a world protect what they hold in memory for the loss of some of them; the
     arena has room for two snapshots more then. Their keepers reach each other at `address`, by default that

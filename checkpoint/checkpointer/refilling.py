@@ -228,7 +228,8 @@ def _per_rank(refill: Refill, live: Any, node: Json, path: str) -> Later:
         values = refill.per_rank[path] = tuple(per_rank_values(rows))
         if len(values) != size:
             refill.notes.append(
-                f"{path} was saved by {len(values)} ranks, each its own, and {size} are here: left as it is"
+                f"{path} was saved by {len(values)} ranks, each its own, and {size} are here: left as it is; "
+                f"deal anew what Restoration.per_rank[{path!r}] has of all of them"
             )
         elif not isinstance(live, PerRank):
             state_of_rank(live)[1](values[rank])

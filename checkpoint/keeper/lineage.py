@@ -26,17 +26,15 @@ class Lineage:
         self._lock = threading.Lock()
         self._generation = -1
         self._claim: str | None = None
-        self._is_asking = False
+        self._is_known = self._is_asking = False
         self.is_over = False
 
     def note(self, generation: int) -> None:
         """Take note that a world of this generation saves here; who claimed it is found out by the way."""
         with self._lock:
-            if generation < self._generation or (generation == self._generation and self._claim is not None):
-                return
             if generation > self._generation:
-                self._generation, self._claim = generation, None
-            if self._is_asking:
+                self._generation, self._claim, self._is_known = generation, None, False
+            if generation < self._generation or self._is_known or self._is_asking:
                 return
             self._is_asking = True
         threading.Thread(target=self._ask, args=(generation,), name="holdfast-claim", daemon=True).start()
@@ -52,15 +50,15 @@ class Lineage:
         return self.is_over
 
     def _ask(self, generation: int) -> None:
-        claim = None
+        claim, is_known = None, False
         try:
-            claim = who_claimed(self._store, generation)
+            claim, is_known = who_claimed(self._store, generation), True
         except CheckpointError as error:
             log.warning("who claimed generation %d is not known yet: %s", generation, error)
         with self._lock:
             self._is_asking = False
             if generation == self._generation:
-                self._claim = claim
+                self._claim, self._is_known = claim, is_known
 
     def _is_another(self, generation: int, claim: str) -> bool:
         found = who_claimed(self._store, generation)

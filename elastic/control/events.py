@@ -137,6 +137,27 @@ class ReplicaHealed:
 
 
 @dataclass(frozen=True, slots=True)
+class StepSkipped:
+    """Nothing of a step was applied, though it counts as committed: something of it was not finite."""
+
+    member: str
+    generation: int
+    step: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class LossJumped:
+    """The loss of a step was far above the `usual` one."""
+
+    member: str
+    generation: int
+    step: int
+    loss: float
+    usual: float
+
+
+@dataclass(frozen=True, slots=True)
 class UserFailed:
     """The job or its data cannot be trained as they are; that would be so elsewhere too, so it is not
     retried.
@@ -245,6 +266,8 @@ Event = (
     | CheckpointDurable
     | CheckpointLost
     | ReplicaHealed
+    | StepSkipped
+    | LossJumped
     | UserFailed
     | MemberFailed
     | MemberEnded

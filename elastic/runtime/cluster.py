@@ -80,7 +80,7 @@ class Cluster:
         self._seating = threading.Lock()
         self._news: SimpleQueue[News | _CutOff | Exception] = SimpleQueue()
         self._local = LocalRay(order) if order.cluster.address is None else None
-        _connect(order.cluster.address or (self._local.join_or_start() if self._local else ""), order.run)
+        _connect(order.cluster.address or (self._local.join_or_start() if self._local else ""), order)
         self._lifelines = Lifelines(self.address, lambda member: self._news.put(_CutOff(member)))
         self._draining = Draining() if order.cluster.address is not None else None
         self._autopsies = ThreadPoolExecutor(MAX_AUTOPSIES, thread_name_prefix="autopsy")
@@ -280,7 +280,7 @@ def _own_address(order: TrainOrder) -> str:
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray has no types here
 
 
-def _connect(address: str, namespace: str) -> None:
+def _connect(address: str, order: TrainOrder) -> None:
     """Join a cluster; Ray replaces the process's SIGTERM handler meanwhile, which is put back.
 
     A Ray that was started locally demands this user's token, which Ray does not show to an explicit address
@@ -290,7 +290,13 @@ def _connect(address: str, namespace: str) -> None:
     logging.getLogger(authentication.__name__).setLevel(logging.ERROR)  # it warns of what is the default
     authentication.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
-        ray.init(address=address, namespace=namespace, log_to_driver=False, configure_logging=False)
+        ray.init(
+            address=address,
+            namespace=order.run,
+            runtime_env=_code(order),
+            log_to_driver=False,
+            configure_logging=False,
+        )
         # Else it prints each lost worker, with general advice.
         ray._private.worker.print_to_stdstream = _log  # type: ignore[assignment]  # Ray names its option
     except (RayError, OSError, RuntimeError) as error:
@@ -319,13 +325,14 @@ def _runtime_env(order: TrainOrder) -> dict[str, Any]:
     if order.cluster.address is None:
         paths = [str(order.job.code_dir), *(path for path in sys.path if Path(path).is_dir())]
         return {"env_vars": {**variables, "PYTHONPATH": os.pathsep.join(paths)}}
-    if order.job.path.startswith("elastic."):
-        return {"env_vars": variables}
-    return {
-        "env_vars": variables,
-        "working_dir": str(order.job.code_dir),
-        "excludes": ["runs", ".venv", ".git"],
-    }
+    return {"env_vars": variables}
+
+
+def _code(order: TrainOrder) -> dict[str, Any]:
+    """Say what code travels to the nodes of a cluster; Ray uploads it for a driver, not for an actor."""
+    if order.cluster.address is None or order.job.path.startswith("elastic."):
+        return {}
+    return {"working_dir": str(order.job.code_dir), "excludes": ["runs", ".venv", ".git"]}
 
 
 def _cause(error: RayActorError) -> Cause:

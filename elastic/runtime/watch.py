@@ -9,6 +9,7 @@ from elastic.control.events import (
     CheckpointLost,
     Entry,
     FaultStruck,
+    LossJumped,
     MemberLeaving,
     MemberLost,
     MemberReady,
@@ -16,6 +17,7 @@ from elastic.control.events import (
     Settled,
     StacksKept,
     StepCommitted,
+    StepSkipped,
     UserFailed,
     WorkersWanted,
 )
@@ -149,16 +151,26 @@ def _happened(entry: Entry) -> tuple[str, str]:
             )
         case CheckpointLost(_, _, step, why):
             return "checkpoint lost", f"the snapshot of step {step} did not become a checkpoint: {why}"
+        case StepSkipped() | LossJumped() | ReplicaHealed():
+            return _went_wrong(entry)
+        case UserFailed(member, _, step, _, traceback):
+            return "failure", f"the job's code failed in {member} at step {step}\n{traceback}"
+        case _:
+            return "", ""
+
+
+def _went_wrong(entry: StepSkipped | LossJumped | ReplicaHealed) -> tuple[str, str]:
+    match entry:
+        case StepSkipped(_, _, step, why):
+            return "skipped", f"nothing of step {step} was applied: {why}"
+        case LossJumped(_, _, step, loss, usual):
+            return "loss", f"the loss jumped to {loss:.4g} at step {step}; {usual:.4g} was usual"
         case ReplicaHealed(member, _, step, tensors):
             named = ", ".join(tensors[:3]) + (", ..." if len(tensors) > 3 else "")
             return (
                 "corruption",
                 f"{member} was corrupt at step {step}, and healed: {named}",
             )
-        case UserFailed(member, _, step, _, traceback):
-            return "failure", f"the job's code failed in {member} at step {step}\n{traceback}"
-        case _:
-            return "", ""
 
 
 def _decided(instruction: Instruction) -> tuple[str, str]:

@@ -331,6 +331,7 @@ def _trainer(assignment: Assignment, saver: Saver, device: torch.device) -> Trai
         spec_digest=order.spec_digest,
         compare_every=training.compare_every,
         optimizer_copies=training.optimizer_copies,
+        when_not_finite=training.when_not_finite,
     )
     storage = Storage(saver, _restorer(order))
     return Trainer(job, settings, plan, member=assignment.member, device=device, storage=storage)

@@ -1,4 +1,4 @@
-"""The border to the user's code: whatever it raises is told apart from what the machines do."""
+"""The border to the user's code: what it raises becomes one kind of failure, told apart from a world's."""
 
 import traceback
 from collections.abc import Iterator

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 
 from checkpoint import Loaded, Saver, Share
 from elastic.control.dealing import Dealing, deal, deal_rest
-from elastic.control.events import Ending, Event, ReplicaHealed, StepCommitted
+from elastic.control.events import Ending, Event, LossJumped, ReplicaHealed, StepCommitted, StepSkipped
+from elastic.control.guard import LossWatch, why_not_finite
 from elastic.control.standing import BLANK, Standing, settle
 from elastic.errors import JobRejected
-from elastic.training.blame import blaming_the_job
+from elastic.training.blame import UserFailure, blaming_the_job
 from elastic.training.gradients import GradientRows
 from elastic.training.handover import Parcel, accept, hand_over
 from elastic.training.job import Job, Split
@@ -39,7 +41,8 @@ class TrainPlan:
     `micro_batch` samples are a virtual rank's share of a step; `grad_clip` is the largest gradient norm
     (None: any); a checkpoint is taken every `save_every` steps and at the end. `source` names the data. Every
     `compare_every` steps (0: never) the replicas are compared. Each parameter's optimizer state is on
-    `optimizer_copies` ranks (0: on all).
+    `optimizer_copies` ranks (0: on all). A step whose loss or gradient is not finite
+    fails the run or is skipped; either way nothing of it is applied.
     """
 
     num_steps: int
@@ -54,6 +57,7 @@ class TrainPlan:
     spec_digest: str
     compare_every: int = 0
     optimizer_copies: int = 0
+    when_not_finite: Literal["fail", "skip"] = "fail"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,7 @@ class _Attempt:
     loss: float = float("nan")
     started: float = 0.0
     blocked_s: float = 0.0
+    is_refused: bool = False
 
 
 class Trainer:
@@ -113,6 +118,7 @@ class Trainer:
         self._attempt = _Attempt()
         self._pace = Pace(device)
         self._dealing: Dealing | None = None  # of the step that a lost rank interrupted
+        self._loss_watch = LossWatch()
         self._num_tokens = 0
         self._untold: list[Event] = []
 
@@ -189,15 +195,31 @@ class Trainer:
 
         self._reduction.fold(dealt[world.rank], leaf)
         loss = self._reduction.reduce(world, dealt)
-        if self._plan.grad_clip is not None:
-            self._reduction.clip(self._plan.grad_clip)
+        norm = self._reduction.clip(inf if self._plan.grad_clip is None else self._plan.grad_clip)
+        is_refused = self._guard(world, loss, norm)
         # Capture ends before the agreement: after it, survivors may go past what a lost member still owes.
-        self._attempt = _Attempt(world.generation, loss, started, self._snapshots.wait_captured())
+        blocked_s = self._snapshots.wait_captured()
+        self._attempt = _Attempt(world.generation, loss, started, blocked_s, is_refused)
         self._standing = Standing(step, reduced=step)
         agreed = self._agree(world, orders.pending())
         self._commit()  # all ranks hold the gradients now: whoever survives can apply them
         self._learner.complete(world)
         return agreed
+
+    def _guard(self, world: World, loss: float, norm: float) -> bool:
+        """Return whether the step must not be applied, or raise UserFailure; every rank sees the same."""
+        step = self._standing.committed
+        told: list[Event] = []
+        why = why_not_finite(loss, norm)
+        if why is not None and self._plan.when_not_finite == "fail":
+            advice = 'nothing of it was applied; mend the job, or set training.when_not_finite = "skip"'
+            raise UserFailure(step, -1, f"{why}; {advice}", "")
+        if why is not None:
+            told.append(StepSkipped(self._member, world.generation, step, why))
+        elif (usual := self._loss_watch.look(loss)) is not None:
+            told.append(LossJumped(self._member, world.generation, step, loss, usual))
+        self._untold.extend(told if world.rank == 0 else [])
+        return why is not None
 
     def _agree(self, world: World, flags: Flags) -> Flags:
         """Return what any rank was told; that it returns says that every rank came here. Tells paces too."""
@@ -230,8 +252,9 @@ class Trainer:
     def _commit(self) -> None:
         """Apply the reduced gradients this member holds. Asks nobody: a broken world cannot interrupt it."""
         blocked_s = self._attempt.blocked_s + self._snapshots.wait_captured()
-        with blaming_the_job(self._standing.committed):
-            self._learner.update()
+        if not self._attempt.is_refused:
+            with blaming_the_job(self._standing.committed):
+                self._learner.update()
         self._standing = Standing(self._standing.committed + 1)
         self._reduction.forget()
         self._dealing = None

@@ -24,11 +24,15 @@ class Story:
 
     run_dir: Path
     pids: dict[str, int] = field(default_factory=dict)
+    hosts: dict[str, str] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)
     holders: set[str] = field(default_factory=set)
     steps: int = 0
     newest_settled: bool = False
     num_segments: int = 0
+    has_ended: bool = False
+    last: str = ""
+    moments: list[dict[str, Any]] = field(default_factory=list)
     _settled: dict[int, set[str]] = field(default_factory=dict)
     _orders: dict[int, set[str]] = field(default_factory=dict)
     _read: int = 0
@@ -48,16 +52,22 @@ class Story:
                     self._take(json.loads(line))
 
     def _take(self, moment: dict[str, Any]) -> None:
+        self.moments.append(moment)
         match moment["kind"]:
             case "MemberReady":
                 self.pids[moment["member"]] = moment["pid"]
+                self.hosts[moment["member"]] = moment["host"]
             case "MemberLost" | "KillMember" | "ReleaseMember":
                 self.gone.add(moment["member"])
             case "SegmentStarted":
                 self.num_segments += 1
+                self.has_ended = False
+            case "SegmentEnded":
+                self.has_ended = True
             case "FormWorld":
                 self.newest_settled = False
                 self._orders[moment["generation"]] = set(moment["members"])
+                self.last = moment["members"][-1]
             case "Settled":
                 settled = self._settled.setdefault(moment["generation"], set())
                 settled.add(moment["member"])

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch import nn
 from torch._C._distributed_c10d import FileStore
 from torch.distributed.checkpoint.state_dict import (
@@ -22,9 +20,12 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -121,7 +122,7 @@ def save(root: Path) -> None:
         model, optimizer = train(layout)
         weights, states = get_state_dict(model, optimizer)
         cursor = {"epoch": 2, "seen": [1, 2, 3]}
-        dcp.save({"model": weights, "optim": states, "cursor": cursor}, checkpoint_id=root / layout)
+        dcp_save({"model": weights, "optim": states, "cursor": cursor}, checkpoint_id=root / layout)
         options = StateDictOptions(full_state_dict=True)
         weights, states = get_state_dict(model, optimizer, options=options)
         if dist.get_rank() == 0:
@@ -132,8 +133,8 @@ def load(root: Path) -> None:
     """Load what we wrote into FSDP2 over these ranks, take a step, and compare with what was saved."""
     model, optimizer = train("fsdp2")
     weights, states = get_state_dict(model, optimizer)
-    state = {"model": weights, "optim": states, "cursor": {"epoch": 0, "seen": [0]}}
-    dcp.load(state, checkpoint_id=root / "ours")
+    state: dict[str, Any] = {"model": weights, "optim": states, "cursor": {"epoch": 0, "seen": [0]}}
+    dcp_load(state, checkpoint_id=root / "ours")
     assert state["cursor"] == {"epoch": 2, "seen": [1, 2, 3]}
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
     weights, states = get_state_dict(model, optimizer)
@@ -167,6 +168,6 @@ def rank(number: int, size: int, root: str, verb: str) -> None:
 
 
 if __name__ == "__main__":
-    mp.start_processes(  # type: ignore[no-untyped-call]  # torch has no types for it
+    start_processes(
         rank, args=(int(sys.argv[3]), sys.argv[1], sys.argv[2]), nprocs=int(sys.argv[3]), start_method="fork"
     )

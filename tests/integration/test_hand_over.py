@@ -1,9 +1,13 @@
 """Members that are told to go, that hang, and standbys that take their place, on real Ray."""
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 import elastic
+from tests.fault import elastic_job
 from tests.fault.elastic_churn import Story
 from tests.fault.elastic_job import Settings
 from tests.fault.elastic_orders import sized, tiny_order
@@ -33,6 +38,7 @@ def until(story: Story, what: str, is_so: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 90
     while not is_so():
         assert time.monotonic() < deadline, f"waited in vain: {what}; {story.run_dir}"
+        assert not story.has_ended, f"the run ended: {what}; {story.run_dir}"
         time.sleep(0.05)
         story.update()
 
@@ -51,7 +57,7 @@ def test_a_sigterm_hands_over_a_hang_leaves_its_stacks_and_a_standby_takes_the_p
     assert elastic.read_report(order.run_dir).failures == ()
     until(story, "a new standby", lambda: len(story.pids) == 4)
     os.kill(story.pids[hung], signal.SIGSTOP)
-    until(story, "its stacks", lambda: (order.run_dir / "stacks" / f"{hung}.txt").exists())
+    until(story, "its stacks", (order.run_dir / "stacks" / f"{hung}.txt").exists)
     until(story, "a world without it", lambda: len(story.holders - {hung}) == 2)
     until(story, "its process ended", lambda: not psutil.pid_exists(story.pids[hung]))
     step = story.steps
@@ -61,13 +67,24 @@ def test_a_sigterm_hands_over_a_hang_leaves_its_stacks_and_a_standby_takes_the_p
     report = elastic.read_report(order.run_dir)
     (failure,) = report.failures
     assert (failure.cause, failure.member, failure.stacks) == ("hung", hung, f"stacks/{hung}.txt")
-    assert "state T" in (order.run_dir / failure.stacks).read_text()
+    assert "state T" in (order.run_dir / f"stacks/{hung}.txt").read_text()
     assert report.redone_steps == 0
     quiet = tiny_order(tmp_path, "quiet", Settings(), num_steps=report.committed_steps)
     assert elastic.train(sized(quiet, 1), lambda _: None).weights_sha256 == report.weights_sha256
 
 
 FAST = {"health_check_period_ms": 1000, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 3}
+
+
+def drain(cluster: Any, node: Any) -> None:
+    """Tell Ray that a node will be taken away in a minute, as a cloud's notice of preemption does."""
+    command = ["drain-node", "--address", cluster.address, "--node-id", node.node_id]
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    subprocess.run(
+        [sys.executable, "-m", "ray.scripts.scripts", *command, "--deadline-remaining-seconds", "60"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
 
 
 @pytest.fixture
@@ -78,12 +95,17 @@ def cluster() -> Iterator[Cluster]:
     made.shutdown()
 
 
-def test_a_drained_node_hands_over_and_a_killed_raylet_takes_its_worker_along_without_a_trace_in_the_weights(
+def test_neither_a_drained_node_nor_a_killed_raylet_leaves_a_trace_in_the_weights(
     tmp_path: Path, drive: Drive, cluster: Any
 ) -> None:
     nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
     order = tiny_order(tmp_path, "nodes", Settings(pause_s=0.005), num_steps=ENDLESS)
-    order = elastic_on(order, cluster.address)
+    shutil.copy(elastic_job.__file__, tmp_path / "doomed.py")
+    order = replace(
+        sized(order, 3),
+        job=replace(order.job, path="doomed:DoomedJob", code_dir=tmp_path),
+        cluster=elastic.ClusterOrder(address=cluster.address),
+    )
     story = Story(order.run_dir)
     driver = drive(order)
     until(story, "a world of three", lambda: len(story.holders) == 3)

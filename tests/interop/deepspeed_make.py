@@ -2,10 +2,11 @@
 
 Run it in an environment that has DeepSpeed (tests/interop/deepspeed.txt), never in ours:
 
-    python -m tests.interop.deepspeed_make OUT --stage 2 --dtype bf16 --world 3 [--load FOLDER --tag TAG --universal]
+    python -m tests.interop.deepspeed_make OUT --stage 2 --dtype bf16 --world 3
 
-OUT/checkpoint is what the engine saves after two steps (or right after loading, with --load); OUT/golden.npz
-has every parameter's fp32 master, moments and step, gathered by DeepSpeed's own safe_get_full_* functions.
+OUT/checkpoint is what the engine saves after two steps, or with `--load FOLDER --universal --steps 0` right
+after loading. OUT/golden.npz has every parameter's fp32 master and moments, as DeepSpeed's own
+safe_get_full_* functions gather them.
 """
 
 import argparse
@@ -14,11 +15,14 @@ import sys
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-import deepspeed
+import deepspeed  # type: ignore[import-not-found]  # it has an environment of its own
 import numpy as np
 import torch
-import torch.multiprocessing as mp
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from deepspeed.utils import (  # type: ignore[import-not-found]  # as above
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+)
+from torch.multiprocessing.spawn import spawn
 
 
 class Tiny(torch.nn.Module):
@@ -89,7 +93,7 @@ def run(rank: int, options: argparse.Namespace) -> None:
         engine.step()
     golden = golden_of(engine)
     if rank == 0:
-        np.savez(os.path.join(options.out, "golden.npz"), **golden)
+        np.savez(os.path.join(options.out, "golden.npz"), allow_pickle=False, **golden)
     engine.save_checkpoint(os.path.join(options.out, "checkpoint"), client_state={"cursor": 17})
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -127,7 +131,7 @@ def main() -> None:
     parser.add_argument("--universal", action="store_true")
     options = parser.parse_args()
     os.makedirs(options.out, exist_ok=True)
-    mp.spawn(run, (options,), options.world)
+    spawn(run, (options,), options.world)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def test_after_going_back_the_first_save_is_refused_until_it_is_said_what_become
         state = saved(checkpointer, range(2, 7))
         restored = checkpointer.restore(state, step=2)
         assert restored is not None and (state["weight"] == 2).all()
-        assert "steps 4, 6 are newer than the restored step 2" in restored.notes[0]
+        assert "checkpoints newer than the restored step 2 stay (steps 4, 6)" in restored.notes[0]
         with pytest.raises(Conflict, match=r"restore\(state, step=2, newer=\"set aside\"\)"):
             checkpointer.save(3, state)  # not even due: at once, not after an hour
         assert checkpointer.latest() == 6

@@ -84,11 +84,9 @@ class _Universal:
             steps: dict[str, tuple[Foreign, Array]] = {}
             for name, shape in members.items():
                 if name not in there:
-                    raise Incomplete(
-                        f"{self.folder} has no zero/{name}, a parameter that the model states list"
-                    )
+                    raise Incomplete(f"{self.folder} has no zero/{name}, which the model states list")
                 self._add(collected, name, there[name], (shape, weights))
-                step = self._step(name, there[name])
+                step = self._step(name, there)
                 if step is not None:
                     steps[name] = step
             self._add_steps(collected, members, steps)
@@ -139,8 +137,11 @@ class _Universal:
             raise Corrupt(f"{name} in {self.folder} does not hold an fp32 tensor")
         return archive, tensor
 
-    def _step(self, name: str, files: set[str]) -> tuple[Foreign, Array] | None:
-        if "step" in files:
+    def _step(self, name: str, there: Mapping[str, set[str]]) -> tuple[Foreign, Array] | None:
+        """Return a parameter's step; folders that ZeRO-3 was converted to have one for all of them."""
+        if any("step" in files for files in there.values()):
+            if "step" not in there[name]:
+                raise Incomplete(f"{self.folder} has no zero/{name}/step.pt, and others have")
             path = f"{self.folder.prefix}zero/{name}/step.pt"
             archive = read_archive(self.folder.place, path)
             return read_step(self.folder.place, archive, archive.tree, path)
@@ -160,8 +161,6 @@ class _Universal:
         for name in members:
             if first is None:
                 return
-            if name not in steps:
-                raise Incomplete(f"{self.folder} has no zero/{name}/step.pt, and others have")
             if not np.array_equal(steps[name][1], first[1]):
                 raise Corrupt(
                     f"zero/{name}/step.pt in {self.folder} is of another step than the rest of its group"

@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-import numpy as np
-
 from checkpoint.engine.ledger import SnapshotId
 from checkpoint.errors import KeeperLost, PeerLost
 from checkpoint.keeper.messages import Message, receive, receive_bytes, send, send_bytes
 from checkpoint.keeper.peering.handshake import introduce
 from checkpoint.keeper.peering.policy import Address, Addresses
 from checkpoint.redundancy.peers import Place
+from checkpoint.redundancy.scratch import scratch
 from checkpoint.store.contract import Buffer, parts_of
 
 ABSENT = -1  # in the sizes of a reply: nothing is there
@@ -81,7 +80,7 @@ class Link:
     def _received(self, size: int, memory: memoryview | None) -> Buffer | None:
         if size == ABSENT:
             return None
-        found = memory if memory is not None else np.empty(size, np.uint8).data
+        found = memory if memory is not None else scratch(size).data
         receive_bytes(self._channel, found)
         return found
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from checkpoint.errors import PeerLost
-from checkpoint.keeper.peering.shelf import Shelf, Volume
+from checkpoint.keeper.peering.shelf import Volume
 from checkpoint.redundancy.peers import Peers, Place
 from checkpoint.store.contract import Buffer, parts_of
 
@@ -23,9 +23,8 @@ class _Lent:
 class Fragments:
     """Fragments by name. Thread-safe; those that were put take `budget_bytes` at most."""
 
-    def __init__(self, budget_bytes: int, shelf: Shelf) -> None:
+    def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
-        self._shelf = shelf
         self._changed = threading.Condition()
         self._kept: dict[str, bytes | _Lent] = {}
         self.num_bytes = 0
@@ -54,18 +53,17 @@ class Fragments:
             self._kept[name] = _Lent(tuple(data), volume)
             self._changed.notify_all()
 
-    def fetch(self, name: str) -> bytes | None:
-        """Return a copy of a fragment; None if it is not there, or its snapshot had to make room."""
+    def fetch(self, name: str) -> Sequence[Buffer] | None:
+        """Return a fragment as it lies there; None if it is not there, or its snapshot had to make room.
+
+        Nothing keeps a snapshot from making room while it is being read, so that no reader holds a capture
+        up: what changes on the way is found by the fragment's digest, like any other damage.
+        """
         with self._changed:
             kept = self._kept.get(name)
         if kept is None or isinstance(kept, bytes):
-            return kept
-        if self._shelf.intake.pin_again(kept.volume.entry) is None:
-            return None
-        try:
-            return b"".join(kept.buffers)
-        finally:
-            self._shelf.unpin(kept.volume)
+            return None if kept is None else (kept,)
+        return kept.buffers if kept.volume.entry.is_held else None
 
     def keys(self, prefix: str) -> list[str]:
         """List names."""
@@ -112,7 +110,11 @@ class OwnPeers:
         """Return what is there."""
         elsewhere = [place for place in places if place.peer != self._host]
         found = dict(zip(elsewhere, self._others.fetch(elsewhere), strict=True))
-        return [self._own.fetch(one.name) if one.peer == self._host else found[one] for one in places]
+        return [self._at_hand(one) if one.peer == self._host else found[one] for one in places]
+
+    def _at_hand(self, place: Place) -> Buffer | None:
+        found = self._own.fetch(place.name)
+        return None if found is None else b"".join(found)
 
     def keys(self, peer: str, prefix: str) -> list[str]:
         """List names."""

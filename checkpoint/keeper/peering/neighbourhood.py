@@ -33,7 +33,7 @@ class Neighbourhood:
         with self._lock:
             if self._fragments is None:
                 shelf = Shelf(self._intake)
-                fragments = Fragments(self._budget_bytes(policy), shelf)
+                fragments = Fragments(self._budget_bytes(policy))
                 token = new_token()
                 self._listener = PeerListener(
                     policy.address, token, Goods(shelf, fragments, lambda: self.groups)

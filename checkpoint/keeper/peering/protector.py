@@ -238,7 +238,7 @@ class Protector:
         gone = voided_by(self._fragments.keys(""), id_)
         if gone is None:
             return ""
-        said = self._fragments.fetch(mark_name(id_, Mark.VOID, gone)) or b""
+        said = b"".join(self._fragments.fetch(mark_name(id_, Mark.VOID, gone)) or ())
         return f"{gone} could not go on: {said.decode(errors='replace')}"
 
     def _missing_anywhere(self, task: _Task) -> list[str]:

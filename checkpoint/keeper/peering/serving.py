@@ -128,7 +128,8 @@ class _Session:
                 self._reply({})
             case "fetch":
                 found = [fragments.fetch(str(name)) for name in message["names"]]
-                self._reply({}, found)
+                sizes = [ABSENT if one is None else sum(map(len, one)) for one in found]
+                self._send({"sizes": sizes}, [part for one in found for part in one or ()])
             case "keys":
                 self._reply({"names": fragments.keys(str(message["prefix"]))})
             case "drop":

@@ -39,6 +39,7 @@ from checkpoint.store.contract import ByteRange
 log = logging.getLogger("holdfast.checkpoint")
 
 _MAX_BLOCK_BYTES = 64 << 20
+_NUM_TOGETHER = 3  # blocks asked for at once: about a request of a restore
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +230,13 @@ class _Reader:
         with self.lock:
             if self.recovery is None:
                 name = name_of(self.id)
-                self.recovery = Recovery(self.peers, self.stripes, host=self.host, snapshot=name)
+                self.recovery = Recovery(
+                    self.peers,
+                    self.stripes,
+                    host=self.host,
+                    snapshot=name,
+                    num_together=_NUM_TOGETHER,
+                )
 
 
 def _close_all(readers: Sequence[_Reader]) -> None:

@@ -51,7 +51,7 @@ def rebuild(effort: Effort) -> list[Row]:
         from_peers = partial(_from_peers, hosts.addresses, state, num_chunks)
         seconds = _timed({_MEMORY: partial(from_peers, "peers")}, effort)
         hosts.kill(f"h{_LOST}")
-        works = {_PARITY: partial(from_peers, _PARITY)}
+        works: dict[str, Callable[[], object]] = {_PARITY: partial(from_peers, _PARITY)}
         if missing := missing_programs():
             console.print(f"  no S3 server here ({', '.join(missing)}): see deploy/apt.txt")
         else:

@@ -1,0 +1,1 @@
+"""Checkpoints that other frameworks made, and the scripts that make them."""

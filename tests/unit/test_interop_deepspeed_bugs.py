@@ -1,0 +1,314 @@
+"""Bugs that DeepSpeed's own tools had, and files that are missing, stale, doubled or hostile: each is caught.
+
+Made anew in a copy of files that DeepSpeed wrote; the numbers are those of DeepSpeed's issues.
+"""
+
+import io
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoint.errors import CheckpointError, Corrupt, Incomplete, Mismatch, Unsupported
+from checkpoint.interop.formats import deepspeed, deepspeed_parts
+from checkpoint.interop.formats.deepspeed import open_deepspeed
+from checkpoint.interop.formats.deepspeed_parts import Fragment
+from checkpoint.interop.formats.deepspeed_universal import open_deepspeed_universal
+from checkpoint.interop.formats.deepspeed_writing import write_deepspeed_universal
+from checkpoint.interop.place import Place, drafting
+from checkpoint.interop.proof import check_equal
+from tests.interop.unpacking import rewrite, unpack
+from tests.unit.test_interop_deepspeed import fingerprints
+
+OPTIM = "{}zero_pp_rank_{}_mp_rank_00_optim_states.pt"
+
+
+def made(name: str, tmp_path: Path) -> Path:
+    folder, _ = unpack(name, tmp_path)
+    return folder / "global_step2"
+
+
+def optim(folder: Path, rank: int) -> Path:
+    (path,) = folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    return path
+
+
+def refuses(folder: Path, error: type[CheckpointError], match: str) -> None:
+    with pytest.raises(error, match=match):
+        open_deepspeed(Place(str(folder)))
+
+
+# ---------------------------------------------------------------------------------- missing, doubled, stale
+
+
+@pytest.mark.parametrize("name", ["zero2-bf16-3", "zero3-bf16-3"])
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_rank_s_file_that_is_missing_is_named(name, rank, tmp_path):
+    """Issue 7546: ranks other than the first wrote nothing."""
+    folder = made(name, tmp_path)
+    optim(folder, rank).unlink()
+    what = f"no optim_states of rank {rank}" if rank < 2 else "was saved by 3 ranks, and .* the files of 2"
+    refuses(folder, Incomplete, what)
+
+
+def test_model_states_that_are_missing_are_named(tmp_path):
+    folder = made("zero3-bf16-3", tmp_path)
+    (folder / "zero_pp_rank_2_mp_rank_00_model_states.pt").unlink()
+    refuses(folder, Incomplete, "has model states of 2 of 3 ranks")
+    folder = made("zero2-bf16-3", tmp_path / "two")
+    (folder / "mp_rank_00_model_states.pt").unlink()
+    refuses(folder, Incomplete, "has no mp_rank_00_model_states.pt")
+
+
+@pytest.mark.parametrize("name", ["zero1-bf16-2", "zero2-bf16-3", "zero3-bf16-3"])
+def test_a_rank_s_file_that_is_a_copy_of_another_s_is_caught(name, tmp_path):
+    folder = made(name, tmp_path)
+    shutil.copy(optim(folder, 0), optim(folder, 1))
+    with pytest.raises((Corrupt, Incomplete), match=r"zero_pp_rank_.*(one is a copy of the other|a copy of)"):
+        open_deepspeed(Place(str(folder)))
+
+
+def test_files_left_from_a_larger_world_are_caught(tmp_path):
+    """Issue 7599: stale files of the same names."""
+    folder = made("zero2-bf16-3", tmp_path)
+    shutil.copy(optim(folder, 2), folder / OPTIM.format("bf16_", 3))
+    refuses(folder, Incomplete, "was saved by 3 ranks, and .* has the files of 4: some are missing, or left")
+
+
+def test_two_files_of_one_rank_are_caught(tmp_path):
+    folder = made("zero2-bf16-3", tmp_path)
+    shutil.copy(optim(folder, 1), folder / OPTIM.format("", 1))
+    refuses(folder, Corrupt, "zero_pp_rank_1_.* and .*zero_pp_rank_1_.*, both of one rank")
+
+
+@pytest.mark.parametrize("name", ["zero2-bf16-3", "zero3-groups-2"])
+def test_a_rank_s_file_of_another_step_is_caught(name, tmp_path):
+    folder = made(name, tmp_path)
+    key = "base_optimizer_state" if name.startswith("zero2") else "optimizer_state_dict"
+
+    def advance(tree: Any) -> None:
+        for state in tree["optimizer_state_dict"][key]["state"].values():
+            state["step"] += 1
+
+    rewrite(optim(folder, 1), advance)
+    refuses(folder, Corrupt, "zero_pp_rank_1_.* is of another step than .*zero_pp_rank_0_")
+
+
+@pytest.mark.parametrize("name", ["zero2-bf16-3", "zero3-groups-2"])
+def test_a_rank_s_file_without_an_optimizer_is_caught(name, tmp_path):
+    """Issue 6691: a resumed run that behaves as if from scratch."""
+    folder = made(name, tmp_path)
+    key = "base_optimizer_state" if name.startswith("zero2") else "optimizer_state_dict"
+    rewrite(optim(folder, 1), lambda tree: tree["optimizer_state_dict"][key]["state"].clear())
+    refuses(folder, Incomplete, "zero_pp_rank_1_.* has no optimizer state, and others have")
+
+
+def test_partitions_of_the_wrong_size_are_caught(tmp_path):
+    def shorten(key: str) -> Callable[[Any], None]:
+        def change(tree: Any) -> None:
+            flats = tree["optimizer_state_dict"][key]
+            flats[0] = flats[0][:-2].clone()
+
+        return change
+
+    folder = made("zero3-bf16-3", tmp_path)
+    rewrite(optim(folder, 1), shorten("fp32_flat_groups"))
+    refuses(folder, Corrupt, "zero_pp_rank_1_.* has a partition of 72 elements, .* divided by 3, take 74")
+    folder = made("zero2-bf16-3", tmp_path / "two")
+    rewrite(optim(folder, 0), shorten("single_partition_of_fp32_groups"))
+    refuses(folder, Corrupt, "zero_pp_rank_0_.*: elements .* overlap others or lie beyond")
+
+
+def test_a_model_of_other_shapes_is_caught(tmp_path):
+    folder = made("zero2-bf16-3", tmp_path)
+
+    def enlarge(tree: Any) -> None:
+        tree["param_shapes"][0]["up.weight"] = tree["param_shapes"][0]["down.weight"]
+
+    rewrite(folder / "mp_rank_00_model_states.pt", enlarge)
+    refuses(folder, Mismatch, r"'up.weight' has the shape \(13, 6\), and should have \(6, 13\)")
+
+
+def test_a_part_that_two_ranks_claim_is_caught(tmp_path):
+    folder = made("zero2-bf16-3", tmp_path)
+
+    def widen(tree: Any) -> None:
+        address = tree["optimizer_state_dict"]["param_slice_mappings"][0]["embed.weight"]
+        address.numel += 1
+
+    rewrite(optim(folder, 0), widen)
+    refuses(folder, Corrupt, "elements .* overlap others or lie beyond")
+
+
+# ------------------------------------------------------------------------------------------ wrong arithmetic
+
+
+@pytest.mark.parametrize("name", ["zero1-bf16-2", "zero3-groups-2"])
+def test_flat_parts_read_at_the_wrong_offset_are_caught(name, tmp_path, monkeypatch):
+    """Issue 7584: with several groups, an offset is off by what those before it were padded with."""
+    folder = made(name, tmp_path)
+    sound = fingerprints(open_deepspeed(Place(str(folder))))
+    plain = deepspeed_parts.fragments_of
+
+    def shifted(*args: Any) -> dict[str, list[Fragment]]:
+        found = plain(*args)
+        first = found["norm.weight"][0]
+        found["norm.weight"][0] = Fragment(first.file, first.group, first.start - 1, first.first, first.numel)
+        return found
+
+    monkeypatch.setattr(deepspeed, "fragments_of", shifted)
+    wrong = fingerprints(open_deepspeed(Place(str(folder))))
+    with pytest.raises(Mismatch, match=r"the content of \d of 33 tensors differs: .*norm.weight"):
+        check_equal(sound, wrong)
+
+
+def test_ranks_put_together_in_another_order_are_caught(tmp_path):
+    """Sorted as texts, rank 10 comes before rank 2: every shape, count and norm agrees."""
+    folder = made("zero3-bf16-3", tmp_path)
+    sound = fingerprints(open_deepspeed(Place(str(folder))))
+    one, two = optim(folder, 0), optim(folder, 1)
+    kept = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(kept)
+    with pytest.raises(Mismatch, match=r"the content of \d+ of 33 tensors differs"):
+        check_equal(sound, fingerprints(open_deepspeed(Place(str(folder)))))
+
+
+def test_tied_weights_that_a_writer_drops_are_caught(tmp_path):
+    """Issues 1896 and 3824."""
+    sound = fingerprints(open_deepspeed(Place(str(made("zero3-bf16-3", tmp_path)))))
+    wrong = {name: value for name, value in sound.items() if name != "head.weight"}
+    with pytest.raises(Mismatch, match=r"missing in the target: \['head.weight'\]"):
+        check_equal(sound, wrong)
+
+
+def universal(tmp_path: Path) -> tuple[Path, dict[str, int]]:
+    opened = open_deepspeed(Place(str(made("zero2-bf16-3", tmp_path / "made"))))
+    with drafting(str(tmp_path / "universal"), "one") as draft:
+        write_deepspeed_universal(draft, opened, 1 << 16)
+    return tmp_path / "universal/global_step2_universal", fingerprints(opened)
+
+
+def test_weights_that_a_writer_left_zero_are_caught(tmp_path):
+    """Issue 6791: the writer of shards changed the dict that it read from; exit code 0."""
+    folder, sound = universal(tmp_path)
+    rewrite(folder / "zero/up.weight/fp32.pt", lambda tree: tree["param"].zero_())
+    with pytest.raises(Mismatch, match=r"the content of 1 of 33 tensors differs: .*up.weight"):
+        check_equal(sound, fingerprints(open_deepspeed_universal(Place(str(folder)))))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "error", "match"),
+    [
+        (lambda f: shutil.rmtree(f / "zero/up.bias"), Incomplete, "no zero/up.bias, which the model states"),
+        (lambda f: (f / "zero/up.bias/exp_avg.pt").unlink(), Incomplete, "no zero/up.bias/exp_avg.pt"),
+        (lambda f: (f / "zero/up.bias/fp32.pt").unlink(), Incomplete, "no zero/up.bias/fp32.pt"),
+        (lambda f: (f / "zero/up.bias/step.pt").unlink(), Incomplete, "no zero/up.bias/step.pt, and others"),
+        (lambda f: (f / "zero/optimizer_state.pt").unlink(), Incomplete, "has no zero/optimizer_state.pt"),
+        (
+            lambda f: shutil.copytree(f / "zero/up.bias", f / "zero/gone.bias"),
+            Corrupt,
+            "has zero/gone.bias, which the model does not",
+        ),
+        (
+            lambda f: shutil.copy(f / "zero/up.weight/exp_avg.pt", f / "zero/up.bias/exp_avg.pt"),
+            Mismatch,
+            r"zero/up.bias/exp_avg.pt .* has the shape \(13, 6\), the model says \(13,\)",
+        ),
+        (
+            lambda f: rewrite(f / "zero/up.bias/step.pt", lambda step: step.add_(1)),
+            Corrupt,
+            "zero/up.bias/step.pt .* is of another step",
+        ),
+        (
+            lambda f: shutil.copy(f / "zero/up.bias/step.pt", f / "zero/up.bias/fp32.pt"),
+            Mismatch,
+            r"has the shape \(\)",
+        ),
+    ],
+)
+def test_universal_folders_that_are_incomplete_or_stale_are_caught(break_it, error, match, tmp_path):
+    folder, _ = universal(tmp_path)
+    break_it(folder)
+    with pytest.raises(error, match=match):
+        open_deepspeed_universal(Place(str(folder)))
+
+
+def test_a_universal_checkpoint_needs_every_state_of_every_parameter(tmp_path):
+    opened = open_deepspeed(Place(str(made("zero2-bf16-3", tmp_path))))
+    opened.tensors = tuple(t for t in opened.tensors if t.name != "optimizer.exp_avg_sq.up.weight")
+    with (
+        pytest.raises(Incomplete, match=r"the parameter 'up.weight' lacks \['exp_avg_sq'\]"),
+        drafting(str(tmp_path / "universal"), "one") as draft,
+    ):
+        write_deepspeed_universal(draft, opened, 1 << 16)
+    assert not (tmp_path / "universal").exists()
+
+
+# ------------------------------------------------------------------------------------------------- hostile
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+class Shell:
+    def __reduce__(self) -> Any:
+        import os
+
+        return os.system, ("exit 1",)
+
+
+def put_pickle(path: Path, value: Any) -> None:
+    """Replace the pickle in a file of torch.save."""
+    with zipfile.ZipFile(path) as old:
+        entries = [(info.filename, old.read(info)) for info in old.infolist()]
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as new:
+        for name, data in entries:
+            new.writestr(name, pickle.dumps(value, 2) if name.endswith("/data.pkl") else data)
+    path.write_bytes(buffer.getvalue())
+
+
+@pytest.mark.parametrize("name", ["optim", "model"])
+def test_code_in_a_pickle_is_refused_and_never_run(name, tmp_path):
+    folder = made("zero2-bf16-3", tmp_path)
+    path = optim(folder, 1) if name == "optim" else folder / "mp_rank_00_model_states.pt"
+    put_pickle(path, {"optimizer_state_dict": Bomb(tmp_path / "ran")})
+    with pytest.raises((Unsupported, Corrupt), match=path.name):
+        fingerprints(open_deepspeed(Place(str(folder))))
+    put_pickle(path, {"optimizer_state_dict": Shell()})
+    refuses(folder, Unsupported, f"{path.name}.*names 'posix.system'.*nothing of it was executed")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "tree", [None, [], {}, {"optimizer_state_dict": None}, {"optimizer_state_dict": []}, 3]
+)
+def test_files_that_hold_something_else_are_refused_by_name(tree, tmp_path):
+    folder = made("zero2-bf16-3", tmp_path)
+    put_pickle(optim(folder, 1), tree)
+    refuses(folder, Corrupt, "zero_pp_rank_1_.* is no file of ZeRO's optimizer states")
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, 2000, -1, -40])
+def test_a_file_cut_short_is_refused_by_name(keep, tmp_path):
+    folder = made("zero2-bf16-3", tmp_path)
+    path = optim(folder, 1)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="zero_pp_rank_1_"):
+        open_deepspeed(Place(str(folder)))
+
+
+def test_parts_of_pipelines_and_experts_are_refused_rather_than_left_out(tmp_path):
+    folder = made("zero2-bf16-3", tmp_path)
+    shutil.copy(optim(folder, 0), folder / "layer_00-model_00-model_states.pt")
+    refuses(folder, Unsupported, "layer_00-model_00-model_states.pt .* belongs to a pipeline or to experts")
