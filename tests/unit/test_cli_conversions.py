@@ -213,6 +213,36 @@ def test_an_interruption_says_that_it_can_go_on(source, tmp_path, monkeypatch):
     assert "the same command goes on from there" in done.output
 
 
+@pytest.mark.slow
+def test_ctrl_c_in_the_middle_keeps_what_is_finished(tmp_path):
+    source, target = str(tmp_path / "source"), str(tmp_path / "target")
+    weights = {f"layers.{number}.weight": torch.randn(1 << 20) for number in range(12)}
+    save_state(checkpoint.open_store(source), {"model": weights})
+    script = (
+        "import os, signal\nfrom contextlib import contextmanager\n"
+        "from flows import cli, cli_conversions\n"
+        "def listener(step):\n"
+        "    if step.num_done_bytes > 0.7 * step.num_bytes: os.kill(os.getpid(), signal.SIGINT)\n"
+        "@contextmanager\n"
+        "def followed(): yield listener\n"
+        "cli_conversions.followed = followed\n"
+        "cli.main()\n"
+    )
+    arguments = ["reshard", source, target, "--to", "shard=2", "--memory-budget", "128MiB"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 130, done.stderr
+    assert "the same command goes on from there" in done.stderr.replace("\n", " ")
+    assert "Traceback" not in done.stderr
+    assert 0 < told(*arguments)["num_resumed_bytes"] < 48 << 20
+    assert bits_of(checkpoint.open_store(target)) == bits_of(checkpoint.open_store(source))
+
+
 # ------------------------------------------------------------------------------------- on the terminal
 
 
