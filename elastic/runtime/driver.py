@@ -34,7 +34,6 @@ from elastic.control.events import (
     StacksKept,
     StepCommitted,
     StopRequested,
-    Tick,
     WorkersWanted,
 )
 from elastic.control.instructions import (
@@ -95,7 +94,9 @@ class Driver:
         self._token = secrets.token_hex(8)
         generation = newest_generation(self._store)
         prefix = f"w{generation}." if generation else "w"
-        self._controller = Controller(order.world, prefix, generation)
+        self._controller = Controller(
+            order.world, prefix, generation, most_ranks=order.training.virtual_ranks
+        )
         self._faults = sorted(order.drill, key=lambda fault: fault.at_step)[_num_struck(order) :]
         self._cleaner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prune")
         self._cleaning: Future[PruneReport] | None = None
@@ -154,7 +155,7 @@ class Driver:
                 self._end = End(Status.STOPPED, f"the final checkpoint took longer than {STOP_LIMIT_S:.0f} s")
             if (wanted := self._wish.news()) is not None:
                 self._take(WorkersWanted(wanted))
-            self._take(Tick(self._cluster.silence_s()))
+            self._take(self._cluster.tick())
             self._cluster.renew()
             self._watch.phase(self._controller.phase.value)
         return self._end

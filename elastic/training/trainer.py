@@ -123,6 +123,11 @@ class Trainer:
         return self._standing
 
     @property
+    def working_s(self) -> float:
+        """How long the present micro-batch takes already. May be asked by any thread."""
+        return self._pace.working_s
+
+    @property
     def model(self) -> nn.Module:
         """The model, as of the last committed step."""
         return self._learner.model
