@@ -279,6 +279,7 @@ class Controller:
         most = min(workers, self.most_ranks)
         least = min(self.policy.min_workers, most)
         self.policy = replace(self.policy, workers=most, min_workers=least)
+        self._losses_in_a_row = 0  # they were many or few for another size
         released = self._release() if self.phase is Phase.TRAINING else self._replenish()
         return [*released, *self._consider(now)]
 

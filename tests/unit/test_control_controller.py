@@ -204,3 +204,11 @@ def test_nobody_hangs_as_long_as_everybody_is_held_up_alike() -> None:
     controller.handle(StepCommitted("w0", 1, 1, 1.0, 0.5, 1, 0.0), 10.0)
     answers = {"w0": 0.1, "w1": 0.1}
     assert controller.handle(Tick(answers, {"w0": 90.0, "w1": 90.0}), 100.0) == []
+
+
+def test_a_released_member_that_says_hello_all_the_same_is_a_stranger() -> None:
+    controller = training(1)
+    controller.handle(WorkersWanted(2), 3.0)
+    assert controller.handle(WorkersWanted(1), 3.1) == [ReleaseMember("w1", "1 workers are wanted")]
+    assert controller.handle(MemberReady("w1", "h", 2), 3.2) == []
+    assert not controller.members.knows("w1")
