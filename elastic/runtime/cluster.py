@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic.control.events import Cause, Event, MemberLeaving, MemberLost, MemberReady, StacksKept, Tick
-from elastic.errors import TrainingFailed
+from elastic.errors import JobRejected, TrainingFailed
 from elastic.runtime.autopsy import examine
 from elastic.runtime.lifeline import Anchor, Lifelines
 from elastic.runtime.local_ray import LocalRay
@@ -275,6 +275,18 @@ class Cluster:
                 seat.call = seat.actor.poll.remote(POLL_S)
         for message in answer.news:
             self._news.put(message)
+
+
+def check_portable(order: TrainOrder) -> None:
+    """Raise JobRejected if an order cannot travel to a worker's process."""
+    for name, value in order.job.settings.items():
+        try:
+            ray.cloudpickle.dumps(value)  # type: ignore[no-untyped-call]  # Ray has no types here
+        except Exception as error:  # the border to the user's objects: their __reduce__ may raise anything
+            raise JobRejected(
+                f"job.settings.{name} cannot travel to a worker: {type(error).__name__}: {error}; "
+                "settings are plain data, make what they describe in the job"
+            ) from error
 
 
 def _own_address(order: TrainOrder) -> str:

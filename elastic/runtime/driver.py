@@ -48,7 +48,7 @@ from elastic.control.instructions import (
 )
 from elastic.control.report import TrainReport
 from elastic.errors import Fenced, TrainingFailed
-from elastic.runtime.cluster import Cluster
+from elastic.runtime.cluster import Cluster, check_portable
 from elastic.runtime.journal import Journal, read_moments, read_report
 from elastic.runtime.notices import LogLine, Observer
 from elastic.runtime.order import Fault, TrainOrder
@@ -67,8 +67,10 @@ def train(order: TrainOrder, observe: Observer) -> TrainReport:
     """Train a run to its end, whatever state it is in: new, left by a dead driver, or stopped before.
 
     SIGINT and SIGTERM end it cleanly, with a final checkpoint; the signal is raised again afterwards. Blocks
-    until the end. Raises TrainingFailed when it could not finish, Fenced when another driver owns the run.
+    until the end. Raises TrainingFailed when it could not finish, Fenced when another driver owns the run,
+    JobRejected when the job's settings cannot travel to workers.
     """
+    check_portable(order)
     with _sole_driver(order), _polite_signals() as asked:
         report = _finished_report(order)
         if report is not None:
