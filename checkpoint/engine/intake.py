@@ -62,7 +62,7 @@ class Intake:
         if not ticket.rank < len(plan.hosts) or plan.hosts[ticket.rank] != self.host:
             raise Mismatch(f"rank {ticket.rank} of hosts {plan.hosts} does not live on {self.host!r}")
         with self._changed:
-            self._reign.see(ticket.generation, plan.hosts[0] == self.host, time.monotonic())
+            self._reign.see(ticket.generation, plan.hosts[0], time.monotonic())
             self._supersede(ticket)
             if why := self._register.refusal(ticket) or (self._is_closed and f"{self.host} is closed"):
                 return Failed(ticket.step, ticket.generation, why)
@@ -172,7 +172,7 @@ class Intake:
     @property
     def leads(self) -> bool:
         """Whether the first rank of the newest world lives here: its host does what one host has to do."""
-        return self._reign.leads
+        return self._reign.leader == self.host
 
     @property
     def pressure(self) -> Pressure:

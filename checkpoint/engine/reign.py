@@ -5,15 +5,15 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Reign:
-    """The newest generation seen, since when, and whether its first rank lives here."""
+    """The newest generation seen, since when, and the host of its first rank."""
 
     generation: int = 0
     since_s: float = 0.0
-    leads: bool = False
+    leader: str = ""
 
-    def see(self, generation: int, leads: bool, now_s: float) -> None:  # noqa: FBT001 - a fact, not a switch
-        """Take note of a share of a generation, whose first rank lives on this host or does not."""
+    def see(self, generation: int, leader: str, now_s: float) -> None:
+        """Take note of a share of a generation, whose first rank lives on host `leader`."""
         if generation > self.generation:
             self.generation, self.since_s = generation, now_s
         if generation == self.generation:
-            self.leads = leads
+            self.leader = leader

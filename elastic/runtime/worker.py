@@ -47,7 +47,7 @@ from elastic.control.instructions import FormWorld, Manner, StopWorld
 from elastic.errors import JobRejected
 from elastic.runtime import autopsy
 from elastic.runtime.lifeline import Anchor, Lifeline
-from elastic.runtime.notices import LogLine
+from elastic.runtime.notices import Answer, LogLine
 from elastic.runtime.order import TrainOrder
 from elastic.runtime.peers import Home, Neighbours
 from elastic.runtime.preemption import heed_sigterm
@@ -190,6 +190,7 @@ class Member:
         self._world: World | None = None
         self._ready: MemberReady | None = None
         self._neighbours: Neighbours | None = None
+        self._trainer: Trainer | None = None
         self._lifeline = Lifeline(assignment.member)
         logging.getLogger("holdfast").addHandler(self._outbox)
         logging.getLogger("holdfast").setLevel(logging.INFO)
@@ -197,10 +198,11 @@ class Member:
         heed_sigterm(lambda: self._outbox.put(MemberLeaving(assignment.member, "it was sent SIGTERM")))
         threading.Thread(target=self._live, name="training", daemon=True).start()
 
-    def poll(self, timeout_s: float) -> list[Event | LogLine]:
+    def poll(self, timeout_s: float) -> Answer:
         """Return what happened since the last poll; the call itself renews the lease."""
         self._mailbox.hear()
-        return self._outbox.take(timeout_s)
+        news = tuple(self._outbox.take(timeout_s))
+        return Answer(news, self._trainer.working_s if self._trainer is not None else 0.0)
 
     def greet(self) -> None:
         """Introduce this member to a new driver."""
@@ -245,7 +247,7 @@ class Member:
         saver = Saver(keeper, assignment.order.run, assignment.order.checkpoint.save)
         parity = assignment.order.checkpoint.parity
         self._neighbours = Neighbours(keeper, Home(assignment.host, assignment.address, parity))
-        trainer = _trainer(assignment, saver, device, self._neighbours)
+        trainer = self._trainer = _trainer(assignment, saver, device, self._neighbours)
         gc.collect()
         gc.freeze()  # what lives by now lives on: searching the rest for cycles takes milliseconds
         self._ready = MemberReady(assignment.member, assignment.host, os.getpid())

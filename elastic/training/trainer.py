@@ -128,6 +128,11 @@ class Trainer:
         return self._standing
 
     @property
+    def working_s(self) -> float:
+        """How long the present micro-batch takes already. May be asked by any thread."""
+        return self._pace.working_s
+
+    @property
     def model(self) -> nn.Module:
         """The model, as of the last committed step."""
         return self._learner.model
@@ -246,7 +251,8 @@ class Trainer:
                     "micro-batch; use layers without running statistics (LayerNorm or GroupNorm for "
                     "BatchNorm)"
                 )
-            self._num_tokens = self._count_tokens(batch)
+            count = getattr(self._job, "tokens", None)
+            self._num_tokens = int(count(batch)) if count is not None else self._plan.micro_batch
         return loss.detach()
 
     def _commit(self) -> None:
@@ -293,17 +299,14 @@ class Trainer:
             self._take_over(parcel.state)
         if parcel.origin == "store":
             self._snapshots.hold(world.generation, self._standing.committed)
-        self._settle_shards(world)
-        self._deal_rest(
-            [held[rank] if standings[rank].committed == settlement.step else () for rank in range(world.size)]
-        )
-        return Settling(self._standing.committed, source, time.perf_counter() - started, parcel.note)
-
-    def _settle_shards(self, world: World) -> None:
         try:
             self._learner.settle(world)
         except StateLost as lost:
             self._give_up(world, str(lost))
+        self._deal_rest(
+            [held[rank] if standings[rank].committed == settlement.step else () for rank in range(world.size)]
+        )
+        return Settling(self._standing.committed, source, time.perf_counter() - started, parcel.note)
 
     def _give_up(self, world: World, why: str) -> NoReturn:
         """Leave the state to the next world, which restores it from a checkpoint."""
@@ -377,10 +380,6 @@ class Trainer:
         untold, self._untold = [*self._untold, *self._snapshots.news()], []
         for event in untold:
             emit(event)
-
-    def _count_tokens(self, batch: Any) -> int:
-        count = getattr(self._job, "tokens", None)
-        return int(count(batch)) if count is not None else self._plan.micro_batch
 
 
 def _buffers(model: nn.Module) -> list[tuple[int, int]]:

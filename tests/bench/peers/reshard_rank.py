@@ -1,4 +1,4 @@
-"""One rank of a world that saves or loads a sharded state with torch's checkpoints and with ours, in turns."""
+"""One rank of a world that saves or loads a sharded state with torch's checkpoints and ours, in turns."""
 
 import json
 import sys
