@@ -312,7 +312,7 @@ def test_no_index_is_needed_if_all_shards_are_there(tmp_path):
 
 def test_what_looks_like_nothing_known_says_what_is_known_and_what_was_seen(tmp_path):
     (tmp_path / "readme.md").write_text("x")
-    with pytest.raises(Unsupported, match=r"dcp, hf, torch.*readme\.md"):
+    with pytest.raises(Unsupported, match=r"deepspeed, dcp, hf, torch.*readme\.md"):
         open_foreign(str(tmp_path))
     with pytest.raises(Unsupported, match="no format 'gguf'"):
         open_foreign(str(tmp_path), "gguf")

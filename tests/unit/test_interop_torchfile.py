@@ -142,6 +142,21 @@ def test_what_is_neither_model_nor_optimizer_is_kept_by_its_path(tmp_path):
     assert found.about.extra["lr"] == {"last": [1, 2.5]} and "rng" not in found.about.extra
 
 
+def test_numbers_in_place_of_tensors_become_the_narrowest_that_holds_them(tmp_path):
+    numbers = {"a": 7, "b": (1 << 24) + 1, "c": 0.5, "d": 0.1, "e": 1e300}
+    state = {name: {"step": number} for name, number in numbers.items()}
+    groups = [{"params": list(numbers), "lr": 0.1}]
+    model = dict.fromkeys(numbers, torch.ones(1))
+    whole = {"model": model, "optimizer": {"state": state, "param_groups": groups}}
+    found = contents_of(open_foreign(save(whole, tmp_path / "x.pt")))
+    assert {name: found[f"optimizer.step.{name}"].item() for name in numbers} == numbers
+    dtypes = [found[f"optimizer.step.{name}"].dtype for name in numbers]
+    assert dtypes == [torch.float32, torch.int64, torch.float32, torch.float64, torch.float64]
+    state["a"]["step"] = 1 << 70
+    with pytest.raises(Corrupt, match="71 bits"):
+        open_foreign(save(whole, tmp_path / "y.pt"))
+
+
 @pytest.mark.parametrize("kind", ["adamw", "groups"])
 def test_a_training_program_goes_on_from_what_is_written(kind, tmp_path):
     net, optimizer = trained(kind)
