@@ -16,6 +16,7 @@ from checkpoint.errors import (
     Corrupt,
     FormatError,
     Incomplete,
+    KeeperBusy,
     KeeperLost,
     Mismatch,
     NoCheckpoint,
@@ -28,7 +29,15 @@ from checkpoint.errors import (
 )
 from checkpoint.format.codec import Codec
 from checkpoint.format.manifest import Manifest
+from checkpoint.format.scheme import parse_layout
 from checkpoint.keeper import KeeperConfig, KeeperHost, connect
+from checkpoint.keeper.peering.policy import (
+    Address,
+    Parity,
+    PeerPolicy,
+    addresses_to_json,
+    parse_addresses,
+)
 from checkpoint.lifecycle.aside import set_aside
 from checkpoint.lifecycle.marks import record_score, tag, tags, untag
 from checkpoint.lifecycle.pace import Pace
@@ -52,6 +61,7 @@ from checkpoint.store.open import Probe, open_store, probe
 
 if TYPE_CHECKING:
     from checkpoint.checkpointer import Checkpointer, Fate, Options, Restoration, Rng, Saving
+    from checkpoint.engine.on_ranks import OnRanks
     from checkpoint.engine.per_rank import PerRank, per_rank_values
     from checkpoint.engine.reading import ReadPolicy
     from checkpoint.engine.restore import (
@@ -67,27 +77,56 @@ if TYPE_CHECKING:
     from checkpoint.engine.source import HeldSource, StoreSource
     from checkpoint.engine.targets import Wanted
     from checkpoint.engine.tensors import fingerprint_tensor, flatten_state, specs_of, unflatten_state
+    from checkpoint.interop.conversion.casting import parse_dtype
+    from checkpoint.interop.conversion.comparing import Compared, Verdict
+    from checkpoint.interop.conversion.contract import ConversionReport, ConversionSettings, Progress, Proof
+    from checkpoint.interop.conversion.exporting import Emigration
+    from checkpoint.interop.conversion.foreign import (
+        ForeignSummary,
+        Whereabouts,
+        compare_places,
+        export_foreign,
+        format_names,
+        import_foreign,
+        look_at_foreign,
+        plan_export_foreign,
+        plan_import_foreign,
+    )
+    from checkpoint.interop.conversion.importing import Adoption
+    from checkpoint.interop.conversion.resharding import Change, plan_reshard, reshard
+    from checkpoint.interop.conversion.ruled import RuleChoice, choose_rules
+    from checkpoint.interop.conversion.sharing import RankShare, share_of_rank
+    from checkpoint.keeper.peering.source import PeerSource
 
 __all__ = [
+    "Address",
+    "Adoption",
     "AlreadyExists",
     "ArenaFull",
     "BestByMetric",
     "Catalog",
+    "Change",
     "CheckpointError",
     "Checkpointer",
     "Codec",
+    "Compared",
     "Conflict",
+    "ConversionReport",
+    "ConversionSettings",
     "Corrupt",
     "Durable",
+    "Emigration",
     "EveryMinutes",
     "EverySteps",
     "Failed",
     "Fallback",
     "Fate",
+    "ForeignSummary",
     "FormatError",
     "HeldSource",
     "Host",
     "Incomplete",
+    "KeeperBusy",
     "KeeperConfig",
     "KeeperHost",
     "KeeperLost",
@@ -98,21 +137,29 @@ __all__ = [
     "Mismatch",
     "NoCheckpoint",
     "NotFound",
+    "OnRanks",
     "Options",
     "Outcome",
     "Pace",
+    "Parity",
+    "PeerPolicy",
+    "PeerSource",
     "PerRank",
     "Pinned",
     "Policy",
     "Probe",
+    "Progress",
     "PromoteReport",
+    "Proof",
     "PruneReport",
+    "RankShare",
     "ReadPolicy",
     "RepairReport",
     "Restoration",
     "RestoreReport",
     "Restored",
     "Rng",
+    "RuleChoice",
     "SavePolicy",
     "Saver",
     "Saving",
@@ -127,27 +174,44 @@ __all__ = [
     "Tier",
     "Torn",
     "Unsupported",
+    "Verdict",
     "VerifyReport",
     "Wanted",
+    "Whereabouts",
     "WithinBytes",
+    "addresses_to_json",
     "check_fits",
     "check_tiers",
+    "choose_rules",
     "claim_generation",
+    "compare_places",
     "connect",
+    "export_foreign",
     "fingerprint_tensor",
     "flatten_state",
+    "format_names",
+    "import_foreign",
     "load",
+    "look_at_foreign",
     "newest_generation",
     "open_store",
+    "parse_addresses",
+    "parse_dtype",
+    "parse_layout",
     "parse_policy",
     "per_rank_values",
+    "plan_export_foreign",
+    "plan_import_foreign",
+    "plan_reshard",
     "probe",
     "promote",
     "prune",
     "record_score",
     "repair",
+    "reshard",
     "restore_into",
     "set_aside",
+    "share_of_rank",
     "specs_of",
     "tag",
     "tags",
@@ -162,9 +226,11 @@ _WITH_TORCH = {
     **dict.fromkeys(
         ("Checkpointer", "Fate", "Options", "Restoration", "Rng", "Saving"), "checkpoint.checkpointer"
     ),
+    "OnRanks": "checkpoint.engine.on_ranks",
     **dict.fromkeys(("PerRank", "per_rank_values"), "checkpoint.engine.per_rank"),
     "ReadPolicy": "checkpoint.engine.reading",
     "Wanted": "checkpoint.engine.targets",
+    "PeerSource": "checkpoint.keeper.peering.source",
     **dict.fromkeys(("HeldSource", "StoreSource"), "checkpoint.engine.source"),
     **dict.fromkeys(
         ("Fallback", "Loaded", "RestoreReport", "Restored", "check_fits", "load", "restore_into"),
@@ -175,12 +241,31 @@ _WITH_TORCH = {
         ("fingerprint_tensor", "flatten_state", "specs_of", "unflatten_state"), "checkpoint.engine.tensors"
     ),
 }
+_ROOM = "checkpoint.interop.conversion"
+_CONVERSIONS = {
+    "Adoption": f"{_ROOM}.importing",
+    "Emigration": f"{_ROOM}.exporting",
+    "parse_dtype": f"{_ROOM}.casting",
+    **dict.fromkeys(("Compared", "Verdict"), f"{_ROOM}.comparing"),
+    **dict.fromkeys(("ConversionReport", "ConversionSettings", "Progress", "Proof"), f"{_ROOM}.contract"),
+    **dict.fromkeys(
+        (
+            *("ForeignSummary", "Whereabouts", "compare_places", "export_foreign", "format_names"),
+            *("import_foreign", "look_at_foreign", "plan_export_foreign", "plan_import_foreign"),
+        ),
+        f"{_ROOM}.foreign",
+    ),
+    **dict.fromkeys(("Change", "plan_reshard", "reshard"), f"{_ROOM}.resharding"),
+    **dict.fromkeys(("RuleChoice", "choose_rules"), f"{_ROOM}.ruled"),
+    **dict.fromkeys(("RankShare", "share_of_rank"), f"{_ROOM}.sharing"),
+}
+_LATER = {**_WITH_TORCH, **_CONVERSIONS}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name that needs torch."""
-    if name not in _WITH_TORCH:
+    """Import a name that needs torch, or that only few need."""
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(_WITH_TORCH[name]), name)
+    found = getattr(import_module(_LATER[name]), name)
     globals()[name] = found
     return found

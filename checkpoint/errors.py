@@ -15,6 +15,7 @@ CheckpointError
 ├── NoCheckpoint            there is nothing to restore
 ├── Conflict                two different manifests claim one step
 ├── KeeperLost              the process that kept this host's snapshots is gone
+├── KeeperBusy              it serves others, who asked for something else of it
 ├── ArenaFull               a snapshot does not fit into the arena
 ├── PeerLost                a host that keeps fragments for others cannot be reached
 └── Unrecoverable           more of a parity group is lost than its parity makes up for
@@ -81,6 +82,10 @@ class Conflict(CheckpointError):
 
 class KeeperLost(CheckpointError):
     """The keeper of this host's snapshots is gone."""
+
+
+class KeeperBusy(CheckpointError):
+    """The keeper of this host serves other processes, with other settings."""
 
 
 class ArenaFull(CheckpointError):

@@ -2,6 +2,7 @@
 
 from elastic.control.policy import WorldPolicy
 from elastic.control.report import CheckpointCount, FailureSpan, TrainReport, WorldSpan
+from elastic.control.standbys import num_standbys
 from elastic.errors import ElasticError, Fenced, JobRejected, RunGone, TrainingFailed
 from elastic.runtime.driver import train
 from elastic.runtime.journal import read_report
@@ -15,6 +16,7 @@ from elastic.runtime.order import (
     TrainingOrder,
     TrainOrder,
 )
+from elastic.runtime.wish import resize
 from elastic.training.evaluation import Evaluation, build_model, evaluate, model_from_state
 from elastic.training.job import Job, Split, load_job, load_settings
 from elastic.training.randomness import seed_for
@@ -51,7 +53,9 @@ __all__ = [
     "load_job",
     "load_settings",
     "model_from_state",
+    "num_standbys",
     "read_report",
+    "resize",
     "seed_for",
     "train",
     "weights_sha256",

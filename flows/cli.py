@@ -4,7 +4,6 @@ import json
 import os
 import secrets
 import signal
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -13,12 +12,14 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 from rich.text import Text
 
-from tasks.errors import SpecError
+from flows.cli_checkpoints import RunsDir
+from flows.cli_checkpoints import app as checkpoints
+from flows.cli_conversions import app as conversions
+from flows.console import EXIT_FAILED, clear_errors, mode, screen
 
 if TYPE_CHECKING:
     from tasks.spec import RunSpec  # pydantic, which the core does without
@@ -36,11 +37,9 @@ app = typer.Typer(
 
     Every run leaves its directory: runs/NAME/{report.json, timeline.png, published/, store/}.""",
 )
-screen = Console()
-complaints = Console(stderr=True)
-debugging = False
+app.add_typer(checkpoints)
+app.add_typer(conversions)
 
-_EXIT_WRONG, _EXIT_FAILED = 2, 1
 # Quiet, and nothing is sent anywhere. What the environment says already stands.
 _ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
@@ -64,10 +63,6 @@ Settings = Annotated[
 ]
 Name = Annotated[str | None, typer.Option(help="The run's name. Default: JOB-TIME-XXXX.", show_default=False)]
 Plain = Annotated[bool, typer.Option("--plain", help="Log lines instead of a live display.")]
-Where = Annotated[
-    str, typer.Argument(metavar="URL|RUN", help="A store's URL or directory, or the name of a run.")
-]
-RunsDir = Annotated[str, typer.Option(help="Where runs have their directories.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of tables.")]
 
 
@@ -77,8 +72,7 @@ def _options(
         bool, typer.Option("--debug", help="Show the traceback of an error, and the frameworks' logs.")
     ] = False,
 ) -> None:
-    global debugging  # noqa: PLW0603 - the one thing that all verbs share
-    debugging = debug
+    mode.is_debugging = debug
 
 
 @app.command()
@@ -139,7 +133,7 @@ def resume(
     """Continue a run that was stopped or has crashed, from its living workers or its newest checkpoint."""
     from tasks.runs import open_run  # needs pydantic, as the core does not
 
-    with _clear_errors():
+    with clear_errors():
         open_run(name, Path(runs_dir))
 
     def start() -> None:
@@ -162,7 +156,7 @@ def serve(
     from flows.server import Kind, find_or_start
 
     _prepare(_SERVING)
-    with _clear_errors():
+    with clear_errors():
         screen.print("starting ...", style="dim")
         server = find_or_start(Kind.FULL, port, os.environ)
         if server is not None:
@@ -185,89 +179,6 @@ def keys() -> None:
 
 
 @app.command()
-def inspect(
-    where: Where,
-    step: Annotated[
-        int | None, typer.Option(help="Show what this checkpoint holds.", show_default=False)
-    ] = None,
-    runs_dir: RunsDir = "runs",
-    as_json: AsJson = False,
-) -> None:
-    """List the checkpoints of a store, and what the newest (or one of your choice) holds."""
-    from flows import stores
-
-    with _clear_errors():
-        found = stores.look(stores.find(where, Path(runs_dir)), step)
-        if as_json:
-            print(json.dumps(found, indent=2))
-        else:
-            stores.draw_store(screen, found)
-        if any(each["trouble"] for each in found["checkpoints"]):
-            raise typer.Exit(_EXIT_FAILED)
-
-
-@app.command()
-def verify(
-    where: Where,
-    step: Annotated[int | None, typer.Option(help="Only this checkpoint.", show_default=False)] = None,
-    since_days: Annotated[
-        float | None, typer.Option(min=0, help="Skip what was proved in so many days.", show_default=False)
-    ] = None,
-    budget_mib: Annotated[
-        int | None, typer.Option(min=1, help="Stop after about so many MiB.", show_default=False)
-    ] = None,
-    runs_dir: RunsDir = "runs",
-    as_json: AsJson = False,
-) -> None:
-    """Read checkpoints back, every chunk: checksums, fingerprints, coverage. Exits with 1 on damage."""
-    from flows import stores
-
-    since_s = None if since_days is None else time.time() - since_days * 86_400
-    budget_bytes = None if budget_mib is None else budget_mib << 20
-    with _clear_errors():
-        url = stores.find(where, Path(runs_dir))
-        results = stores.verify(url, step, since_s=since_s, budget_bytes=budget_bytes)
-        if as_json:
-            print(json.dumps(results, indent=2))
-        else:
-            stores.draw_verification(screen, results)
-        if not all(each["whole"] for each in results):
-            raise typer.Exit(_EXIT_FAILED)
-
-
-@app.command()
-def prune(
-    where: Where,
-    keep: Annotated[
-        list[str],
-        typer.Option(
-            help="Keep by a policy: latest:3, every:1000, minutes:30, best:loss:min:2, pinned:10,20."
-        ),
-    ],
-    grace_s: Annotated[
-        float, typer.Option(min=0, help="Leave loose objects alone that are younger, in seconds.")
-    ] = 3600.0,
-    linger_s: Annotated[
-        float, typer.Option(min=0, help="Leave what expired to those who still read it, for so many seconds.")
-    ] = 60.0,
-    runs_dir: RunsDir = "runs",
-    as_json: AsJson = False,
-) -> None:
-    """Delete the checkpoints that no policy keeps; the newest is always kept. Names what it deletes."""
-    from flows import stores
-
-    with _clear_errors():
-        url = stores.find(where, Path(runs_dir))
-        pruned = stores.prune(url, keep, now_s=time.time(), grace_s=grace_s, linger_s=linger_s)
-        if as_json:
-            print(json.dumps(pruned, indent=2))
-        else:
-            stores.draw_pruning(screen, pruned)
-        if pruned["problems"]:
-            raise typer.Exit(_EXIT_FAILED)
-
-
-@app.command()
 def doctor(
     store: Annotated[
         str | None, typer.Option(help="Also probe this store: can it be written, does it commit safely?")
@@ -278,14 +189,14 @@ def doctor(
     """Look at this machine: versions, memory, the server's port, a store. Exits with 1 on trouble."""
     from flows.doctor import draw, examine
 
-    with _clear_errors():
+    with clear_errors():
         findings = examine(store, port, os.environ)
         if as_json:
             print(json.dumps(findings, indent=2))
         else:
             draw(screen, findings)
         if any(each["trouble"] for each in findings):
-            raise typer.Exit(_EXIT_FAILED)
+            raise typer.Exit(EXIT_FAILED)
 
 
 def main() -> None:
@@ -300,7 +211,7 @@ def _load(
     from tasks.loading import load_spec
     from tasks.runs import check_name, invent_name, refuse_taken
 
-    with _clear_errors():
+    with clear_errors():
         short = [f"{key}={json.dumps(value)}" for key, value in aliases.items() if value is not None]
         spec = load_spec(path, [*(settings or []), *short])
         chosen = check_name(name) if name else invent_name(spec, datetime.now(UTC), secrets.token_hex(2))
@@ -312,8 +223,8 @@ def _drive(start: Callable[[], None], name: str, runs_dir: Path, *, plain: bool)
     """Run a flow here, with a Prefect API of our own if none is configured."""
     from flows.server import Kind, find_or_start
 
-    _prepare({} if debugging else _QUIET)
-    with _clear_errors(), _stop_told(name, runs_dir):
+    _prepare({} if mode.is_debugging else _QUIET)
+    with clear_errors(), _stop_told(name, runs_dir):
         with screen.status("starting Prefect ..."):
             server = find_or_start(Kind.EMBEDDED, 0, os.environ)
             # This brings torch, Ray and Prefect (which reads the environment now), while the server starts.
@@ -363,27 +274,6 @@ def _prepare(extra: Mapping[str, str]) -> None:
     """Set what Prefect and Ray read from the environment when imported; what stands there already stays."""
     for key, value in {**_ENVIRONMENT, **extra}.items():
         os.environ.setdefault(key, value)
-
-
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """End the command with one clear message instead of a traceback; with --debug, the traceback."""
-    try:
-        yield
-    except typer.Exit:
-        raise
-    except Exception as error:
-        if debugging:
-            raise
-        code = _EXIT_WRONG if isinstance(error, SpecError) else _EXIT_FAILED
-        complaints.print(f"[bold red]error:[/] {escape(_spell(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(code) from None
-
-
-def _spell(error: Exception) -> str:
-    """Say an error of ours as it is, a foreign one with its kind."""
-    is_ours = type(error).__module__.split(".")[0] in {"tasks", "elastic", "checkpoint"}
-    return str(error) if is_ours else f"{type(error).__name__}: {error} (--debug shows where)"
 
 
 if __name__ == "__main__":

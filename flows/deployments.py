@@ -15,6 +15,7 @@ from prefect.schedules import Cron
 
 from flows.drill import drill
 from flows.evaluation import evaluation
+from flows.resharding import resharding
 from flows.training import resume, training
 from flows.upkeep import upkeep
 
@@ -59,6 +60,7 @@ def deployments() -> list[RunnerDeployment]:
         resume.to_deployment("resume", triggers=[after_crash]),
         drill.to_deployment("drill", concurrency_limit=_ONE_AT_A_TIME),
         evaluation.to_deployment("evaluation"),
+        resharding.to_deployment("reshard"),
         upkeep.to_deployment(
             "upkeep", schedules=[Cron(HOURLY, slug="hourly")], concurrency_limit=_ONE_AT_A_TIME
         ),

@@ -1,14 +1,17 @@
-"""What the command line does with stores: look, verify, prune. Neither Prefect nor Ray is imported."""
+"""What the command line does with stores: look, verify, prune, copy. Neither Prefect nor Ray is imported."""
 
 import json
+import re
 from collections.abc import Sequence
+from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 import checkpoint
-from flows.tables import draw_table, spell_bytes
+from flows.tables import Leaf, draw_table, draw_tree, spell_bytes
 from tasks.errors import NoSuchRun, SpecError, Unusable
 
 
@@ -51,8 +54,82 @@ def look(url: str, step: int | None) -> dict[str, Any]:
         "store": url,
         "checkpoints": [_describe(catalog, each) for each in steps],
         "shown": shown,
-        "tensors": [] if shown is None else _contents(catalog.manifest(shown)),
+        **({"tensors": []} if shown is None else _contents(catalog.manifest(shown))),
     }
+
+
+def look_anywhere(url: str, step: int | None, format: str | None) -> dict[str, Any]:
+    """Look at a store, or, if there is none or a format is named, at a foreign checkpoint."""
+    if format is None and (step is not None or checkpoint.Catalog(checkpoint.open_store(url)).steps()):
+        return look(url, step)
+    try:
+        return _look_at_foreign(url, format)
+    except (checkpoint.Unsupported, checkpoint.NotFound):
+        if format is not None:
+            raise
+        return look(url, step)
+
+
+def _look_at_foreign(url: str, format: str | None) -> dict[str, Any]:
+    found = checkpoint.look_at_foreign(url, format)
+    spread = ", ".join(f"{axis}={ranks}" for axis, ranks in found.axes.items())
+    return {
+        "store": url,
+        "format": found.format,
+        "checkpoints": [],
+        "shown": found.step,
+        "layout": spread or None,
+        "sizes": dict(found.sizes),
+        "notes": list(found.notes),
+        "plain": list(found.plain),
+        "tensors": [
+            {
+                "name": one.name,
+                "dtype": one.dtype,
+                "shape": list(one.shape),
+                "bytes": one.num_bytes,
+                "at": dict(one.at),
+            }
+            for one in found.tensors
+        ],
+    }
+
+
+class Extent(Enum):
+    """Which checkpoints are meant if none is named."""
+
+    NEWEST = "newest"
+    ALL = "all"
+
+
+def choose_steps(url: str, steps: Sequence[int], extent: Extent) -> list[int]:
+    """Return the steps that are named, or all, or the newest. Raises NoCheckpoint."""
+    there = checkpoint.Catalog(checkpoint.open_store(url)).steps()
+    missing = sorted(set(steps) - set(there))
+    if not there or missing:
+        which = f"no checkpoint of step {missing[0]}; it has: {_list(there)}" if missing else "no checkpoint"
+        raise checkpoint.NoCheckpoint(f"{url} has {which}")
+    return sorted(set(steps)) or (there if extent is Extent.ALL else there[-1:])
+
+
+def copy(source: str, target: str, step: int) -> dict[str, Any]:
+    """Copy a checkpoint to another store."""
+    return asdict(checkpoint.promote(checkpoint.open_store(source), checkpoint.open_store(target), step))
+
+
+def draw_copies(console: Console, copied: list[dict[str, Any]]) -> None:
+    """Draw what was copied."""
+    rows = [
+        (
+            each["step"],
+            "new" if each["is_new"] else "was there",
+            each["num_copied"],
+            spell_bytes(each["num_bytes"]),
+            each["num_shared"],
+        )
+        for each in copied
+    ]
+    draw_table(console, f"-> {copied[0]['target']}", ("step", "", "objects", "copied", "shared"), rows)
 
 
 def _list(steps: Sequence[int]) -> str:
@@ -78,20 +155,37 @@ def _describe(catalog: checkpoint.Catalog, step: int) -> dict[str, Any]:
     }
 
 
-def _contents(manifest: Any) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": tensor.name,
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "fingerprint": f"{tensor.fingerprint:016x}",
-        }
-        for tensor in manifest.tensors
-    ]
+def _contents(manifest: checkpoint.Manifest) -> dict[str, Any]:
+    """Describe what a checkpoint holds, how it is cut, and who wrote it."""
+    layout = manifest.meta.get("layout")
+    return {
+        "layout": layout.get("scheme") if isinstance(layout, dict) else None,
+        "written": {
+            "run": manifest.run,
+            "generation": manifest.generation,
+            "token": manifest.token,
+            "created_utc": manifest.created_utc,
+            "spec_digest": manifest.spec_digest,
+        },
+        "converted": manifest.meta.get("converted"),
+        "tensors": [
+            {
+                "name": tensor.name,
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "bytes": tensor.num_bytes,
+                "fingerprint": f"{tensor.fingerprint:016x}",
+            }
+            for tensor in manifest.tensors
+        ],
+    }
 
 
 def draw_store(console: Console, found: dict[str, Any]) -> None:
     """Draw what `look` found."""
+    if "format" in found:
+        _draw_contents(console, found, f"{found['format']} checkpoint in {found['store']}")
+        return
     if not found["checkpoints"]:
         console.print(f"{found['store']} holds no checkpoint", markup=False)
         return
@@ -100,11 +194,35 @@ def draw_store(console: Console, found: dict[str, Any]) -> None:
     for each in found["checkpoints"]:
         if each["trouble"]:
             console.print(f"step {each['step']}: {each['trouble']}", style="red", markup=False)
-    rows = [
-        (each["name"], each["dtype"], "x".join(map(str, each["shape"])) or "scalar", each["fingerprint"])
-        for each in found["tensors"]
-    ]
-    draw_table(console, f"step {found['shown']}", ("tensor", "dtype", "shape", "fingerprint"), rows)
+    if found["shown"] is not None:
+        _draw_contents(console, found, f"step {found['shown']}")
+
+
+def _draw_contents(console: Console, found: dict[str, Any], title: str) -> None:
+    """Draw the tensors of one checkpoint as a tree, under what is known of the whole."""
+    for what in ("layout", "written", "converted", "sizes", "plain", "notes"):
+        if found.get(what):
+            console.print(f"{what}: {_plain(found[what])}", markup=False, style="dim", soft_wrap=True)
+    leaves = [Leaf(_path(each), _described(each), each["bytes"]) for each in found["tensors"]]
+    draw_tree(console, title, leaves, "." if "format" in found else "/")
+
+
+def _path(each: dict[str, Any]) -> tuple[str, ...]:
+    path = tuple(part for part in re.split(r"[/.]", each["name"]) if part) or ("(no name)",)
+    return path if "/" not in each["name"] else tuple(each["name"].split("/"))
+
+
+def _described(each: dict[str, Any]) -> str:
+    shape = "x".join(map(str, each["shape"])) or "scalar"
+    at = "".join(f" {axis}={rank}" for axis, rank in each.get("at", {}).items())
+    mark = f"  {each['fingerprint']}" if "fingerprint" in each else ""
+    return f"{each['dtype']} {shape}  {spell_bytes(each['bytes'])}{mark}{at}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={item}" for name, item in value.items() if item)
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _row(each: dict[str, Any]) -> tuple[object, ...]:

@@ -140,6 +140,7 @@ def _failure(failure: elastic.FailureSpan) -> dict[str, Any]:
         "total_s": failure.total_s,
         "full_strength_s": failure.full_strength_s,
         "state_source": failure.state_source,
+        "stacks": failure.stacks,
     }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import stamina
 from hypothesis import HealthCheck, settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -26,6 +27,14 @@ settings.load_profile("dev")
 
 _ended = pytest.StashKey[list[str]]()
 _home = pytest.StashKey[Path]()
+
+
+@pytest.fixture
+def quiet_retries() -> Iterator[None]:
+    """Keep requests that are tried again from being logged one by one."""
+    stamina.instrumentation.set_on_retry_hooks([])
+    yield
+    stamina.instrumentation.set_on_retry_hooks(None)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -23,8 +23,8 @@ LEFT_BEHIND = {
     "dist",
     "__pycache__",
 }  # by runs and installs; git ignores them
-DOOR = "flows/cli.py"
-READS_ENVIRONMENT = {DOOR, "flows/deployments.py"}
+DOOR = "flows/cli"  # and its verbs, flows/cli_*.py
+READS_ENVIRONMENT = {f"{DOOR}.py", "flows/deployments.py"}
 MAY_START_THREADS = (
     "checkpoint/engine/pipeline.py",
     "checkpoint/engine/snapshot.py",

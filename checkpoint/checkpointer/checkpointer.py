@@ -3,56 +3,38 @@
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from checkpoint.checkpointer.branches import Newer, abandon, newer_steps, told_abandoned, told_kept
 from checkpoint.checkpointer.giving import to_tree
-from checkpoint.checkpointer.hosting import AnyHost, Kept, Lodging, find_host, held_by, open_host
+from checkpoint.checkpointer.hosting import AnyHost, find_host, held_by, open_host
+from checkpoint.checkpointer.meeting import Meeting, Neighbours, check_neighbours, rebuilt_notes
+from checkpoint.checkpointer.options import NEAREST, Options, lodging_of, place_of
 from checkpoint.checkpointer.restoring import Restoration, restore_newest
 from checkpoint.checkpointer.saving import Saving
 from checkpoint.checkpointer.world import World, join_world
 from checkpoint.engine.catalog import Catalog
-from checkpoint.engine.contract import Depth, Durable, Failed, Outcome
-from checkpoint.engine.reading import ReadPolicy
+from checkpoint.engine.contract import MEMORY, PARITY, Depth, Durable, Failed, Outcome
+from checkpoint.engine.given import plain_metrics, plain_step
+from checkpoint.engine.quiet import no_collection
 from checkpoint.engine.restore import Fallback
-from checkpoint.engine.save import SavePolicy, Saver
+from checkpoint.engine.save import Saver
 from checkpoint.engine.source import HeldSource, Source, StoreSource
-from checkpoint.errors import StoreError
+from checkpoint.errors import Conflict, StoreError
 from checkpoint.format.tree import Json
 from checkpoint.lifecycle.aside import set_aside
 from checkpoint.lifecycle.policies import Policy
-from checkpoint.lifecycle.tiers import Tier, check_tiers, is_due
+from checkpoint.lifecycle.tiers import is_due
+from checkpoint.store.contract import Store
 from checkpoint.store.open import open_store
 
 log = logging.getLogger("holdfast.checkpoint")
 
-NEAREST = "store"
-MEMORY = "memory"
-_LEASE_S, _SHORT_LEASE_S = 60.0, 2.0
 _MAX_REMEMBERED = 256  # savings whose fate is still followed
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What seldom needs to be said of a Checkpointer.
-
-    `tiers` are the stores beyond the nearest, each with its cadence and retention. The arena, shared memory
-    that holds snapshots until they are written, is `arena_mib` large; by default two snapshots, and those
-    held. Snapshots are kept by a keeper, a process of its own, unless the store lives in this one. It
-    outlives this one until they are written, and for `lease_s`, by default a minute if it holds any in
-    memory. Leaving waits for `flush_s` at most until everything is durable.
-    """
-
-    tiers: tuple[Tier, ...] = ()
-    arena_mib: int | None = None
-    saving: SavePolicy = field(default_factory=SavePolicy)
-    reading: ReadPolicy = field(default_factory=ReadPolicy)
-    kept: Kept | None = None
-    directory: Path | None = None
-    lease_s: float | None = None
-    flush_s: float = 600.0
 
 
 class Checkpointer:
@@ -65,42 +47,37 @@ class Checkpointer:
 
     def __init__(
         self,
-        url: str,
+        url: str | Path,
         *,
         run: str = "run",
         every: int = 1,
-        keep: Sequence[Policy] = (),
+        keep: str | Policy | Sequence[str | Policy] = (),
         memory: int = 0,
         options: Options | None = None,
     ) -> None:
         """Open the store at `url` (a path, file://, s3://, memory://) for the checkpoints of one run.
 
-        Each `every`-th step is written, and kept as long as a policy of `keep` does (none: for ever). With
+        Each `every`-th step is written, and kept as long as a policy of `keep` does (none: for ever); one or
+        several, as values or as text ("latest:3"). With
         `memory` all steps are captured, and that many of the newest held in the keeper's memory, from where
         a new process on this host restores. Raises StoreRefused, StoreUnavailable.
         """
         self._options = options or Options()
-        if every < 1 or memory < 0:
-            raise ValueError(
-                f"every {every} steps, {memory} held in memory: neither can be less than 1 and 0"
-            )
+        place = place_of(url)
+        self._store = open_store(place)
+        self._lodging = lodging_of(place, run, keep, every, memory=memory, options=self._options)
         self._every = every
-        self._store = open_store(url)
-        check_tiers((Tier(url, every, name=NEAREST), *self._options.tiers))
-        kept = self._options.kept or ("in this process" if url.startswith("memory:") else "by a keeper")
-        if kept == "in this process" and (keep or self._options.tiers):
-            raise ValueError(
-                "retention and further tiers are a keeper's work: use a store that one can reach"
-            )
-        self._lodging = Lodging(
-            url, run, tuple(keep), self._options.tiers, memory, self._options.arena_mib, kept,
-            self._options.directory, _lease_s(self._options.lease_s, memory), self._options.flush_s,
-        )  # fmt: skip
+        neighbours = Neighbours(self._options.parity, self._options.address, self._options.domain)
+        check_neighbours(neighbours, memory)
         self._world = self._join()
+        self._meeting = Meeting(self._world, neighbours)
         self._host: AnyHost | None = None
         self._saver: Saver | None = None
         self._damaged: tuple[Fallback, ...] = ()
         self._last = -1
+        self._newest = self._world.tell(self.latest)  # which nobody has asked for yet
+        self._restored = -1
+        self._in_the_way = ""
         self._savings: deque[Saving] = deque(maxlen=_MAX_REMEMBERED)
 
     def save(
@@ -108,20 +85,24 @@ class Checkpointer:
         step: int,
         state: Any,
         *,
-        metrics: Mapping[str, float] | None = None,
+        metrics: Mapping[str, Any] | None = None,
         cursor: Json = None,
         depth: Depth | None = None,
     ) -> Saving | None:
         """Save a step if it is due, and return at once; every rank does so, right after the same update.
 
         Large tensors are copied while the next forward and backward run; a torch optimizer waits for that by
-        itself, anything else that changes the state calls `wait_captured` first. `metrics` are what retention
-        chooses the best by, `cursor` says where in the data the run is. `depth` "store" or "memory" overrides
-        the cadence. Returns None if nothing was due.
+        itself, anything else that changes the state calls `wait_captured` first. `metrics` are numbers that
+        retention chooses the best by, `cursor` says, in plain JSON, where in the data the run is. `depth`
+        "store" or "memory" overrides the cadence. Returns None if nothing was due.
 
-        Raises `FormatError` for a state that cannot be stored, naming what; never for trouble with the store,
-        which is logged, and told by the Saving. Raises ValueError for a step that is not newer than the last.
+        Raises `FormatError` for what cannot be stored, naming it; never for trouble with the store, which is
+        logged, and told by the Saving. Raises ValueError for a step that is not newer than the last,
+        Conflict if checkpoints of the store are in its way: nobody restored them, or training went back (see
+        `restore`).
         """
+        step, metrics = plain_step(step), plain_metrics(metrics or {})
+        self._check_way(step)
         depth = depth or self._due(step)
         if depth is None:
             return None
@@ -130,35 +111,55 @@ class Checkpointer:
                 f"step {step} is not newer than step {self._last}, which was saved last: "
                 "to go back, restore an older step first, or make another Checkpointer"
             )
-        tree = to_tree(state)
-        saver = self._saver_for(tree)
-        self._make_way()
-        meta = {"metrics": dict(metrics or {}), "data_cursor": cursor}
-        captured = saver.save(step, tree, self._world.share, meta, depth=depth)
+        with no_collection():
+            captured = self._begin(step, state, {"metrics": metrics, "data_cursor": cursor}, depth)
         self._last = step
         saving = Saving(step, self._world.generation, captured, self._tiers_of(step, depth), self._look)
         self._savings.append(saving)
+        if self._lodging.held:
+            self._meeting.look(self._host)
         self._look()
         return saving
 
-    def restore(self, state: Any, step: int | None = None) -> Restoration | None:
+    def restore(
+        self, state: Any, step: int | None = None, *, run: str | None = None, newer: Newer = "keep"
+    ) -> Restoration | None:
         """Restore the newest whole checkpoint, or that of `step`, into the things of a state.
 
         Parameters and buffers are filled where they are; optimizers, schedulers and the like load their
         states; plain values are replaced in the dicts that hold them. Only what `state` names is read. In a
         world, every rank calls it, and all restore the same step. Returns None if there is no checkpoint.
 
-        Raises Mismatch, naming what differs, for another model's checkpoint; NoCheckpoint if none is whole.
+        With an older `step` the newer ones stay, and `save` is refused, unless `newer="set aside"` moves
+        their manifests out of the way, on all tiers; `notes` names them. A checkpoint of another run is
+        refused unless `run` names it.
+
+        Raises Mismatch, naming what differs, for another model's checkpoint or another run's; NoCheckpoint if
+        none is whole; Conflict if a tagged one would be set aside.
         """
         self.wait_captured()
+        if step is not None:
+            step = plain_step(step)
+            self.wait(self._options.flush_s)  # what is on its way is newer as well
         self._host = self._host or find_host(self._lodging, self._world)
+        policy, run = self._options.reading, run or self._lodging.run
         with ExitStack() as pinned:
             held = pinned.enter_context(held_by(self._host))
-            sources = [*(HeldSource(one, MEMORY) for one in held), *self._stores()]
-            restored = restore_newest(state, sources, self._world, step, self._options.reading)
+            peers = pinned.enter_context(self._meeting.source(self._host))
+            own: list[Source] = [HeldSource(one, MEMORY) for one in held]
+            sources = [*own, *peers, *self._sources()]
+            restored = restore_newest(state, sources, self._world, step, policy, run=run)
+            if restored is not None:
+                notes = rebuilt_notes(peers, restored.step)
+                restored = replace(restored, notes=(*restored.notes, *notes))
         self._damaged = () if restored is None else restored.report.fallbacks
+        self._newest, self._in_the_way = None, ""
+        self._restored = -1 if restored is None else restored.step
+        if restored is not None and step is not None:
+            restored = self._branched(restored, newer)
         if self._last >= 0:
             self._world, self._last = self._join(), -1  # what was saved before is of another generation
+            self._meeting = self._meeting.of(self._world)
         return restored
 
     def latest(self) -> int | None:
@@ -197,7 +198,8 @@ class Checkpointer:
         return self._world
 
     def _join(self) -> World:
-        return join_world(self._store, apart="r" if self._lodging.kept == "in this process" else "")
+        apart = "r" if self._lodging.kept == "in this process" else ""
+        return join_world(self._store, apart=apart, host=self._options.host)
 
     def _due(self, step: int) -> Depth | None:
         if step % self._every == 0:
@@ -205,22 +207,58 @@ class Checkpointer:
         return "memory" if self._lodging.held else None
 
     def _tiers_of(self, step: int, depth: Depth) -> tuple[str, ...]:
-        memory = (MEMORY,) if self._lodging.held else ()
+        memory: tuple[str, ...] = (MEMORY,) if self._lodging.held else ()
+        parity = self._options.parity
+        if parity is not None and self._meeting.is_wanted and step % parity.every == 0:
+            memory = (MEMORY, PARITY)
         if depth == "memory":
-            return (MEMORY,)
+            return memory
         return (NEAREST, *(tier.label for tier in self._options.tiers if is_due(tier, step)), *memory)
 
-    def _stores(self) -> list[Source]:
-        return [
-            StoreSource(self._store, NEAREST),
-            *(StoreSource(open_store(tier.url), tier.label) for tier in self._options.tiers),
-        ]
+    def _check_way(self, step: int) -> None:
+        """Raise Conflict if a step is taken, or could not be told from what another branch left."""
+        if self._in_the_way:
+            raise Conflict(self._in_the_way)
+        if self._newest is not None and step <= self._newest:
+            raise Conflict(
+                f"{self._store} has step {self._newest} already: restore(state) first, to go on from there, "
+                f"or give this training a store of its own; step {step} would be taken"
+            )
+        if step < self._restored:
+            raise Conflict(f"step {step} is not newer than step {self._restored}, which was restored")
+
+    def _stores(self) -> dict[str, Store]:
+        return {NEAREST: self._store, **{tier.label: open_store(tier.url) for tier in self._options.tiers}}
+
+    def _sources(self) -> list[Source]:
+        return [StoreSource(store, name) for name, store in self._stores().items()]
+
+    def _branched(self, restored: Restoration, newer: Newer) -> Restoration:
+        """Look for checkpoints newer than the one that was asked for, and do with them as was said."""
+        step, stores = restored.step, self._stores()
+        if newer == "set aside":
+            self._world.everybody(None)  # what other ranks have under way is over
+            gone = self._world.tell(lambda: abandon(stores, step))
+            note = told_abandoned(gone, step) if gone else ""
+        else:
+            ahead = self._world.tell(lambda: newer_steps(stores, step))
+            note = self._in_the_way = told_kept(ahead, step) if ahead else ""
+        if not note:
+            return restored
+        log.warning("%s", note)
+        return replace(restored, notes=(*restored.notes, note))
 
     def _saver_for(self, tree: Any) -> Saver:
         if self._saver is None:
             self._host = self._host or open_host(self._lodging, self._store, self._world, tree)
             self._saver = Saver(self._host, self._lodging.run, self._options.saving)
         return self._saver
+
+    def _begin(self, step: int, state: Any, meta: Mapping[str, Any], depth: Depth) -> "Future[None]":
+        tree = to_tree(state)
+        saver = self._saver_for(tree)
+        self._make_way()
+        return saver.save(step, tree, self._world.share, meta, depth=depth)
 
     def _make_way(self) -> None:
         """Set aside, once, the checkpoints that could not be restored: their steps are to come again."""
@@ -239,12 +277,8 @@ class Checkpointer:
             for saving in self._savings:
                 if (saving.step, saving.generation) == (outcome.step, outcome.generation):
                     saving.note(outcome)
-
-
-def _lease_s(wanted_s: float | None, num_held: int) -> float:
-    if wanted_s is not None:
-        return wanted_s
-    return _LEASE_S if num_held else _SHORT_LEASE_S
+                elif isinstance(outcome, Durable | Failed) and outcome.tier == PARITY:
+                    saving.note_passed(outcome)
 
 
 def _tell(outcome: Outcome) -> None:

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from checkpoint.checkpointer.likeness import check_depth, to_plain
 from checkpoint.checkpointer.objects import (
     Kind,
+    class_of,
     kind_of,
     module_state,
     optimizer_names,
@@ -17,6 +19,7 @@ from checkpoint.checkpointer.objects import (
 )
 from checkpoint.engine.per_rank import PerRank
 from checkpoint.errors import Unsupported
+from checkpoint.format.tree import is_bulk
 
 _MAX_CLONED_BYTES = 1 << 20
 
@@ -29,24 +32,29 @@ def to_tree(state: Any) -> Any:
     return _node(state, "", parameter_names(state))
 
 
-def _node(value: Any, path: str, names: Mapping[int, str]) -> Any:
+def _node(value: Any, path: str, names: Mapping[int, str], depth: int = 0) -> Any:
+    check_depth(path, depth)
     match kind_of(value):
         case Kind.DICT:
             return {
-                key: _node(item, f"{path}/{key}" if path else str(key), names) for key, item in value.items()
+                key: _node(item, f"{path}/{key}" if path else str(key), names, depth + 1)
+                for key, item in value.items()
             }
-        case Kind.LIST | Kind.TUPLE:
-            return type(value)(_node(item, f"{path}/{number}", names) for number, item in enumerate(value))
+        case Kind.LIST | Kind.TUPLE as kind:
+            if is_bulk(value):
+                return to_plain(value, path)
+            items = [_node(item, f"{path}/{at}", names, depth + 1) for at, item in enumerate(value)]
+            return items if kind is Kind.LIST else tuple(items)
         case Kind.MODULE:
             return {name: _held_still(tensor) for name, tensor in module_state(value, path).items()}
         case Kind.OPTIMIZER:
-            return _optimizer(value, path, names)
+            return _optimizer(value, path or "the state", names)
         case Kind.PER_RANK if isinstance(value, PerRank):
-            return PerRank(_node(value.value, path, names), value.max_bytes)
+            return PerRank(_node(value.value, path, names, depth + 1), value.max_bytes)
         case Kind.PER_RANK:
-            return PerRank(state_of_rank(value)[0])
+            return PerRank(to_plain(state_of_rank(value)[0], path))
         case Kind.STATEFUL:
-            return value.state_dict()
+            return to_plain(value.state_dict(), path)
         case _:
             return value
 
@@ -66,6 +74,7 @@ def _optimizer(optimizer: Optimizer, path: str, names: Mapping[int, str]) -> dic
     if unknown := [key for key in given["state"] if key not in by_number]:
         raise Unsupported(f"{path}: the optimizer has a state {unknown[0]!r} that belongs to no parameter")
     return {
+        "class": class_of(optimizer),
         "state": {by_number[number]: value for number, value in given["state"].items()},
         "param_groups": [
             {**{key: value for key, value in group.items() if key != "param_names"}, "params": called}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from checkpoint.checkpointer.world import World
+from checkpoint.engine.arena import Sizing
 from checkpoint.engine.held import Held
 from checkpoint.engine.host import LocalHost
 from checkpoint.engine.leaves import describe, take_apart
@@ -39,6 +40,7 @@ class Lodging:
     directory: Path | None
     lease_s: float
     flush_s: float
+    num_guarded: int = 0  # snapshots that parity keeps besides
 
     def config(self, host: str, arena_bytes: int) -> KeeperConfig:
         """Return what the keeper of a host is told."""
@@ -53,20 +55,29 @@ class Lodging:
             keep=self.keep,
             far=self.tiers,
             directory=self.directory,
+            sizing=self.sizing,
         )
+
+    @property
+    def sizing(self) -> Sizing:
+        """Whether the arena may grow with the state: unless somebody said how large it is to be."""
+        return Sizing("as needed" if self.arena_mib is None else "fixed", "`Options(arena_mib=)`")
 
 
 def open_host(lodging: Lodging, store: Store, world: World, tree: Any) -> AnyHost:
     """Join the keeper of this host or start one, with room for a state like `tree`."""
     arena_bytes = arena_for(lodging, world, tree)
     if lodging.kept == "in this process":
-        return LocalHost(store, world.host, arena_bytes=arena_bytes, hold=lodging.held)
+        return LocalHost(store, world.host, arena_bytes=arena_bytes, hold=lodging.held, sizing=lodging.sizing)
     return connect(lodging.config(world.host, arena_bytes))
 
 
 def find_host(lodging: Lodging, world: World) -> KeeperHost | None:
-    """Join the keeper of this host if one lives: it may hold what its last trainer captured."""
-    config = lodging.config(world.host, MIB)
+    """Join the keeper of this host if one lives: it may hold what its last trainer captured.
+
+    Its arena is made to measure when the first state is saved.
+    """
+    config = lodging.config(world.host, (lodging.arena_mib or 1) * MIB)
     if lodging.kept == "in this process" or not config.life_lock_path.exists() or is_free(config):
         return None
     return connect(config)
@@ -83,7 +94,7 @@ def arena_for(lodging: Lodging, world: World, tree: Any) -> int:
     ]
     one = host_bytes(leaves, world.hosts, world.host)
     spare = _SPARE if _is_young(tree) else 1.0
-    return int(one * (2 + lodging.held) * spare) + _SLACK_BYTES
+    return int(one * (2 + lodging.held + lodging.num_guarded) * spare) + _SLACK_BYTES
 
 
 @contextmanager

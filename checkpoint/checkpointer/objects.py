@@ -1,7 +1,6 @@
 """The kinds of things that a state is made of, and what parameters are called. Moves nothing."""
 
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from typing import Any
@@ -12,9 +11,11 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from checkpoint.checkpointer.likeness import check_depth
 from checkpoint.checkpointer.rng import Rng
 from checkpoint.engine.per_rank import PerRank
 from checkpoint.errors import Mismatch, Unsupported
+from checkpoint.format.tree import is_bulk
 
 # Wrappers that stand in a name without being part of the model: torch.compile, activation checkpointing.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)\.")
@@ -34,20 +35,13 @@ class Kind(Enum):
     PLAIN = "plain"
 
 
-_CONTAINERS: Mapping[type, Kind] = {
-    dict: Kind.DICT,
-    OrderedDict: Kind.DICT,
-    list: Kind.LIST,
-    tuple: Kind.TUPLE,
-}
-
-
 def kind_of(value: Any) -> Kind:
     """Tell how a thing is saved and restored."""
-    if type(value) in _CONTAINERS:
-        return _CONTAINERS[type(value)]
     if isinstance(value, torch.Tensor):
         return Kind.TENSOR
+    for container, kind in ((dict, Kind.DICT), (list, Kind.LIST), (tuple, Kind.TUPLE)):
+        if isinstance(value, container):
+            return kind
     if isinstance(value, nn.Module):
         return Kind.MODULE
     if isinstance(value, Optimizer):
@@ -60,15 +54,21 @@ def kind_of(value: Any) -> Kind:
     return Kind.PER_RANK if isinstance(value, DataLoader) else Kind.STATEFUL
 
 
-def walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the things in a nested state, with their paths."""
+def walk(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Yield the things in a nested state that are more than plain values, with their paths.
+
+    Raises FormatError for what is nested too deep.
+    """
+    check_depth(path, depth)
     match kind_of(value):
         case Kind.DICT:
             for key, item in value.items():
-                yield from walk(item, f"{path}/{key}" if path else str(key))
-        case Kind.LIST | Kind.TUPLE:
+                yield from walk(item, f"{path}/{key}" if path else str(key), depth + 1)
+        case Kind.LIST | Kind.TUPLE if not is_bulk(value):
             for number, item in enumerate(value):
-                yield from walk(item, f"{path}/{number}" if path else str(number))
+                yield from walk(item, f"{path}/{number}" if path else str(number), depth + 1)
+        case Kind.LIST | Kind.TUPLE | Kind.PLAIN:
+            pass
         case _:
             yield path, value
 
@@ -80,7 +80,7 @@ def module_state(module: nn.Module, path: str) -> dict[str, Any]:
     """
     if any(type(each).__name__ == "FullyShardedDataParallel" for each in module.modules()):
         raise Unsupported(
-            f"{path}: FullyShardedDataParallel hides its layout: shard with fully_shard (FSDP2)"
+            f"{path or 'the state'}: FullyShardedDataParallel hides its layout: use fully_shard (FSDP2)"
         )
     inner = module.module if isinstance(module, (DataParallel, DistributedDataParallel)) else module
     return {_WRAPPERS.sub("", name): value for name, value in inner.state_dict(keep_vars=True).items()}
@@ -101,6 +101,11 @@ def parameter_names(state: Any) -> dict[int, str]:
         number: name if len(num_modules[name]) == 1 else f"{path}.{name}"
         for number, (path, name) in found.items()
     }
+
+
+def class_of(optimizer: Optimizer) -> str:
+    """Name an optimizer's class; its module may change between a notebook and a script."""
+    return type(optimizer).__qualname__
 
 
 def optimizer_names(optimizer: Optimizer, names: Mapping[int, str], path: str) -> list[list[str]]:

@@ -11,8 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from checkpoint.checkpointer.objects import Kind, kind_of, module_state, parameter_names, state_of_rank, walk
+from checkpoint.checkpointer.likeness import like, rebuilt
+from checkpoint.checkpointer.objects import (
+    Kind,
+    class_of,
+    kind_of,
+    module_state,
+    parameter_names,
+    state_of_rank,
+    walk,
+)
 from checkpoint.checkpointer.optimizers import plan_optimizer
 from checkpoint.checkpointer.sharing import Ranks, Request
 from checkpoint.engine.leaves import describe, own_tensors
@@ -55,7 +65,7 @@ class Refill:
                 f"{list(record.shape)} in the checkpoint of step {self.manifest.step}: "
                 "use the settings it was saved with"
             )
-        own = own_tensors([live])[0].detach()
+        own = own_tensors([path], [live])[0].detach()
         before = self.filled.setdefault((identity(own), leaf.spec.shape), record.name)
         if before != record.name:
             raise Mismatch(
@@ -92,7 +102,19 @@ class Refill:
         match node:
             case {"$": "tensor", "name": str(name)}:
                 return self.records[name]
-        raise Mismatch(f"{path} is a tensor here, and none in the checkpoint of step {self.manifest.step}")
+        raise Mismatch(
+            f"{path or 'the state'} is a tensor here, and none in the checkpoint of step {self.manifest.step}"
+        )
+
+
+def check_run(manifest: Manifest, run: str) -> None:
+    """Raise Mismatch, naming both, if a checkpoint is another run's: its weights would load as well."""
+    if manifest.run != run:
+        raise Mismatch(
+            f"the checkpoint of step {manifest.step} is of run {manifest.run!r}, and this is run {run!r}: "
+            f"continue the other with Checkpointer(url, run={manifest.run!r}), give this one a store of its "
+            f"own, or say restore(state, run={manifest.run!r}) if the other's state is meant"
+        )
 
 
 def plan_refill(state: Any, manifest: Manifest, place: tuple[int, int]) -> Refill:
@@ -117,19 +139,31 @@ def _node(refill: Refill, live: Any, node: Json, path: str) -> Later:
         case Kind.PER_RANK:
             return _per_rank(refill, live, node, path)
         case Kind.STATEFUL:
-            later = refill.value(node, path)
-            return lambda: (live.load_state_dict(later()), live)[1]
+            return _stateful(refill, live, node, path)
         case Kind.DICT if not path or _holds_things(live):
             return _dict(refill, live, node, path)
         case Kind.LIST | Kind.TUPLE if _holds_things(live):
             return _sequence(refill, live, node, path)
         case _:
-            return refill.value(node, path)
+            later = refill.value(node, path)
+            return lambda: like(live, later())
+
+
+def _stateful(refill: Refill, live: Any, node: Json, path: str) -> Later:
+    """Load a thing's state; a scheduler's with the containers that it has (its milestones are a Counter)."""
+    later = refill.value(node, path)
+
+    def load() -> Any:
+        state = later()
+        live.load_state_dict(like(live.state_dict(), state) if isinstance(live, LRScheduler) else state)
+        return live
+
+    return load
 
 
 def _dict(refill: Refill, live: dict[Any, Any], node: Json, path: str) -> Later:
     stored = entries(node, path)
-    _check_names(refill, path or "the state", set(live) - set(stored), set())
+    _check_names(refill, path, set(live) - set(stored), set())
     laters = {
         key: _node(refill, item, stored[key], f"{path}/{key}" if path else str(key))
         for key, item in live.items()
@@ -150,8 +184,8 @@ def _sequence(refill: Refill, live: Any, node: Json, path: str) -> Later:
                 _node(refill, item, stored, f"{path}/{number}")
                 for number, (item, stored) in enumerate(zip(live, items, strict=True))
             ]
-            return lambda: type(live)(one() for one in laters)
-    raise Mismatch(f"{path} has {len(live)} items here, and another number in the checkpoint")
+            return lambda: rebuilt(live, (one() for one in laters))
+    raise Mismatch(f"{path or 'the state'} has {len(live)} items here, and another number in the checkpoint")
 
 
 def _module(refill: Refill, module: nn.Module, node: Json, path: str) -> Later:
@@ -176,6 +210,11 @@ def _module(refill: Refill, module: nn.Module, node: Json, path: str) -> Later:
 def _optimizer(refill: Refill, optimizer: Optimizer, node: Json, path: str) -> Later:
     stored = entries(node, path)
     _check_names(refill, path, {"state", "param_groups"} - set(stored), set())
+    if (saved := stored.get("class", class_of(optimizer))) != class_of(optimizer):
+        raise Mismatch(
+            f"{path}: the checkpoint has the state of {saved} and {class_of(optimizer)} is here: "
+            "use the optimizer it was saved with, or leave it out of what is restored"
+        )
     later = plan_optimizer(refill, optimizer, stored, path)
     return lambda: (later(), optimizer)[1]
 
@@ -189,7 +228,8 @@ def _per_rank(refill: Refill, live: Any, node: Json, path: str) -> Later:
         values = refill.per_rank[path] = tuple(per_rank_values(rows))
         if len(values) != size:
             refill.notes.append(
-                f"{path} was saved by {len(values)} ranks, each its own, and {size} are here: left as it is"
+                f"{path} was saved by {len(values)} ranks, each its own, and {size} are here: left as it is; "
+                f"deal anew what Restoration.per_rank[{path!r}] has of all of them"
             )
         elif not isinstance(live, PerRank):
             state_of_rank(live)[1](values[rank])
@@ -222,7 +262,8 @@ def _check_names(refill: Refill, path: str, missing: set[Any], unexpected: set[A
         if names
     ]
     raise Mismatch(
-        f"the checkpoint of step {refill.manifest.step} of run {refill.manifest.run!r} does not fit {path}; "
+        f"the checkpoint of step {refill.manifest.step} of run {refill.manifest.run!r} does not fit "
+        f"{path or 'the state'}; "
         f"{'; '.join(told)}. Use the model it was saved with"
     )
 
@@ -235,4 +276,4 @@ def _listed(names: set[Any]) -> str:
 
 
 def _holds_things(value: Any) -> bool:
-    return any(kind_of(one) is not Kind.PLAIN for _, one in walk(value))
+    return any(True for _ in walk(value))

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from checkpoint.checkpointer.refilling import Refill, plan_refill
+from checkpoint.checkpointer.refilling import Refill, check_run, plan_refill
 from checkpoint.checkpointer.sharing import by_ranks, digest_of, replicas
 from checkpoint.checkpointer.world import World
+from checkpoint.engine.asking import ask_for_steps
 from checkpoint.engine.reading import ReadPolicy
 from checkpoint.engine.restore import Fallback, RestoreReport, restore_into
 from checkpoint.engine.source import Source
@@ -34,7 +35,8 @@ _MAX_NAMED = 5
 class Restoration:
     """What was restored: the step, what was saved along with it, and how it was read.
 
-    `report.fallbacks` are newer checkpoints that had to be passed over. `notes` tell what was left as it was,
+    `report.fallbacks` are newer checkpoints that had to be passed over, `report.unreached` the tiers that did
+    not answer. `notes` tell what was left as it was,
     and `per_rank` has the values that differed by rank, of all ranks that saved, by path.
     """
 
@@ -44,6 +46,14 @@ class Restoration:
     report: RestoreReport
     notes: tuple[str, ...]
     per_rank: Mapping[str, tuple[Any, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The steps to try, newest first, and the names of the sources that did not answer."""
+
+    steps: list[int]
+    unreached: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +75,26 @@ class _Disagreed(Exception):
 
 
 def restore_newest(
-    state: Any, sources: Sequence[Source], world: World, step: int | None, policy: ReadPolicy
+    state: Any, sources: Sequence[Source], world: World, step: int | None, policy: ReadPolicy, *, run: str
 ) -> Restoration | None:
-    """Restore the newest step that all ranks can read, or exactly `step`. Returns None if there is none."""
-    steps = [step] if step is not None else world.tell(lambda: _steps(sources))
+    """Restore the newest step that all ranks can read, or exactly `step`. Returns None if there is none.
+
+    Raises Mismatch if it is another run's.
+    """
+    found = _Found([step]) if step is not None else world.tell(lambda: _find(sources, policy))
+    sources = [one for one in sources if one.name not in found.unreached]
     passed: list[Fallback] = []
-    for candidate in steps:
+    for candidate in found.steps:
         try:
-            refill, report = _attempt(state, sources, candidate, world, policy)
+            refill, report = _attempt(state, sources, candidate, world, policy, run=run)
         except _Disagreed as error:
             if error.is_final or step is not None:
                 raise error.own or CheckpointError(str(error)) from None
             log.warning("step %d cannot be restored (%s): trying an older one", candidate, error)
             passed.append(Fallback(candidate, str(error)))
             continue
-        return _finish(refill, replace(report, fallbacks=tuple(passed)))
+        unreached = tuple(dict.fromkeys((*found.unreached, *report.unreached)))
+        return _finish(refill, replace(report, fallbacks=tuple(passed), unreached=unreached))
     if passed:
         named = "; ".join(f"step {one.step}: {one.why}" for one in passed[:_MAX_NAMED])
         raise NoCheckpoint(f"no checkpoint is whole: {named}. Run `holdfast verify`, or start a new run")
@@ -87,12 +102,14 @@ def restore_newest(
 
 
 def _attempt(
-    state: Any, sources: Sequence[Source], step: int, world: World, policy: ReadPolicy
+    state: Any, sources: Sequence[Source], step: int, world: World, policy: ReadPolicy, *, run: str
 ) -> tuple[Refill, RestoreReport]:
     """Read one step. What fails on one rank raises _Disagreed on all."""
     refill, failure = None, None
     try:
-        refill = plan_refill(state, _manifest(sources, step), (world.rank, world.size))
+        manifest = _manifest(sources, step)
+        check_run(manifest, run)
+        refill = plan_refill(state, manifest, (world.rank, world.size))
     except CheckpointError as error:
         failure = error
     _agree(world, failure, "" if refill is None else digest_of(refill.requests))
@@ -141,22 +158,16 @@ def _summed(reports: Sequence[RestoreReport]) -> RestoreReport:
         dict(by_source),
         sum(one.num_detours for one in reports),
         tuple(detour for one in reports for detour in one.detours),
+        tuple(name for one in reports for name in one.unreached),
     )
 
 
-def _steps(sources: Sequence[Source]) -> list[int]:
-    """List the steps of all sources that answer, newest first. Raises StoreUnavailable if the last fails."""
-    steps: set[int] = set()
-    outages: list[StoreUnavailable] = []
-    for source in sources:
-        try:
-            steps.update(source.steps())
-        except StoreUnavailable as error:
-            log.warning("%s cannot be asked for its checkpoints: %s", source.name, error)
-            outages.append(error)
-    if outages and len(outages) == len(sources):
-        raise outages[0]
-    return sorted(steps, reverse=True)
+def _find(sources: Sequence[Source], policy: ReadPolicy) -> _Found:
+    """Find the steps of all sources that answer. Raises StoreUnavailable if none does."""
+    answers = ask_for_steps(sources, policy.patience_s)
+    for number, error in answers.outages.items():
+        log.warning("%s is done without: %s", sources[number].name, error)
+    return _Found(answers.steps, tuple(sources[number].name for number in sorted(answers.outages)))
 
 
 def _manifest(sources: Sequence[Source], step: int) -> Manifest:

@@ -62,6 +62,12 @@ class Saving:
             raise ValueError(f"step {self.step} goes to {', '.join(self.tiers)}, not to {tier!r}")
         return self.fates.setdefault(wanted, Fate(self.look))
 
+    def note_passed(self, newer: Durable | Failed) -> None:
+        """Take note that a newer snapshot had its turn on a tier to which not every one comes."""
+        if newer.generation == self.generation and newer.step > self.step:
+            why = f"step {newer.step} had its turn instead: snapshots come faster than that tier takes them"
+            self.note(Failed(self.step, self.generation, why, newer.tier))
+
     def note(self, outcome: Outcome) -> None:
         """Take note of what became known of this snapshot."""
         if isinstance(outcome, Durable):

@@ -55,16 +55,17 @@ class World:
         return _gathered(self.size, said)
 
 
-def join_world(store: Store, *, apart: str = "") -> World:
+def join_world(store: Store, *, apart: str = "", host: str = "") -> World:
     """Find out the ranks and their hosts, and claim the next generation: rank 0 does, for all.
 
-    With `apart` every rank is a host of its own: its snapshots are kept within its process.
+    This rank's host goes by its machine's name, or is called `host`. With `apart` every rank is a host of its
+    own: its snapshots are kept within its process.
     """
     is_world = dist.is_available() and dist.is_initialized()
     rank, size = (dist.get_rank(), dist.get_world_size()) if is_world else (0, 1)
     if not is_world and dist.is_available() and dist.is_torchelastic_launched():
         log.warning("this process saves alone: call init_process_group before making a Checkpointer")
-    machines = _gathered(size, _machine())
+    machines = _gathered(size, (host, host) if host else _machine())
     hosts = _host_names(machines)
     if apart and size > 1:
         hosts = tuple(f"{host[: _MAX_HOST - 8]}{apart}{number}" for number, host in enumerate(hosts))

@@ -7,6 +7,7 @@ import os
 from bisect import insort
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from checkpoint.errors import ArenaFull
 
@@ -37,8 +38,19 @@ class Region:
         return self.offset + self.num_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Sizing:
+    """Whether an arena may grow, and what those who chose its size call that: errors speak of it."""
+
+    growth: Literal["fixed", "as needed"] = "fixed"
+    setting: str = "`checkpoint.arena_mib`"
+
+
+_AS_IT_IS = Sizing()
+
+
 class Arena:
-    """A fixed number of bytes, lent out first-fit; it never grows.
+    """A number of bytes, lent out first-fit. It may grow, in place, and never shrinks.
 
     The memory is an anonymous file (memfd): it is shared with other processes by passing `fd` over a socket,
     needs no room in /dev/shm, and is gone with the last process that maps it. The first touch of a page costs
@@ -46,24 +58,38 @@ class Arena:
     owner holds a lock around `reserve`, `release` and `touch`.
     """
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, num_bytes: int, sizing: Sizing = _AS_IT_IS) -> None:
         if num_bytes < ALIGNMENT:
-            raise ArenaFull(f"an arena of {num_bytes} bytes holds nothing: raise `checkpoint.arena_mib`")
-        self.num_bytes = num_bytes
+            raise ArenaFull(f"an arena of {num_bytes} bytes holds nothing: raise {sizing.setting}")
+        self.num_bytes = 0
+        self.sizing = sizing
         self._num_touched = 0
+        self._lent: list[Region] = []
         self.fd = os.memfd_create("holdfast-arena", os.MFD_CLOEXEC)
+        try:
+            self.grow(num_bytes)
+        except ArenaFull:
+            os.close(self.fd)
+            raise
+
+    def grow(self, num_bytes: int) -> None:
+        """Become as large as that, if it is not; whoever views the memory goes on viewing the same bytes.
+
+        Raises `ArenaFull` if the machine has not so much.
+        """
+        if num_bytes <= self.num_bytes:
+            return
         try:
             if num_bytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
                 raise OSError(errno.ENOMEM, "it has less memory")
             os.ftruncate(self.fd, num_bytes)
             self._memory = map_arena(self.fd, num_bytes)
         except OSError as error:
-            os.close(self.fd)
             raise ArenaFull(
                 f"this machine cannot give an arena of {_mib(num_bytes)} MiB ({error.strerror}): "
-                "lower `checkpoint.arena_mib`"
+                f"lower {self.sizing.setting}, or save a smaller state"
             ) from error
-        self._lent: list[Region] = []
+        self.num_bytes = num_bytes
 
     def reserve(self, num_bytes: int) -> Region | None:
         """Lend the first gap that is large enough; None while there is none.
@@ -74,7 +100,7 @@ class Arena:
         if wanted > self.num_bytes:
             raise ArenaFull(
                 f"one rank's share of the snapshot takes {_mib(wanted)} MiB and the arena of its host has "
-                f"{_mib(self.num_bytes)} MiB: raise `checkpoint.arena_mib` to at least {_mib(wanted)} "
+                f"{_mib(self.num_bytes)} MiB: raise {self.sizing.setting} to at least {_mib(wanted)} "
                 "(twice the host's share of the state lets the next capture start while this one is flushed)"
             )
         start = self._gap(wanted, self._lent)

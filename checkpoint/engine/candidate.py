@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
+from checkpoint.engine.asking import ask_for_steps
 from checkpoint.engine.filling import Filling, Opened, deal_copies
 from checkpoint.engine.plan import check_chunks
 from checkpoint.engine.reading import Holes, ReadPolicy, Tally
@@ -32,17 +33,17 @@ class Sources:
         self._tally = tally
         self.outages: dict[int, StoreUnavailable] = {}
 
-    def steps(self) -> list[int]:
+    def steps(self, patience_s: float) -> list[int]:
         """List the steps that any source has, newest first. Raises StoreUnavailable if none can tell."""
-        steps: set[int] = set()
-        for number, source in self.reachable():
-            try:
-                steps.update(source.steps())
-            except StoreUnavailable as error:
-                self.lose(number, error)
-        if self._all and len(self.outages) == len(self._all):
-            raise next(iter(self.outages.values()))
-        return sorted(steps, reverse=True)
+        answers = ask_for_steps(self._all, patience_s)
+        for number, error in answers.outages.items():
+            self.lose(number, error)
+        return answers.steps
+
+    @property
+    def unreached(self) -> tuple[str, ...]:
+        """The names of those that are asked no more."""
+        return tuple(self._all[number].name for number in sorted(self.outages))
 
     def reachable(self) -> Iterator[tuple[int, Source]]:
         """Yield the number and the source of those that have answered so far."""
@@ -157,7 +158,7 @@ class Candidate:
                 return table
         try:
             table = source.chunks(manifest, None if len(tensors) == len(manifest.tensors) else tensors)
-            _prove(manifest, table, tensors)
+            prove_index(manifest, table, tensors)
         except (FormatError, Incomplete) as error:
             self._failed(source, f"the index of step {self.step}", error)
             return None
@@ -191,7 +192,7 @@ def _content(manifest: Manifest) -> object:
     return manifest.tensors, manifest.skeleton
 
 
-def _prove(manifest: Manifest, table: ChunkTable, tensors: Collection[int]) -> None:
+def prove_index(manifest: Manifest, table: ChunkTable, tensors: Collection[int]) -> None:
     """Prove that chunks cover tensors exactly once, and that their fingerprints add up to the manifest's."""
     check_chunks(manifest.tensors, table, tensors)
     sums = table.fingerprint_sums()

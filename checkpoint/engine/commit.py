@@ -199,10 +199,14 @@ def _create(store: Store, manifest: Manifest) -> Manifest:
         store.put_new(key, data)
     except AlreadyExists:
         existing = _existing(store, manifest.step)
-        if existing is None or _identity(existing) != _identity(manifest):
+        if existing is None:
+            raise Conflict(
+                f"{key} is taken and holds no manifest (a directory, perhaps) in {store}: remove it"
+            ) from None
+        if _identity(existing) != _identity(manifest):
             raise Conflict(
                 f"{key} exists with other content than this run's step {manifest.step} "
-                f"(written in generation {existing.generation if existing else '?'}): "
+                f"(written in generation {existing.generation}): "
                 "give the run a store of its own, or remove that checkpoint by hand"
             ) from None
         return existing

@@ -8,6 +8,8 @@ from checkpoint.engine.plan import TensorSpec
 from checkpoint.format.codec import Codec
 from checkpoint.format.layout import Box
 
+MEMORY = "memory"  # the tier that a host's own memory is
+PARITY = "parity"  # the tier that several hosts' memories are together
 Depth = Literal["store", "memory"]  # how far a snapshot goes; "memory": held by its host, never written out
 
 
@@ -76,8 +78,9 @@ class SnapshotPlan:
 class Durable:
     """The checkpoint of `step` exists on `tier`: `num_bytes` stored, `seconds` after its capture began.
 
-    Tier "memory" is the host that holds the snapshot. What was saved at depth "store" is final only once it
-    is durable on the nearest store; news of memory and of far tiers come besides, before or after that.
+    Tier "memory" is the host that holds the snapshot; "parity" the hosts of its world, some of which may now
+    be lost. What was saved at depth "store" is final only once it is durable on the nearest store; news of
+    memory, parity and far tiers come besides, before or after that.
     """
 
     step: int
@@ -91,7 +94,7 @@ class Durable:
 class Failed:
     """The snapshot of `step` will not become a checkpoint through this host; nothing of it counts.
 
-    With a far `tier`'s name only the checkpoint's copy there failed.
+    With the name of a far `tier`, or of parity, only what was to be there failed.
     """
 
     step: int
@@ -110,6 +113,17 @@ class Skipped:
 
 
 Outcome = Durable | Failed | Skipped
+
+
+def is_final(outcome: Outcome, depth: Depth) -> bool:
+    """Whether an outcome is a snapshot's own; others tell of memory, of parity and of far tiers besides."""
+    match outcome:
+        case Durable(tier=tier):
+            return tier != PARITY and (tier == MEMORY) == (depth == "memory")
+        case Failed(tier=tier):
+            return not tier
+        case Skipped():
+            return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +149,7 @@ class Host(Protocol):
     def open(self, ticket: Ticket, plan: SnapshotPlan) -> memoryview | None:
         """Lend arena space for a share; None when the snapshot is not taken (an outcome says why).
 
-        Waits while the arena is full, as the plan's handling says. Raises ArenaFull if it could never fit.
+        Waits while the arena is full, as the plan's handling says.
         """
 
     def ready(self, ticket: Ticket, chunk_index: int) -> None:

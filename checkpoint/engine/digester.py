@@ -23,7 +23,6 @@ class Digester:
 
     def __init__(self, intake: Intake) -> None:
         self._intake = intake
-        self._memory = intake.arena.memory.toreadonly()
 
     def keep_digesting(self) -> None:
         """Digest one snapshot after the other, until the intake is closed."""
@@ -41,11 +40,12 @@ class Digester:
         chunks = ChunkTable.of(records)
         if entry.is_alone:
             check_chunks(entry.content.tensors, chunks)
-        return Held(describe(receipt_of(entry), chunks, (), now_utc()), chunks, self._memory)
+        memory = self._intake.arena.memory.toreadonly()
+        return Held(describe(receipt_of(entry), chunks, (), now_utc()), chunks, memory)
 
     def _digests(self, share: ShareEntry) -> list[ChunkRecord]:
         """Digest a share from its end, while the packer, which needs the same, comes from its beginning."""
-        numbers = range(len(share.plan.slots))
+        numbers, memory = range(len(share.plan.slots)), self._intake.arena.memory.toreadonly()
         for last in range(len(numbers), 0, -_BATCH_CHUNKS):
-            digest_once(share, numbers[max(last - _BATCH_CHUNKS, 0) : last], self._memory)
+            digest_once(share, numbers[max(last - _BATCH_CHUNKS, 0) : last], memory)
         return [share.digests[number] for number in numbers]

@@ -8,9 +8,9 @@ import numpy as np
 
 from checkpoint.engine.pipeline import fan_out
 from checkpoint.engine.plan import plan_copies
-from checkpoint.engine.reading import DECODING, Holes, ReadPolicy, Tally
+from checkpoint.engine.reading import DECODING, WASTE, Holes, ReadPolicy, Span, Tally
 from checkpoint.engine.regions import Column, Regions
-from checkpoint.engine.source import Source, StoreSource
+from checkpoint.engine.source import Source, StoreSource, origin_of
 from checkpoint.engine.targets import Target
 from checkpoint.errors import Corrupt, FormatError, StoreUnavailable
 from checkpoint.format.codec import Buffer, Codec, checksum, decode, xor_bytes
@@ -22,7 +22,6 @@ from checkpoint.format.table import NO_BASE, ChunkTable
 from checkpoint.store.contract import ByteRange
 
 _DIRECT_BYTES = 256 << 10  # smaller chunks are read together instead
-_WASTE = 20  # of so many bytes that are needed, one may be read in vain
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +38,7 @@ class _Run:
     """Rows of the table that lie close together in a pack: one range."""
 
     pack: int
-    start: int
-    stop: int
-    num_wasted: int = 0
+    span: Span
     places: list[int] = field(default_factory=list)
 
 
@@ -113,7 +110,7 @@ class Filling:
             np.maximum.at(largest, self._opened.table.owners(), stored)
             costs = np.where(is_delta, largest[chunks] + raw, costs)
         is_coded = is_delta | (self._rows["codec"][chunks] != Codec.RAW)
-        costs += costs // _WASTE
+        costs += costs // WASTE
         return costs, DECODING * int(raw[is_coded].max(initial=0))
 
     def _read_batch(self, chunks: list[int]) -> None:
@@ -139,7 +136,7 @@ class Filling:
         """Read what is stored for some links. What the source has not is noted, and left out."""
         for pack, group in groupby(self._runs(level), key=lambda run: run.pack):
             runs = list(group)
-            ranges = [ByteRange(run.start, run.stop - run.start) for run in runs]
+            ranges = [ByteRange(run.span.start, run.span.num_bytes) for run in runs]
             try:
                 found = self._opened.source.read(self._opened.manifest, pack, ranges)
             except FormatError as error:
@@ -147,12 +144,12 @@ class Filling:
                     for place in run.places:
                         self._tally.note(self._opened.source.name, self._described(level[place].chunk), error)
                 continue
-            self._tally.count(self._opened.source.name, ranges)
+            self._tally.count(origin_of(self._opened.source, pack), ranges)
             for run, data in zip(runs, found, strict=True):
                 view = memoryview(data).cast("B")
                 for place in run.places:
                     row = self._rows[level[place].row]
-                    first = int(row["offset"]) - run.start
+                    first = int(row["offset"]) - run.span.start
                     yield level[place], view[first : first + int(row["num_bytes"])]
 
     def _runs(self, level: Sequence[_Link]) -> list[_Run]:
@@ -164,16 +161,10 @@ class Filling:
             order.tolist(), rows[["pack", "offset", "num_bytes"]][order].tolist(), strict=True
         ):
             last = runs[-1] if runs and runs[-1].pack == pack else None
-            gap = max(start - last.stop, 0) if last else 0
-            if (
-                last is None
-                or gap > self._policy.gap_bytes
-                or (last.num_wasted + gap) * _WASTE > start + num_bytes - last.start
-            ):
-                last, gap = _Run(pack, start, start), 0
+            if last is None or not last.span.takes(start, num_bytes, self._policy.gap_bytes):
+                last = _Run(pack, Span(start))
                 runs.append(last)
-            last.stop = max(last.stop, start + num_bytes)
-            last.num_wasted += gap
+            last.span.add(start, num_bytes)
             last.places.append(place)
         return runs
 

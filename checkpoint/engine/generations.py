@@ -2,7 +2,7 @@
 
 import json
 
-from checkpoint.errors import AlreadyExists
+from checkpoint.errors import AlreadyExists, NotFound
 from checkpoint.format.keys import generation_key, parse_generation_key
 from checkpoint.store.contract import Store
 
@@ -26,3 +26,11 @@ def claim_generation(store: Store, generation: int, token: str) -> bool:
     except AlreadyExists:
         return bool(json.loads(bytes(store.read(key)[0]))["token"] == token)
     return True
+
+
+def who_claimed(store: Store, generation: int) -> str | None:
+    """Return the claim on a generation, which is unlike any other; None if nobody claimed it."""
+    try:
+        return bytes(store.read(generation_key(generation))[0]).decode(errors="replace")
+    except NotFound:
+        return None

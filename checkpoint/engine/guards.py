@@ -1,12 +1,22 @@
 """Guards against torn snapshots: what a chunk looked like when it was asked for, and whether it still does.
 
 An optimizer changes state in place, so what is copied late may be half of one step and half of the next.
-Version counters tell most writes, but fused optimizers, `.data` and numpy move none. So 64-byte lines of each
-chunk are taken when the snapshot is asked for, one in every 128 KiB, and the captured copy has to equal them;
-and when the capture ends, the copy and the live tensor have to agree in one line of every 16 KiB. Where the
-lines lie changes from step to step. So a run of bytes that changed before it was copied is noticed for
-certain from 128 KiB on, one that changed after from 16 KiB on; a shorter one of n bytes with a probability of
-about n / 128 KiB and n / 16 KiB in each snapshot: who writes so at every step is found out within a few.
+What is known for certain:
+- Chunks up to 128 KiB, up to 8 MiB of a share, are no matter of guards: `save` copies them before it returns.
+- A write that moves the tensor's version counter: torch's own in-place operations do.
+- Memory that was given back or moved since (`absence`), before it would be read.
+- A step of a torch optimizer: it waits (`snapshot`).
+
+What moves no counter - fused optimizers, `.data`, numpy - is known by samples: 64-byte lines of each chunk
+are taken when the snapshot is asked for, one in every 128 KiB, and the captured copy has to equal them; and
+when the capture ends, the copy and the live tensor have to agree in one line of every 16 KiB. Where the lines
+lie changes from step to step. So a run of bytes that changed before it was copied is noticed for certain from
+128 KiB on, one that changed after from 16 KiB on; a shorter one of n bytes with a probability of about
+n / 128 KiB and n / 16 KiB in each snapshot. A single element
+written so once is most likely NOT noticed (1 in 256 after it was copied, 1 in 2,048 before); who writes it
+at every step is found out within some hundreds. What lies scattered (a transposed tensor) is sampled in two
+blocks of 64 elements only. Who writes so has to call `wait_captured` first, as torch optimizers do by
+themselves.
 """
 
 from collections.abc import Iterator
@@ -16,7 +26,7 @@ from typing import Literal
 import torch
 
 from checkpoint.engine.contract import Slot
-from checkpoint.engine.structure import Source
+from checkpoint.engine.structure import Origin
 
 LINE_BYTES = 64
 BEFORE_BYTES = 128 << 10
@@ -44,14 +54,25 @@ class Watch:
     version: int
     salt: int
     before: tuple[torch.Tensor, ...]
+    memory: torch.UntypedStorage  # and how large it was, and where, when the snapshot was asked for
+    memory_bytes: int
+    address: int
 
     def captured(self, space: memoryview) -> torch.Tensor:
         """Return the chunk's place in a region, in the form of `live`."""
         raw = space[self.slot.offset : self.slot.offset + self.slot.num_bytes]
         return torch.frombuffer(raw, dtype=self.live.dtype).view(self.live.shape)
 
+    def absence(self) -> str | None:
+        """Say so if the chunk's memory is no longer what it was: to read it could end the process."""
+        if self.memory.nbytes() != self.memory_bytes or self.memory.data_ptr() != self.address:
+            return "its memory was given back"
+        return None
+
     def contradiction(self, captured: torch.Tensor) -> str | None:
         """Say what proves that the captured copy is not the state that was to be saved."""
+        if absence := self.absence():
+            return absence
         if self.version >= 0 and self.live._version != self.version:
             return f"its version counter moved from {self.version} to {self.live._version}"
         copies = _samples(captured, self.form, self.salt, BEFORE_BYTES)
@@ -65,20 +86,21 @@ class Watch:
         return None
 
 
-def watch(own: torch.Tensor, source: Source, slot: Slot, number: int, salt: int) -> Watch:
+def watch(own: torch.Tensor, origin: Origin, slot: Slot, number: int, salt: int) -> Watch:
     """Begin to watch over a chunk of the rank's own tensor, at places that `salt` chooses."""
     live = own.detach()
+    memory = live.untyped_storage()
     version = -1 if live.is_inference() else live._version
-    if source.first is not None and live.is_contiguous() and not (live.is_conj() or live.is_neg()):
+    if origin.first is not None and live.is_contiguous() and not (live.is_conj() or live.is_neg()):
         form: Form = "run"
         words = live.as_strided((live.numel(),), (1,)).view(_WORDS[live.element_size()])
         scale = words.numel() // max(live.numel(), 1)
-        live = words[source.first * scale : (source.first + source.box.numel) * scale]
+        live = words[origin.first * scale : (origin.first + origin.box.numel) * scale]
     else:
         form = "elements"
-        live = live[tuple(map(slice, source.box.start, source.box.stop))]
+        live = live[tuple(map(slice, origin.box.start, origin.box.stop))]
     before = tuple(sample.clone() for sample in _samples(live, form, salt, BEFORE_BYTES))
-    return Watch(number, form, slot, live, version, salt, before)
+    return Watch(number, form, slot, live, version, salt, before, memory, memory.nbytes(), memory.data_ptr())
 
 
 def _samples(chunk: torch.Tensor, form: Form, salt: int, every_bytes: int) -> Iterator[torch.Tensor]:

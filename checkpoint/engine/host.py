@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from checkpoint.engine.arena import Arena
-from checkpoint.engine.contract import Outcome, Pressure, SnapshotPlan, Ticket
+from checkpoint.engine.arena import Arena, Region, Sizing
+from checkpoint.engine.contract import Failed, Outcome, Pressure, SnapshotPlan, Ticket
 from checkpoint.engine.held import Held
 from checkpoint.engine.intake import Intake
+from checkpoint.engine.leaving import finish_at_exit
 from checkpoint.engine.pipeline import Pipeline, Tuning
 from checkpoint.store.contract import Store
 
@@ -23,8 +24,10 @@ class LocalSession:
 
     def open(self, ticket: Ticket, plan: SnapshotPlan) -> memoryview | None:
         """Lend arena space for a share, as `Host.open` says."""
-        region = self._intake.open(ticket, plan, self)
-        return None if region is None else self._intake.arena.view(region)
+        lent = self._intake.open(ticket, plan, self)
+        if isinstance(lent, Failed):
+            self._intake.board.tell_one(self._news, lent)
+        return self._intake.arena.view(lent) if isinstance(lent, Region) else None
 
     def ready(self, ticket: Ticket, chunk_index: int) -> None:
         """Say that a slot's bytes are in."""
@@ -40,7 +43,7 @@ class LocalSession:
 
     def outcomes(self) -> tuple[Outcome, ...]:
         """Return what became known since this was last asked."""
-        return self._intake.board.await_news(self._news, 0.0)
+        return self._intake.board.take(self._news)
 
     @contextmanager
     def held(self) -> Iterator[Held | None]:
@@ -67,10 +70,12 @@ class LocalHost:
         arena_bytes: int = DEFAULT_ARENA_BYTES,
         hold: int = 0,
         tuning: Tuning | None = None,
+        sizing: Sizing | None = None,
     ) -> None:
-        self._arena = Arena(arena_bytes)
+        self._arena = Arena(arena_bytes, sizing or Sizing())
         self._intake = Intake(host, self._arena, hold)
         self._pipeline = Pipeline(store, self._intake, tuning)
+        finish_at_exit(self._intake.drain)
         session = self.session()
         self.open = session.open
         self.ready = session.ready

@@ -7,32 +7,35 @@ import logging
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
 
-from checkpoint.engine.arena import Arena, Region
-from checkpoint.engine.contract import Durable, Failed, Outcome, Pressure, Skipped, SnapshotPlan, Ticket
+from checkpoint.engine.arena import Arena, Region, Sizing
+from checkpoint.engine.contract import (
+    MEMORY,
+    Durable,
+    Failed,
+    Outcome,
+    Pressure,
+    Skipped,
+    SnapshotPlan,
+    Ticket,
+)
 from checkpoint.engine.held import Held
 from checkpoint.engine.ledger import ShareEntry, SnapshotEntry, Writing
 from checkpoint.engine.news import Board
 from checkpoint.engine.register import Register, objection
+from checkpoint.engine.reign import Reign
 from checkpoint.engine.room import Room, choose_excess
-from checkpoint.engine.worklist import Worklist
+from checkpoint.engine.worklist import Work, Worklist
 from checkpoint.errors import ArenaFull, Mismatch
 
 log = logging.getLogger("holdfast.checkpoint")
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Digest these chunks of a share, and pack them. Without a share: all of the snapshot was handed out."""
-
-    entry: SnapshotEntry
-    share: ShareEntry | None
-    chunks: tuple[int, ...] = ()
-
-
 class Intake:
-    """The books of one host's snapshots, of which it holds the newest `hold` in the arena. Thread-safe."""
+    """The books of one host's snapshots, of which it holds the newest `hold` in the arena.
+
+    Thread-safe; its private methods are called under the lock.
+    """
 
     def __init__(self, host: str, arena: Arena, hold: int = 0) -> None:
         self.host = host
@@ -47,32 +50,45 @@ class Intake:
         self._room = Room(arena)
         self._why_ending: str | None = None
         self._is_closed = False
-        self._newest_generation = 0
-        self._newer_since_s = 0.0
+        self._reign = Reign()
         self._num_captured = 0
-        self._leads = False
 
-    def open(self, ticket: Ticket, plan: SnapshotPlan, owner: object) -> Region | None:
-        """Lend a region for a share, waiting for room as the plan says; None when the snapshot is over."""
+    def open(self, ticket: Ticket, plan: SnapshotPlan, owner: object) -> Region | Failed | None:
+        """Lend a region for a share, waiting for room as the plan says.
+
+        None if its snapshot failed, which the board tells; Failed, for who asked alone, if that was over
+        before.
+        """
         if not ticket.rank < len(plan.hosts) or plan.hosts[ticket.rank] != self.host:
             raise Mismatch(f"rank {ticket.rank} of hosts {plan.hosts} does not live on {self.host!r}")
         with self._changed:
-            if ticket.generation > self._newest_generation:
-                self._newest_generation, self._newer_since_s = ticket.generation, time.monotonic()
-            if ticket.generation == self._newest_generation:
-                self._leads = plan.hosts[0] == self.host
+            self._reign.see(ticket.generation, plan.hosts[0] == self.host, time.monotonic())
             self._supersede(ticket)
+            if why := self._register.refusal(ticket) or (self._is_closed and f"{self.host} is closed"):
+                return Failed(ticket.step, ticket.generation, why)
             entry = self._admit(ticket, plan)
             if entry is None:
                 return None
             try:
+                self._room.provide(plan.num_bytes, (2 + self.hold) * len(entry.local_ranks))
                 region = self._await_room(entry, plan)
             except ArenaFull as error:
                 self._fail(entry, str(error))
-                raise
+                return None
             if region is not None:
                 entry.shares[ticket.rank] = ShareEntry(plan, region, owner)
             return region
+
+    def is_stale(self, ticket: Ticket) -> bool:
+        """Whether a ticket is of an older generation than this host knows, or of a snapshot that is over."""
+        with self._changed:
+            return bool(self._register.refusal(ticket)) or ticket.generation < self._reign.generation
+
+    def adopt(self, hold: int, arena_bytes: int, sizing: Sizing) -> None:
+        """Hold so many snapshots from now on, in an arena of that size at least. Raises ArenaFull."""
+        with self._changed:
+            self.hold = hold
+            self._room.adopt(arena_bytes, sizing)
 
     def ready(self, ticket: Ticket, chunks: tuple[int, ...]) -> None:
         """Take note that some chunks are in the arena."""
@@ -90,7 +106,7 @@ class Intake:
                 if entry.is_captured and entry.is_live:
                     self._num_captured += 1
                     entry.num_captured = self._num_captured
-                    entry.is_held = self.hold > 0
+                    entry.is_held = entry.is_to_be_held
                     if entry.is_held:
                         self._undigested.append(entry)
                 self._advance(entry)
@@ -125,16 +141,28 @@ class Intake:
             self._why_ending = why
             self.abandon(why)
 
-    def drain(self, timeout_s: float) -> bool:
-        """Wait until every captured snapshot has its outcome; False if time ran out."""
+    def go_on(self) -> None:
+        """Take snapshots again: the end was called off."""
         with self._changed:
-            return self._changed.wait_for(self._is_idle, timeout_s)
+            self._why_ending = None
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until every captured snapshot has its outcome, or none will come; False if time ran out."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._is_closed or not self.num_unfinished, timeout_s)
 
     @property
     def num_unfinished(self) -> int:
         """How many snapshots are captured and have no outcome yet."""
         with self._changed:
             return sum(entry.is_captured for entry in self._register.live())
+
+    @property
+    def num_only_here(self) -> int:
+        """How many snapshots would be lost with this memory: the newest one held, if no store has it."""
+        with self._changed:
+            newest = self._register.held()[-1:]
+            return sum(not entry.is_durable for entry in newest)
 
     @property
     def is_closed(self) -> bool:
@@ -144,7 +172,7 @@ class Intake:
     @property
     def leads(self) -> bool:
         """Whether the first rank of the newest world lives here: its host does what one host has to do."""
-        return self._leads
+        return self._reign.leads
 
     @property
     def pressure(self) -> Pressure:
@@ -159,8 +187,6 @@ class Intake:
             self._changed.notify_all()
         self.board.close()
 
-    # What readers of memory call.
-
     def pin(self, timeout_s: float) -> SnapshotEntry | None:
         """Return the newest snapshot that this host alone holds whole, to stay until `unpin`.
 
@@ -168,15 +194,32 @@ class Intake:
         """
         with self._changed:
             self._changed.wait_for(self._is_newest_digested, timeout_s)
-            digested = [
-                entry for entry in self._register.held() if entry.image is not None and entry.is_alone
-            ]
-            return self._pinned(digested[-1]) if digested else None
+            digested = [one for one in self._register.held() if one.image is not None and one.is_alone]
+            return self.pin_again(digested[-1]) if digested else None
+
+    def held(self) -> list[SnapshotEntry]:
+        """List what is held and digested, by generation and then as it was captured."""
+        with self._changed:
+            return [entry for entry in self._register.held() if entry.image is not None]
+
+    def guard(self, entry: SnapshotEntry) -> None:
+        """Keep a held snapshot although newer ones are held; room for a new one goes before."""
+        with self._changed:
+            entry.is_guarded = True
+
+    def unguard(self, entry: SnapshotEntry) -> None:
+        """Keep a snapshot no longer than others."""
+        with self._changed:
+            entry.is_guarded = False
+            self._advance(entry)
 
     def pin_again(self, entry: SnapshotEntry) -> SnapshotEntry | None:
         """Return a snapshot, to stay until `unpin`, if it is still held."""
         with self._changed:
-            return self._pinned(entry) if entry.is_held and entry.image is not None else None
+            if not entry.is_held or entry.image is None:
+                return None
+            entry.num_readers += 1
+            return entry
 
     def unpin(self, entry: SnapshotEntry) -> None:
         """Let a snapshot go that was pinned."""
@@ -184,11 +227,8 @@ class Intake:
             entry.num_readers -= 1
             self._advance(entry)
 
-    # What the pipeline's threads call.
-
     def next_work(self, timeout_s: float | None) -> Work | None:
-        """Wait for the next chunks to digest, or the end of a snapshot's; None after `close`, or if time ran
-        out."""
+        """Wait for the next chunks to digest, or a snapshot's end; None after `close`, or if time ran out."""
         with self._changed:
             self._changed.wait_for(lambda: self._work or self._is_closed, timeout_s)
             while self._work and not self._is_closed:
@@ -229,7 +269,7 @@ class Intake:
             if entry.is_held:
                 seconds = time.monotonic() - entry.started_s
                 num_bytes = sum(tensor.num_bytes for tensor in image.manifest.tensors)
-                held = Durable(entry.step, entry.generation, "memory", num_bytes, seconds)
+                held = Durable(entry.step, entry.generation, MEMORY, num_bytes, seconds)
                 if entry.depth == "memory":
                     self._end(entry, held)
                 else:
@@ -269,29 +309,19 @@ class Intake:
         now = time.monotonic()
         with self._changed:
             for entry in self._register.live():
-                is_old = entry.generation < self._newest_generation
-                limit_s, since_s = (
-                    (straggler_s, self._newer_since_s) if is_old else (patience_s, entry.started_s)
-                )
+                is_old = entry.generation < self._reign.generation
+                limit_s = straggler_s if is_old else patience_s
+                since_s = self._reign.since_s if is_old else entry.started_s
                 if not entry.is_captured and now - since_s > limit_s:
                     self._fail(entry, f"{entry.missing()} within {limit_s:.0f} s")
-
-    # All of the following under the lock.
-    def _is_idle(self) -> bool:
-        return self.num_unfinished == 0
 
     def _is_newest_digested(self) -> bool:
         held = self._register.held()
         return self._is_closed or not held or held[-1].image is not None
 
-    def _pinned(self, entry: SnapshotEntry) -> SnapshotEntry:
-        entry.num_readers += 1
-        return entry
-
     def _admit(self, ticket: Ticket, plan: SnapshotPlan) -> SnapshotEntry | None:
-        entry = None if self._is_closed else self._register.enter(ticket, plan)
-        if entry is None:
-            return None
+        entry = self._register.enter(ticket, plan)
+        entry.is_to_be_held = self.hold > 0
         why = self._why_ending or objection(entry, ticket.rank, plan)
         if entry.depth == "memory" and not self.hold:
             why = f"host {self.host} holds no snapshots in memory: give it a `hold` of 1 or more"
@@ -361,7 +391,7 @@ class Intake:
         if not entry.is_live:
             return
         entry.is_live = False
-        self._register.note_end(entry)
+        self._register.note_end(entry, outcome)
         if not isinstance(outcome, Durable):
             entry.why_failed = outcome.why
             self._failed.append(entry)

@@ -1,6 +1,7 @@
 """The leaves of a state as a saver sees them: the rank's own tensor of each, and how the whole one is spread.
 
-A leaf is a tensor that every rank holds in full, a DTensor, or a value that differs from rank to rank.
+A leaf is a tensor that every rank holds in full, or some ranks and the others not at all; a DTensor; or a
+value that differs from rank to rank.
 """
 
 import sys
@@ -11,9 +12,10 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 
+from checkpoint.engine.on_ranks import OnRanks
 from checkpoint.engine.per_rank import PerRank
 from checkpoint.engine.plan import Piece, TensorSpec
-from checkpoint.engine.tensors import check_plain, dtype_name, identity
+from checkpoint.engine.tensors import UNSTRIDED, check_copyable, check_plain, dtype_name, identity
 from checkpoint.errors import Mismatch, Unsupported
 from checkpoint.format.layout import (
     Box,
@@ -44,16 +46,17 @@ class Leaves(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """What a leaf's structure is. `spread` is None if every rank of the world holds all of it."""
+    """What a leaf's structure is. Without a `spread` it is whole on `ranks` (None: on every rank)."""
 
     spec: TensorSpec
     spread: Spread | None
     device: str
+    ranks: tuple[int, ...] | None = None
 
     def pieces(self, number: int, num_ranks: int) -> list[Piece]:
         """List the boxes that cover tensor number `number`, each with the ranks that can write it."""
         if self.spread is None:
-            return [Piece(number, Box.whole(self.spec.shape), _everyone(num_ranks))]
+            return [Piece(number, Box.whole(self.spec.shape), self.ranks or _everyone(num_ranks))]
         return [
             Piece(number, box, holders) for box, holders in holders_of(self.spread, self.spec.shape).items()
         ]
@@ -62,7 +65,7 @@ class Leaf:
         """List the boxes that a rank holds, each with its place in the rank's own tensor."""
         if self.spread is None:
             whole = Box.whole(self.spec.shape)
-            return (Part(whole, whole),)
+            return (Part(whole, whole),) if self.ranks is None or rank in self.ranks else ()
         if rank not in self.spread.mesh.members:
             return ()
         return parts_of(self.spread, self.spec.shape, rank)
@@ -82,20 +85,27 @@ def signature_of(name: str, leaf: Any) -> Signature:
 
     Raises Unsupported for a tensor without plain memory.
     """
-    if type(leaf) in _PLAIN and leaf.layout is torch.strided:
+    if type(leaf) in _PLAIN and leaf.layout is torch.strided and not leaf.is_nested:
+        if leaf.dtype is UNSTRIDED:
+            check_copyable(name, leaf)
         return name, leaf.dtype, leaf.shape, leaf.device
     if isinstance(leaf, PerRank):
         return name, leaf.max_bytes
+    if isinstance(leaf, OnRanks):
+        return name, leaf.dtype, leaf.shape, leaf.ranks, leaf.own().device
     if is_dtensor(leaf):
         return name, leaf.dtype, leaf.shape, leaf.placements, leaf.device_mesh
     check_plain(name, leaf)
     return name, leaf.dtype, leaf.shape, leaf.device
 
 
-def own_tensors(leaves: Sequence[Any]) -> list[torch.Tensor]:
+def own_tensors(names: Sequence[str], leaves: Sequence[Any]) -> list[torch.Tensor]:
     """Return the rank's own tensors of leaves: theirs is the memory that is saved."""
     with torch.no_grad():  # else a DTensor would hand out a view of its local tensor, for autograd
-        return [leaf if type(leaf) in _PLAIN else _own_tensor(leaf) for leaf in leaves]
+        return [
+            leaf if type(leaf) in _PLAIN else _own_tensor(name, leaf)
+            for name, leaf in zip(names, leaves, strict=True)
+        ]
 
 
 def describe(name: str, leaf: Any, rank: int, size: int) -> Leaf:
@@ -106,9 +116,14 @@ def describe(name: str, leaf: Any, rank: int, size: int) -> Leaf:
     if isinstance(leaf, PerRank):
         spec = TensorSpec(name, "uint8", (size, leaf.max_bytes))
         return Leaf(spec, Spread(Mesh((("rank", size),)), (Shard(0),)), "cpu")
-    spec = TensorSpec(name, dtype_name(leaf.dtype), tuple(leaf.shape))
+    if isinstance(leaf, OnRanks):
+        _check_on_ranks(name, leaf, rank, size)
+        spec = TensorSpec(name, dtype_name(leaf.dtype), leaf.shape)
+        return Leaf(spec, None, str(leaf.own().device), leaf.ranks)
     if not is_dtensor(leaf):
         check_plain(name, leaf)
+    spec = TensorSpec(name, dtype_name(leaf.dtype), tuple(leaf.shape))
+    if not is_dtensor(leaf):
         return Leaf(spec, None, str(leaf.device))
     with torch.no_grad():
         local = leaf.to_local()
@@ -134,9 +149,11 @@ def is_dtensor(leaf: object) -> TypeGuard[Any]:
     return module is not None and isinstance(leaf, module.DTensor)
 
 
-def _own_tensor(leaf: Any) -> torch.Tensor:
+def _own_tensor(name: str, leaf: Any) -> torch.Tensor:
     if isinstance(leaf, PerRank):
-        return leaf.row()
+        return leaf.row(name)
+    if isinstance(leaf, OnRanks):
+        return leaf.own()
     own: torch.Tensor = leaf.to_local() if is_dtensor(leaf) else leaf
     return own
 
@@ -169,15 +186,29 @@ def _check_local(leaf: Leaf, found: tuple[int, ...], rank: int, size: int) -> No
         )
 
 
+def _check_on_ranks(name: str, leaf: OnRanks, rank: int, size: int) -> None:
+    if not leaf.ranks or not 0 <= min(leaf.ranks) <= max(leaf.ranks) < size:
+        raise Mismatch(f"{name}: it is held by ranks {list(leaf.ranks)}, in a world of {size} ranks")
+    if (rank in leaf.ranks) != (leaf.tensor is not None):
+        raise Mismatch(f"{name}: ranks {list(leaf.ranks)} hold it; rank {rank} gave the opposite")
+    if leaf.tensor is not None:
+        check_plain(name, leaf.tensor)
+        if (leaf.tensor.dtype, tuple(leaf.tensor.shape)) != (leaf.dtype, leaf.shape):
+            raise Mismatch(
+                f"{name}: this rank holds {leaf.tensor.dtype}{list(leaf.tensor.shape)}, "
+                f"and said {leaf.dtype}{list(leaf.shape)}"
+            )
+
+
 def _is_leaf(value: object) -> TypeGuard[Any]:
-    return isinstance(value, (torch.Tensor, PerRank))
+    return isinstance(value, (torch.Tensor, PerRank, OnRanks))
 
 
 def _identity(leaf: Any) -> Hashable:
     if is_dtensor(leaf):
         with torch.no_grad():
             return identity(leaf.to_local()), leaf.shape, leaf.placements, leaf.device_mesh
-    return id(leaf) if isinstance(leaf, PerRank) else identity(leaf)
+    return id(leaf) if isinstance(leaf, (PerRank, OnRanks)) else identity(leaf)
 
 
 @lru_cache(maxsize=8)

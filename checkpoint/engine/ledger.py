@@ -44,7 +44,7 @@ class SnapshotEntry:
 
     It lives until it has its one final outcome. If the host holds snapshots, it `is_held` from its capture on
     until it has to make room, whatever became of it in the store; its `image` says what is in it, once that
-    was digested.
+    was digested. One that `is_guarded` does not count among those that are to be held.
     """
 
     id: SnapshotId
@@ -58,7 +58,9 @@ class SnapshotEntry:
     why_failed: str | None = None
     is_handed_out: bool = False
     is_live: bool = True
+    is_to_be_held: bool = False  # once all local ranks have sealed their shares
     is_held: bool = False
+    is_guarded: bool = False
     is_durable: bool = False
     image: Held | None = None
     num_captured: int = 0
@@ -120,7 +122,8 @@ class SnapshotEntry:
 
     def releasable(self) -> list[Region]:
         """List (once) the regions that nobody writes, reads, waits for or holds any longer."""
-        if self.is_held or self.num_readers:
+        is_awaited = self.is_to_be_held and self.why_failed is None and not self.is_captured
+        if self.is_held or is_awaited or self.num_readers:
             return []
         freed = []
         for share in self.shares.values():

@@ -37,6 +37,11 @@ class Board:
         with self._told:
             self._watchers.append(watcher)
 
+    def unwatch(self, watcher: Callable[[Outcome], None]) -> None:
+        """Call somebody no more."""
+        with self._told:
+            self._watchers = [one for one in self._watchers if one != watcher]
+
     def tell(self, outcome: Outcome) -> None:
         """Put up an outcome."""
         with self._told:
@@ -46,11 +51,21 @@ class Board:
                 watcher(outcome)
             self._told.notify_all()
 
-    def await_news(self, news: News, timeout_s: float) -> tuple[Outcome, ...]:
-        """Take what is in the queue, waiting a while for something."""
+    def tell_one(self, news: News, outcome: Outcome) -> None:
+        """Put an outcome into one reader's queue."""
         with self._told:
-            if not news and timeout_s > 0 and not self._is_closed:
+            news.append(outcome)
+            self._told.notify_all()
+
+    def wait(self, news: News, timeout_s: float) -> None:
+        """Wait a while for something in the queue."""
+        with self._told:
+            if not news and not self._is_closed:
                 self._told.wait(timeout_s)
+
+    def take(self, news: News) -> tuple[Outcome, ...]:
+        """Take what is in the queue."""
+        with self._told:
             taken = tuple(news)
             news.clear()
             return taken

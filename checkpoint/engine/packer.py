@@ -9,12 +9,13 @@ from itertools import groupby
 
 from checkpoint.engine.costing import costing
 from checkpoint.engine.encoding import Encoded, Job, work_on
-from checkpoint.engine.intake import Intake, Work
+from checkpoint.engine.intake import Intake
 from checkpoint.engine.known import Recall
 from checkpoint.engine.ledger import ShareEntry, SnapshotId
 from checkpoint.engine.packing import Filing, OpenPack, PackLimits, PackNumbers
 from checkpoint.engine.predecessors import Predecessors
 from checkpoint.engine.tuning import Tuning
+from checkpoint.engine.worklist import Work
 from checkpoint.format.pack import COPIED_BELOW
 from checkpoint.store.contract import Store
 
@@ -51,9 +52,6 @@ class Packer:
         self._tuning = tuning
         self._outbox = outbox
         self._submit = submit
-        self._pack_bytes = min(tuning.pack_bytes, max(intake.arena.num_bytes // 4, _MIN_PACK_BYTES))
-        budget = max(intake.arena.num_bytes // _BUDGET_SHARE, _MIN_BUDGET_BYTES)
-        self._copied_bytes = budget // tuning.num_packs_in_memory
         self._numbers = PackNumbers(store, intake.host)
         self._filings: dict[SnapshotId, Filing] = {}
         self._pack: OpenPack | None = None
@@ -121,9 +119,12 @@ class Packer:
         return is_lent
 
     def _limits(self, filing: Filing) -> PackLimits:
-        """Return how large a pack may become: the first ones of a snapshot are smaller."""
-        first_bytes = self._tuning.first_pack_bytes << min(len(filing.own), _MAX_DOUBLINGS)
-        return PackLimits(min(self._pack_bytes, first_bytes), self._copied_bytes)
+        """Return how large a pack may become: the first ones of a snapshot are smaller. Arenas may grow."""
+        tuning, arena_bytes = self._tuning, self._intake.arena.num_bytes
+        pack_bytes = min(tuning.pack_bytes, max(arena_bytes // 4, _MIN_PACK_BYTES))
+        budget = max(arena_bytes // _BUDGET_SHARE, _MIN_BUDGET_BYTES)
+        first_bytes = tuning.first_pack_bytes << min(len(filing.own), _MAX_DOUBLINGS)
+        return PackLimits(min(pack_bytes, first_bytes), budget // tuning.num_packs_in_memory)
 
     def _end(self, filing: Filing) -> None:
         """Finish a snapshot of which every chunk was worked on."""

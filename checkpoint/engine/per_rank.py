@@ -12,8 +12,15 @@ from typing import Any
 
 import torch
 
-from checkpoint.engine.tensors import dtype_name, flatten_state, raw_bytes, torch_dtype, unflatten_state
-from checkpoint.errors import Corrupt, Unsupported
+from checkpoint.engine.tensors import (
+    FlatState,
+    dtype_name,
+    flatten_state,
+    raw_bytes,
+    torch_dtype,
+    unflatten_state,
+)
+from checkpoint.errors import Corrupt, FormatError, Unsupported
 from checkpoint.format.dtypes import itemsize
 from checkpoint.format.json_fields import Fields, parse_json
 
@@ -31,19 +38,28 @@ class PerRank:
     value: Any
     max_bytes: int = DEFAULT_ROW_BYTES
 
-    def row(self) -> torch.Tensor:
-        """Return this rank's row, of shape (1, max_bytes). Raises Unsupported if the value does not fit."""
-        skeleton, tensors = flatten_state(self.value)
+    def row(self, name: str = "a per-rank value") -> torch.Tensor:
+        """Return this rank's row, of shape (1, max_bytes).
+
+        Raises FormatError, under this `name`, for what has no plain form or does not fit.
+        """
+        skeleton, tensors = self._taken_apart(name)
         described = [[name, dtype_name(each.dtype), list(each.shape)] for name, each in tensors.items()]
         head = json.dumps({"skeleton": skeleton, "tensors": described}, allow_nan=False).encode()
         body = b"".join(raw_bytes(tensor).tobytes() for tensor in tensors.values())
         row = _LENGTHS.pack(len(head), len(body)) + head + body
         if len(row) > self.max_bytes:
             raise Unsupported(
-                f"a per-rank value takes {len(row)} bytes and has room for {self.max_bytes}: "
+                f"{name} takes {len(row)} bytes of this rank and has room for {self.max_bytes}: "
                 f"give PerRank(value, max_bytes={1 << (len(row) - 1).bit_length()}), the same on every rank"
             )
         return torch.frombuffer(bytearray(row.ljust(self.max_bytes, b"\0")), dtype=torch.uint8).reshape(1, -1)
+
+    def _taken_apart(self, name: str) -> FlatState:
+        try:
+            return flatten_state(self.value)
+        except FormatError as error:
+            raise Unsupported(f"{name}/{error}") from None
 
 
 def per_rank_values(rows: torch.Tensor) -> list[Any]:

@@ -10,9 +10,8 @@ snapshot it struck, never the thread, and never the training.
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import ParamSpec, TypeVar
 
@@ -29,7 +28,7 @@ from checkpoint.engine.tuning import Tuning
 from checkpoint.store.contract import Store
 from checkpoint.store.wrappers import Retrying, RetryPolicy
 
-__all__ = ["Crew", "Pipeline", "Tuning", "fan_out"]
+__all__ = ["Crew", "Pipeline", "Tuning", "apart", "fan_out"]
 
 _LONGEST_WAIT_S = 15.0  # between tries during an outage
 
@@ -80,12 +79,14 @@ class Pipeline:
             pass
 
     def _keep_writing(self) -> None:
-        flying: deque[Future[None]] = deque()
+        flying: set[Future[None]] = set()
         while (item := self._outbox.get()) is not None:
             while flying and (isinstance(item, Filing) or len(flying) >= self._tuning.num_writers):
-                flying.popleft().result()
+                written, flying = wait(flying, return_when=FIRST_COMPLETED)
+                for each in written:
+                    each.result()
             if isinstance(item, OpenPack):
-                flying.append(self._writers.submit(self._write_pack, item))
+                flying.add(self._writers.submit(self._write_pack, item))
             elif item.entry.why_failed is None:
                 with costing(self._intake, item.entry):
                     self._committer.inbox.put(self._receipted(item))
@@ -155,6 +156,11 @@ class Crew:
     def _work(self) -> None:
         while (order := self._orders.get()) is not None:
             order()
+
+
+def apart(work: Callable[[], None]) -> None:
+    """Do work in a thread of its own, that nobody waits for: it may hang."""
+    threading.Thread(target=work, name="holdfast-apart", daemon=True).start()
 
 
 def fan_out(work: Callable[[Input], Output], items: Iterable[Input], num_threads: int) -> Iterator[Output]:

@@ -43,22 +43,6 @@ class Write:
     writer: int
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """Fill `box` of wanted box number `wanted` from stored chunk number `chunk`. All boxes are global."""
-
-    chunk: int
-    wanted: int
-    box: Box
-
-
-def plan_save(tensors: Sequence[TensorSpec], num_writers: int) -> list[Write]:
-    """Deal the chunks of a state that every one of `num_writers` ranks holds in full."""
-    everyone = tuple(range(num_writers))
-    whole = [Piece(index, Box.whole(spec.shape), everyone) for index, spec in enumerate(tensors)]
-    return deal_pieces(tensors, whole)
-
-
 def deal_pieces(tensors: Sequence[TensorSpec], pieces: Iterable[Piece]) -> list[Write]:
     """Cut pieces into chunks and give each to exactly one of its holders, balanced by bytes.
 
@@ -97,19 +81,6 @@ class _Scale:
         self._load[rank] = entry[0] + num_bytes
         heapq.heapreplace(self._heap, (self._load[rank], rank))
         return rank
-
-
-def plan_restore(stored: Sequence[Box], wanted: Sequence[Box]) -> list[Copy]:
-    """List the copies that fill every wanted box of one tensor; raise Incomplete if the chunks leave a hole.
-
-    The stored boxes do not overlap each other (`check_cover`, at commit), so counting elements finds every
-    hole.
-    """
-    copies = plan_copies(Regions.of(stored), Regions.of(wanted))
-    return [
-        Copy(chunk, number, copies.common.box(row, len(wanted[number].size)))
-        for row, (chunk, number) in enumerate(zip(copies.left.tolist(), copies.right.tolist(), strict=True))
-    ]
 
 
 def plan_copies(stored: Regions, wanted: Regions) -> Meetings:

@@ -12,6 +12,8 @@ from checkpoint.errors import Corrupt
 from checkpoint.format.records import MAX_CHUNK_BYTES
 from checkpoint.store.contract import ByteRange
 
+WASTE = 20  # of so many bytes that are read, one may be read in vain
+GAP_BYTES = 64 << 10
 DECODING = 4  # times a chunk's raw bytes: what undoing a codec and a delta takes, result included
 _CHUNK_ROOM_BYTES = 8 * MAX_CHUNK_BYTES  # what one chunk takes at most, whatever its codec
 _MAX_LISTED = 100
@@ -38,14 +40,16 @@ class ReadPolicy:
 
     What it holds at a time, besides the targets and the checkpoint's index, stays within `budget_bytes`. A
     request asks for about `request_bytes`; it reads over gaps of at most `gap_bytes`, as long as they stay
-    below a twentieth of what is needed. With a `group`, replicas read each byte once, and broadcast it.
+    below a twentieth of what is needed. With a `group`, replicas read each byte once, and broadcast it. When
+    a nearer source has said what it has, a farther one is waited for `patience_s` at most.
     """
 
     num_threads: int = 2
     budget_bytes: int = 256 << 20
     request_bytes: int = 8 << 20
-    gap_bytes: int = 64 << 10
+    gap_bytes: int = GAP_BYTES
     group: Group | None = None
+    patience_s: float = 5.0
 
     def __post_init__(self) -> None:
         if self.num_threads < 1 or self.request_bytes < 1 or self.gap_bytes < 0:
@@ -60,6 +64,25 @@ class ReadPolicy:
     def num_readers(self) -> int:
         """How many threads read: no more than the budget has room for."""
         return min(self.num_threads, self.budget_bytes // _CHUNK_ROOM_BYTES)
+
+
+@dataclass(slots=True)
+class Span:
+    """A range of a pack that grows over what lies close behind it, as long as it wastes little."""
+
+    start: int
+    num_bytes: int = 0
+    num_wasted: int = 0
+
+    def takes(self, start: int, num_bytes: int, gap_bytes: int = GAP_BYTES) -> bool:
+        """Whether what begins at `start`, not before this span, is worth to be read together with it."""
+        gap = max(start - self.start - self.num_bytes, 0)
+        return gap <= gap_bytes and (self.num_wasted + gap) * WASTE <= start + num_bytes - self.start
+
+    def add(self, start: int, num_bytes: int) -> None:
+        """Grow over it."""
+        self.num_wasted += max(start - self.start - self.num_bytes, 0)
+        self.num_bytes = max(self.num_bytes, start + num_bytes - self.start)
 
 
 @dataclass(frozen=True, slots=True)

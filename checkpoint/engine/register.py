@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from checkpoint.engine.contract import SnapshotPlan, Ticket
+from checkpoint.engine.contract import Durable, Failed, Outcome, Skipped, SnapshotPlan, Ticket
 from checkpoint.engine.ledger import ShareEntry, SnapshotEntry, SnapshotId
 from checkpoint.engine.room import in_order
 
@@ -20,7 +20,7 @@ class Register:
     def __init__(self, host: str) -> None:
         self._host = host
         self._entries: dict[SnapshotId, SnapshotEntry] = {}
-        self._over: OrderedDict[SnapshotId, None] = OrderedDict()
+        self._over: OrderedDict[SnapshotId, Outcome] = OrderedDict()
 
     def __iter__(self) -> Iterator[SnapshotEntry]:
         return iter(list(self._entries.values()))
@@ -44,11 +44,22 @@ class Register:
             return None
         return entry, entry.shares[ticket.rank]
 
-    def enter(self, ticket: Ticket, plan: SnapshotPlan) -> SnapshotEntry | None:
-        """Return the entry of a share's snapshot, a new one if need be; None if the snapshot is over."""
+    def refusal(self, ticket: Ticket) -> str:
+        """Say why a share comes too late, if it does."""
+        match self._over.get((ticket.generation, ticket.step)):
+            case None:
+                return ""
+            case Durable():
+                return (
+                    f"step {ticket.step} of generation {ticket.generation} was saved here before: restore, "
+                    "or make another Checkpointer, to save it anew"
+                )
+            case Failed(why=why) | Skipped(why=why):
+                return f"it was given up before rank {ticket.rank} delivered: {why}"
+
+    def enter(self, ticket: Ticket, plan: SnapshotPlan) -> SnapshotEntry:
+        """Return the entry of a share's snapshot, which is not over; a new one if need be."""
         key = (ticket.generation, ticket.step)
-        if key in self._over:
-            return None
         if key not in self._entries:
             depth, now_s = plan.handling.depth, time.monotonic()
             self._entries[key] = SnapshotEntry(
@@ -56,9 +67,9 @@ class Register:
             )
         return self._entries[key]
 
-    def note_end(self, entry: SnapshotEntry) -> None:
-        """Remember that a snapshot is over: it is not begun again."""
-        self._over[entry.id] = None
+    def note_end(self, entry: SnapshotEntry, outcome: Outcome) -> None:
+        """Remember how a snapshot ended: it is not begun again."""
+        self._over[entry.id] = outcome
         while len(self._over) > _MAX_REMEMBERED:
             self._over.popitem(last=False)
 

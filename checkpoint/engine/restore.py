@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -44,6 +45,7 @@ class RestoreReport:
     `num_bytes` were read in `num_requests` ranges, split by source in `bytes_by_source`. `fallbacks` are the
     newer checkpoints that were passed over; `detours` the first hundred of `num_detours` chunks, pages and
     manifests that a source did not have as they were written, so that they were had elsewhere, or read again.
+    The sources named in `unreached` did not answer.
     """
 
     num_bytes: int
@@ -52,6 +54,7 @@ class RestoreReport:
     bytes_by_source: Mapping[str, int] = field(default_factory=dict)
     num_detours: int = 0
     detours: tuple[Detour, ...] = ()
+    unreached: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +114,14 @@ def restore_into(
     tally = Tally()
     sources = Sources(sources_of(given), tally)
     alone = _Alone(wanted, policy)
+    ask = partial(sources.steps, policy.patience_s)
     if policy.group is None:
-        manifest, fallbacks = _first_whole(_steps(step, sources.steps), sources, tally, alone.attempt)
+        manifest, fallbacks = _first_whole(_steps(step, ask), sources, tally, alone.attempt)
     else:
         circle = Circle(policy.group)
-        steps = _steps(step, lambda: circle.steps(sources.steps))
+        steps = _steps(step, lambda: circle.steps(ask))
         manifest, fallbacks = _first_whole(steps, sources, tally, _Together(alone, circle).attempt)
-    return Restored(manifest, _report(tally, fallbacks))
+    return Restored(manifest, _report(tally, fallbacks, sources.unreached))
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +219,7 @@ def _first_whole(
     raise NoCheckpoint(_none_whole(fallbacks) if fallbacks else "there is no checkpoint in the store yet")
 
 
-def _report(tally: Tally, fallbacks: tuple[Fallback, ...]) -> RestoreReport:
+def _report(tally: Tally, fallbacks: tuple[Fallback, ...], unreached: tuple[str, ...]) -> RestoreReport:
     return RestoreReport(
         sum(tally.num_bytes.values()),
         tally.num_requests,
@@ -223,6 +227,7 @@ def _report(tally: Tally, fallbacks: tuple[Fallback, ...]) -> RestoreReport:
         dict(tally.num_bytes),
         tally.num_detours,
         tuple(tally.detours),
+        unreached,
     )
 
 

@@ -7,15 +7,16 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from checkpoint.engine.arena import Arena, Region
+from checkpoint.engine.arena import Arena, Region, Sizing, aligned
 from checkpoint.engine.contract import Pressure, SnapshotPlan
 from checkpoint.engine.ledger import SnapshotEntry
+from checkpoint.errors import ArenaFull
 
 log = logging.getLogger("holdfast.checkpoint")
 
 _BARE = (
     "memory holds no snapshot until step %d is captured: the arena has no room for both. "
-    "Raise `checkpoint.arena_mib` to (hold + 1) times the host's share of the state"
+    "Raise %s to (hold + 1) times the host's share of the state"
 )
 
 
@@ -25,6 +26,25 @@ class Room:
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
         self.pressure = Pressure(arena.num_bytes)
+
+    def adopt(self, num_bytes: int, sizing: Sizing) -> None:
+        """Let the arena be of a size at least, and of another sizing. Raises `ArenaFull`."""
+        self._arena.sizing = sizing
+        self._arena.grow(num_bytes)
+        self.pressure = replace(self.pressure, arena_bytes=self._arena.num_bytes)
+
+    def provide(self, num_bytes: int, num_shares: int) -> None:
+        """Let an arena that may grow have room for so many shares. Raises `ArenaFull` if not even for one."""
+        wanted = aligned(num_bytes) * num_shares
+        if self._arena.sizing.growth == "fixed" or wanted <= self._arena.num_bytes:
+            return
+        try:
+            self._arena.grow(wanted)
+        except ArenaFull as error:
+            if aligned(num_bytes) > self._arena.num_bytes:
+                raise
+            log.warning("captures will wait for each other: %s", error)
+        self.pressure = replace(self.pressure, arena_bytes=self._arena.num_bytes)
 
     def lend(self, num_bytes: int, opening: SnapshotEntry, entries: Sequence[SnapshotEntry]) -> Region | None:
         """Lend a region to a snapshot, in place of held ones if need be; None while there is no room.
@@ -66,12 +86,13 @@ class Room:
         """Say why a share finds no room."""
         return (
             f"the arena is full: {self._arena.num_lent_bytes} of {self._arena.num_bytes} bytes wait to be "
-            f"written, {plan.num_bytes} more are needed: raise `checkpoint.arena_mib` or save less often"
+            f"written, {plan.num_bytes} more are needed: raise {self._arena.sizing.setting}, or save less "
+            "often"
         )
 
     def _note_bare(self, step: int) -> None:
         if not self.pressure.num_bare:
-            log.warning(_BARE, step)
+            log.warning(_BARE, step, self._arena.sizing.setting)
         self.pressure = replace(self.pressure, num_bare=self.pressure.num_bare + 1)
 
 
@@ -98,7 +119,8 @@ def choose_victims(opening: SnapshotEntry, entries: Sequence[SnapshotEntry]) -> 
 def choose_excess(held: Sequence[SnapshotEntry], hold: int) -> list[SnapshotEntry]:
     """List those of the held snapshots (given oldest first) that are more than are to be held.
 
-    One that is still at work does not count: it may be stored as what differs from the one before.
+    One that is still at work does not count: it may be stored as what differs from the one before. A guarded
+    one is kept besides: only a new capture that finds no other room takes its place.
     """
     resting = [one for one in held if one.is_at_rest]
-    return [one for one in resting[: max(len(resting) - hold, 0)] if one.may_leave]
+    return [one for one in resting[: max(len(resting) - hold, 0)] if one.may_leave and not one.is_guarded]

@@ -13,23 +13,26 @@ import xxhash
 from checkpoint.engine.contract import (
     Content,
     Depth,
-    Durable,
     Failed,
     Handling,
     Host,
     Outcome,
     SnapshotPlan,
     Ticket,
+    is_final,
 )
+from checkpoint.engine.given import plain_meta, plain_step
 from checkpoint.engine.leaves import Leaves, describe, own_tensors, signature_of, take_apart
+from checkpoint.engine.quiet import no_collection
 from checkpoint.engine.snapshot import Capturer, Snapshot, take
 from checkpoint.engine.staging import Staging
 from checkpoint.engine.structure import Structure, plan_structure
-from checkpoint.errors import Mismatch
+from checkpoint.errors import Mismatch, Unsupported
 from checkpoint.format.codec import Codec
 
+MAX_SKELETON_BYTES = 24 << 20  # of a state's plain values as JSON, so that every reader takes the manifest
+MAX_CONTAINERS = 1 << 21
 _POLL_S = 0.01
-_MEMORY = "memory"  # the tier that a host's own memory is
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,22 +108,13 @@ class Saver:
 
         `meta` is plain data for the manifest; its "spec_digest", "data_cursor" and "metrics" become the
         manifest's. Waits for the snapshot before, if that is still being captured. Raises `FormatError` for a
-        state that has no plain form, `Mismatch` for one that does not lie on its ranks as it says.
+        state or meta that has no plain form, `Mismatch` for one that does not lie on its ranks as it says,
+        TypeError or ValueError for a step that is none.
         """
         self._capturer.wait()
-        taken = take_apart(state)
-        own = own_tensors(taken.leaves)
-        cache = self._cached(taken, share)
-        structure = cache.structure
-        plan = SnapshotPlan(
-            hosts=share.hosts,
-            content=_content(structure, taken.skeleton),
-            meta=meta,
-            handling=self._handling(depth),
-            slots=structure.slots,
-        )
-        ticket = Ticket(self._run, share.generation, step, share.rank)
-        snapshot = Snapshot(ticket, plan, take(structure, cache.small, own, step), Future())
+        step, meta = plain_step(step), plain_meta(meta)
+        with no_collection():
+            snapshot = self._taken(step, state, share, meta, depth)
         self._pending[share.generation, step] = depth
         self._capturer.start(snapshot)
         return snapshot.captured
@@ -128,8 +122,8 @@ class Saver:
     def wait_captured(self) -> float:
         """Wait until the snapshot in hand is captured; return the seconds that took.
 
-        A snapshot that turned out to be torn is spoiled and reported as an outcome; training goes on. Raises
-        `ArenaFull` if the state could never be captured with this arena.
+        A snapshot that turned out to be torn is spoiled and reported as an outcome; training goes on. So it
+        does with one that is too large for the arena.
         """
         if self._capturer.is_idle:
             return 0.0
@@ -160,6 +154,22 @@ class Saver:
         """End the capture thread, after the snapshot in hand. What was captured goes on to be durable."""
         self._capturer.close()
 
+    def _taken(self, step: int, state: Any, share: Share, meta: Mapping[str, Any], depth: Depth) -> Snapshot:
+        """Take what changes next, and plan the rest."""
+        taken = take_apart(state)
+        own = own_tensors(taken.names, taken.leaves)
+        cache = self._cached(taken, share)
+        structure = cache.structure
+        plan = SnapshotPlan(
+            hosts=share.hosts,
+            content=_content(structure, taken.skeleton),
+            meta=meta,
+            handling=self._handling(depth),
+            slots=structure.slots,
+        )
+        ticket = Ticket(self._run, share.generation, step, share.rank)
+        return Snapshot(ticket, plan, take(structure, cache.small, own, step), Future())
+
     def _take(self) -> None:
         for ending in self._capturer.endings():
             self._pending.pop((ending.ticket.generation, ending.ticket.step), None)
@@ -167,7 +177,7 @@ class Saver:
                 self._unread.append(Failed(ending.ticket.step, ending.ticket.generation, ending.why))
         for outcome in self._host.outcomes():
             depth = self._pending.get((outcome.generation, outcome.step))
-            if depth is not None and _is_final(outcome, depth):
+            if depth is not None and is_final(outcome, depth):
                 del self._pending[outcome.generation, outcome.step]
             self._unread.append(outcome)
 
@@ -191,14 +201,22 @@ class Saver:
         )
 
 
-def _is_final(outcome: Outcome, depth: Depth) -> bool:
-    """Whether an outcome is a snapshot's own; others tell of memory and of far tiers besides."""
-    if isinstance(outcome, Durable):
-        return (outcome.tier == _MEMORY) == (depth == "memory")
-    return not (isinstance(outcome, Failed) and outcome.tier)
-
-
 def _content(structure: Structure, skeleton: Any) -> Content:
     text = json.dumps(skeleton, separators=(",", ":"), allow_nan=False)
+    _check_room(skeleton, text)
     digest = xxhash.xxh3_128_hexdigest(f"{structure.described}\n{text}".encode())
     return Content(structure.specs, text, digest)
+
+
+def _check_room(skeleton: Any, text: str) -> None:
+    """Raise Unsupported, naming the largest part, for plain values that no manifest can hold."""
+    num_containers = text.count("[") + text.count("{")
+    if len(text) <= MAX_SKELETON_BYTES and num_containers <= MAX_CONTAINERS:
+        return
+    parts = skeleton if isinstance(skeleton, dict) and "$" not in skeleton else {"the state": skeleton}
+    largest = max(parts, key=lambda name: len(json.dumps(parts[name])))
+    raise Unsupported(
+        f"the plain values of the state take {len(text)} bytes in {num_containers} lists and dicts, and at "
+        f"most {MAX_SKELETON_BYTES} and {MAX_CONTAINERS} can be kept; most of it is {largest!r}: "
+        "make long lists tensors (torch.tensor)"
+    )

@@ -1,7 +1,11 @@
 """Capture: a rank's share is copied into the arena by a thread of its own, and proved not to be torn.
 
 Three guards stand in each other's shadow: every optimizer's step waits for the capture (a hook); version
-counters; and sampled lines of memory (`guards`). Small tensors need none: `save` copies them itself.
+counters; and sampled lines of memory (`guards`). Small tensors need none: `save` copies them itself. Memory
+that was given back (`untyped_storage().resize_(0)`) is not read: that is looked at right before each chunk,
+of 4 MiB at most, is copied. Only who gives memory back in the very millisecond in which it is copied can
+still end the process, on the CPU: nothing in torch keeps memory from its own storage's `resize_`. On CUDA the
+allocator waits for the copy.
 """
 
 import logging
@@ -9,17 +13,18 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from checkpoint.engine.contract import Host, SnapshotPlan, Ticket
 from checkpoint.engine.guards import Watch, watch
+from checkpoint.engine.leaving import finish_at_exit
 from checkpoint.engine.staging import Staging
 from checkpoint.engine.structure import Structure
 from checkpoint.engine.transfer import Transfer
-from checkpoint.errors import ArenaFull, CheckpointError, KeeperLost, Torn
+from checkpoint.errors import CheckpointError, KeeperLost, Torn
 
 log = logging.getLogger("holdfast.checkpoint")
 
@@ -57,8 +62,8 @@ def take(structure: Structure, small: Staging, own: Sequence[torch.Tensor], salt
 
 
 def _watch(structure: Structure, own: Sequence[torch.Tensor], number: int, salt: int) -> Watch:
-    source, slot = structure.sources[number], structure.slots[number]
-    return watch(own[source.leaf], source, slot, number, salt)
+    origin, slot = structure.origins[number], structure.slots[number]
+    return watch(own[origin.leaf], origin, slot, number, salt)
 
 
 def capture(snapshot: Snapshot, host: Host, transfer: Transfer) -> bool:
@@ -74,6 +79,9 @@ def capture(snapshot: Snapshot, host: Host, transfer: Transfer) -> bool:
     taken.small.put(space, transfer)
     copies, under_way = [], []
     for one in taken.watches:
+        if absence := one.absence():
+            transfer.settle()  # the region is another's once the share is spoiled
+            _tear(snapshot, host, one, absence)
         copies.append(one.captured(space))
         event = transfer.copy(copies[-1], one.live)
         if event is None:
@@ -88,13 +96,17 @@ def capture(snapshot: Snapshot, host: Host, transfer: Transfer) -> bool:
         with transfer.beside(one.live):
             why = one.contradiction(copy)
         if why:
-            message = (
-                f"tensor {taken.names[one.number]!r} changed while step {ticket.step} was captured ({why})"
-            )
-            host.spoil(ticket, message)
-            raise Torn(f"{message}: call wait_captured() before anything changes the state")
+            _tear(snapshot, host, one, why)
     host.seal(ticket)
     return True
+
+
+def _tear(snapshot: Snapshot, host: Host, one: Watch, why: str) -> NoReturn:
+    """Give a share up, of which a chunk is not what was to be saved."""
+    name, ticket = snapshot.take.names[one.number], snapshot.ticket
+    message = f"tensor {name!r} changed while step {ticket.step} was captured ({why})"
+    host.spoil(ticket, message)
+    raise Torn(f"{message}: call wait_captured() before anything changes the state")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +126,11 @@ class Capturer:
         self._changed = threading.Condition()
         self._snapshot: Snapshot | None = None
         self._endings: list[Ending] = []
-        self._full: ArenaFull | None = None
         self._is_closed = False
         self._hook = register_optimizer_step_pre_hook(self._before_step)
         self._thread = threading.Thread(target=self._work, name="holdfast-capture", daemon=True)
         self._thread.start()
+        finish_at_exit(self.finish)
 
     def start(self, snapshot: Snapshot) -> None:
         """Hand a snapshot to the thread. The one before has been waited for."""
@@ -128,21 +140,20 @@ class Capturer:
             self._changed.notify_all()
 
     def wait(self) -> None:
-        """Wait until nothing is being captured; bounded by the plan's `max_wait_s` and the copy itself.
-
-        Raises `ArenaFull` once if the snapshot could never fit.
-        """
+        """Wait until nothing is being captured; bounded by the plan's `max_wait_s` and the copy itself."""
         with self._changed:
             while self._snapshot is not None:
                 self._changed.wait()
-            full, self._full = self._full, None
-        if full is not None:
-            raise full
+
+    def finish(self, timeout_s: float) -> bool:
+        """Wait until nothing is being captured, for so long at most; return whether that is so."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._snapshot is None, timeout_s)
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing is being captured."""
-        return self._snapshot is None and self._full is None
+        return self._snapshot is None
 
     def endings(self) -> list[Ending]:
         """Return (once) the snapshots that will not become checkpoints, as far as this side knows."""
@@ -195,10 +206,6 @@ class Capturer:
             return CheckpointError(f"step {snapshot.ticket.step} was not taken: its outcome says why")
         except Torn as error:
             log.error("%s", error)
-            return error
-        except ArenaFull as error:
-            self._full = error
-            self._end(snapshot, None)
             return error
         except KeeperLost as error:
             self._end(snapshot, str(error))

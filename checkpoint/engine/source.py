@@ -44,6 +44,19 @@ class ReadsInto(Protocol):
         """Fill memory with the bytes of a value from an offset on. Raises NotFound if there are too few."""
 
 
+@runtime_checkable
+class ManyPlaces(Protocol):
+    """A source whose packs lie in different places."""
+
+    def origin(self, pack: int) -> str:
+        """What reports call the place of a pack."""
+
+
+def origin_of(source: Source, pack: int) -> str:
+    """Return what reports call the place that a pack of a source was read from."""
+    return source.origin(pack) if isinstance(source, ManyPlaces) else source.name
+
+
 class StoreSource:
     """The checkpoints in a store."""
 

@@ -16,12 +16,12 @@ from checkpoint.format.box import runs_of
 from checkpoint.format.dtypes import itemsize
 from checkpoint.format.layout import Box, Part
 
-EAGER_CHUNK_BYTES = 16 << 10  # copying so little takes no longer than watching over it
+EAGER_CHUNK_BYTES = 128 << 10  # copying so little takes no longer than watching over it
 EAGER_BYTES = 8 << 20  # of a share; what the staging buffers take, and at most 1 or 2 ms of the loop's time
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class Origin:
     """Where a chunk is read: `box` of the rank's own tensor of leaf number `leaf`.
 
     `first` is its first element in that tensor, if the chunk is one run of it in row-major order.
@@ -43,7 +43,7 @@ class Structure:
     specs: tuple[TensorSpec, ...]
     described: str
     slots: tuple[Slot, ...]
-    sources: tuple[Source, ...]
+    origins: tuple[Origin, ...]
     devices: tuple[str, ...]
     num_eager: int
     eager_bytes: int
@@ -56,9 +56,10 @@ def plan_structure(key: tuple[int, int, tuple[Signature, ...]], leaves: Sequence
     pieces = [piece for number, leaf in enumerate(leaves) for piece in leaf.pieces(number, size)]
     mine = [write for write in deal_pieces(specs, pieces) if write.writer == rank]
     parts = {write.tensor: leaves[write.tensor].parts(rank) for write in mine}
-    sources = [_source(write, parts[write.tensor]) for write in mine]
+    origins = [_origin(write, parts[write.tensor]) for write in mine]
     sizes = [write.box.numel * itemsize(specs[write.tensor].dtype) for write in mine]
-    eager = _choose_eager(mine, sizes, [len(parts[write.tensor]) for write in mine], specs)
+    is_whole = [[part.box for part in parts[write.tensor]] == [write.box] for write in mine]
+    eager = _choose_eager(mine, sizes, is_whole, specs)
     device = {number: leaves[mine[number].tensor].device for number in eager}
     order = [*sorted(eager, key=lambda number: (device[number], number))]
     order += [number for number in range(len(mine)) if number not in eager]
@@ -73,31 +74,31 @@ def plan_structure(key: tuple[int, int, tuple[Signature, ...]], leaves: Sequence
         specs,
         json.dumps([[spec.name, spec.dtype, spec.shape] for spec in specs], separators=(",", ":")),
         tuple(slots),
-        tuple(sources[number] for number in order),
+        tuple(origins[number] for number in order),
         tuple(leaf.device for leaf in leaves),
         len(eager),
         eager_bytes,
     )
 
 
-def _source(write: Write, parts: Sequence[Part]) -> Source:
+def _origin(write: Write, parts: Sequence[Part]) -> Origin:
     """Find a chunk in the rank's own tensor, which holds `parts` of the whole one."""
     part = next(one for one in parts if write.box.intersect(one.box) == write.box)
     box = write.box.moved(part.box.start, part.local.start)
     shape = tuple(max(stop) for stop in zip(*(one.local.stop for one in parts), strict=True))
     run, first = next(runs_of(box, shape))
-    return Source(write.tensor, box, first if run.size == box.size else None)
+    return Origin(write.tensor, box, first if run.size == box.size else None)
 
 
 def _choose_eager(
-    writes: Sequence[Write], sizes: Sequence[int], num_parts: Sequence[int], specs: Sequence[TensorSpec]
+    writes: Sequence[Write], sizes: Sequence[int], is_whole: Sequence[bool], specs: Sequence[TensorSpec]
 ) -> set[int]:
     """Choose the chunks to copy at once: small ones that are all that the rank has of a tensor."""
     small = [
         number
         for number, write in enumerate(writes)
         if sizes[number] <= EAGER_CHUNK_BYTES
-        and num_parts[number] == 1
+        and is_whole[number]
         and not specs[write.tensor].dtype.startswith("complex")  # may be conjugated only on paper
     ]
     chosen: set[int] = set()

@@ -127,6 +127,12 @@ def _checked(wanted: Wanted, tensor: torch.Tensor) -> torch.Tensor:
             f"the target of {wanted.name!r} is {dtype_name(tensor.dtype)}{list(tensor.shape)}, "
             f"but what is wanted is {wanted.dtype}{list(wanted.box.size)}"
         )
+    steps = zip(tensor.stride(), tensor.shape, strict=True)
+    if tensor.numel() and any(stride == 0 and size > 1 for stride, size in steps):
+        raise Mismatch(
+            f"the target of {wanted.name!r} is expanded: several of its elements are one in memory, and "
+            "cannot take their values; give a tensor of its own (clone())"
+        )
     return tensor.detach()
 
 

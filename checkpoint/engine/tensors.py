@@ -8,9 +8,12 @@ import torch
 
 from checkpoint.engine.plan import TensorSpec
 from checkpoint.errors import Unsupported
+from checkpoint.format.dtypes import DTYPES
 from checkpoint.format.fingerprint import fingerprint
 from checkpoint.format.layout import Box
 from checkpoint.format.tree import flatten, unflatten
+
+UNSTRIDED = torch.float4_e2m1fn_x2  # the one dtype whose elements torch copies only in one run
 
 
 class FlatState(NamedTuple):
@@ -29,6 +32,8 @@ def flatten_state(state: Any) -> FlatState:
     flat = flatten(state, is_leaf=_is_tensor, key=identity)
     for name, tensor in flat.leaves.items():
         check_plain(name, tensor)
+        if tensor.dtype is UNSTRIDED:
+            check_copyable(name, tensor)
     return FlatState(flat.skeleton, flat.leaves)
 
 
@@ -78,7 +83,16 @@ def raw_bytes(tensor: torch.Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
 
 
 def check_plain(name: str, tensor: torch.Tensor) -> None:
-    """Raise Unsupported, naming the tensor, if it has no plain memory."""
+    """Raise Unsupported, naming the tensor, if it has no plain memory or a dtype that the format lacks."""
+    if tensor.is_nested and tensor.layout is torch.strided:
+        raise Unsupported(
+            f"{name}: a nested tensor has no plain memory to capture: give its parts, as a list"
+        )
+    if dtype_name(tensor.dtype) not in DTYPES:
+        raise Unsupported(
+            f"{name}: the format has no dtype {dtype_name(tensor.dtype)!r}: convert it, or give a "
+            "view(torch.uint8) of it"
+        )
     if not _has_memory(tensor) or tensor.is_quantized:
         raise Unsupported(
             f"{name}: a {type(tensor).__name__} ({tensor.layout}, {tensor.device}) has no plain memory "
@@ -86,9 +100,18 @@ def check_plain(name: str, tensor: torch.Tensor) -> None:
         )
 
 
+def check_copyable(name: str, tensor: torch.Tensor) -> None:
+    """Raise Unsupported, naming the tensor, if torch cannot copy what lies scattered of its dtype."""
+    if not tensor.is_contiguous():
+        raise Unsupported(
+            f"{name}: torch copies {dtype_name(tensor.dtype)} only where it lies in one run: "
+            "give it contiguous(), or a view(torch.uint8) of it"
+        )
+
+
 def identity(tensor: torch.Tensor) -> Hashable:
     """Return what two tensors have in common if they are one: the same elements of the same memory."""
-    if tensor.layout is not torch.strided:
+    if tensor.layout is not torch.strided or tensor.is_nested:
         return id(tensor)
     address = tensor.data_ptr()
     if address == 0:  # an empty one, or one without memory

@@ -59,6 +59,8 @@ class Transfer:
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> Any:
         """Begin to copy to the CPU; return the event that marks its end, None if it is over."""
         with self.beside(source):
+            if source.is_cuda:  # who gives its memory back meanwhile, gives it back after the copy
+                source.record_stream(torch.cuda.current_stream(source.device))
             target.copy_(source, non_blocking=True)
             return torch.cuda.current_stream(source.device).record_event() if source.is_cuda else None
 

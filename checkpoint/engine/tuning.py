@@ -16,7 +16,7 @@ class Tuning:
     pack_bytes: int = 64 << 20
     first_pack_bytes: int = 8 << 20
     num_encoders: int = 2
-    num_writers: int = 2
+    num_writers: int = 4
     poll_s: float = 0.25
     patience_s: float = 600.0
     fenced_patience_s: float = 15.0

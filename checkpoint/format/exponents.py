@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from checkpoint.errors import Corrupt
 from checkpoint.format.frames import compress_by_entropy, decompress
+from checkpoint.format.scratch import Scratch
 
 _HEAD = struct.Struct("<BI")  # highest exponent, bytes of the frame of codes
 _SPAN, _OTHER, _ZERO = 14, 14, 15
@@ -33,7 +34,7 @@ def highest_exponent(few: Plane) -> int | None:
 
 
 class ExponentCoder:
-    """Turns exponents into codes, part by part; all parts but the last have an even length."""
+    """Turns exponents into codes, part by part, each a block at most; all but the last of an even length."""
 
     def __init__(self, highest: int, count: int) -> None:
         self._highest = np.uint8(highest)
@@ -41,11 +42,11 @@ class ExponentCoder:
         self._others: list[bytes] = []
         self._at = 0
 
-    def add(self, part: Plane) -> None:
+    def add(self, part: Plane, room: Scratch) -> None:
         """Code the next exponents."""
-        codes = self._highest - part
-        beyond = codes >= _SPAN
-        places = np.flatnonzero(beyond)
+        codes = np.subtract(self._highest, part, out=room.codes[: part.size])
+        beyond = np.greater_equal(codes, _SPAN, out=room.beyond[: part.size])
+        places = _places(beyond)
         if places.size > _MANY * part.size and (zero := part == 0).any():
             zero &= beyond
             beyond ^= zero
@@ -57,14 +58,25 @@ class ExponentCoder:
         if codes.size % 2:
             codes = np.append(codes, np.uint8(0))
         wide = codes.view("<u2")
-        wide |= wide >> 4
-        self._pairs[self._at : self._at + wide.size] = wide
+        pairs = np.right_shift(wide, 4, out=room.pairs[: wide.size])
+        pairs |= wide
+        self._pairs[self._at : self._at + wide.size] = pairs
         self._at += wide.size
 
     def body(self) -> bytes:
         """Return the codes, compressed, and the exponents that have none as they are."""
         frame = compress_by_entropy(self._pairs.data)
         return b"".join([_HEAD.pack(self._highest, len(frame)), frame, *self._others])
+
+
+def _places(flags: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """Return where flags are set, which few are: most words of eight of them are passed over at once."""
+    if flags.size % 8 == 0:
+        (words,) = flags.view("<u8").astype(np.bool_).nonzero()
+        if words.size < _MANY * flags.size / 8:
+            near, at = flags.reshape(-1, 8)[words].nonzero()
+            return words[near] * 8 + at
+    return flags.nonzero()[0]
 
 
 def decode_exponents(body: memoryview, count: int) -> memoryview:

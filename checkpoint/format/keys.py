@@ -9,6 +9,7 @@ MANIFESTS = "manifests/"
 PACKS = "packs/"
 INDEX = "index/"
 GENERATIONS = "control/generations/"
+ABANDONED = "control/abandoned/"
 DAMAGED = "control/damaged/"
 EXPIRED = "control/expired/"
 SCORES = "control/scores/"
@@ -87,6 +88,11 @@ def damaged_key(step: int, digest: str) -> str:
     return f"{DAMAGED}{_step_and_digest(step, digest)}"
 
 
+def abandoned_key(step: int, digest: str) -> str:
+    """Return the key for a sound manifest that training went back behind; `digest` is of its bytes."""
+    return f"{ABANDONED}{_step_and_digest(step, digest)}"
+
+
 def expired_key(step: int, digest: str) -> str:
     """Return the key where an expired manifest awaits the sweep of its objects; `digest` is of its bytes."""
     return f"{EXPIRED}{_step_and_digest(step, digest)}"
@@ -148,11 +154,6 @@ def parse_generation_key(key: str) -> int | None:
 def parse_expired_key(key: str) -> StepKey | None:
     """Return what the key of an expired manifest says; None if it is no such key."""
     return _parse_step_and_digest(key, EXPIRED)
-
-
-def parse_score_key(key: str) -> StepKey | None:
-    """Return what the key of a checkpoint's scores says; None if it is no such key."""
-    return _parse_step_and_digest(key, SCORES)
 
 
 def parse_verified_key(key: str) -> StepKey | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint.errors import Corrupt
+from checkpoint.errors import Corrupt, FormatError, Unsupported
 from checkpoint.format.checks import check_table
 from checkpoint.format.codec import Buffer, checksum
 from checkpoint.format.json_fields import Fields, dump_json, parse_json
@@ -122,7 +122,13 @@ def decode_manifest(data: Buffer, where: str = "a manifest") -> Manifest:
     """
     if memoryview(data).nbytes > MAX_MANIFEST_BYTES:
         raise Corrupt(f"{where} is larger than any manifest: {memoryview(data).nbytes} bytes")
-    fields = Fields(parse_json(unseal("manifest", data, where), where), where)
+    try:
+        body = unseal("manifest", data, where)
+    except Unsupported:
+        if _is_ours_but_for_its_version(data):
+            raise Corrupt(f"the version in {where} is damaged: the rest is of version {VERSION}") from None
+        raise
+    fields = Fields(parse_json(body, where), where)
     manifest = Manifest(
         run=fields.text("run"),
         step=fields.count("step", MAX_STEP),
@@ -141,6 +147,19 @@ def decode_manifest(data: Buffer, where: str = "a manifest") -> Manifest:
     fields.end()
     _check_names(manifest, where)
     return manifest
+
+
+def _is_ours_but_for_its_version(data: Buffer) -> bool:
+    """Whether a manifest of version 0, whose checksum does not cover the version, is one of version 1."""
+    head, newline, body = bytes(data).partition(b"\n")
+    mended = head.replace(b'"version": 0', b'"version": 1')
+    if mended == head:
+        return False
+    try:
+        decode_manifest(mended + newline + body)
+    except FormatError:
+        return False
+    return True
 
 
 def metrics_to_json(metrics: Mapping[str, float]) -> Json:

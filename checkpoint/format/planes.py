@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from checkpoint.errors import Corrupt
 from checkpoint.format.exponents import ExponentCoder, decode_exponents, highest_exponent
 from checkpoint.format.frames import WORTH_IT, Buffer, compress_by_entropy, decompress
+from checkpoint.format.scratch import BLOCK, Scratch, scratch
 
 PLANE_WIDTHS = {  # bytes of the numbers that elements of a dtype consist of
     **dict.fromkeys(("float16", "bfloat16", "complex32"), 2),
@@ -26,7 +27,7 @@ _RAW, _FRAME, _CODES = range(3)
 _LOWER = {2: [], 4: [(0, 2)], 8: [(0, 4), (4, 2)]}  # below the upper 16 bits: where fields begin; their sizes
 _HEAD = struct.Struct("<BB")  # width, number of fields
 _FIELD = struct.Struct("<BBI")  # bytes of a number, how they are stored, stored bytes
-_BLOCK = 1 << 16  # numbers that are worked on at a time: they fit a core's cache, and malloc's free lists
+_BLOCK = 1 << 16  # numbers that are joined at a time: they fit a core's cache, and malloc's free lists
 _SLICES, _SLICE = 16, 128  # of the numbers that are looked at to decide
 _WORTH_ENTROPY = 0.8  # of a plane: coding one takes longer than all the rest
 _FEW_EQUAL = 2 ** (-8 * _WORTH_ENTROPY)  # of all pairs: then the entropy (Renyi's, a lower bound) is too high
@@ -100,24 +101,39 @@ def join_planes(stored: Buffer, num_raw_bytes: int) -> memoryview:
 
 def _cut(numbers: Array, planes: Sequence[Array], coder: ExponentCoder | None) -> None:
     """Fill the planes with the fields of the numbers; with a coder, the exponents go there."""
-    wide, *narrow = (np.empty(_BLOCK, kind) for kind in (numbers.dtype, "<u2", "<u2", "u1"))
-    for first in range(0, numbers.size, _BLOCK):
-        here = slice(first, first + _BLOCK)
-        block, at = numbers[here], 0
-        for plane in planes[:-2]:
-            plane[here] = np.right_shift(block, 8 * at, out=wide[: block.size]) if at else block
-            at += plane.itemsize
-        upper, rotated, exponents = (room[: block.size] for room in narrow)
-        upper[:] = np.right_shift(block, 8 * at, out=wide[: block.size]) if at else block
-        np.left_shift(upper, 1, out=rotated)
-        np.right_shift(upper, 15, out=upper)
-        np.bitwise_or(upper, rotated, out=rotated)
-        planes[-2][here] = rotated
-        exponents[:] = np.right_shift(rotated, 8, out=rotated)
-        if coder is None:
-            planes[-1][here] = exponents
-        else:
-            coder.add(exponents)
+    with scratch() as room:
+        for first in range(0, numbers.size, BLOCK):
+            here = slice(first, first + BLOCK)
+            _cut_block(numbers[here], [plane[here] for plane in planes], coder, room)
+
+
+def _cut_block(block: Array, planes: Sequence[Array], coder: ExponentCoder | None, room: Scratch) -> None:
+    upper, rotated, exponents = (each[: block.size] for each in room[:3])
+    at = 0
+    for plane in planes[:-2]:
+        _shifted(block, 8 * at, plane)
+        at += plane.itemsize
+    if at:
+        block = _shifted(block, 8 * at, upper)
+    np.add(block, block, out=rotated)  # a shift by one, only faster
+    np.right_shift(block, 15, out=upper)
+    rotated |= upper
+    planes[-2][:] = rotated
+    rotated >>= 8
+    if coder is None:
+        planes[-1][:] = rotated
+    else:
+        exponents[:] = rotated
+        coder.add(exponents, room)
+
+
+def _shifted(block: Array, num_bits: int, into: Array) -> Array:
+    """Put the bits of numbers from `num_bits` on into narrower ones."""
+    if num_bits:
+        np.right_shift(block, num_bits, out=into, casting="unsafe")
+    else:
+        into[:] = block
+    return into
 
 
 def _few(numbers: Array) -> Array:

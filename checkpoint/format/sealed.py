@@ -7,6 +7,7 @@ A file that was edited, cut short or lengthened is refused before a byte of its 
 """
 
 import json
+from typing import TypeGuard
 
 from checkpoint.errors import Corrupt, Unsupported
 from checkpoint.format.codec import Buffer, checksum
@@ -17,10 +18,11 @@ _HEAD_BYTES = 256
 _MAX_BODY_BYTES = 1 << 40
 
 
-def seal(kind: str, body: bytes) -> bytes:
+def seal(kind: str, body: Buffer, version: int = VERSION) -> bytes:
     """Wrap the body of a kind of metadata."""
-    head = {"holdfast": kind, "version": VERSION, "num_bytes": len(body), "xxh3_128": checksum(body).hex()}
-    return json.dumps(head).encode("ascii") + b"\n" + body
+    digest = _digest(version, body)
+    head = {"holdfast": kind, "version": version, "num_bytes": len(body), "xxh3_128": digest}
+    return json.dumps(head).encode("ascii") + b"\n" + bytes(body)
 
 
 def unseal(kind: str, data: Buffer, where: str) -> memoryview:
@@ -31,22 +33,36 @@ def unseal(kind: str, data: Buffer, where: str) -> memoryview:
     view = memoryview(data).cast("B")
     line, newline, _ = bytes(view[:_HEAD_BYTES]).partition(b"\n")
     head = parse_json(line, where) if newline else None
-    if not isinstance(head, dict) or head.get("holdfast") != kind or type(head.get("version")) is not int:
+    version = head.get("version") if isinstance(head, dict) else None
+    if not isinstance(head, dict) or head.get("holdfast") != kind or not _is_number(version):
         raise Corrupt(f"{where} does not begin as a {kind} does: it is damaged, or something else")
-    _check_version(head["version"], where)
     fields = Fields({name: head[name] for name in head if name not in ("holdfast", "version")}, where)
     num_bytes = fields.count("num_bytes", _MAX_BODY_BYTES)
     digest = fields.text("xxh3_128", r"[0-9a-f]{32}")
-    fields.end()
+    if version <= VERSION:
+        fields.end()
     body = view[len(line) + 1 :]
     if len(body) != num_bytes:
         raise Corrupt(f"{where} holds {len(body)} bytes instead of {num_bytes}: it was cut short or edited")
-    if checksum(body).hex() != digest:
+    if _digest(version, body) != digest:
         raise Corrupt(f"the checksum of {where} does not agree: it was edited or damaged")
+    _check_version(version, where)
     return body
 
 
-def _check_version(version: object, where: str) -> None:
+def _is_number(node: object) -> TypeGuard[int]:
+    return isinstance(node, int) and not isinstance(node, bool)
+
+
+def _digest(version: int, body: Buffer) -> str:
+    """Return the checksum of a body, and from version 2 on of the version before it.
+
+    A flipped digit of the version is damage, and to be told from what a later release wrote.
+    """
+    return checksum(body if version <= 1 else b"%d\n" % version + bytes(body)).hex()
+
+
+def _check_version(version: int, where: str) -> None:
     if version == VERSION:
         return
     if version == 0:

@@ -10,7 +10,7 @@ import binascii
 import math
 import reprlib
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -23,6 +23,7 @@ MAX_DEPTH = 64
 _TAG = "$"
 _ROOT = "value"
 _MAX_EXACT_INT = 2**53
+_SCALARS = frozenset({bool, int, float, str, type(None)})  # all but containers, in what JSON gives
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,21 @@ def leaf_names(skeleton: Json) -> Iterator[str]:
                 yield name
             case dict() as node:
                 stack.extend(reversed(node.values()))
-            case list() as items:
+            case list() as items if not _SCALARS.issuperset(map(type, items)):
                 stack.extend(reversed(items))
+
+
+def is_bulk(items: Collection[Any]) -> bool:
+    """Whether a list or tuple holds only ints, only floats or only text, each as JSON has it.
+
+    It is looked at as a whole: a sampler's state may be a list of a million numbers.
+    """
+    kinds = set(map(type, items))
+    if kinds == {int}:
+        return all(-_MAX_EXACT_INT <= end <= _MAX_EXACT_INT for end in (min(items), max(items)))
+    if kinds == {float}:
+        return all(map(math.isfinite, items))
+    return kinds == {str}
 
 
 class _Flattening:
@@ -85,6 +99,8 @@ class _Flattening:
         if type(value) in (dict, OrderedDict):
             return self._dict(value, path)
         if type(value) in (list, tuple):
+            if len(path) < MAX_DEPTH and is_bulk(value):
+                return list(value) if type(value) is list else {_TAG: "tuple", "items": list(value)}
             items = [self.skeleton(item, (*path, str(i))) for i, item in enumerate(value)]
             return items if type(value) is list else {_TAG: "tuple", "items": items}
         return _scalar(value, path)
@@ -143,6 +159,8 @@ def _unflatten(node: Json, leaves: Mapping[str, Any], depth: int) -> Any:
             if _TAG in node:
                 return _untag(node, leaves, depth)
             return {name: _unflatten(item, leaves, depth + 1) for name, item in node.items()}
+        case list() if _SCALARS.issuperset(map(type, node)):
+            return list(node)
         case list():
             return [_unflatten(item, leaves, depth + 1) for item in node]
         case _:

@@ -10,7 +10,7 @@ import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from checkpoint.errors import CheckpointError, StoreRefused
 from checkpoint.keeper.home import hold_life_lock, remove_home
@@ -32,14 +32,14 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
     )
-    with os.fdopen(options.ready_fd, "w", encoding="utf-8") as ready:
+    with os.fdopen(options.ready_fd, "wb", buffering=0) as ready:
         try:
             life_lock = hold_life_lock(config)
             server = _start(config)
         except (CheckpointError, OSError) as error:
-            json.dump({"kind": type(error).__name__, "error": str(error)}, ready)
+            _report(ready, {"kind": type(error).__name__, "error": str(error)})
             return 1
-        json.dump({"pid": os.getpid()}, ready)
+        _report(ready, {"pid": os.getpid()})
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())
     log.info("keeping run %s on host %s for %s", config.run, config.host, config.store_url)
@@ -50,6 +50,13 @@ def main(arguments: list[str]) -> int:
     log.info("ended, everything durable")
     remove_home(config, life_lock)
     return 0
+
+
+def _report(ready: BinaryIO, told: dict[str, Any]) -> None:
+    try:
+        ready.write(json.dumps(told).encode())
+    except BrokenPipeError:
+        log.warning("who started this keeper is gone already")
 
 
 def _give_memory_back() -> None:

@@ -12,11 +12,11 @@ from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 
 from checkpoint.engine.arena import Region, map_arena, populate
-from checkpoint.engine.contract import Durable, Failed, Outcome, Pressure, SnapshotPlan, Ticket
+from checkpoint.engine.contract import Failed, Outcome, Pressure, SnapshotPlan, Ticket, is_final
 from checkpoint.engine.held import Held
-from checkpoint.errors import ArenaFull, KeeperLost, Mismatch
+from checkpoint.errors import CheckpointError, KeeperBusy, KeeperLost, Mismatch, StoreRefused
 from checkpoint.keeper.home import end_hung, is_free, start_locked
-from checkpoint.keeper.launch import launch
+from checkpoint.keeper.launch import as_told, launch
 from checkpoint.keeper.messages import (
     Message,
     held_from_wire,
@@ -28,13 +28,20 @@ from checkpoint.keeper.messages import (
     ticket_to_wire,
     timeval,
 )
-from checkpoint.keeper.settings import KeeperConfig
+from checkpoint.keeper.peering.policy import (
+    Addresses,
+    PeerPolicy,
+    addresses_to_json,
+    parse_addresses,
+    policy_to_json,
+)
+from checkpoint.keeper.settings import KeeperConfig, config_to_text
 
 log = logging.getLogger("holdfast.keeper")
 
 _POLL_S = 0.05
+_BUSY_S = 5.0  # a trainer that was replaced may take a moment to be gone
 _MAX_FAILED = 3  # keepers that do not come up, one after the other
-_MEMORY = "memory"  # the tier that the keeper itself is
 _POPULATED_BYTES = 8 << 20  # at a time
 _STREAM_BYTES = 4 << 20  # chunks are announced in batches of about this size
 
@@ -43,7 +50,7 @@ def connect(config: KeeperConfig) -> "KeeperHost":
     """Join the keeper of this run and host, or start it.
 
     Raises StoreUnavailable, ArenaFull or KeeperLost, saying what to do, if there is none and none can be
-    started.
+    started; KeeperBusy if there is one that others use with other settings.
     """
     return KeeperHost(config)
 
@@ -80,14 +87,13 @@ class KeeperHost:
         told = plan_to_wire(plan, self._plan)
         reply = self._link.ask({"verb": "open", "ticket": ticket_to_wire(ticket), "plan": told})
         self._plan = plan
-        if "arena_full" in reply:
-            raise ArenaFull(reply["arena_full"])
         if "error" in reply:
             raise Mismatch(f"the keeper refused step {ticket.step}: {reply['error']}")
         if reply["region"] is None:
+            self._link.news.extend(map(outcome_from_wire, filter(None, [reply["over"]])))
             return None
         offset, num_bytes = reply["region"]
-        return self._link.memory[offset : offset + num_bytes]
+        return self._link.mapped(reply["arena_bytes"])[offset : offset + num_bytes]
 
     def ready(self, ticket: Ticket, chunk_index: int) -> None:
         """Say that a slot's bytes are in; told in batches."""
@@ -118,8 +124,7 @@ class KeeperHost:
         while self._link.news:
             outcome = self._link.news.popleft()
             key = (outcome.generation, outcome.step)
-            is_held = isinstance(outcome, Durable) and outcome.tier == _MEMORY
-            if not (is_held and key in self._stored):  # else the store's outcome is yet to come
+            if is_final(outcome, "store" if key in self._stored else "memory"):
                 self._captured.pop(key, None)
                 self._stored.discard(key)
             taken.append(outcome)
@@ -133,12 +138,12 @@ class KeeperHost:
         """
         link, told = self._link, None
         with suppress(KeeperLost):
-            told = link.ask({"verb": "held"})["held"]
-        if told is None:
+            told = link.ask({"verb": "held"})
+        if told is None or told["held"] is None:
             yield None
             return
         try:
-            yield held_from_wire(told, link.memory.toreadonly())
+            yield held_from_wire(told["held"], link.mapped(told["arena_bytes"]).toreadonly())
         finally:
             with suppress(KeeperLost):
                 link.ask({"verb": "unheld"})
@@ -146,6 +151,32 @@ class KeeperHost:
     def pressure(self) -> Pressure:
         """Return how tight the keeper's memory has been so far. Raises KeeperLost."""
         return Pressure(**self._link.ask({"verb": "pressure"})["pressure"])
+
+    @property
+    def keeper(self) -> object:
+        """Stands for the keeper that is joined now: another one's is another object."""
+        return self._link
+
+    def listen(self, policy: PeerPolicy) -> Addresses:
+        """Have the keeper listen to the keepers of other hosts; return whom it knows, itself among them.
+
+        Raises KeeperLost; StoreRefused if its machine has no such address.
+        """
+        reply = self._link.ask({"verb": "listen", "policy": policy_to_json(policy)})
+        if "error" in reply:
+            raise StoreRefused(f"the keeper of {self._config.host} cannot be a peer: {reply['error']}")
+        return parse_addresses(reply["peers"])
+
+    def peers(self) -> Addresses:
+        """Return the keepers that this one knows, itself among them if it listens; none if it died."""
+        with suppress(KeeperLost):
+            return parse_addresses(self._link.ask({"verb": "peers"})["peers"])
+        return {}
+
+    def meet(self, generation: int, addresses: Addresses) -> None:
+        """Tell the keeper the keepers of a generation's world, the first rank's first. Raises KeeperLost."""
+        told = addresses_to_json(addresses)
+        self._link.ask({"verb": "meet", "generation": generation, "peers": told})
 
     def close(self) -> None:
         """Leave the keeper. What was captured goes on to be durable."""
@@ -175,15 +206,17 @@ class _Link:
     A keeper that does not answer for `answer_s`, nor says that it is busy, is hung: the link is given up.
     """
 
-    def __init__(self, channel: socket.socket, answer_s: float) -> None:
-        hello, fd = receive_with_fd(channel)
+    def __init__(self, channel: socket.socket, config: KeeperConfig) -> None:
+        send(channel, {"hello": config_to_text(config)})
+        greeting, fd = receive_with_fd(channel)
+        if "error" in greeting:
+            raise as_told(greeting)
         if fd is None:
-            raise KeeperLost("the keeper did not hand its arena over")
-        try:
-            memory = map_arena(fd, hello["arena_bytes"])
-        finally:
-            os.close(fd)
-        self.memory = memoryview(memory)
+            raise KeeperLost(f"the keeper did not hand its arena over: {greeting.get('leaving')}")
+        answer_s = config.answer_s
+        self._arena_fd = fd
+        self._mapping = threading.Lock()
+        self._memory = memory = map_arena(fd, greeting["arena_bytes"])
         self.news: deque[Outcome] = deque()
         self.is_lost = False
         self.is_hung = False
@@ -198,6 +231,15 @@ class _Link:
         channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(answer_s))
         threading.Thread(target=self._read, name="holdfast-keeper", daemon=True).start()
         threading.Thread(target=self._populate, args=(memory,), name="holdfast-populate", daemon=True).start()
+
+    def mapped(self, num_bytes: int) -> memoryview:
+        """Return the arena, which has so many bytes by now: it may have grown."""
+        with self._mapping:
+            if len(self._memory) < num_bytes:
+                if self.is_lost:
+                    raise KeeperLost("the keeper died")
+                self._memory = map_arena(self._arena_fd, num_bytes)
+            return memoryview(self._memory)
 
     def ask(self, message: Message) -> Message:
         """Send a message and wait for its reply. Raises KeeperLost when there will be none."""
@@ -261,17 +303,25 @@ class _Link:
             self.is_lost = True
             self._replies.put(None)
             self._channel.close()
+            with self._mapping:
+                os.close(self._arena_fd)
 
 
 def _join_or_start(config: KeeperConfig) -> _Link:
     """Find a living keeper or start one; a lock sees to it that one client does so at a time."""
-    deadline, num_failed = time.monotonic() + config.start_s, 0
+    began_s, num_failed = time.monotonic(), 0
+    deadline = began_s + config.start_s
     with start_locked(config, deadline):
         while True:
             try:
                 return _dial(config)
             except TimeoutError:
                 _end_hung(config)
+            except KeeperBusy:
+                if time.monotonic() > began_s + min(_BUSY_S, config.start_s):
+                    raise
+                time.sleep(_POLL_S)
+                continue
             except (KeeperLost, OSError):
                 pass  # there is none, or it is about to end
             if time.monotonic() > deadline:
@@ -291,13 +341,16 @@ def _join_or_start(config: KeeperConfig) -> _Link:
 
 
 def _dial(config: KeeperConfig) -> _Link:
-    """Connect to the keeper. Raises TimeoutError if there is one that does not answer, OSError if none."""
+    """Connect to the keeper, on these terms.
+
+    Raises TimeoutError if there is one that does not answer, OSError if none, KeeperBusy if it cannot.
+    """
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         channel.settimeout(config.answer_s)
         channel.connect(str(config.socket_path))
-        return _Link(channel, config.answer_s)
-    except (OSError, KeeperLost) as error:
+        return _Link(channel, config)
+    except (OSError, CheckpointError) as error:
         channel.close()
         if isinstance(error.__cause__, TimeoutError):
             raise error.__cause__ from error

@@ -13,7 +13,7 @@ from checkpoint.lifecycle.promotion import promote
 from checkpoint.lifecycle.retention import prune
 from checkpoint.lifecycle.survey import list_manifests, objects_of, survey
 from checkpoint.lifecycle.tiers import Tier, is_due
-from checkpoint.store.contract import Store
+from checkpoint.store.contract import Entry, Store
 
 log = logging.getLogger("holdfast.keeper")
 
@@ -35,8 +35,9 @@ class FarTier:
         self._store = store
         self._tell = tell
         self._here: dict[int, Candidate] = {}
-        self._failed: set[int] = set()
-        self._hopeless: set[int] = set()
+        self._failed: set[tuple[int, int]] = set()
+        self._listed: dict[int, Entry] = {}
+        self._hopeless: dict[int, Entry | None] = {}  # as it was listed near: one saved anew has a new chance
 
     @property
     def name(self) -> str:
@@ -56,14 +57,16 @@ class FarTier:
     def missing(self) -> list[Manifest]:
         """List the checkpoints that are due here, were not here at the last look, and would be kept; the
         newest first."""
-        due = {step for step in list_manifests(self._near) if is_due(self._tier, step)}
-        if not due - self._here.keys() - self._hopeless:
+        self._listed = list_manifests(self._near)
+        due = {step for step in self._listed if is_due(self._tier, step)}
+        hopeless = {step for step, entry in self._hopeless.items() if self._listed.get(step) == entry}
+        if not due - self._here.keys() - hopeless:
             return []
         near = survey(self._near).standing
         found = {step: near[step].manifest for step in due & near.keys() - self._here.keys()}
         candidates = [*self._here.values(), *map(_candidate, found.values())]
         kept = {one.step for one in judge(candidates, self._tier.policies) if one.is_kept}
-        return [found[step] for step in sorted(found.keys() & kept - self._hopeless, reverse=True)]
+        return [found[step] for step in sorted(found.keys() & kept - hopeless, reverse=True)]
 
     def bring(self, manifest: Manifest, since_s: float) -> bool:
         """Copy a checkpoint here; return whether it is here now. Never raises what may happen to a store."""
@@ -73,10 +76,12 @@ class FarTier:
             return False  # it expired on the near tier meanwhile
         except CheckpointError as error:
             if isinstance(error, Conflict | FormatError):
-                self._hopeless.add(manifest.step)  # asking again changes nothing
+                self._hopeless[manifest.step] = self._listed.get(
+                    manifest.step
+                )  # asking again changes nothing
             self._fail(manifest, error)
             return False
-        self._failed.discard(manifest.step)
+        self._failed.discard((manifest.generation, manifest.step))
         self._here[manifest.step] = _candidate(manifest)
         seconds = time.monotonic() - since_s
         self._tell(Durable(manifest.step, manifest.generation, self.name, report.num_bytes, seconds))
@@ -88,8 +93,8 @@ class FarTier:
 
     def _fail(self, manifest: Manifest, error: CheckpointError) -> None:
         log.warning("step %d did not come to tier %s: %s", manifest.step, self.name, error)
-        if manifest.step not in self._failed:
-            self._failed.add(manifest.step)
+        if (manifest.generation, manifest.step) not in self._failed:
+            self._failed.add((manifest.generation, manifest.step))
             why = f"{type(error).__name__}: {error}"
             self._tell(Failed(manifest.step, manifest.generation, why, self.name))
 

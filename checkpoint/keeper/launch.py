@@ -5,9 +5,18 @@ import os
 import select
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from checkpoint.errors import ArenaFull, CheckpointError, KeeperLost, StoreRefused, StoreUnavailable
+from checkpoint.errors import (
+    ArenaFull,
+    CheckpointError,
+    KeeperBusy,
+    KeeperLost,
+    StoreRefused,
+    StoreUnavailable,
+)
 from checkpoint.keeper.settings import KeeperConfig, config_to_text
 
 _ROOT = Path(__file__).resolve().parents[2]  # from where `-m checkpoint.keeper` finds this very package
@@ -18,7 +27,7 @@ _FORK_AND_RUN = (
     "os.execv(sys.executable, [sys.executable, '-m', 'checkpoint.keeper', *sys.argv[1:]])\n"
 )
 _KINDS: dict[str, type[CheckpointError]] = {
-    kind.__name__: kind for kind in (StoreRefused, StoreUnavailable, ArenaFull, KeeperLost)
+    kind.__name__: kind for kind in (StoreRefused, StoreUnavailable, ArenaFull, KeeperBusy, KeeperLost)
 }
 _LOG_TAIL_BYTES = 2000
 
@@ -56,8 +65,13 @@ def launch(config: KeeperConfig) -> int:
         raise KeeperLost(f"the keeper died while starting, its log ends: {_tail(config.log_path)}")
     answer = json.loads(told)
     if "error" in answer:
-        raise _KINDS.get(answer["kind"], KeeperLost)(answer["error"])
+        raise as_told(answer)
     return int(answer["pid"])
+
+
+def as_told(answer: Mapping[str, Any]) -> CheckpointError:
+    """Return the error that a keeper told, of its kind."""
+    return _KINDS.get(answer["kind"], KeeperLost)(answer["error"])
 
 
 def _tail(path: Path) -> str:

@@ -21,6 +21,10 @@ class Lease:
         alone_since_s = now_s if self.num_clients == 1 else None
         return Lease(self.lease_s, self.flush_s, self.num_clients - 1, alone_since_s)
 
+    def renewed(self, lease_s: float, flush_s: float) -> "Lease":
+        """Other terms hold from now on."""
+        return Lease(lease_s, flush_s, self.num_clients, self.alone_since_s)
+
     def is_over(self, now_s: float, num_unfinished: int) -> bool:
         """Whether to end: alone for the lease, and nothing left to flush, or no patience left to flush it."""
         if self.alone_since_s is None:

@@ -22,7 +22,7 @@ from checkpoint.engine.contract import (
 from checkpoint.engine.held import Held
 from checkpoint.engine.plan import TensorSpec
 from checkpoint.errors import KeeperLost
-from checkpoint.format.codec import Codec
+from checkpoint.format.codec import Buffer, Codec
 from checkpoint.format.layout import Box
 from checkpoint.format.manifest import decode_manifest, decode_page, encode_manifest, encode_pages
 from checkpoint.format.table import ChunkTable
@@ -31,6 +31,7 @@ Message = dict[str, Any]
 
 MAX_MESSAGE_BYTES = 256 << 20
 _LENGTH = struct.Struct("<I")
+_CREDENTIALS = struct.Struct("3i")
 _OUTCOMES: Mapping[str, type[Outcome]] = {kind.__name__: kind for kind in (Durable, Failed, Skipped)}
 
 
@@ -47,9 +48,30 @@ def send(channel: socket.socket, message: Message, fds: Sequence[int] = ()) -> N
         raise KeeperLost(f"the other side of the keeper's socket is gone: {error}") from error
 
 
-def receive(channel: socket.socket) -> Message:
-    """Receive one message. Raises KeeperLost when the other side is gone."""
-    return _body(channel, _exactly(channel, _LENGTH.size))
+def receive(channel: socket.socket, max_bytes: int = MAX_MESSAGE_BYTES) -> Message:
+    """Receive one message. Raises KeeperLost when the other side is gone, or sends a longer one."""
+    return _body(channel, _exactly(channel, _LENGTH.size), max_bytes)
+
+
+def send_bytes(channel: socket.socket, buffers: Sequence[Buffer]) -> None:
+    """Send what follows a message that told its length. Raises KeeperLost when the other side is gone."""
+    try:
+        for buffer in buffers:
+            channel.sendall(buffer)
+    except OSError as error:
+        raise KeeperLost(f"the other side of the keeper's socket is gone: {error}") from error
+
+
+def receive_bytes(channel: socket.socket, memory: memoryview) -> None:
+    """Fill memory with what follows a message. Raises KeeperLost when the other side is gone."""
+    while memory.nbytes:
+        try:
+            num_bytes = channel.recv_into(memory)
+        except OSError as error:
+            raise KeeperLost(f"the other side of the keeper's socket is gone: {error}") from error
+        if not num_bytes:
+            raise KeeperLost("the other side of the keeper's socket is gone")
+        memory = memory[num_bytes:]
 
 
 def receive_with_fd(channel: socket.socket) -> tuple[Message, int | None]:
@@ -60,7 +82,7 @@ def receive_with_fd(channel: socket.socket) -> tuple[Message, int | None]:
         raise KeeperLost(f"the other side of the keeper's socket is gone: {error}") from error
     if len(head) < _LENGTH.size:
         raise KeeperLost("the other side of the keeper's socket is gone")
-    return _body(channel, head), fds[0] if fds else None
+    return _body(channel, head, MAX_MESSAGE_BYTES), fds[0] if fds else None
 
 
 def ticket_to_wire(ticket: Ticket) -> list[Any]:
@@ -145,9 +167,16 @@ def timeval(seconds: float) -> bytes:
     return whole.to_bytes(8, "little") + int((seconds - whole) * 1e6).to_bytes(8, "little")
 
 
-def _body(channel: socket.socket, head: bytes) -> Message:
+def peer_pid(channel: socket.socket) -> int:
+    """Return the process on the other side of a unix socket."""
+    credentials = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, _, _ = _CREDENTIALS.unpack(credentials)
+    return int(pid)
+
+
+def _body(channel: socket.socket, head: bytes, max_bytes: int) -> Message:
     (num_bytes,) = _LENGTH.unpack(head)
-    if num_bytes > MAX_MESSAGE_BYTES:
+    if num_bytes > max_bytes:
         raise KeeperLost(f"a message of {num_bytes} bytes is none of the keeper's")
     message: Message = json.loads(_exactly(channel, num_bytes))
     return message

@@ -4,11 +4,12 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from checkpoint.engine.arena import Sizing
 from checkpoint.errors import StoreRefused
-from checkpoint.lifecycle.policies import Policy, parse_policy, policy_to_text
+from checkpoint.lifecycle.policies import Policy, parse_policies, parse_policy, policy_to_text
 from checkpoint.lifecycle.tiers import Tier, check_tiers, parse_tier, tier_to_json
 from checkpoint.store.open import open_store
 
@@ -36,8 +37,10 @@ class KeeperConfig:
     answer_s: float = 20.0
     start_s: float = 60.0
     directory: Path | None = None
+    sizing: Sizing = field(default_factory=Sizing)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", parse_policies(self.keep))
         check_tiers(self.far)
 
     @property
@@ -82,6 +85,7 @@ def config_to_text(config: KeeperConfig) -> str:
             "hold": config.hold,
             "keep": [policy_to_text(policy) for policy in config.keep],
             "far": [tier_to_json(replace(tier, url=absolute_url(tier.url))) for tier in config.far],
+            "sizing": asdict(config.sizing),
         }
     )
 
@@ -91,7 +95,8 @@ def parse_config(text: str, directory: Path) -> KeeperConfig:
     fields = json.loads(text)
     keep = tuple(parse_policy(policy) for policy in fields.pop("keep"))
     far = tuple(parse_tier(tier) for tier in fields.pop("far"))
-    return KeeperConfig(**fields, keep=keep, far=far, directory=directory)
+    sizing = Sizing(**fields.pop("sizing"))
+    return KeeperConfig(**fields, keep=keep, far=far, sizing=sizing, directory=directory)
 
 
 def absolute_url(store_url: str) -> str:

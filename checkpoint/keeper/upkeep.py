@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from checkpoint.engine.contract import Durable, Outcome
+from checkpoint.engine.contract import MEMORY, PARITY, Durable, Outcome
 from checkpoint.engine.intake import Intake
 from checkpoint.errors import CheckpointError
 from checkpoint.keeper.far import FarTier, Graces, prune_logged
@@ -83,6 +83,12 @@ class Upkeep:
             work = partial(self._keep_doing, chore)
             threading.Thread(target=work, name="holdfast-upkeep", daemon=True).start()
 
+    @property
+    def num_undone(self) -> int:
+        """How many tiers have not been looked after since the last commit."""
+        with self._changed:
+            return sum(chore.num_seen != self._num_commits for chore in self._chores)
+
     def drain(self, timeout_s: float) -> bool:
         """Wait until every tier has been looked after since the last commit; False if time ran out."""
         with self._changed:
@@ -92,6 +98,7 @@ class Upkeep:
 
     def close(self) -> None:
         """Stop; what is under way to a far tier is broken off, and resumed by who comes next."""
+        self._intake.board.unwatch(self._note)
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -100,7 +107,7 @@ class Upkeep:
         return Retrying(store, self._policy.retry, may_go_on=lambda: not self._is_closed)
 
     def _note(self, outcome: Outcome) -> None:
-        others = {"memory", *(far.name for far in self._far)}
+        others = {MEMORY, PARITY, *(far.name for far in self._far)}
         if not isinstance(outcome, Durable) or outcome.tier in others:
             return
         with self._changed:

@@ -1,18 +1,22 @@
-"""Setting a damaged checkpoint aside, so that its step can be saved anew: the policy "damaged"."""
+"""Setting a checkpoint aside, so that its step can be saved anew: the policies "damaged" and "abandoned"."""
 
 from contextlib import suppress
+from typing import Literal
 
 from checkpoint.engine.catalog import Catalog
 from checkpoint.engine.receipt import RECEIPT_SEQ
 from checkpoint.errors import AlreadyExists, Conflict, FormatError, NotFound
 from checkpoint.format.codec import checksum
 from checkpoint.format.json_fields import dump_json
-from checkpoint.format.keys import INDEX, damaged_key, manifest_key, parse_page_key
+from checkpoint.format.keys import INDEX, abandoned_key, damaged_key, manifest_key, parse_page_key
 from checkpoint.store.contract import Buffer, Store
 
+Policy = Literal["damaged", "abandoned"]
+_KEYS = {"damaged": damaged_key, "abandoned": abandoned_key}
 
-def set_aside(store: Store, step: int, why: str) -> bool:
-    """Move a damaged checkpoint's manifest to `control/damaged/`; False if the step has none.
+
+def set_aside(store: Store, step: int, why: str, *, policy: Policy = "damaged") -> bool:
+    """Move a checkpoint's manifest to `control/damaged/` or `control/abandoned/`; False if the step has none.
 
     Its packs and pages stay, as orphans; its receipts go, or a save in the same generation would be content
     with them. It ends the same if it is called again after it broke off. Call it where one process restores
@@ -24,11 +28,9 @@ def set_aside(store: Store, step: int, why: str) -> bool:
         data = store.read(key)[0]
     except NotFound:
         return False
-    copy = damaged_key(step, checksum(data).hex())
+    copy = _KEYS[policy](step, checksum(data).hex())
     with suppress(AlreadyExists):
-        store.put_new(
-            f"{copy}.json", dump_json({"policy": "damaged", "step": step, "why": why}, "the reason")
-        )
+        store.put_new(f"{copy}.json", dump_json({"policy": policy, "step": step, "why": why}, "the reason"))
     _copy(store, copy, data)
     for receipt in _receipts(store, step):
         store.delete(receipt)

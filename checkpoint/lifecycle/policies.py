@@ -153,6 +153,24 @@ def parse_policy(text: str) -> Policy:
         ) from None
 
 
+def parse_policies(given: object) -> tuple[Policy, ...]:
+    """Return the policies that somebody gave: one or several, as values or as text.
+
+    Raises ValueError for what is no policy.
+    """
+    several = given if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+    return tuple(_policy(one) for one in several)
+
+
+def _policy(given: object) -> Policy:
+    match given:
+        case str():
+            return parse_policy(given)
+        case LatestN() | EverySteps() | EveryMinutes() | BestByMetric() | Pinned() | WithinBytes():
+            return given
+    raise ValueError(f'{str(given)[:80]!r} is no retention policy: give LatestN(3) or "latest:3", or several')
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """What policies know of a checkpoint; `objects` are the bytes it takes by key, which others may share."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from checkpoint.format.tree import Json
-from checkpoint.lifecycle.policies import LatestN, Policy, WithinBytes, parse_policy, policy_to_text
+from checkpoint.lifecycle.policies import LatestN, Policy, WithinBytes, parse_policies, policy_to_text
 
 _FIELDS = {"url", "every", "keep", "name", "budget_bytes"}
 
@@ -25,6 +25,7 @@ class Tier:
     budget_bytes: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", parse_policies(self.keep))
         if not self.url or self.every < 1:
             raise ValueError(
                 f"a tier needs a URL, and a cadence of 1 step or more: not {self.url!r}, every {self.every}"
@@ -87,5 +88,5 @@ def parse_tier(data: Mapping[str, Json]) -> Tier:
         or not (keep is None or isinstance(keep, list))
     ):
         raise ValueError(f"a tier is a url, every, keep, name and budget_bytes, not {str(dict(data))[:160]}")
-    policies = (LatestN(3),) if keep is None else tuple(parse_policy(str(text)) for text in keep)
+    policies = (LatestN(3),) if keep is None else parse_policies(map(str, keep))
     return Tier(url, every, policies, name, budget_bytes)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from pyeclib.ec_iface import VALID_EC_TYPES, ECDriver
 
 from checkpoint.errors import CheckpointError, Unrecoverable
+from checkpoint.redundancy.scratch import scratch
 from checkpoint.store.contract import Buffer
 
 _STEP_BYTES = 256 << 10  # what is summed up at a time: the sum stays in the cache
@@ -105,7 +106,7 @@ def _xor(pieces: Sequence[Buffer], num_bytes: int) -> Buffer:
     """Return the exclusive or of the pieces, cut or filled up to a length."""
     views = [np.frombuffer(piece, np.uint8)[:num_bytes] for piece in pieces]
     longest, *others = sorted(views, key=len, reverse=True)
-    total = np.empty(num_bytes, np.uint8)
+    total = scratch(num_bytes)
     total[len(longest) :] = 0
     for start in range(0, len(longest), _STEP_BYTES):
         stop = start + _STEP_BYTES

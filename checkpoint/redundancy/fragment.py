@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import xxhash
 
 from checkpoint.errors import Corrupt
+from checkpoint.redundancy.parts import Parts
 from checkpoint.store.contract import Buffer
 
 _MAGIC = b"HFpf"
@@ -42,9 +43,18 @@ class Fragment:
     payload: Buffer
 
 
-def whole_of(value: Buffer) -> Whole:
+def whole_of(value: Buffer | Parts) -> Whole:
     """Return what identifies a value."""
-    return Whole(memoryview(value).nbytes, _digest(value))
+    parts = value if isinstance(value, Parts) else Parts([value])
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(part)
+    return Whole(parts.num_bytes, digest.digest())
+
+
+def is_of(share: Share, block: Buffer) -> bool:
+    """Whether a block is, bit for bit, the one that a share speaks of."""
+    return memoryview(block).nbytes == share.num_bytes and _digest(block) == share.checksum
 
 
 def share_of(whole: Whole, block: Buffer) -> Share:
@@ -63,18 +73,30 @@ def encode_fragment(name: str, fragment: Fragment) -> list[Buffer]:
 
 def decode_fragment(name: str, data: Buffer) -> Fragment:
     """Return the fragment of this name, its payload uncopied. Raises Corrupt if a bit of it is wrong."""
+    fragment = decode_unproved(name, data)
+    payload_digest = _HEAD.unpack_from(memoryview(data).cast("B"))[-1]
+    if _digest(fragment.payload) != payload_digest:
+        raise Corrupt(f"the bytes of fragment {name} are not those that were put there")
+    return fragment
+
+
+def decode_unproved(name: str, data: Buffer) -> Fragment:
+    """Return the fragment of this name, without looking at its payload: for who proves what it is used for.
+
+    Raises Corrupt if it is another one, if its length is wrong, or any bit of its head.
+    """
     view = memoryview(data).cast("B")
     if view.nbytes < _HEAD.size:
         raise Corrupt(f"fragment {name} was cut short")
-    magic, version, num_shares, num_bytes, name_digest, payload_digest = _HEAD.unpack_from(view)
+    magic, version, num_shares, num_bytes, name_digest, _ = _HEAD.unpack_from(view)
     if magic != _MAGIC or version != _VERSION or name_digest != _digest(name.encode()):
         raise Corrupt(f"what is kept as fragment {name} is something else")
     end = _HEAD.size + num_shares * _SHARE.size
     payload = view[end + _DIGEST_BYTES :]
     if view[end : end + _DIGEST_BYTES] != _digest(view[:end]):
         raise Corrupt(f"the head of fragment {name} is damaged")
-    if payload.nbytes != num_bytes or _digest(payload) != payload_digest:
-        raise Corrupt(f"the bytes of fragment {name} are not those that were put there")
+    if payload.nbytes != num_bytes:
+        raise Corrupt(f"fragment {name} has {payload.nbytes} bytes instead of {num_bytes}")
     return Fragment(_shares(view[_HEAD.size : end]), payload)
 
 

@@ -17,6 +17,7 @@ from checkpoint.redundancy.fragment import (
     share_of,
     whole_of,
 )
+from checkpoint.redundancy.parts import Parts
 from checkpoint.redundancy.peers import Peers, Place
 from checkpoint.redundancy.stripes import Stripes, every_name, first_blocks, prefix_of
 from checkpoint.store.contract import Buffer
@@ -30,18 +31,18 @@ class Protected:
     num_parity_bytes: int
 
 
-def offer(peers: Peers, stripes: Stripes, *, host: str, snapshot: str, value: Buffer) -> None:
+def offer(peers: Peers, stripes: Stripes, *, host: str, snapshot: str, value: Buffer | Parts) -> None:
     """Make this host's value of a snapshot known to its peers, from its own memory: nothing travels.
 
     Once all hosts of the group have offered theirs, `protect` may follow. A snapshot's name is a key; what is
     offered under one name is always the same value.
     """
-    view = memoryview(value).cast("B")
-    whole = whole_of(view)
+    parts = value if isinstance(value, Parts) else Parts([value])
+    whole = whole_of(parts)
     for row, stripe in stripes.rows_of(host):
-        blocks = stripes.blocks(stripes.piece(view.nbytes, row))
+        blocks = stripes.blocks(stripes.piece(parts.num_bytes, row))
         for number, part in reversed(list(enumerate(blocks))):
-            payload = view[part.offset : part.stop]
+            payload = parts.piece(part.offset, part.stop)
             place = stripes.place(snapshot, stripe, row, number)
             peers.put(place, encode_fragment(place.name, Fragment((share_of(whole, payload),), payload)))
 

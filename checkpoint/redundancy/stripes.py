@@ -27,12 +27,6 @@ class Stripes:
         if self.block_bytes < 1:
             raise CheckpointError(f"blocks of {self.block_bytes} bytes hold nothing")
 
-    @property
-    def working_bytes(self) -> int:
-        """The most that encoding or recovering has in hand at once, apart from the value itself."""
-        num_copies = 2 if self.group.num_parity == 1 else 5  # the Reed-Solomon library takes and gives copies
-        return num_copies * (len(self.group.hosts) + 1) * (self.block_bytes + (8 << 10))
-
     def piece(self, value_bytes: int, row: int) -> ByteRange:
         """Return which bytes of a value are in this row."""
         width = -(-value_bytes // self.group.num_data)

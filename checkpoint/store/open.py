@@ -1,10 +1,12 @@
 """From a URL to a store, and a store put to the proof."""
 
+import re
 import threading
 import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from checkpoint.errors import AlreadyExists, StoreError, StoreRefused
@@ -16,6 +18,7 @@ from checkpoint.store.obstore import PREFIX, ObStore
 from checkpoint.store.wrappers import Retrying
 
 _lock = threading.Lock()
+_ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
 _FIRST, _SECOND = b"first", b"second"
 _memory: dict[str, MemoryStore] = {}
 
@@ -39,18 +42,20 @@ class Probe:
 def open_store(url: str) -> Store:
     """Return the store that a URL names; nothing is read or written yet.
 
-    A plain path or `file://` is a directory, which the first write creates; `memory://name` lives in this
-    process; anything else is a URL that fsspec knows (`s3://bucket/prefix`), or one for obstore, the optional
-    faster client (`obstore+s3://bucket/prefix`). Their requests are tried again while it is unavailable.
-    Credentials come from the environment, as the client library reads it.
+    A plain path (`~` is the home directory) or `file://` is a directory, which the first write creates;
+    `memory://name` lives in this process; anything else is a URL that fsspec knows (`s3://bucket/prefix`), or
+    one for obstore, the optional faster client (`obstore+s3://bucket/prefix`). Their requests are
+    tried again while it is unavailable. Credentials come from the environment, as the client reads it.
 
     Raises StoreRefused for a URL that names no store.
     """
     scheme, separator, rest = url.partition("://")
     if not url or (separator and not scheme):
         raise StoreRefused(f"{url!r} names no store: give a path or a URL like s3://bucket/prefix")
+    if typo := _ONE_SLASH.match(url):
+        raise StoreRefused(f"{url!r} names no store: write {typo[1].lower()}://, with two slashes")
     if not separator:
-        return LocalStore(url)
+        return LocalStore(Path(url).expanduser())
     match scheme:
         case "file":
             return LocalStore(_local_path(url))

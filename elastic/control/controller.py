@@ -5,8 +5,8 @@ does so at a step boundary, and a request to stop leads to ENDED through one las
 an older generation is ignored.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from elastic.control.events import (
@@ -15,6 +15,7 @@ from elastic.control.events import (
     Event,
     MemberEnded,
     MemberFailed,
+    MemberLeaving,
     MemberLost,
     MemberReady,
     ReplicaHealed,
@@ -23,6 +24,7 @@ from elastic.control.events import (
     StopRequested,
     Tick,
     UserFailed,
+    WorkersWanted,
     WorldBroken,
 )
 from elastic.control.instructions import (
@@ -31,6 +33,7 @@ from elastic.control.instructions import (
     Instruction,
     KillMember,
     Manner,
+    ReleaseMember,
     StartMember,
     Status,
     StopWorld,
@@ -118,6 +121,10 @@ class Controller:
                 return self._distrust(member, now)
             case UserFailed():
                 return self._end(Status.FAILED, event.message)
+            case MemberLeaving(member, notice):
+                return self._part(member, notice, now)
+            case WorkersWanted(workers):
+                return self._resize(workers, now)
             case StopRequested(reason):
                 return self._stop(reason, now)
             case Tick():
@@ -157,7 +164,10 @@ class Controller:
         if not self.members.knows(lost.member):
             return []
         was_in_world = self.members.is_ranked(lost.member)
+        was_expected = not was_in_world and lost.member in self.members.leaving
         self.members.drop(lost.member)
+        if was_expected:
+            return []
         self.num_failures += 1
         self._losses_in_a_row += 1
         if self.num_failures > self.policy.max_failures:
@@ -185,15 +195,15 @@ class Controller:
         """Form the next world if there is a reason to; `_is_broken`: the present one cannot go on."""
         if not self._is_broken and (self.phase is not Phase.TRAINING or self._ended or self.stopping):
             return []
-        world, outside = self.members.world, self.members.outside
-        if not self._is_broken and (not outside or len(world) >= self.policy.workers):
+        if not self._is_broken and not self._has_reason():
             return []
         if self.stopping:
-            return self._form_last(world or tuple(member for member in outside if member in self._found), now)
+            holders = self.members.heirs or self.members.world
+            return self._form_last(
+                holders or tuple(one for one in self.members.outside if one in self._found), now
+            )
         decision = choose_world(
-            world,
-            outside,
-            self.policy,
+            *self._candidates(),
             num_starting=len(self.members.starting),
             waited_s=now - self._idle_since,
         )
@@ -203,6 +213,25 @@ class Controller:
             return []
         manner = Manner.AT_ONCE if self._is_broken else Manner.AT_BOUNDARY
         return [self._form(decision.members, manner, decision.reason, now)]
+
+    def _has_reason(self) -> bool:
+        """Whether the world that trains should become another one at its next step boundary."""
+        members, staying = self.members, self.members.staying
+        if len(staying) < len(members.world):
+            return len(staying) + len(members.outside) >= self.policy.min_workers
+        return len(staying) > self.policy.workers or (
+            len(staying) < self.policy.workers and bool(members.outside)
+        )
+
+    def _candidates(self) -> tuple[tuple[str, ...], Collection[str], WorldPolicy]:
+        """Who may be in the next world. If all who hold the state are leaving, one of them hands it over."""
+        members = self.members
+        if members.has_heir:
+            return members.staying, members.outside, self.policy
+        heir = members.heirs[0]
+        others = [one for one in (*members.staying, *members.outside) if one != heir]
+        policy = replace(self.policy, workers=self.policy.workers + 1) if others else self.policy
+        return (heir,), others, policy
 
     def _form_last(self, survivors: tuple[str, ...], now: float) -> list[Instruction]:
         """A stop was asked for without a world: whoever holds state saves it, be they ever so few."""
@@ -229,9 +258,39 @@ class Controller:
         if len(self._settled) < len(self.members.world) or not self._settled.issuperset(self.members.world):
             return []
         self.phase = Phase.TRAINING
+        self.members.settle()
         if self.stopping:
             return [StopWorld(self.generation, self.stopping)]
-        return self._consider(now)
+        return [*self._release(), *self._consider(now)]
+
+    def _part(self, member: str, notice: str, now: float) -> list[Instruction]:
+        """A member will be taken away: let the others go on without it from the next step boundary on."""
+        if not self.members.knows(member) or member in self.members.leaving:
+            return []
+        self.members.part(member, notice)
+        released = [] if self._is_broken or self.members.is_ranked(member) else self._release()
+        return [*(released or self._replenish()), *self._consider(now)]
+
+    def _resize(self, workers: int, now: float) -> list[Instruction]:
+        """Aim at another number of workers; who is too many leaves at the next step boundary."""
+        least = min(self.policy.min_workers, workers)
+        self.policy = replace(self.policy, workers=workers, min_workers=least)
+        released = self._release() if self.phase is Phase.TRAINING else self._replenish()
+        return [*released, *self._consider(now)]
+
+    def _release(self) -> list[Instruction]:
+        """End whom no world needs: who is leaving, who holds an old state, and who is one too many."""
+        members, wanted = self.members, self.policy.workers + self.policy.standbys
+        done = {one: why for one, why in members.leaving.items() if not members.is_ranked(one)}
+        done |= dict.fromkeys(members.left_behind, "the world went on without it") | done
+        for one in done:
+            members.drop(one)
+        surplus = members.num_lasting - max(wanted, len(members.staying))
+        idle = [*members.starting, *members.outside] if surplus > 0 else []
+        for one in idle[:surplus]:
+            done[one] = f"{self.policy.workers} workers are wanted"
+            members.drop(one)
+        return [*(ReleaseMember(one, why) for one, why in done.items()), *self._replenish()]
 
     def _end_member(self, member: str, ending: Ending) -> list[Instruction]:
         if ending is Ending.REGROUP:
@@ -257,7 +316,8 @@ class Controller:
         return [StopWorld(self.generation, reason)]
 
     def _wait(self, tick: Tick, now: float) -> list[Instruction]:
-        self._suspicion.look(tick.silence_s)
+        hosts = self.members.hosts  # who is still starting is not silent, and no measure for others
+        self._suspicion.look({one: seconds for one, seconds in tick.silence_s.items() if one in hosts})
         suspects = self._suspicion.silent()
         if self._broken_at is not None and now - self._broken_at > SUSPICION_S and not self._is_broken:
             return self._stall(self._why_broken, now)
@@ -265,7 +325,8 @@ class Controller:
             return self._consider(now)
         idle_s = now - self._progress_at
         is_training = self.phase is Phase.TRAINING and self._step_s > 0
-        patience_s = self.policy.hang_factor * self._step_s if is_training else self.policy.forming_s
+        forming_s = self.policy.reforming_s if self.members.has_state else self.policy.forming_s
+        patience_s = self.policy.hang_factor * self._step_s if is_training else forming_s
         silent = (
             [one for one in self.members.world if one in suspects and one not in self._ended]
             if suspects
@@ -299,7 +360,7 @@ class Controller:
         """Start as many members as the policy's world lacks."""
         if self.stopping or self.phase is Phase.ENDED:
             return
-        while len(self.members.hosts) + len(self.members.starting) < self.policy.workers:
+        while self.members.num_lasting < self.policy.workers + self.policy.standbys:
             yield StartMember(self.members.name_next())
 
     def _end(self, status: Status, reason: str) -> list[Instruction]:

@@ -137,6 +137,27 @@ class ReplicaHealed:
 
 
 @dataclass(frozen=True, slots=True)
+class StepSkipped:
+    """Nothing of a step was applied, though it counts as committed: something of it was not finite."""
+
+    member: str
+    generation: int
+    step: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class LossJumped:
+    """The loss of a step was far above the `usual` one."""
+
+    member: str
+    generation: int
+    step: int
+    loss: float
+    usual: float
+
+
+@dataclass(frozen=True, slots=True)
 class UserFailed:
     """The job or its data cannot be trained as they are; that would be so elsewhere too, so it is not
     retried.
@@ -168,6 +189,21 @@ class MemberEnded:
     step: int
     ending: Ending
     weights_sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MemberLeaving:
+    """A member was told that its process or its machine will be taken away soon (`notice`: who said so)."""
+
+    member: str
+    notice: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkersWanted:
+    """Somebody asked for another number of workers at full strength."""
+
+    workers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +240,14 @@ class FaultStruck:
 
 
 @dataclass(frozen=True, slots=True)
+class StacksKept:
+    """What a silent member was doing is written down in `file`, in the run's directory."""
+
+    member: str
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
 class SegmentEnded:
     """The driver let go of the run, for `reason`."""
 
@@ -222,10 +266,14 @@ Event = (
     | CheckpointDurable
     | CheckpointLost
     | ReplicaHealed
+    | StepSkipped
+    | LossJumped
     | UserFailed
     | MemberFailed
     | MemberEnded
+    | MemberLeaving
+    | WorkersWanted
     | StopRequested
     | Tick
 )
-Entry = Event | SegmentStarted | FaultStruck | SegmentEnded
+Entry = Event | SegmentStarted | FaultStruck | StacksKept | SegmentEnded

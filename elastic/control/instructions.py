@@ -35,6 +35,14 @@ class KillMember:
 
 
 @dataclass(frozen=True, slots=True)
+class ReleaseMember:
+    """End a member that no world needs any more; it has handed over what it held."""
+
+    member: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class FormWorld:
     """Form the world of `generation`: `members` in rank order, on `hosts` (same order)."""
 
@@ -61,4 +69,4 @@ class End:
     reason: str
 
 
-Instruction = StartMember | KillMember | FormWorld | StopWorld | End
+Instruction = StartMember | KillMember | ReleaseMember | FormWorld | StopWorld | End

@@ -3,7 +3,7 @@
 Every change costs the same however many members there are, but for those of the world, which cost its size.
 """
 
-from collections.abc import Iterable, KeysView
+from collections.abc import Iterable, KeysView, Mapping
 from dataclasses import dataclass, field
 
 
@@ -22,6 +22,9 @@ class Membership:
     _starting: dict[str, None] = field(default_factory=dict)
     _outside: dict[str, None] = field(default_factory=dict)
     _ranked: frozenset[str] = frozenset()
+    _leaving: dict[str, str] = field(default_factory=dict)
+    _veterans: dict[str, None] = field(default_factory=dict)
+    _heirs: dict[str, None] = field(default_factory=dict)
 
     def expect(self, members: Iterable[str]) -> None:
         """Count members as starting."""
@@ -39,8 +42,13 @@ class Membership:
         """Count a member as ready; one that another driver started is welcome too."""
         self._starting.pop(member, None)
         self.hosts[member] = host
-        if member not in self._ranked:
+        if member not in self._ranked and member not in self._leaving:
             self._outside[member] = None
+
+    def part(self, member: str, why: str) -> None:
+        """Count a member as leaving: it keeps its rank until a world without it forms, and gets no other."""
+        self._leaving[member] = why
+        self._outside.pop(member, None)
 
     def knows(self, member: str) -> bool:
         """Say whether this member is starting or ready."""
@@ -50,6 +58,9 @@ class Membership:
         """Forget a lost member; the world keeps the others in their order."""
         self._starting.pop(member, None)
         self._outside.pop(member, None)
+        self._leaving.pop(member, None)
+        self._veterans.pop(member, None)
+        self._heirs.pop(member, None)
         self.hosts.pop(member, None)
         if member in self._ranked:
             self.world = tuple(other for other in self.world if other != member)
@@ -58,11 +69,61 @@ class Membership:
     def rank(self, members: tuple[str, ...]) -> None:
         """Make ready members the world, in this order of ranks."""
         self.world, self._ranked = members, frozenset(members)
-        self._outside = {member: None for member in self.hosts if member not in self._ranked}
+        self._veterans.update(dict.fromkeys(members))
+        self._outside = {
+            member: None
+            for member in self.hosts
+            if member not in self._ranked and member not in self._leaving
+        }
+
+    def settle(self) -> None:
+        """Note that all of the world hold the newest state."""
+        self._heirs = dict.fromkeys(self.world)
+
+    @property
+    def heirs(self) -> tuple[str, ...]:
+        """Who holds the newest state: what is left of the world that settled last, wherever they are now."""
+        return tuple(self._heirs)
+
+    @property
+    def has_state(self) -> bool:
+        """Whether somebody is known to hold the newest state."""
+        return bool(self._heirs)
+
+    @property
+    def has_heir(self) -> bool:
+        """Whether the world has a member that holds the newest state and stays; or nobody holds it."""
+        return not self._heirs or any(
+            member in self._ranked and member not in self._leaving for member in self._heirs
+        )
 
     def is_ranked(self, member: str) -> bool:
         """Say whether this member is in the world."""
         return member in self._ranked
+
+    @property
+    def staying(self) -> tuple[str, ...]:
+        """The world's members that are not leaving, in rank order."""
+        if not self._leaving:
+            return self.world
+        return tuple(member for member in self.world if member not in self._leaving)
+
+    @property
+    def leaving(self) -> Mapping[str, str]:
+        """The members that are leaving, and why."""
+        return self._leaving
+
+    @property
+    def left_behind(self) -> tuple[str, ...]:
+        """The members outside the world that have been in one: what they hold is old."""
+        if len(self._veterans) == len(self.world):
+            return ()
+        return tuple(member for member in self._veterans if member not in self._ranked)
+
+    @property
+    def num_lasting(self) -> int:
+        """How many members are there or on their way, and not leaving."""
+        return len(self.hosts) + len(self._starting) - len(self._leaving)
 
     @property
     def starting(self) -> KeysView[str]:

@@ -10,21 +10,25 @@ from itertools import chain, islice
 class WorldPolicy:
     """How large a world may be and how patient its forming is.
 
+    Besides the `workers` of a world, `standbys` are kept ready: started, and idle until somebody is lost.
     The first world waits `gather_s` for all `workers`; after a failure the survivors go on at once if they
     are at least `min_workers`, and otherwise wait `wait_s` for replacements. `max_failures` member losses end
     the run, and so do three losses in a row without a committed step between them. While a
     world trains, a member hangs if it is silent for `hang_floor_s` (longer where longer pauses are usual) and
-    no step was committed for `hang_factor` times what one takes; while a world forms, after `forming_s`.
+    no step was committed for `hang_factor` times what one takes; while a world forms, after `reforming_s`, or
+    `forming_s` as long as nobody holds any state.
     """
 
     workers: int
     min_workers: int = 1
+    standbys: int = 0
     gather_s: float = 120.0
     wait_s: float = 300.0
     max_failures: int = 100
     hang_factor: float = 3.0
     hang_floor_s: float = 1.0
     forming_s: float = 30.0
+    reforming_s: float = 1.0
 
 
 class Action(Enum):

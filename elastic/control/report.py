@@ -19,6 +19,7 @@ from elastic.control.events import (
     SegmentEnded,
     SegmentStarted,
     Settled,
+    StacksKept,
     StepCommitted,
     WorldBroken,
     WorldFormed,
@@ -64,7 +65,7 @@ class FailureSpan:
 
     A world that broke though no member was lost (its members formed the next one at once) is a failure too:
     cause "world broken", member "world N". So are a member killed as "hung", and "driver lost": a segment
-    that begins though the one before did not end.
+    that begins though the one before did not end. `stacks` is the run's file on what a hung member did.
     """
 
     cause: str
@@ -80,6 +81,7 @@ class FailureSpan:
     redone_steps: int = 0
     dropped_attempts: int = 0
     state_source: str | None = None
+    stacks: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +206,6 @@ class _World:
                 self.broken_at = min(self.broken_at, at)
             case CheckpointCaptured(member=member, step=step):
                 self.captured.setdefault(step, set()).add(member)
-            case _:
-                pass
 
     @property
     def size(self) -> int:
@@ -256,6 +256,7 @@ class _Course:
     position: tuple[int, int] = (0, 0)
     attempt_in: int = 0
     struck: dict[str, float] = field(default_factory=dict)
+    stacks: dict[str, str] = field(default_factory=dict)
     is_driven: bool = False
     told_at: float = 0.0
 
@@ -287,8 +288,8 @@ class _Course:
                 self._lose(at, member, cause)
             case KillMember(member=member):
                 self._lose(at, member, Cause.HUNG)
-            case _:
-                pass
+            case StacksKept(member=member, file=file):
+                self.stacks[member] = file
         if (world := self.worlds.get(getattr(entry, "generation", 0))) is not None:
             world.take(at, entry)
         self.told_at = at
@@ -297,6 +298,7 @@ class _Course:
         """Measure a failure's recovery, once everything is taken in."""
         detect_s = blow.known_at - blow.struck_at
         bare = FailureSpan(blow.cause, blow.member, blow.step, blow.struck_at - zero, detect_s)
+        bare = replace(bare, stacks=self.stacks.get(blow.member))
         if blow.world is None:
             return bare
         world, first = blow.world, blow.world.order.generation

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -15,19 +16,27 @@ from typing import Any
 import ray
 from ray._private.authentication import authentication_token_setup as authentication
 from ray.exceptions import RayActorError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from elastic.control.events import Cause, Event, MemberLost
+from elastic.control.events import Cause, Event, MemberLeaving, MemberLost, MemberReady, StacksKept
 from elastic.errors import TrainingFailed
+from elastic.runtime.autopsy import examine
 from elastic.runtime.lifeline import Anchor, Lifelines
 from elastic.runtime.local_ray import LocalRay
 from elastic.runtime.notices import LogLine
 from elastic.runtime.order import TrainOrder
+from elastic.runtime.preemption import Draining
 from elastic.runtime.worker import Assignment, Member
 
 log = logging.getLogger("holdfast.cluster")
 LOOPBACK = "127.0.0.1"
 POLL_S = 0.2
+AUTOPSY_S = 10.0
+MAX_AUTOPSIES = 4  # at a time
 LISTEN_S = 0.1
+
+
+News = Event | LogLine | StacksKept
 
 
 class Actor(Member):
@@ -49,11 +58,13 @@ class _CutOff:
 
 @dataclass(slots=True)
 class Seat:
-    """A member's actor, the call that waits for its next news, and when it last answered."""
+    """A member's actor, the call that waits for its next news, when it last answered, and its process."""
 
     actor: Any
     call: Any
     heard_at: float
+    host: str = ""
+    pid: int = 0
 
 
 class Cluster:
@@ -67,10 +78,12 @@ class Cluster:
         self._order = order
         self._seats: dict[str, Seat] = {}
         self._seating = threading.Lock()
-        self._news: SimpleQueue[Event | LogLine | _CutOff | Exception] = SimpleQueue()
+        self._news: SimpleQueue[News | _CutOff | Exception] = SimpleQueue()
         self._local = LocalRay(order) if order.cluster.address is None else None
-        _connect(order.cluster.address or (self._local.join_or_start() if self._local else ""), order.run)
+        _connect(order.cluster.address or (self._local.join_or_start() if self._local else ""), order)
         self._lifelines = Lifelines(self.address, lambda member: self._news.put(_CutOff(member)))
+        self._draining = Draining() if order.cluster.address is not None else None
+        self._autopsies = ThreadPoolExecutor(MAX_AUTOPSIES, thread_name_prefix="autopsy")
         self._is_over = threading.Event()
         self._listener = threading.Thread(target=self._listen, name="listen", daemon=True)
         self._listener.start()
@@ -104,7 +117,8 @@ class Cluster:
                 lifetime="detached",
                 max_concurrency=8,
                 max_restarts=0,
-                num_cpus=cluster.threads_per_worker,
+                # A local Ray is the run's own: counting its cores would only keep the run from growing.
+                num_cpus=cluster.threads_per_worker if cluster.address else 0,
                 num_gpus=cluster.gpus_per_worker,
                 scheduling_strategy="SPREAD",
                 runtime_env=_runtime_env(self._order),
@@ -119,7 +133,7 @@ class Cluster:
         if seat is not None:
             getattr(seat.actor, method).remote(*arguments)
 
-    def hear(self, timeout_s: float) -> Iterator[Event | LogLine]:
+    def hear(self, timeout_s: float) -> Iterator[News]:
         """Yield what members tell, and that members are lost, waiting `timeout_s` for something."""
         try:
             message = self._news.get(timeout=timeout_s)
@@ -141,6 +155,35 @@ class Cluster:
         if seat is not None:
             ray.kill(seat.actor)
 
+    def end_silent(self, member: str) -> None:
+        """End a member that does not answer, once it is written down what it was doing."""
+        seat = self._unseat(member)
+        if seat is not None:
+            self._autopsies.submit(self._examine, member, seat)
+
+    def _examine(self, member: str, seat: Seat) -> None:
+        try:
+            if seat.pid:
+                file = self._order.run_dir / "stacks" / f"{member}.txt"
+                file.parent.mkdir(exist_ok=True)
+                file.write_text(self._found_in(member, seat))
+                self._news.put(StacksKept(member, f"stacks/{file.name}"))
+        except (OSError, RayError) as error:
+            log.warning("what %s was doing is not known: %s", member, error)
+        finally:
+            ray.kill(seat.actor)
+
+    def _found_in(self, member: str, seat: Seat) -> str:
+        """Examine a process where it runs."""
+        if self._local is not None:
+            return examine(self._order.run, member, seat.pid)
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray has no types here
+        node = next(one["NodeID"] for one in nodes if one["NodeID"].startswith(seat.host))
+        examined = ray.remote(examine).options(
+            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+        )
+        return str(ray.get(examined.remote(self._order.run, member, seat.pid), timeout=AUTOPSY_S))
+
     def renew(self) -> None:
         """Keep the local Ray alive for another lease."""
         if self._local is not None:
@@ -161,6 +204,7 @@ class Cluster:
             self._local.end()
 
     def _close(self) -> None:
+        self._autopsies.shutdown()
         self._lifelines.close()
         self._is_over.set()
         self._listener.join()
@@ -174,7 +218,7 @@ class Cluster:
         with self._seating:
             return self._seats.pop(member, None)
 
-    def _understood(self, message: Event | LogLine | _CutOff | Exception) -> Iterator[Event | LogLine]:
+    def _understood(self, message: News | _CutOff | Exception) -> Iterator[News]:
         match message:
             case Exception():
                 raise message
@@ -183,12 +227,17 @@ class Cluster:
                 ray.kill(seat.actor)  # should only the connection have ended
             case _CutOff():
                 return  # it was known
+            case MemberReady(member, host, pid):
+                if (seat := self._seats.get(member)) is not None:
+                    seat.host, seat.pid = host, pid
+                yield message
             case _:
                 yield message
 
     def _listen(self) -> None:
         try:
             while not self._is_over.is_set():
+                self._tell_of_draining()
                 with self._seating:
                     calls = {seat.call: member for member, seat in self._seats.items()}
                 if not calls:
@@ -201,9 +250,16 @@ class Cluster:
         except Exception as error:  # noqa: BLE001  (the thread's border: the driver's loop raises it)
             self._news.put(error)
 
+    def _tell_of_draining(self) -> None:
+        for host, notice in self._draining.news().items() if self._draining else ():
+            with self._seating:
+                members = [member for member, seat in self._seats.items() if seat.host == host]
+            for member in members:
+                self._news.put(MemberLeaving(member, notice))
+
     def _read(self, member: str, call: Any) -> None:
         try:
-            news: list[Event | LogLine] = ray.get(call)
+            news: list[News] = ray.get(call)
         except RayActorError as error:
             if self._unseat(member) is not None:
                 self._news.put(MemberLost(member, _cause(error), _evidence(error)))
@@ -224,7 +280,7 @@ def _own_address(order: TrainOrder) -> str:
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray has no types here
 
 
-def _connect(address: str, namespace: str) -> None:
+def _connect(address: str, order: TrainOrder) -> None:
     """Join a cluster; Ray replaces the process's SIGTERM handler meanwhile, which is put back.
 
     A Ray that was started locally demands this user's token, which Ray does not show to an explicit address
@@ -234,7 +290,13 @@ def _connect(address: str, namespace: str) -> None:
     logging.getLogger(authentication.__name__).setLevel(logging.ERROR)  # it warns of what is the default
     authentication.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
-        ray.init(address=address, namespace=namespace, log_to_driver=False, configure_logging=False)
+        ray.init(
+            address=address,
+            namespace=order.run,
+            runtime_env=_code(order),
+            log_to_driver=False,
+            configure_logging=False,
+        )
         # Else it prints each lost worker, with general advice.
         ray._private.worker.print_to_stdstream = _log  # type: ignore[assignment]  # Ray names its option
     except (RayError, OSError, RuntimeError) as error:
@@ -263,13 +325,14 @@ def _runtime_env(order: TrainOrder) -> dict[str, Any]:
     if order.cluster.address is None:
         paths = [str(order.job.code_dir), *(path for path in sys.path if Path(path).is_dir())]
         return {"env_vars": {**variables, "PYTHONPATH": os.pathsep.join(paths)}}
-    if order.job.path.startswith("elastic."):
-        return {"env_vars": variables}
-    return {
-        "env_vars": variables,
-        "working_dir": str(order.job.code_dir),
-        "excludes": ["runs", ".venv", ".git"],
-    }
+    return {"env_vars": variables}
+
+
+def _code(order: TrainOrder) -> dict[str, Any]:
+    """Say what code travels to the nodes of a cluster; Ray uploads it for a driver, not for an actor."""
+    if order.cluster.address is None or order.job.path.startswith("elastic."):
+        return {}
+    return {"working_dir": str(order.job.code_dir), "excludes": ["runs", ".venv", ".git"]}
 
 
 def _cause(error: RayActorError) -> Cause:

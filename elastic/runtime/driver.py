@@ -31,15 +31,18 @@ from elastic.control.events import (
     FaultStruck,
     SegmentEnded,
     SegmentStarted,
+    StacksKept,
     StepCommitted,
     StopRequested,
     Tick,
+    WorkersWanted,
 )
 from elastic.control.instructions import (
     End,
     FormWorld,
     Instruction,
     KillMember,
+    ReleaseMember,
     StartMember,
     Status,
     StopWorld,
@@ -48,9 +51,11 @@ from elastic.control.report import TrainReport
 from elastic.errors import Fenced, TrainingFailed
 from elastic.runtime.cluster import Cluster
 from elastic.runtime.journal import Journal, read_moments, read_report
+from elastic.runtime.metrics import Metrics
 from elastic.runtime.notices import LogLine, Observer
 from elastic.runtime.order import Fault, TrainOrder
 from elastic.runtime.watch import Watch
+from elastic.runtime.wish import Wish
 from elastic.runtime.worker import WorldOrder
 from elastic.runtime.world import open_rendezvous
 
@@ -86,6 +91,7 @@ class Driver:
     def __init__(self, order: TrainOrder, journal: Journal, observe: Observer) -> None:
         self._order, self._journal = order, journal
         self._watch = Watch(order, observe)
+        self._wish = Wish(order.run_dir, order.world.workers)
         self._store = open_store(order.checkpoint.store_url)
         self._token = secrets.token_hex(8)
         generation = newest_generation(self._store)
@@ -95,6 +101,7 @@ class Driver:
         self._cleaner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prune")
         self._cleaning: Future[PruneReport] | None = None
         self._end: End | None = None
+        self._metrics: Metrics | None = None  # once Ray is there
         self._note(SegmentStarted(order.training.num_steps, generation, time.time()))
 
     def run(self, asked: list[int]) -> End:
@@ -106,6 +113,7 @@ class Driver:
         with self._recorded():
             self._watch.phase("starting the cluster")
             self._cluster = Cluster(self._order)
+            self._metrics = Metrics(self._order.run)
             try:
                 self._rendezvous, self._endpoint = open_rendezvous(self._cluster.address)
                 end = self._loop(asked)
@@ -138,6 +146,8 @@ class Driver:
             for message in self._cluster.hear(HEAR_S):
                 if isinstance(message, LogLine):
                     self._watch.tell(message)
+                elif isinstance(message, StacksKept):
+                    self._note(message)
                 else:
                     self._take(message)
             if asked and stop_at is None:
@@ -145,6 +155,8 @@ class Driver:
                 self._take(StopRequested(f"asked to by {signal.Signals(asked[0]).name}"))
             if stop_at is not None and time.monotonic() > stop_at and self._end is None:
                 self._end = End(Status.STOPPED, f"the final checkpoint took longer than {STOP_LIMIT_S:.0f} s")
+            if (wanted := self._wish.news()) is not None:
+                self._take(WorkersWanted(wanted))
             self._take(Tick(self._cluster.silence_s()))
             self._cluster.renew()
             self._watch.phase(self._controller.phase.value)
@@ -174,6 +186,8 @@ class Driver:
                 case StartMember(member):
                     self._cluster.start(member)
                 case KillMember(member):
+                    self._cluster.end_silent(member)
+                case ReleaseMember(member):
                     self._cluster.kill(member)
                 case FormWorld(members=members):
                     self._claim(instruction.generation)
@@ -221,6 +235,8 @@ class Driver:
     def _note(self, entry: Entry | Instruction) -> None:
         self._journal.record(time.monotonic(), entry)
         self._watch.see(entry)
+        if self._metrics is not None:
+            self._metrics.see(entry)
 
 
 def _num_struck(order: TrainOrder) -> int:

@@ -82,7 +82,7 @@ def _answers(address: str) -> bool:
 
 
 def _start_warden(directory: Path, order: TrainOrder) -> subprocess.Popen[bytes]:
-    num_cpus = (order.world.workers + 2) * order.cluster.threads_per_worker
+    num_cpus = (order.world.workers + order.world.standbys + 2) * order.cluster.threads_per_worker
     num_gpus = round(order.world.workers * order.cluster.gpus_per_worker)
     arguments = [str(directory), str(num_cpus), str(num_gpus), str(order.lease_s + WARDEN_GRACE_S)]
     with (directory / "warden.log").open("ab") as output:

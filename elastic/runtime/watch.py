@@ -9,14 +9,28 @@ from elastic.control.events import (
     CheckpointLost,
     Entry,
     FaultStruck,
+    LossJumped,
+    MemberLeaving,
     MemberLost,
     MemberReady,
     ReplicaHealed,
     Settled,
+    StacksKept,
     StepCommitted,
+    StepSkipped,
     UserFailed,
+    WorkersWanted,
 )
-from elastic.control.instructions import End, FormWorld, Instruction, KillMember, Manner, StopWorld
+from elastic.control.instructions import (
+    End,
+    FormWorld,
+    Instruction,
+    KillMember,
+    Manner,
+    ReleaseMember,
+    StartMember,
+    StopWorld,
+)
 from elastic.runtime.notices import Happening, LogLine, Notice, Observer, Progress
 from elastic.runtime.order import TrainOrder
 
@@ -109,15 +123,26 @@ class Watch:
 
 def _message(entry: Entry | Instruction) -> tuple[str, str]:
     match entry:
+        case StartMember() | KillMember() | ReleaseMember() | FormWorld() | StopWorld() | End():
+            return _decided(entry)
+        case _:
+            return _happened(entry)
+
+
+def _happened(entry: Entry) -> tuple[str, str]:
+    match entry:
         case MemberReady(member, host, pid):
             return "member", f"{member} is ready (pid {pid} on {host})"
         case MemberLost(member, cause, evidence):
             return "lost", f"{member} is lost: {cause}. {evidence}"
+        case MemberLeaving(member, notice):
+            return "leaving", f"{member} will be taken away: {notice}"
+        case WorkersWanted(workers):
+            return "resize", f"{workers} workers are wanted"
+        case StacksKept(member, file):
+            return "stacks", f"what {member} was doing is in {file}"
         case FaultStruck(member, step):
             return "drill", f"SIGKILL to {member} on purpose, at step {step}"
-        case FormWorld(generation, members, _, manner, reason):
-            when = "" if manner is Manner.AT_ONCE else f" {manner.value}"
-            return "world", f"world {generation}: {', '.join(members)}{when} ({reason})"
         case Settled(member, generation, step, source, seconds, note):
             extra = f". {note}" if note else ""
             return (
@@ -126,19 +151,40 @@ def _message(entry: Entry | Instruction) -> tuple[str, str]:
             )
         case CheckpointLost(_, _, step, why):
             return "checkpoint lost", f"the snapshot of step {step} did not become a checkpoint: {why}"
+        case StepSkipped() | LossJumped() | ReplicaHealed():
+            return _went_wrong(entry)
+        case UserFailed(member, _, step, _, traceback):
+            return "failure", f"the job's code failed in {member} at step {step}\n{traceback}"
+        case _:
+            return "", ""
+
+
+def _went_wrong(entry: StepSkipped | LossJumped | ReplicaHealed) -> tuple[str, str]:
+    match entry:
+        case StepSkipped(_, _, step, why):
+            return "skipped", f"nothing of step {step} was applied: {why}"
+        case LossJumped(_, _, step, loss, usual):
+            return "loss", f"the loss jumped to {loss:.4g} at step {step}; {usual:.4g} was usual"
         case ReplicaHealed(member, _, step, tensors):
             named = ", ".join(tensors[:3]) + (", ..." if len(tensors) > 3 else "")
             return (
                 "corruption",
                 f"{member} was corrupt at step {step}, and healed: {named}",
             )
-        case UserFailed(member, _, step, _, traceback):
-            return "failure", f"the job's code failed in {member} at step {step}\n{traceback}"
+
+
+def _decided(instruction: Instruction) -> tuple[str, str]:
+    match instruction:
+        case StartMember():
+            return "", ""
+        case FormWorld(generation, members, _, manner, reason):
+            when = "" if manner is Manner.AT_ONCE else f" {manner.value}"
+            return "world", f"world {generation}: {', '.join(members)}{when} ({reason})"
         case KillMember(member, reason):
             return "kill", f"{member} is killed: {reason}"
+        case ReleaseMember(member, reason):
+            return "released", f"{member} is not needed any more: {reason}"
         case StopWorld(_, reason):
             return "stop", f"stopping at the next step boundary: {reason}"
         case End(status, reason):
             return "end", f"{status}: {reason}"
-        case _:
-            return "", ""

@@ -6,6 +6,7 @@ collective nothing of it can be used.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from math import inf
 from typing import Protocol
 
 import torch
@@ -37,8 +38,8 @@ class Reduction(Protocol):
     def reduce(self, world: World, dealt: Dealt) -> float:
         """Add everybody's up, bind the mean gradient, and return the mean loss."""
 
-    def clip(self, largest_norm: float) -> None:
-        """Scale the reduced gradient down to this Euclidean norm if it is longer."""
+    def clip(self, largest_norm: float) -> float:
+        """Scale the reduced gradient down to this Euclidean norm if it is longer; return what it was."""
 
 
 class TreeReduction:
@@ -93,9 +94,9 @@ class TreeReduction:
             world.all_gather(result[: world.size * length], mine)
         return _mean_loss(self._rows, result)
 
-    def clip(self, largest_norm: float) -> None:
+    def clip(self, largest_norm: float) -> float:
         """Scale the reduced gradient down; every rank does the same arithmetic on the same bits."""
-        _clip(self._rows, self._result, largest_norm)
+        return _clip(self._rows, self._result, largest_norm)
 
     def _swap(self, world: World, dealt: Dealt, length: int) -> list[list[Tensor]]:
         """Return our slice of every rank's partial sums: copies, so that no broken world spoils the sums."""
@@ -175,9 +176,9 @@ class PlainReduction:
         self._row.div_(self._rows.virtual_ranks)
         return _mean_loss(self._rows, self._row)
 
-    def clip(self, largest_norm: float) -> None:
+    def clip(self, largest_norm: float) -> float:
         """Scale the reduced gradient down."""
-        _clip(self._rows, self._row, largest_norm)
+        return _clip(self._rows, self._row, largest_norm)
 
 
 def _combine(swapped: Sequence[Sequence[Tensor]], dealt: Dealt, num_leaves: int) -> Tensor:
@@ -200,9 +201,11 @@ def _mean_loss(rows: GradientRows, reduced: Tensor) -> float:
     return float(rows.losses(reduced).double().sum())
 
 
-def _clip(rows: GradientRows, reduced: Tensor | None, largest_norm: float) -> None:
+def _clip(rows: GradientRows, reduced: Tensor | None, largest_norm: float) -> float:
     if reduced is None:
         raise RuntimeError("there is no reduced gradient to clip")
     gradient = rows.gradient(reduced)
-    scale = (largest_norm / (torch.linalg.vector_norm(gradient) + 1e-6)).clamp(max=1.0)
-    gradient.mul_(scale)
+    norm = torch.linalg.vector_norm(gradient)
+    if largest_norm < inf:
+        gradient.mul_((largest_norm / (norm + 1e-6)).clamp(max=1.0))
+    return float(norm)

@@ -11,9 +11,14 @@ from torch.optim import Optimizer
 from checkpoint import Mismatch
 from elastic.errors import JobRejected
 from elastic.training.job import Job
+from elastic.training.ports import World
 from elastic.training.randomness import INITIAL, keyed, seed_for
 
 _NAMED = 3
+
+
+class StateLost(Exception):
+    """No rank of a world has some of the state: it has to come from a checkpoint."""
 
 
 class Learner:
@@ -28,27 +33,45 @@ class Learner:
         with keyed(seed_for(seed, INITIAL, INITIAL), torch.device("cpu")):
             self.model: nn.Module = job.model(settings)
         self.model.to(device).train()
-        self._optimizer: Optimizer = job.optimizer(self.model)
+        self.optimizer: Optimizer = job.optimizer(self.model)
         schedule = getattr(job, "schedule", None)
-        self._schedule = schedule(self._optimizer, num_steps) if schedule is not None else None
+        self._schedule = schedule(self.optimizer, num_steps) if schedule is not None else None
         self._names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        for group in self._optimizer.param_groups:
+        self.parameters: dict[str, nn.Parameter] = {}
+        for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if id(parameter) not in self._names:
                     raise JobRejected(
                         "the job's optimizer has a parameter that is not the model's; make it of "
                         "model.parameters()"
                     )
+                self.parameters[self._names[id(parameter)]] = parameter
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the state is here."""
+        return True
+
+    @property
+    def is_replica(self) -> bool:
+        """Whether every rank holds the same."""
+        return True
+
+    def settle(self, world: World) -> None:
+        """Do nothing: every rank of the world holds everything."""
+
+    def complete(self, world: World) -> None:
+        """Do nothing: every rank of the world has updated everything."""
 
     def update(self) -> None:
         """Apply the bound gradients: one optimizer step, one schedule step."""
-        self._optimizer.step()
+        self.optimizer.step()
         if self._schedule is not None:
             self._schedule.step()
 
     def tree(self, step: int) -> dict[str, Any]:
         """Return the state after `step` committed steps. Its tensors are the live ones."""
-        state = {self._names[id(parameter)]: dict(kept) for parameter, kept in self._optimizer.state.items()}
+        state = {self._names[id(parameter)]: dict(kept) for parameter, kept in self.optimizer.state.items()}
         return {
             "model": dict(self.model.state_dict()),
             "optimizer": {"state": state, "groups": self._groups()},
@@ -56,6 +79,10 @@ class Learner:
             "cursor": {"step": step},
             "seed": self._seed,
         }
+
+    def shares(self, step: int) -> dict[str, Any]:
+        """Return the same, to be saved: every rank gives all of it."""
+        return self.tree(step)
 
     def load(self, tree: Mapping[str, Any]) -> int:
         """Take over a state, whose tensors are then ours; return its step.
@@ -70,7 +97,7 @@ class Learner:
             indices = [positions.setdefault(name, len(positions)) for name in group["params"]]
             groups.append({**group, "params": indices})
         state = {positions[name]: kept for name, kept in tree["optimizer"]["state"].items()}
-        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         if self._schedule is not None:
             self._schedule.load_state_dict(dict(tree["schedule"]))
         return int(tree["cursor"]["step"])
@@ -78,7 +105,7 @@ class Learner:
     def _groups(self) -> list[dict[str, Any]]:
         return [
             {**group, "params": [self._names[id(parameter)] for parameter in group["params"]]}
-            for group in self._optimizer.param_groups
+            for group in self.optimizer.param_groups
         ]
 
     def _check(self, tree: Mapping[str, Any]) -> None:

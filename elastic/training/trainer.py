@@ -1,20 +1,22 @@
 """The training loop, read from top to bottom. Knows no processes, network or storage, only their ports."""
 
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from math import inf
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from checkpoint import Loaded, Saver, Share
 from elastic.control.dealing import Dealing, deal, deal_rest
-from elastic.control.events import Ending, Event, ReplicaHealed, StepCommitted
+from elastic.control.events import Ending, Event, LossJumped, ReplicaHealed, StepCommitted, StepSkipped
+from elastic.control.guard import LossWatch, why_not_finite
 from elastic.control.standing import BLANK, Standing, settle
 from elastic.errors import JobRejected
+from elastic.training.blame import UserFailure, blaming_the_job
+from elastic.training.exchange import gather_standings
 from elastic.training.gradients import GradientRows
 from elastic.training.handover import Parcel, accept, hand_over
 from elastic.training.job import Job, Split
@@ -24,11 +26,11 @@ from elastic.training.randomness import keyed, make_deterministic, seed_for
 from elastic.training.reduction import PlainReduction, Reduction, TreeReduction
 from elastic.training.replicas import compare
 from elastic.training.saving import Snapshots
-from elastic.training.state import Learner
+from elastic.training.sharding import ShardedLearner
+from elastic.training.state import Learner, StateLost
 
 FINAL_DRAIN_S = 600.0
 _DRAIN_POLL_S = 0.2
-_WORD_BITS = 62  # of virtual ranks in one 64-bit integer
 Source = Literal["fresh", "self", "peer", "store"]
 
 
@@ -38,7 +40,9 @@ class TrainPlan:
 
     `micro_batch` samples are a virtual rank's share of a step; `grad_clip` is the largest gradient norm
     (None: any); a checkpoint is taken every `save_every` steps and at the end. `source` names the data. Every
-    `compare_every` steps (0: never) the replicas are compared.
+    `compare_every` steps (0: never) the replicas are compared. Each parameter's optimizer state is on
+    `optimizer_copies` ranks (0: on all). A step whose loss or gradient is not finite fails the run or is
+    skipped; either way nothing of it is applied.
     """
 
     num_steps: int
@@ -52,6 +56,8 @@ class TrainPlan:
     run: str
     spec_digest: str
     compare_every: int = 0
+    optimizer_copies: int = 0
+    when_not_finite: Literal["fail", "skip"] = "fail"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +80,6 @@ class Storage:
     restore: Callable[[], Loaded | None] | None = None
 
 
-class UserFailure(Exception):
-    """The job's own code raised, in one step and virtual rank (-1: outside of any). Carries text only."""
-
-    def __init__(self, step: int, virtual_rank: int, what: str, trace: str) -> None:
-        place = f"in step {step}, virtual rank {virtual_rank}" if virtual_rank >= 0 else f"at step {step}"
-        super().__init__(f"the job failed {place}: {what}")
-        self.step = step
-        self.virtual_rank = virtual_rank
-        self.traceback = trace
-
-
 @dataclass(frozen=True, slots=True)
 class _Attempt:
     """The step whose reduced gradients this member holds, or held last."""
@@ -93,6 +88,7 @@ class _Attempt:
     loss: float = float("nan")
     started: float = 0.0
     blocked_s: float = 0.0
+    is_refused: bool = False
 
 
 class Trainer:
@@ -107,10 +103,12 @@ class Trainer:
         split = Split(
             name="train", source=plan.source, seed=plan.seed, micro_batch=plan.micro_batch, settings=settings
         )
-        with _blaming_the_job(0):
+        with blaming_the_job(0):
             self._dataset = job.dataset(split)
-            self._learner = Learner(job, settings, plan.seed, plan.num_steps, device)
-        rows = GradientRows(self._learner.model, plan.virtual_ranks)
+            learner = Learner(job, settings, plan.seed, plan.num_steps, device)
+        copies = plan.optimizer_copies
+        self._learner = ShardedLearner(learner, copies, device) if copies else learner
+        rows = GradientRows(learner.model, plan.virtual_ranks)
         self._reduction: Reduction = (
             TreeReduction(rows) if plan.determinism == "bitwise" else PlainReduction(rows)
         )
@@ -120,6 +118,7 @@ class Trainer:
         self._attempt = _Attempt()
         self._pace = Pace(device)
         self._dealing: Dealing | None = None  # of the step that a lost rank interrupted
+        self._loss_watch = LossWatch()
         self._num_tokens = 0
         self._untold: list[Event] = []
 
@@ -135,6 +134,8 @@ class Trainer:
 
     def save_alone(self, generation: int, host: str) -> bool:
         """Save the whole state as a world of one; return whether it became durable."""
+        if not self._learner.is_whole:
+            return False
         self._snapshots.save(Share(generation, 0, 1, (host,)), self._standing.committed, self._learner.tree)
         return self._snapshots.drain(FINAL_DRAIN_S) and self._snapshots.why_newest_lost() is None
 
@@ -194,14 +195,31 @@ class Trainer:
 
         self._reduction.fold(dealt[world.rank], leaf)
         loss = self._reduction.reduce(world, dealt)
-        if self._plan.grad_clip is not None:
-            self._reduction.clip(self._plan.grad_clip)
+        norm = self._reduction.clip(inf if self._plan.grad_clip is None else self._plan.grad_clip)
+        is_refused = self._guard(world, loss, norm)
         # Capture ends before the agreement: after it, survivors may go past what a lost member still owes.
-        self._attempt = _Attempt(world.generation, loss, started, self._snapshots.wait_captured())
+        blocked_s = self._snapshots.wait_captured()
+        self._attempt = _Attempt(world.generation, loss, started, blocked_s, is_refused)
         self._standing = Standing(step, reduced=step)
         agreed = self._agree(world, orders.pending())
         self._commit()  # all ranks hold the gradients now: whoever survives can apply them
+        self._learner.complete(world)
         return agreed
+
+    def _guard(self, world: World, loss: float, norm: float) -> bool:
+        """Return whether the step must not be applied, or raise UserFailure; every rank sees the same."""
+        step = self._standing.committed
+        told: list[Event] = []
+        why = why_not_finite(loss, norm)
+        if why is not None and self._plan.when_not_finite == "fail":
+            advice = 'nothing of it was applied; mend the job, or set training.when_not_finite = "skip"'
+            raise UserFailure(step, -1, f"{why}; {advice}", "")
+        if why is not None:
+            told.append(StepSkipped(self._member, world.generation, step, why))
+        elif (usual := self._loss_watch.look(loss)) is not None:
+            told.append(LossJumped(self._member, world.generation, step, loss, usual))
+        self._untold.extend(told if world.rank == 0 else [])
+        return why is not None
 
     def _agree(self, world: World, flags: Flags) -> Flags:
         """Return what any rank was told; that it returns says that every rank came here. Tells paces too."""
@@ -216,7 +234,7 @@ class Trainer:
         """Add the gradient of one virtual rank's micro-batch to the bound row; return its loss."""
         step = self._standing.committed
         key = seed_for(self._plan.seed, step, virtual_rank)
-        with _blaming_the_job(step, virtual_rank), keyed(key, self._device) as rng:
+        with blaming_the_job(step, virtual_rank), keyed(key, self._device) as rng:
             batch = self._job.batch(self._dataset, step, virtual_rank)
             buffers = _buffers(self.model)
             loss = self._job.loss(self.model, batch, rng)
@@ -234,8 +252,9 @@ class Trainer:
     def _commit(self) -> None:
         """Apply the reduced gradients this member holds. Asks nobody: a broken world cannot interrupt it."""
         blocked_s = self._attempt.blocked_s + self._snapshots.wait_captured()
-        with _blaming_the_job(self._standing.committed):
-            self._learner.update()
+        if not self._attempt.is_refused:
+            with blaming_the_job(self._standing.committed):
+                self._learner.update()
         self._standing = Standing(self._standing.committed + 1)
         self._reduction.forget()
         self._dealing = None
@@ -253,7 +272,9 @@ class Trainer:
 
     def _settle(self, world: World) -> Settling:
         started = time.perf_counter()
-        standings, held = self._gather(world)
+        standings, held = gather_standings(
+            world, self._standing, self._reduction.held(), self._plan.virtual_ranks
+        )
         settlement = settle(standings)
         if world.rank in settlement.appliers:
             self._commit()
@@ -272,10 +293,23 @@ class Trainer:
             self._take_over(parcel.state)
         if parcel.origin == "store":
             self._snapshots.hold(world.generation, self._standing.committed)
+        self._settle_shards(world)
         self._deal_rest(
             [held[rank] if standings[rank].committed == settlement.step else () for rank in range(world.size)]
         )
         return Settling(self._standing.committed, source, time.perf_counter() - started, parcel.note)
+
+    def _settle_shards(self, world: World) -> None:
+        try:
+            self._learner.settle(world)
+        except StateLost as lost:
+            self._give_up(world, str(lost))
+
+    def _give_up(self, world: World, why: str) -> NoReturn:
+        """Leave the state to the next world, which restores it from a checkpoint."""
+        self._snapshots.wait_captured()
+        self._standing = Standing(BLANK)
+        raise Broken(world.generation, why)
 
     def _compare(self, world: World) -> None:
         """Find replicas that hold other bits than the majority, and heal them from one that does not.
@@ -285,31 +319,13 @@ class Trainer:
         step = self._standing.committed
         found = compare(world, self._learner.tree(step))
         corrupt, source = found.verdict.corrupt, found.verdict.source
-        if source is None:
-            self._snapshots.wait_captured()
-            self._standing = Standing(BLANK)
-            raise Broken(world.generation, f"the replicas differ at step {step}, and none has a majority")
+        if source is None or (corrupt and not self._learner.is_replica):
+            self._give_up(world, f"the replicas differ at step {step}, and none has a majority")
         if corrupt and world.rank == source:
             hand_over(world, sorted(corrupt), Parcel(self._learner.tree(step), "self"), self._device)
         if world.rank in corrupt:
             self._take_over(accept(world, source, self._device).state)
             self._untold.append(ReplicaHealed(self._member, world.generation, step, found.differing))
-
-    def _gather(self, world: World) -> tuple[list[Standing], list[list[int]]]:
-        """Learn where every rank stands, and of which virtual ranks it holds its next step's gradients."""
-        num_words = -(-self._plan.virtual_ranks // _WORD_BITS)
-        mine = torch.zeros(2 + num_words, dtype=torch.int64)
-        mine[0], mine[1] = self._standing.committed, self._standing.reduced
-        for virtual_rank in self._reduction.held():
-            mine[2 + virtual_rank // _WORD_BITS] |= 1 << virtual_rank % _WORD_BITS
-        everyones = torch.empty(world.size * len(mine), dtype=torch.int64)
-        world.all_gather(everyones, mine)
-        told = everyones.view(world.size, -1).tolist()
-        held = [
-            [v for v in range(self._plan.virtual_ranks) if words[v // _WORD_BITS] >> v % _WORD_BITS & 1]
-            for _, _, *words in told
-        ]
-        return [Standing(committed, reduced) for committed, reduced, *_ in told], held
 
     def _deal_rest(self, held: list[Sequence[int]]) -> None:
         """Deal the interrupted step so that nothing that survived is computed again; the pace begins anew."""
@@ -337,7 +353,7 @@ class Trainer:
 
     def _save(self, world: World) -> None:
         share = Share(world.generation, world.rank, world.size, world.hosts)
-        self._snapshots.save(share, self._standing.committed, self._learner.tree)
+        self._snapshots.save(share, self._standing.committed, self._learner.shares)
 
     def _finish(self, world: World, orders: Orders, emit: Emit, ending: Ending) -> Ending:
         """Wait until the last checkpoint is durable, or a newer world (it saves again) is to form.
@@ -365,19 +381,6 @@ class Trainer:
     def _count_tokens(self, batch: Any) -> int:
         count = getattr(self._job, "tokens", None)
         return int(count(batch)) if count is not None else self._plan.micro_batch
-
-
-@contextmanager
-def _blaming_the_job(step: int, virtual_rank: int = -1) -> Iterator[None]:
-    """Turn whatever the job's code raises into UserFailure. No world is asked inside: nothing is Broken."""
-    try:
-        yield
-    except (JobRejected, UserFailure):
-        raise
-    except Exception as error:  # noqa: BLE001  (this is the border to the user's code)
-        raise UserFailure(
-            step, virtual_rank, f"{type(error).__name__}: {error}", traceback.format_exc()
-        ) from None
 
 
 def _buffers(model: nn.Module) -> list[tuple[int, int]]:

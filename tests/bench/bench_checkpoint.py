@@ -14,6 +14,7 @@ from tests.bench.figures.growth import dedup, memory, small_tensors
 from tests.bench.figures.index import index
 from tests.bench.figures.picture import draw_picture
 from tests.bench.figures.pieces import fingerprint_speed, parity_speed
+from tests.bench.figures.rebuild import rebuild
 from tests.bench.figures.saving import blocked
 from tests.bench.figures.session import console
 from tests.bench.figures.slowdown import slowdown
@@ -25,6 +26,7 @@ FIGURES: Mapping[str, Callable[[Effort], list[Row]]] = {
     "codec": codec,
     "fingerprint": fingerprint_speed,
     "parity": parity_speed,
+    "parity_rebuild": rebuild,
     "dedup": dedup,
     "memory": memory,
     "small": small_tensors,

@@ -46,7 +46,7 @@ def run(effort: Effort) -> list[Row]:
     for _ in range(1 if effort is Effort.QUICK else 3):
         with tempfile.TemporaryDirectory() as directory:
             ours.append(_ours(Path(directory)))
-            peer.append(_torchrun(Path(directory)))
+            peer.append(torchrun(Path(directory)))
     failures = [each.report.failures[0] for each in ours]
     step_s = median(each.report.computing_s / each.report.committed_steps for each in ours)
     total_s = median(failure.total_s or float("inf") for failure in failures)
@@ -122,7 +122,7 @@ def _ours(directory: Path) -> Ours:
     return Ours(time.monotonic() - started, elastic.read_report(directory / "runs" / "bench"))
 
 
-def _torchrun(directory: Path) -> Torchrun:
+def torchrun(directory: Path) -> Torchrun:
     """Run the peer.
 
     Without the variable its survivors never come back (the agent's store is shared with the dead rank).

@@ -15,6 +15,7 @@ from checkpoint.store.objects import ObjectStore
 from checkpoint.store.obstore import ObStore
 from checkpoint.store.open import open_store
 from tests.contract.suite import KEY, StoreContract
+from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server, missing_programs
 
 BUCKET = "hf-test"
 
@@ -30,6 +31,21 @@ def credentials(endpoint: str, access_key: str, secret_key: str) -> Iterator[str
         environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
         boto3.session.Session().client("s3").create_bucket(Bucket=BUCKET)
         yield endpoint
+
+
+@contextmanager
+def served() -> Iterator[S3Server]:
+    """Run a real server for some tests, and have the environment speak of it; skip where there is none."""
+    missing = missing_programs()
+    if missing:
+        pytest.skip(f"no {', '.join(missing)} on this machine: install the packages of deploy/apt.txt")
+    server = S3Server()
+    try:
+        server.start()
+        with credentials(server.endpoint, ACCESS_KEY, SECRET_KEY):
+            yield server
+    finally:
+        server.stop()
 
 
 def client(scheme: str) -> Store:

@@ -7,7 +7,6 @@ from contextlib import suppress
 
 import boto3  # type: ignore[import-untyped]  # it has no types
 import pytest
-import stamina
 from botocore.exceptions import ClientError  # type: ignore[import-untyped]  # it has no types
 
 from checkpoint.errors import AlreadyExists, StoreUnavailable
@@ -16,9 +15,9 @@ from checkpoint.store.contract import Store
 from checkpoint.store.objects import ObjectStore
 from checkpoint.store.open import probe
 from checkpoint.store.wrappers import Retrying, RetryPolicy
-from tests.contract.s3_suite import BUCKET, S3Contract, client, credentials
+from tests.contract.s3_suite import BUCKET, S3Contract, client, served
 from tests.contract.suite import KEY, NUM_WRITERS
-from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server, missing_programs
+from tests.s3_server import S3Server
 
 pytestmark = pytest.mark.slow
 
@@ -27,23 +26,8 @@ SOON = RetryPolicy(deadline_s=30.0, first_wait_s=0.01, longest_wait_s=0.1)
 
 @pytest.fixture(scope="module", autouse=True)
 def server() -> Iterator[S3Server]:
-    missing = missing_programs()
-    if missing:
-        pytest.skip(f"no {', '.join(missing)} on this machine: install the packages of deploy/apt.txt")
-    server = S3Server()
-    try:
-        server.start()
-        with credentials(server.endpoint, ACCESS_KEY, SECRET_KEY):
-            yield server
-    finally:
-        server.stop()
-
-
-@pytest.fixture
-def quiet_retries() -> Iterator[None]:
-    stamina.instrumentation.set_on_retry_hooks([])
-    yield
-    stamina.instrumentation.set_on_retry_hooks(None)
+    with served() as server:
+        yield server
 
 
 @pytest.fixture(scope="class")

@@ -6,11 +6,9 @@ import pytest
 
 from checkpoint.errors import NotFound
 from checkpoint.store.contract import Store
-from checkpoint.store.local import LocalStore
 from checkpoint.store.memory import MemoryStore
 from checkpoint.store.objects import ObjectStore
 from checkpoint.store.open import open_store
-from checkpoint.store.tiered import Tiered
 from checkpoint.store.wrappers import Faulty, Metered, Retrying
 from tests.contract.suite import StoreContract
 
@@ -89,16 +87,6 @@ class TestFaultyWithoutFaults(StoreContract):
     @pytest.fixture
     def store(self) -> Store:
         return Faulty(MemoryStore(), [])
-
-    @pytest.fixture
-    def other(self, store: Store) -> Store:
-        return store
-
-
-class TestTiered(StoreContract):
-    @pytest.fixture
-    def store(self, tmp_path) -> Store:
-        return Tiered([MemoryStore("near"), LocalStore(tmp_path)])
 
     @pytest.fixture
     def other(self, store: Store) -> Store:

@@ -1,8 +1,9 @@
 """States, worlds and comparisons that the checkpoint engine's tests share."""
 
 import threading
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any, Protocol, TypeVar
 
 import pytest
 import torch
@@ -26,6 +27,16 @@ from checkpoint.format.codec import Codec
 QUICK = Tuning(poll_s=0.02, fenced_patience_s=0.3, straggler_s=0.3, outage_s=0.0)
 RAW = SavePolicy(codec=Codec.RAW)
 MIB = 1 << 20
+
+
+class Closable(Protocol):
+    """What is to be closed."""
+
+    def close(self) -> object:
+        """End."""
+
+
+Closed = TypeVar("Closed", bound=Closable)
 
 
 def small_state(step: int) -> dict[str, Any]:
@@ -74,9 +85,11 @@ def durable_steps(outcomes: tuple[Outcome, ...]) -> list[int]:
     return sorted({outcome.step for outcome in outcomes if isinstance(outcome, Durable)})
 
 
-def save_alone(saver: Saver, step: int, generation: int = 0) -> tuple[Outcome, ...]:
+def save_alone(
+    saver: Saver, step: int, generation: int = 0, *, share: Share | None = None
+) -> tuple[Outcome, ...]:
     """Save one step of a world of one and wait for its outcome."""
-    saver.save(step, small_state(step), Share.alone(generation=generation), {})
+    saver.save(step, small_state(step), share or Share.alone(generation=generation), {})
     assert saver.drain(20)
     return saver.outcomes()
 
@@ -104,6 +117,17 @@ def save_steps(saver: Saver, states: Mapping[int, Any]) -> None:
         saver.save(step, state, Share.alone(), {})
         assert saver.drain(20)
         assert durable_steps(saver.outcomes()) == [step]
+
+
+@contextmanager
+def closing_all(make: Callable[..., Closed]) -> Iterator[Callable[..., Closed]]:
+    """Lend a maker of things; in the end all that it made are closed, the last first."""
+    with ExitStack() as made:
+
+        def make_one(*args: Any, **options: Any) -> Closed:
+            return made.enter_context(closing(make(*args, **options)))
+
+        yield make_one
 
 
 def at_once(actions: list[Callable[[], None]]) -> None:

@@ -22,6 +22,7 @@ from checkpoint import (
 )
 from checkpoint.format.codec import checksum
 from checkpoint.format.keys import DAMAGED, damaged_key, manifest_key
+from checkpoint.format.sealed import seal, unseal
 from checkpoint.store.memory import MemoryStore
 from checkpoint.store.wrappers import Faulty, Lost
 from tests.fault.checkpoint_worlds import MIB, QUICK, RAW, durable_steps, same_bits, save_alone, small_state
@@ -76,7 +77,7 @@ def cut_manifest(store: MemoryStore, step: int) -> None:
 
 def age_manifest(store: MemoryStore, step: int) -> None:
     key = manifest_key(step)
-    store.put(key, bytes(store.read(key)[0]).replace(b'"version": 1', b'"version": 9', 1))
+    store.put(key, seal("manifest", unseal("manifest", store.read(key)[0], key), 9))
 
 
 def set_all_aside(store: MemoryStore) -> None:

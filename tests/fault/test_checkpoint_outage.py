@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import stamina
 
 from checkpoint import (
     Catalog,
@@ -35,11 +34,11 @@ from checkpoint.lifecycle.promotion import promote
 from checkpoint.store.memory import MemoryStore
 from checkpoint.store.objects import ObjectStore
 from checkpoint.store.wrappers import Metered, Retrying, RetryPolicy
-from tests.contract.s3_suite import BUCKET, credentials
+from tests.contract.s3_suite import BUCKET, served
 from tests.fault.checkpoint_worlds import MIB, QUICK, RAW, assert_whole, durable_steps, run_state, same_bits
-from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server, missing_programs
+from tests.s3_server import S3Server
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quiet_retries")]
 
 SOON = RetryPolicy(deadline_s=30.0, first_wait_s=0.01, longest_wait_s=0.1)
 PATIENT = replace(QUICK, outage_s=60.0)
@@ -53,23 +52,8 @@ NUM_WRITES = (
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[S3Server]:
-    missing = missing_programs()
-    if missing:
-        pytest.skip(f"no {', '.join(missing)} on this machine: install the packages of deploy/apt.txt")
-    server = S3Server()
-    try:
-        server.start()
-        with credentials(server.endpoint, ACCESS_KEY, SECRET_KEY):
-            yield server
-    finally:
-        server.stop()
-
-
-@pytest.fixture(autouse=True)
-def quiet_retries() -> Iterator[None]:
-    stamina.instrumentation.set_on_retry_hooks([])
-    yield
-    stamina.instrumentation.set_on_retry_hooks(None)
+    with served() as server:
+        yield server
 
 
 class Striking:

@@ -171,6 +171,6 @@ def serving(directory: Path) -> Iterator[Serving]:
 def _is_deployed(served: Serving, process: subprocess.Popen[bytes]) -> bool:
     assert process.poll() is None, served.log.read_text()
     try:
-        return len(served.deployments()) == 5
+        return len(served.deployments()) == 6
     except (urllib.error.URLError, OSError):
         return False

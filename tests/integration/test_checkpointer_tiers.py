@@ -50,7 +50,7 @@ def test_each_tier_gets_what_is_due_there_and_a_lost_one_is_done_without(tmp_pat
     shutil.rmtree(tmp_path / "near")
     elsewhere = replace(options, directory=tmp_path / "other")
     with Checkpointer(near, run="successor", options=elsewhere) as checkpointer:
-        restored = checkpointer.restore({"model": again})
+        restored = checkpointer.restore({"model": again}, run="run")
         assert restored is not None and restored.step == 4 and (again.weight == 4).all()
         assert restored.report.bytes_by_source.keys() == {"far"}
 

@@ -2,20 +2,18 @@
 
 import json
 import os
-import pickle
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 import elastic
 from checkpoint import Catalog, SavePolicy, open_store
+from tests.integration.drivers import Drive, await_step, driving, kill_group, kill_ray
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 NUM_STEPS = 120
@@ -64,55 +62,10 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> elastic.TrainReport:
 
 
 @pytest.fixture
-def drive(tmp_path: Path) -> Iterator[Callable[[elastic.TrainOrder], subprocess.Popen[bytes]]]:
+def drive(tmp_path: Path) -> Iterator[Drive]:
     """Start drivers as processes in sessions of their own; what is left of them is killed in the end."""
-    started: list[tuple[elastic.TrainOrder, subprocess.Popen[bytes]]] = []
-
-    def start(order: elastic.TrainOrder) -> subprocess.Popen[bytes]:
-        path = tmp_path / f"{order.run}-{len(started)}.pickle"
-        path.write_bytes(pickle.dumps(order))
-        command = [sys.executable, "-m", "tests.integration.drive", str(path)]
-        with path.with_suffix(".log").open("wb") as log:
-            process = subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log)
-        started.append((order, process))
-        return process
-
-    yield start
-    for order, process in started:
-        kill_group(process)
-        kill_ray(order)
-
-
-def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL a driver with its whole process group."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def kill_ray(order: elastic.TrainOrder) -> None:
-    """SIGKILL the run's local Ray: its warden and everything below it, workers included."""
-    pid = order.run_dir / "ray" / "pid"
-    if pid.exists() and psutil.pid_exists(int(pid.read_text())):
-        warden = psutil.Process(int(pid.read_text()))
-        for process in [*warden.children(recursive=True), warden]:
-            process.kill()
-
-
-def await_step(
-    order: elastic.TrainOrder, step: int, process: subprocess.Popen[bytes], durable: int | None = 1
-) -> None:
-    """Wait until the journal tells that a step is committed and, unless None, that one as late is durable."""
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        assert process.poll() is None, "the driver ended too early"
-        if (order.run_dir / "journal.jsonl").exists():
-            report = elastic.read_report(order.run_dir)
-            is_durable = durable is None or (report.newest_durable_step or 0) >= durable
-            if report.committed_steps >= step and is_durable:
-                return
-        time.sleep(0.05)
-    pytest.fail(f"step {step} was not reached")
+    with driving(tmp_path) as start:
+        yield start
 
 
 def test_a_killed_worker_changes_no_bit_and_no_step_is_redone(
@@ -131,14 +84,18 @@ def test_a_killed_worker_changes_no_bit_and_no_step_is_redone(
 
 
 def ready_pids(run_dir: Path) -> dict[str, int]:
-    """Which members introduced themselves, with their processes; a second introduction fails."""
+    """Which members introduced themselves, with their processes; a second process of a name fails."""
     pids: dict[str, int] = {}
-    for line in (run_dir / "journal.jsonl").read_text().splitlines():
-        record = json.loads(line or "{}")
-        if record.get("kind") == "MemberReady":
-            assert record["member"] not in pids
-            pids[record["member"]] = record["pid"]
+    for moment in moments(run_dir):
+        if moment["kind"] == "MemberReady":
+            assert pids.setdefault(moment["member"], moment["pid"]) == moment["pid"]
     return pids
+
+
+def moments(run_dir: Path) -> list[dict[str, Any]]:
+    """Read a run's journal."""
+    lines = (run_dir / "journal.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines if line]
 
 
 def test_a_world_that_ends_smaller_than_it_began_ends_with_the_same_bits(
@@ -152,23 +109,28 @@ def test_a_world_that_ends_smaller_than_it_began_ends_with_the_same_bits(
 
 
 def test_a_killed_driver_is_succeeded_and_its_workers_go_on(
-    quiet: elastic.TrainReport, tmp_path: Path, drive: Callable[[elastic.TrainOrder], subprocess.Popen[bytes]]
+    quiet: elastic.TrainReport, tmp_path: Path, drive: Drive
 ) -> None:
     order = make_order(tmp_path, "driverless")
     process = drive(order)
     await_step(order, 20, process)
     kill_group(process)
     before = ready_pids(order.run_dir)
+    told = elastic.read_report(order.run_dir).committed_steps
     report = elastic.train(order, lambda _: None)
     assert report.weights_sha256 == quiet.weights_sha256
     assert report.segments == 2
+    assert len(before) == 3 and ready_pids(order.run_dir) == before, "nobody was started anew"
+    settled = [moment for moment in moments(order.run_dir) if moment["kind"] == "Settled"][3:]
+    assert {moment["source"] for moment in settled} == {"self"}
+    assert settled[0]["step"] > told, "they trained on while nobody drove"
     assert report.failures[0].cause == "driver lost"
     assert report.redone_steps == 0
     assert not any(psutil.pid_exists(pid) for pid in before.values()), "the workers ended with the run"
 
 
 def test_after_everything_was_killed_a_resumed_run_ends_with_the_same_bits(
-    quiet: elastic.TrainReport, tmp_path: Path, drive: Callable[[elastic.TrainOrder], subprocess.Popen[bytes]]
+    quiet: elastic.TrainReport, tmp_path: Path, drive: Drive
 ) -> None:
     order = make_order(tmp_path, "razed", elastic.Fault(at_step=12, rank=2))
     process = drive(order)
@@ -186,7 +148,7 @@ def test_after_everything_was_killed_a_resumed_run_ends_with_the_same_bits(
 
 
 def test_a_signal_stops_after_a_final_checkpoint_and_a_later_call_goes_on(
-    quiet: elastic.TrainReport, tmp_path: Path, drive: Callable[[elastic.TrainOrder], subprocess.Popen[bytes]]
+    quiet: elastic.TrainReport, tmp_path: Path, drive: Drive
 ) -> None:
     order = make_order(tmp_path, "stopped")
     process = drive(order)
@@ -202,7 +164,7 @@ def test_a_signal_stops_after_a_final_checkpoint_and_a_later_call_goes_on(
 
 
 def test_without_a_driver_for_its_lease_a_run_saves_its_last_step_and_leaves_no_process(
-    tmp_path: Path, drive: Callable[[elastic.TrainOrder], subprocess.Popen[bytes]]
+    tmp_path: Path, drive: Drive
 ) -> None:
     order = make_order(tmp_path, "orphaned")
     order = replace(order, lease_s=5.0, training=replace(order.training, num_steps=1_000_000))
@@ -222,7 +184,7 @@ def test_without_a_driver_for_its_lease_a_run_saves_its_last_step_and_leaves_no_
 
 
 def test_when_a_worker_dies_without_a_driver_the_others_save_their_state_at_the_end_of_the_lease(
-    tmp_path: Path, drive: Callable[[elastic.TrainOrder], subprocess.Popen[bytes]]
+    tmp_path: Path, drive: Drive
 ) -> None:
     order = make_order(tmp_path, "bereft")
     order = replace(order, lease_s=5.0, training=replace(order.training, num_steps=1_000_000))

@@ -9,7 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+import checkpoint
 from tasks.spec import RunSpec
+from tests.conversion_samples import adam_state, bits_of, block_weights, save_state
 from tests.integration.serving import eventually, serving, tiny_spec
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -23,7 +25,7 @@ def served(tmp_path_factory):
 
 def test_every_flow_is_deployed_with_its_schedule_and_its_limit(served):
     found = served.deployments()
-    assert set(found) == {"train", "resume", "drill", "evaluation", "upkeep"}
+    assert set(found) == {"train", "resume", "drill", "evaluation", "reshard", "upkeep"}
     schedules = {
         name: [(s["schedule"]["cron"], s["active"]) for s in each["schedules"]]
         for name, each in found.items()
@@ -59,6 +61,19 @@ def test_a_scheduled_run_fires(served):
         )
     finally:
         served.call("DELETE", f"/deployments/{deployment}/schedules/{made[0]['id']}")
+
+
+def test_a_checkpoint_is_resharded_from_the_form(served):
+    source, target = (str(served.directory / name) for name in ("layouts", "resharded"))
+    save_state(checkpoint.open_store(source), adam_state(block_weights()))
+    order = {"source": source, "target": target, "to": "shard=2,tensor=2"}
+    flow_run = served.trigger("reshard", {"order": order})
+    assert served.await_end(flow_run, 100)["state_type"] == "COMPLETED", served.logs(flow_run)
+    assert bits_of(checkpoint.open_store(target)) == bits_of(checkpoint.open_store(source))
+    told = served.artifacts(flow_run)["table"]
+    assert {row["proof"] for row in json.loads(told["data"])} == {"fingerprint"}
+    schema = served.deployments()["reshard"]["parameter_openapi_schema"]["definitions"]["ConversionOrder"]
+    assert all(each["description"] for each in schema["properties"].values())
 
 
 def test_a_run_from_the_form_trains_and_shows_its_logs_and_its_report(served):

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -11,12 +12,11 @@ from hypothesis import strategies as st
 from checkpoint.engine.plan import (
     Piece,
     TensorSpec,
+    Write,
     check_chunks,
     check_cover,
     deal_pieces,
     plan_copies,
-    plan_restore,
-    plan_save,
 )
 from checkpoint.engine.regions import Regions, find_outside, find_uncovered, meet, padded
 from checkpoint.errors import Incomplete
@@ -35,9 +35,25 @@ def cut(shape: tuple[int, ...], max_bytes: int) -> list[Box]:
     return split_box(Box.whole(shape), 1, max_bytes)
 
 
+def dealt(tensors: Sequence[TensorSpec], num_writers: int) -> list[Write]:
+    """Deal what every rank holds in full."""
+    everyone = tuple(range(num_writers))
+    return deal_pieces(tensors, [Piece(n, Box.whole(spec.shape), everyone) for n, spec in enumerate(tensors)])
+
+
+def copies_of(stored: Sequence[Box], wanted: Sequence[Box]) -> list[tuple[int, int, Box]]:
+    """List what fills wanted boxes of one tensor: (stored box, wanted box, what goes there)."""
+    found = plan_copies(Regions.of(stored), Regions.of(wanted))
+    pairs = zip(found.left.tolist(), found.right.tolist(), strict=True)
+    return [
+        (chunk, number, found.common.box(row, len(wanted[number].size)))
+        for row, (chunk, number) in enumerate(pairs)
+    ]
+
+
 @given(st.lists(specs, max_size=8), st.integers(1, 9))
 def test_every_element_is_written_exactly_once_and_by_a_rank_that_exists(tensors, num_writers):
-    writes = plan_save(tensors, num_writers)
+    writes = dealt(tensors, num_writers)
     assert {write.writer for write in writes} <= set(range(num_writers))
     for number, spec in enumerate(tensors):
         check_cover(spec.name, spec.shape, [write.box for write in writes if write.tensor == number])
@@ -45,7 +61,7 @@ def test_every_element_is_written_exactly_once_and_by_a_rank_that_exists(tensors
 
 def test_no_chunk_is_larger_than_four_mebibytes_and_large_tensors_are_shared_evenly():
     tensors = [TensorSpec("a", "float32", (5000, 4096)), TensorSpec("b", "float32", (70_000,))]
-    writes = plan_save(tensors, 4)
+    writes = dealt(tensors, 4)
     sizes = [write.box.numel * itemsize(tensors[write.tensor].dtype) for write in writes]
     assert max(sizes) <= MAX_CHUNK_BYTES
     loads = [0] * 4
@@ -67,11 +83,9 @@ def test_copies_fill_wanted_boxes_with_the_elements_that_are_stored(shape, store
     source = np.arange(math.prod(shape)).reshape(shape)
     stored, wanted = cut(shape, stored_bytes), cut(shape, wanted_bytes)
     targets = [np.full(box.size, -1) for box in wanted]
-    for copy in plan_restore(stored, wanted):
-        piece = source[stored[copy.chunk].within(Box.whole(shape))]
-        targets[copy.wanted][copy.box.within(wanted[copy.wanted])] = piece[
-            copy.box.within(stored[copy.chunk])
-        ]
+    for chunk, number, box in copies_of(stored, wanted):
+        piece = source[stored[chunk].within(Box.whole(shape))]
+        targets[number][box.within(wanted[number])] = piece[box.within(stored[chunk])]
     for box, target in zip(wanted, targets, strict=True):
         assert np.array_equal(target, source[box.within(Box.whole(shape))])
 
@@ -82,7 +96,7 @@ def test_a_missing_or_doubled_chunk_is_noticed(shape, max_bytes, data):
     victim = data.draw(st.integers(0, len(boxes) - 1))
     rest = boxes[:victim] + boxes[victim + 1 :]
     with pytest.raises(Incomplete):
-        plan_restore(rest, [Box.whole(shape)])
+        copies_of(rest, [Box.whole(shape)])
     with pytest.raises(Incomplete):
         check_cover("w", shape, rest)
     with pytest.raises(Incomplete):
@@ -186,12 +200,11 @@ def test_sizes_near_the_limit_of_the_format_are_planned_exactly():
     size = 2**59
     stored = [Box((0,), (size // 2,)), Box((size // 2,), (size // 2,))]
     check_cover("w", (size,), stored)
-    (copy,) = plan_restore(stored, [Box((size - 3,), (3,))])
-    assert (copy.chunk, copy.box) == (1, Box((size - 3,), (3,)))
+    assert copies_of(stored, [Box((size - 3,), (3,))]) == [(1, 0, Box((size - 3,), (3,)))]
     with pytest.raises(Incomplete):
         check_cover("w", (size,), [stored[0], Box((size // 2 + 1,), (size // 2 - 1,))])
     with pytest.raises(Incomplete, match="leave 1 of"):
-        plan_restore([stored[0]], [Box((0,), (size // 2 + 1,))])
+        copies_of([stored[0]], [Box((0,), (size // 2 + 1,))])
 
 
 def test_boxes_too_jagged_to_be_a_saver_s_are_refused_in_bounded_memory():

@@ -11,7 +11,7 @@ from checkpoint.engine.tensors import raw_bytes
 from checkpoint.store.memory import MemoryStore
 from tests.fault.checkpoint_worlds import MIB, QUICK, RAW, durable_steps
 
-SIZES = st.sampled_from([1, 7, 4095, 4097, 9000])  # at most, and more than, what is copied at once
+SIZES = st.sampled_from([1, 7, 32_767, 32_769, 40_000])  # at most, and more than, what is copied at once
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.complex64])
 NAMES = st.sampled_from(["a", "b", "c"])
 
@@ -79,7 +79,7 @@ CHANGES = st.sampled_from(
 @given(st.lists(st.tuples(CHANGES, NAMES, SIZES, DTYPES), min_size=1, max_size=6))
 def test_what_is_saved_is_what_the_state_holds_now(changes):
     store = MemoryStore("stale")
-    state: dict[str, Any] = {name: filled(5000, torch.float32, number) for number, name in enumerate("abc")}
+    state: dict[str, Any] = {name: filled(40_000, torch.float32, number) for number, name in enumerate("abc")}
     copies = []
     with LocalHost(store, arena_bytes=2 * MIB, tuning=QUICK) as host:
         saver = Saver(host, "run", RAW)

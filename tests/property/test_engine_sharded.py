@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from checkpoint import LocalHost, Saver, Share, Unsupported, load, verify
+from checkpoint import LocalHost, Mismatch, OnRanks, Saver, Share, Unsupported, load, verify
 from checkpoint.engine.per_rank import PerRank, per_rank_values
 from checkpoint.store.memory import MemoryStore
 from tests.fault.checkpoint_worlds import MIB, QUICK, RAW, durable_steps
@@ -101,6 +101,27 @@ def test_every_element_of_a_sharded_tensor_is_written_once_and_comes_back(data, 
     assert [value["rank"] for value in per_rank_values(loaded["own"])] == list(range(size))
     written = sum(slot.box.numel for each in slots for slot in each if slot.tensor == 0)
     assert written == whole.numel() and verify(store).num_bad == 0
+
+
+@settings(max_examples=10)
+@given(st.integers(1, 4), st.data())
+def test_a_tensor_that_some_ranks_hold_in_full_is_written_by_one_of_them(size, data):
+    ranks = tuple(sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1))))
+    whole = torch.randn(5, 3)
+
+    def state_of(rank: int) -> dict[str, Any]:
+        return {"m": OnRanks(whole if rank in ranks else None, whole.dtype, (5, 3), ranks), "step": 3}
+
+    store = MemoryStore("some")
+    slots = save_all(store, size, state_of)
+    assert next(rank for rank, each in enumerate(slots) if each) in ranks
+    assert torch.equal(load(store).state["m"], whole) and verify(store).num_bad == 0
+
+
+def test_a_rank_that_lacks_what_it_should_hold_is_told_so():
+    missing = OnRanks(None, torch.float32, (2,), (0,))
+    with LocalHost(MemoryStore("lacks"), arena_bytes=MIB) as host, pytest.raises(Mismatch, match="rank 0"):
+        Saver(host, "run").save(1, {"m": missing}, Share.alone(), {})
 
 
 def test_replicas_of_shards_share_the_work_evenly():

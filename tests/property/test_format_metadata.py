@@ -21,6 +21,7 @@ from checkpoint.format.manifest import (
     encode_page,
 )
 from checkpoint.format.pack import TRAILER_BYTES, PackBuilder, PackedTensor, decode_pack_index, index_range
+from checkpoint.format.sealed import seal, unseal
 from checkpoint.format.table import ChunkTable, decode_table, encode_table
 from checkpoint.store.memory import MemoryStore
 from tests.format_samples import write_checkpoint
@@ -125,8 +126,15 @@ def test_foreign_bytes_are_no_metadata(data):
 
 
 def test_a_later_version_asks_for_an_upgrade(objects):
-    data = objects["manifests"].replace(b'"version": 1', b'"version": 2', 1)
+    body = unseal("manifest", objects["manifests"], "manifests/x")
     with pytest.raises(Unsupported, match=r"version 2.*upgrade holdfast"):
+        decode_manifest(seal("manifest", body, 2), "manifests/x")
+
+
+@pytest.mark.parametrize("digit", b"023456789")
+def test_a_damaged_version_is_damage_and_no_later_release(objects, digit):
+    data = objects["manifests"].replace(b'"version": 1', b'"version": %c' % digit, 1)
+    with pytest.raises(Corrupt, match="manifests/x"):
         decode_manifest(data, "manifests/x")
 
 

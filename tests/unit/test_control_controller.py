@@ -6,6 +6,7 @@ from elastic.control.events import (
     Ending,
     MemberEnded,
     MemberFailed,
+    MemberLeaving,
     MemberLost,
     MemberReady,
     Settled,
@@ -13,9 +14,19 @@ from elastic.control.events import (
     StopRequested,
     Tick,
     UserFailed,
+    WorkersWanted,
     WorldBroken,
 )
-from elastic.control.instructions import End, FormWorld, KillMember, StartMember, Status, StopWorld
+from elastic.control.instructions import (
+    End,
+    FormWorld,
+    KillMember,
+    Manner,
+    ReleaseMember,
+    StartMember,
+    Status,
+    StopWorld,
+)
 from elastic.control.policy import WorldPolicy
 
 
@@ -112,3 +123,63 @@ def test_a_slow_last_checkpoint_is_no_hang() -> None:
     controller = training()
     controller.handle(StepCommitted("w0", 1, 1, 1.0, 0.5, 1, 0.0), 3.0)
     assert controller.handle(Tick(), 500.0) == []
+
+
+def test_how_long_a_member_takes_to_start_says_nothing_about_how_long_members_are_silent() -> None:
+    controller = training()
+    controller.handle(StepCommitted("w0", 1, 1, 1.0, 0.1, 1, 0.0), 122.0)
+    controller.handle(Tick({"w0": 0.1, "w1": 0.1, "w2": 100.0}), 122.1)
+    controller.handle(Tick({"w0": 0.1, "w1": 0.1, "w2": 0.1}), 122.2)
+    killed, *_ = controller.handle(Tick({"w0": 0.1, "w1": 8.0, "w2": 0.1}), 130.0)
+    assert isinstance(killed, KillMember)
+    assert killed.member == "w1"
+
+
+def test_a_member_that_will_be_taken_away_leaves_at_a_step_boundary_and_is_no_failure() -> None:
+    controller = training(3)
+    started, formed = controller.handle(MemberLeaving("w1", "drained"), 3.0)
+    assert started == StartMember("w3")
+    assert isinstance(formed, FormWorld)
+    assert (formed.members, formed.manner) == (("w0", "w2"), Manner.AT_BOUNDARY)
+    assert controller.handle(Settled("w0", 2, 1, "self", 0.1), 4.0) == []
+    assert controller.handle(Settled("w2", 2, 1, "self", 0.1), 4.0) == [ReleaseMember("w1", "drained")]
+    assert controller.handle(MemberLost("w1", Cause.PROCESS_DIED, ""), 4.1) == []
+    assert controller.num_failures == 0
+
+
+def test_the_only_holder_of_the_state_hands_it_to_its_replacement_before_it_leaves() -> None:
+    controller = training(1)
+    assert controller.handle(MemberLeaving("w0", "drained"), 3.0) == [StartMember("w1")]
+    (both,) = controller.handle(MemberReady("w1", "h", 2), 4.0)
+    assert isinstance(both, FormWorld) and both.members == ("w0", "w1")
+    controller.handle(Settled("w0", 2, 1, "self", 0.1), 5.0)
+    (alone,) = controller.handle(Settled("w1", 2, 1, "peer", 0.1), 5.0)
+    assert isinstance(alone, FormWorld) and alone.members == ("w1",)
+    again, *_ = controller.handle(MemberLost("w1", Cause.PROCESS_DIED, ""), 5.1)
+    assert isinstance(again, FormWorld)
+    assert again.members == ("w0",), "it still holds the state, though it had left"
+
+
+def test_a_world_grows_and_shrinks_as_somebody_wants_it_to() -> None:
+    controller = training(2)
+    assert controller.handle(WorkersWanted(3), 3.0) == [StartMember("w2")]
+    (grown,) = controller.handle(MemberReady("w2", "h", 2), 4.0)
+    assert isinstance(grown, FormWorld) and grown.members == ("w0", "w1", "w2")
+    for member in grown.members:
+        controller.handle(Settled(member, 2, 1, "self", 0.1), 5.0)
+    (shrunk,) = controller.handle(WorkersWanted(1), 6.0)
+    assert isinstance(shrunk, FormWorld) and shrunk.members == ("w0",)
+    released = controller.handle(Settled("w0", 3, 2, "self", 0.1), 7.0)
+    assert [one.member for one in released if isinstance(one, ReleaseMember)] == ["w1", "w2"]
+
+
+def test_a_standby_takes_a_lost_members_place_at_once_and_another_one_is_started() -> None:
+    controller = Controller(WorldPolicy(workers=2, standbys=1), "w")
+    assert len(controller.begin((), 0.0)) == 3
+    for index in range(3):
+        controller.handle(MemberReady(f"w{index}", "h", index), 1.0)
+    for member in ("w0", "w1"):
+        controller.handle(Settled(member, 1, 0, "fresh", 0.1), 2.0)
+    formed, started = controller.handle(MemberLost("w0", Cause.PROCESS_DIED, ""), 3.0)
+    assert isinstance(formed, FormWorld) and formed.members == ("w1", "w2")
+    assert started == StartMember("w3")

@@ -30,7 +30,7 @@ from checkpoint.engine.source import StoreSource
 from checkpoint.format.keys import manifest_key
 from checkpoint.store.memory import MemoryStore
 from checkpoint.store.wrappers import Metered
-from tests.fault.checkpoint_worlds import MIB, QUICK, RAW, at_once, durable_steps, same_bits
+from tests.fault.checkpoint_worlds import MIB, QUICK, RAW, at_once, closing_all, durable_steps, same_bits
 from tests.unit.test_engine_worlds import World
 
 GRACE_S = 1000.0
@@ -72,15 +72,8 @@ class Run:
 
 @pytest.fixture
 def run_of():
-    runs = []
-
-    def make(*args, **options):
-        runs.append(Run(*args, **options))
-        return runs[-1]
-
-    yield make
-    for run in runs:
-        run.close()
+    with closing_all(Run) as make:
+        yield make
 
 
 def stored_bytes(store: Store) -> int:

@@ -16,7 +16,7 @@ from checkpoint.format.layout import Box
 from checkpoint.store.memory import MemoryStore
 from checkpoint.store.wrappers import Metered
 from tests.fault.checkpoint_shares import begin, handling, plan_of
-from tests.fault.checkpoint_worlds import MIB, QUICK
+from tests.fault.checkpoint_worlds import MIB, QUICK, closing_all
 
 CHAIN = 3
 
@@ -63,15 +63,8 @@ class Run:
 
 @pytest.fixture
 def run_of():
-    runs = []
-
-    def make(*args, **options):
-        runs.append(Run(*args, **options))
-        return runs[-1]
-
-    yield make
-    for run in runs:
-        run.close()
+    with closing_all(Run) as make:
+        yield make
 
 
 def chunks_of(store, step):

@@ -1,6 +1,7 @@
 """What the guards notice for certain, and what a save holds on to."""
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -9,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoint import LocalHost, Saver, Share, load
-from checkpoint.engine.contract import Slot
+from checkpoint.engine.contract import Failed, Slot
 from checkpoint.engine.guards import AFTER_BYTES, BEFORE_BYTES, LINE_BYTES, watch
-from checkpoint.engine.structure import Source
+from checkpoint.engine.structure import Origin
+from checkpoint.engine.transfer import Transfer
 from checkpoint.format.layout import Box
 from checkpoint.store.memory import MemoryStore
 from tests.fault.checkpoint_worlds import MIB, QUICK, RAW, durable_steps
@@ -22,7 +24,7 @@ NUM_BYTES = 1 << 20
 def watched(weight: torch.Tensor, salt: int):
     box = Box.whole(tuple(weight.shape))
     space = memoryview(bytearray(weight.nbytes))
-    one = watch(weight, Source(0, box, 0), Slot(0, box, 0, weight.nbytes), 0, salt)
+    one = watch(weight, Origin(0, box, 0), Slot(0, box, 0, weight.nbytes), 0, salt)
     return one, one.captured(space)
 
 
@@ -101,3 +103,32 @@ def test_nothing_of_the_state_is_held_on_to_once_it_is_captured():
         gc.collect()
         assert seen() is None
         saver.close()
+
+
+@pytest.mark.parametrize("after", [0, 2], ids=["freed", "freed and had anew"])
+@pytest.mark.parametrize("form", ["run", "elements"])
+def test_memory_that_was_given_back_after_the_save_is_not_read_and_the_snapshot_spoiled(
+    monkeypatch, form, after
+):
+    may_copy = threading.Event()
+    monkeypatch.setattr(Transfer, "prepare", lambda *_: may_copy.wait(20))
+    store = MemoryStore("freed")
+    with LocalHost(store, arena_bytes=16 * MIB, tuning=QUICK) as host:
+        saver = Saver(host, "run", RAW)
+        weight = torch.ones(1000, 1500)
+        storage, num_bytes = weight.untyped_storage(), weight.nbytes
+        given = weight if form == "run" else weight.t()
+        saver.save(1, {"weight": given}, Share.alone(), {})
+        storage.resize_(0)  # as FSDP1 does with what it gathered
+        if after:
+            storage.resize_(after * num_bytes)
+        may_copy.set()
+        assert saver.drain(20)
+        (outcome,) = saver.outcomes()
+        assert (
+            isinstance(outcome, Failed)
+            and "'weight'" in outcome.why
+            and "memory was given back" in outcome.why
+        )
+        saver.close()
+    assert store.list("manifests/") == []

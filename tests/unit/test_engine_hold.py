@@ -107,6 +107,17 @@ def test_a_new_capture_takes_the_place_of_older_held_ones_but_not_of_the_newest(
         assert [entry.step for entry in host._intake._register.held()] == [3, 4, 5]
 
 
+@pytest.mark.parametrize("depth", ["memory", "store"])
+def test_what_one_rank_has_sealed_stays_until_its_neighbours_have_too(store, depth):
+    rows, treated = rows_of(1), handling(depth)
+    with host_of(store) as host:
+        first = begin(host, 1, rows, plan_of(rows, treated, rank=0, hosts=("local",) * 2), rank=0)
+        host.seal(first)
+        host.seal(begin(host, 1, rows, plan_of(rows, treated, rank=1, hosts=("local",) * 2), rank=1))
+        with host.held() as held:
+            assert held is not None and same_rows(held_rows(held), rows)
+
+
 def test_in_an_arena_for_one_the_held_snapshot_goes_when_the_next_one_comes_and_that_is_counted(
     store, caplog
 ):

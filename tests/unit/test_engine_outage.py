@@ -5,21 +5,15 @@ import time
 from dataclasses import replace
 
 import pytest
-import stamina
 
 from checkpoint import Failed, LocalHost, Saver, Share, StoreRefused, StoreUnavailable, load, verify
 from checkpoint.store.memory import MemoryStore
 from checkpoint.store.wrappers import Faulty, Lost, Retrying, RetryPolicy, Unanswered
 from tests.fault.checkpoint_worlds import MIB, QUICK, RAW, durable_steps, same_bits, save_alone, small_state
 
+pytestmark = pytest.mark.usefixtures("quiet_retries")
+
 PATIENT = replace(QUICK, poll_s=0.005, outage_s=60.0)
-
-
-@pytest.fixture(autouse=True)
-def quiet_retries():
-    stamina.instrumentation.set_on_retry_hooks([])
-    yield
-    stamina.instrumentation.set_on_retry_hooks(None)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Which checkpoint a restore takes, from which source, and what it says when one is not as it was written."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from checkpoint.engine.asking import ask_for_steps
 from checkpoint.engine.held import Held
+from checkpoint.engine.reading import ReadPolicy
 from checkpoint.engine.restore import load
 from checkpoint.engine.source import HeldSource, Source, StoreSource
 from checkpoint.errors import Corrupt, Incomplete, NoCheckpoint, StoreUnavailable, Unsupported
@@ -16,6 +19,7 @@ from checkpoint.format.codec import Codec
 from checkpoint.format.keys import manifest_key
 from checkpoint.format.layout import Box
 from checkpoint.format.manifest import Manifest, encode_manifest, encode_page, page_ref
+from checkpoint.format.sealed import seal, unseal
 from checkpoint.store.contract import ByteRange
 from checkpoint.store.memory import MemoryStore
 from tests.format_samples import sample_tensors, write_checkpoint
@@ -39,7 +43,7 @@ def two_steps() -> MemoryStore:
 
 def as_version(store: MemoryStore, step: int, version: int) -> None:
     key = manifest_key(step)
-    store.put(key, bytes(store.read(key)[0]).replace(b'"version": 1', b'"version": %d' % version, 1))
+    store.put(key, seal("manifest", unseal("manifest", store.read(key)[0], key), version))
 
 
 def broken_page(store: MemoryStore, step: int) -> None:
@@ -47,7 +51,7 @@ def broken_page(store: MemoryStore, step: int) -> None:
     store.put(key, bytes(len(bytes(store.read(key)[0]))))
 
 
-@pytest.mark.parametrize("version", [0, 2, 99])
+@pytest.mark.parametrize("version", [2, 99])
 def test_a_checkpoint_of_another_version_is_refused_and_not_passed_over(version):
     store = two_steps()
     as_version(store, 2, version)
@@ -102,6 +106,38 @@ def test_a_source_that_cannot_even_list_is_passed_over_unless_it_is_the_only_one
     assert loaded.manifest.step == 2 and loaded.report.bytes_by_source.keys() == {"far"}
     with pytest.raises(StoreUnavailable, match="away"):
         load(Away("alone"))
+
+
+@pytest.mark.parametrize("near", ["store", "memory"])
+def test_a_far_source_that_never_answers_costs_no_more_than_its_patience_and_is_named(near):
+    store, never = two_steps(), threading.Event()
+    nearest: Source = StoreSource(store) if near == "store" else HeldSource(held_of(store, 2))
+
+    class Silent(MemoryStore):
+        def list(self, prefix: str) -> Any:
+            assert not never.wait(60), "nobody waits for this"
+
+    loaded = load([nearest, StoreSource(Silent("s"), "far")], policy=ReadPolicy(patience_s=0.05))
+    assert loaded.manifest.step == 2 and loaded.report.unreached == ("far",)
+    never.set()
+
+
+def test_a_slow_near_source_is_waited_for_however_soon_a_far_one_answers():
+    store, answered = two_steps(), threading.Event()
+
+    class Slow(MemoryStore):
+        def list(self, prefix: str) -> Any:
+            assert answered.wait(20)
+            return store.list(prefix)
+
+    class Quick(StoreSource):
+        def steps(self) -> list[int]:
+            threading.Timer(0.2, answered.set).start()
+            return [1]
+
+    far = Quick(store, "far")
+    asked = ask_for_steps([StoreSource(Slow("slow")), far], 0.01)
+    assert asked.steps == [2, 1] and asked.outages == {}
 
 
 def test_the_newest_step_of_any_source_is_taken():

@@ -9,6 +9,7 @@ from checkpoint.format.keys import (
     PackKey,
     PageKey,
     StepKey,
+    abandoned_key,
     check_key,
     expired_key,
     generation_key,
@@ -21,7 +22,6 @@ from checkpoint.format.keys import (
     parse_manifest_key,
     parse_pack_key,
     parse_page_key,
-    parse_score_key,
     parse_tag_key,
     parse_verified_key,
     score_key,
@@ -36,6 +36,7 @@ def test_keys_are_as_the_format_says():
     assert page_key(3, 20, "h0", 1) == "index/000003-000000000020-h0-0001"
     assert generation_key(3) == "control/generations/000003"
     assert page_key(3, 20, "h0", 1).startswith(pages_prefix(3, 20))
+    assert abandoned_key(20, "0123456789abcdef0123") == "control/abandoned/000000000020-0123456789abcdef"
     assert expired_key(20, "0123456789abcdef0123") == "control/expired/000000000020-0123456789abcdef"
     assert score_key(20, "0123456789abcdef0123") == "control/scores/000000000020-0123456789abcdef"
     assert tag_key("best") == "control/tags/best"
@@ -48,7 +49,6 @@ def test_keys_are_read_back():
     assert parse_generation_key(generation_key(3)) == 3
     digest = "0123456789abcdef"
     assert parse_expired_key(expired_key(20, digest)) == StepKey(20, digest)
-    assert parse_score_key(score_key(20, digest)) == StepKey(20, digest)
     assert parse_verified_key(verified_key(20, digest)) == StepKey(20, digest)
     assert parse_tag_key(tag_key("v1.0_final-x")) == "v1.0_final-x"
 
@@ -65,10 +65,10 @@ NO_KEYS = [
 def test_what_is_no_such_key_is_none(key: str):
     found = [
         *(parse(key) for parse in (parse_manifest_key, parse_pack_key, parse_page_key)),
-        *(parse(key) for parse in (parse_generation_key, parse_expired_key, parse_score_key, parse_tag_key)),
+        *(parse(key) for parse in (parse_generation_key, parse_expired_key, parse_tag_key)),
         parse_verified_key(key),
     ]
-    assert found == [None] * 8
+    assert found == [None] * 7
 
 
 def test_numbers_and_hosts_that_do_not_fit_are_refused():

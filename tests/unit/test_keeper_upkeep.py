@@ -5,7 +5,6 @@ import time
 from dataclasses import replace
 
 import pytest
-import stamina
 
 from checkpoint import Catalog, Durable, Failed, LatestN, LocalHost, Saver, Share, load, verify
 from checkpoint.errors import StoreRefused
@@ -14,17 +13,12 @@ from checkpoint.lifecycle.policies import EverySteps
 from checkpoint.lifecycle.tiers import Tier
 from checkpoint.store.memory import MemoryStore
 from checkpoint.store.wrappers import Faulty, Lost, RetryPolicy
-from tests.fault.checkpoint_worlds import MIB, QUICK, RAW, same_bits, small_state
+from tests.fault.checkpoint_worlds import MIB, QUICK, RAW, closing_all, same_bits, small_state
+
+pytestmark = pytest.mark.usefixtures("quiet_retries")
 
 FAST = UpkeepPolicy(poll_s=60.0, grace_s=1000.0, linger_s=0.0, retry=RetryPolicy(20.0, 0.001, 0.01))
 KEEP_ALL = (EverySteps(1),)
-
-
-@pytest.fixture(autouse=True)
-def quiet_retries():
-    stamina.instrumentation.set_on_retry_hooks([])
-    yield
-    stamina.instrumentation.set_on_retry_hooks(None)
 
 
 class Stalled(MemoryStore):
@@ -72,15 +66,8 @@ class Run:
 
 @pytest.fixture
 def run_of():
-    runs = []
-
-    def make(*args, **options):
-        runs.append(Run(*args, **options))
-        return runs[-1]
-
-    yield make
-    for run in runs:
-        run.close()
+    with closing_all(Run) as make:
+        yield make
 
 
 def assert_whole(store, steps):

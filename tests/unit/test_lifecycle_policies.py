@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoint import Checkpointer, Tier
 from checkpoint.lifecycle.policies import (
     BestByMetric,
     Candidate,
@@ -16,6 +17,7 @@ from checkpoint.lifecycle.policies import (
     Policy,
     WithinBytes,
     judge,
+    parse_policies,
     parse_policy,
     policy_to_text,
 )
@@ -181,3 +183,19 @@ NO_POLICIES = """
 def test_what_is_no_policy_is_refused_with_what_would_be_one(text):
     with pytest.raises(ValueError, match="write latest:3, every:100"):
         parse_policy(text)
+
+
+@pytest.mark.parametrize("keep", ["latest:3", ["latest:3"], LatestN(3), (LatestN(3),), iter(["latest:3"])])
+def test_policies_may_be_given_as_one_or_several_as_values_or_as_text(keep):
+    assert parse_policies(keep) == (LatestN(3),)
+
+
+@pytest.mark.parametrize("keep", [["latest"], "all", 3, [None]])
+def test_what_is_no_policy_is_refused_where_it_is_given(keep):
+    for make in (
+        parse_policies,
+        lambda given: Tier("x", keep=given),
+        lambda given: Checkpointer("x", keep=given),
+    ):
+        with pytest.raises(ValueError, match="no retention policy"):
+            make(keep)

@@ -6,13 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import stamina
 
 from checkpoint.errors import AlreadyExists, NotFound, StoreRefused, StoreUnavailable
 from checkpoint.store.contract import ByteRange
 from checkpoint.store.local import LocalStore
 from checkpoint.store.memory import MemoryStore
-from checkpoint.store.tiered import Tiered
 from checkpoint.store.wrappers import (
     Fault,
     Faulty,
@@ -26,14 +24,9 @@ from checkpoint.store.wrappers import (
     Unanswered,
 )
 
+pytestmark = pytest.mark.usefixtures("quiet_retries")
+
 SOON = RetryPolicy(deadline_s=0.5, first_wait_s=0.001, longest_wait_s=0.002)
-
-
-@pytest.fixture(autouse=True)
-def quiet_retries():
-    stamina.instrumentation.set_on_retry_hooks([])
-    yield
-    stamina.instrumentation.set_on_retry_hooks(None)
 
 
 @pytest.mark.parametrize("verb", ["put_new", "put", "read", "list", "delete"])
@@ -161,34 +154,3 @@ def test_a_process_dies_at_the_write_it_is_told_to(tmp_path, repository: Path):
     done = subprocess.run([sys.executable, "-c", script], check=False, timeout=60)
     assert done.returncode == -signal.SIGKILL
     assert [entry.key for entry in LocalStore(tmp_path).list("")] == ["packs/0", "packs/1"]
-
-
-def test_tiers_are_read_from_the_nearest_that_answers():
-    near, far = MemoryStore("near"), MemoryStore("far")
-    store = Tiered([near, far])
-    far.put("k", b"far")
-    assert store.read("k") == [b"far"]
-    near.put("k", b"near")
-    assert store.read("k") == [b"near"]
-    lame = Tiered([Faulty(near, [Lost("read", 1), Lost("list", 1)]), far])
-    assert lame.read("k") == [b"far"]
-    assert [entry.key for entry in lame.list("")] == ["k"]
-
-
-def test_the_last_tier_decides_who_was_first():
-    near, far = MemoryStore("near"), MemoryStore("far")
-    far.put("k", b"theirs")
-    with pytest.raises(AlreadyExists):
-        Tiered([near, far]).put_new("k", b"ours")
-    assert near.list("") == []
-
-
-def test_what_no_tier_has_is_not_found_but_a_tier_that_is_away_is_told():
-    near, far = MemoryStore("near"), MemoryStore("far")
-    with pytest.raises(NotFound):
-        Tiered([near, far]).read("k")
-    with pytest.raises(StoreUnavailable):
-        Tiered([near, Faulty(far, [Lost("read", 1)])]).read("k")
-    gone = [Faulty(one, [Lost("list", 1)]) for one in (near, far)]
-    with pytest.raises(StoreUnavailable):
-        Tiered(gone).list("")

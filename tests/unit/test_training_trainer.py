@@ -11,13 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import LocalHost, Mismatch, Saver, load, open_store
-from elastic.control.events import CheckpointCaptured, CheckpointDurable, Ending, Event, StepCommitted
+from elastic.control.events import (
+    CheckpointCaptured,
+    CheckpointDurable,
+    Ending,
+    Event,
+    StepCommitted,
+    StepSkipped,
+)
 from elastic.control.standing import BLANK, Standing
 from elastic.errors import JobRejected
+from elastic.training.blame import UserFailure
 from elastic.training.gpt import GPTJob, GPTSettings
 from elastic.training.ports import Broken, Flags
 from elastic.training.state import weights_sha256
-from elastic.training.trainer import Storage, Trainer, TrainPlan, UserFailure
+from elastic.training.trainer import Storage, Trainer, TrainPlan
 
 CPU = torch.device("cpu")
 SETTINGS = GPTSettings(num_layers=1, num_heads=2, width=16, sequence=16, dropout=0.2)
@@ -188,6 +196,40 @@ def test_an_exception_in_the_jobs_code_names_step_and_virtual_rank_and_brings_it
     assert trainer.standing == Standing(2)
 
 
+class PoisonedJob(GPTJob):
+    """A job whose third step has a loss that is no number."""
+
+    def __init__(self) -> None:
+        self._step = 0
+
+    def batch(self, dataset: Any, step: int, virtual_rank: int) -> Tensor:
+        self._step = step
+        return super().batch(dataset, step, virtual_rank)
+
+    def loss(self, model: Any, batch: Tensor, rng: torch.Generator) -> Tensor:
+        return super().loss(model, batch, rng) * (math.nan if self._step == 2 else 1.0)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_anything_of_its_step_is_applied(plan):
+    trainer = trainer_of(plan, PoisonedJob())
+    with pytest.raises(UserFailure, match=r"at step 2: the loss is nan.*nothing of it was applied"):
+        trained(trainer)
+    assert trainer.standing == Standing(2)
+    clean, world = trainer_of(plan), WorldOfOne(breaks_at=2)
+    clean.settle(world)
+    with pytest.raises(Broken):
+        clean.run(world, Told(), [].append)
+    assert weights_sha256(trainer.model) == weights_sha256(clean.model)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_told_where_the_plan_says_so(plan):
+    trainer = trainer_of(replace(plan, when_not_finite="skip"), PoisonedJob())
+    ending, events = trained(trainer)
+    assert ending is Ending.FINISHED
+    assert [event.step for event in events if isinstance(event, StepSkipped)] == [2]
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
 class BatchNormJob(GPTJob):
     """A job whose model keeps running statistics."""
 
@@ -209,5 +251,5 @@ def test_a_loss_that_is_not_a_number_is_told_as_it_is(plan):
         def loss(self, model: Any, batch: Tensor, rng: torch.Generator) -> Tensor:
             return super().loss(model, batch, rng) * math.nan
 
-    _, events = trained(trainer_of(replace(plan, num_steps=1), NanJob()))
+    _, events = trained(trainer_of(replace(plan, num_steps=1, when_not_finite="skip"), NanJob()))
     assert [math.isnan(event.loss) for event in events if isinstance(event, StepCommitted)] == [True]

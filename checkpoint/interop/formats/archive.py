@@ -12,7 +12,15 @@ from typing import Any, BinaryIO, cast
 from checkpoint.errors import Corrupt, Unsupported
 from checkpoint.format.dtypes import itemsize
 from checkpoint.interop.formats.extents import Extent, check_shape
-from checkpoint.interop.formats.inert import MAX_PICKLE_BYTES, Dict, Name, StandIns, load_inert
+from checkpoint.interop.formats.inert import (
+    MAX_PICKLE_BYTES,
+    Dict,
+    Name,
+    Shut,
+    StandIns,
+    check_bounded,
+    load_inert,
+)
 from checkpoint.interop.formats.opcodes import end_of_pickle
 from checkpoint.interop.formats.windows import Window
 from checkpoint.interop.place import Place
@@ -40,16 +48,18 @@ _STORAGES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Storage:
+class Storage(Shut):
     """A piece of memory that tensors share; `key` says where in the file it is."""
 
     key: str
     dtype: str
     num_bytes: int
 
+    __setstate__ = Shut.__setstate__
+
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(Shut):
     """A tensor in a tree: a view of a storage. Offset and strides count elements."""
 
     storage: Storage
@@ -57,6 +67,8 @@ class Stored:
     dtype: str
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+
+    __setstate__ = Shut.__setstate__
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +91,10 @@ def read_part(place: Place, path: str, span: tuple[int, int], more: StandIns | N
 
 def read_window(window: Window, more: StandIns | None = None) -> Archive:
     """Read the tree of a part of a file of which both ends are there already."""
-    if window.read_at(0, 4) == _ZIP:
-        return _read_zip(window, dict(more or {}))
-    return _read_legacy(window, dict(more or {}))
+    read = _read_zip if window.read_at(0, 4) == _ZIP else _read_legacy
+    archive = read(window, dict(more or {}))
+    check_bounded(archive.tree, str(window))
+    return archive
 
 
 def is_archive(place: Place, path: str) -> bool:

@@ -16,7 +16,7 @@ from checkpoint.interop.formats.opcodes import end_of_pickle
 
 MAX_PICKLE_BYTES = 1 << 30
 MAX_DEPTH = 60  # of nested plain data, less than a skeleton of ours may have
-_MAX_VALUES = 1 << 24
+_MAX_VALUES = 1 << 22
 
 # Whatever else these packages define stands for a record of its arguments and state.
 _FRAMEWORKS = (
@@ -81,11 +81,36 @@ class Dict(dict[Any, Any], metaclass=Sealed):
         pass
 
 
+class Shut:
+    """What a pickle may hold and hand on, but not fill: the same object stands in for other pickles too."""
+
+    __slots__ = ()
+
+    def __setstate__(self, _: Any) -> NoReturn:
+        raise pickle.UnpicklingError("it changes what cannot be changed")
+
+
 @dataclass(frozen=True, slots=True)
-class Name:
+class Name(Shut):
     """Stands for an object that is known by its name, such as a dtype or a type of storage."""
 
     text: str
+
+    __setstate__ = Shut.__setstate__
+
+
+@dataclass(frozen=True, slots=True)
+class Function(Shut):
+    """Stands for a function: a pickle may call it, and not get at what Python lets one do with functions."""
+
+    NAME: str
+    does: Callable[..., Any]
+
+    __setstate__ = Shut.__setstate__
+
+    def __call__(self, *args: Any) -> Any:
+        """Do what is done instead."""
+        return self.does(*args)
 
 
 StandIns = Mapping[str, Callable[..., Any] | Name]
@@ -141,7 +166,7 @@ def load_inert(data: bytes, where: str, stand_ins: StandIns, persistent: Callabl
     if len(data) > MAX_PICKLE_BYTES:
         raise Unsupported(f"{where} is a pickle of {len(data)} bytes, too large to look through")
     if end_of_pickle(data, 0, where) is None:
-        raise Corrupt(f"{where} is a pickle that is cut short")
+        raise Corrupt(f"{where} is no pickle, or one that is cut short")
     try:
         return _Unpickler(data, stand_ins, persistent).load()
     except (Corrupt, Unsupported) as error:
@@ -163,7 +188,8 @@ class _Unpickler(pickle.Unpickler):
         full = f"{module.replace('__builtin__', 'builtins')}.{name}"
         for known in (self._stand_ins, PLAIN):
             if full in known:
-                return known[full]
+                found = known[full]
+                return found if isinstance(found, Name | type) else Function(full, found)
         if module.partition(".")[0] not in _FRAMEWORKS:
             raise Unsupported(
                 f"it names {full[:200]!r}, which no checkpoint of a known framework holds: it was "
@@ -174,41 +200,56 @@ class _Unpickler(pickle.Unpickler):
         return self._records[full]
 
 
+def check_bounded(tree: Any, where: str) -> None:
+    """Raise Corrupt for cycles, and for what is nested or repeated beyond all reason."""
+    num_values = 0
+    pending = [(tree, 0)]
+    while pending:
+        value, depth = pending.pop()
+        num_values += 1
+        if depth > MAX_DEPTH or num_values > _MAX_VALUES:
+            raise Corrupt(f"{where} nests or repeats its data beyond all reason")
+        match value:
+            case dict():
+                pending += [(item, depth + 1) for item in value.values()]
+            case list() | tuple():
+                pending += [(item, depth + 1) for item in value]
+            case Record():
+                pending += [(item, depth + 1) for item in value.__dict__.values()]
+
+
 def plain(value: Any, where: str) -> Any:
     """Return what was read as plain data: dicts, lists, tuples, numbers, texts, bytes.
 
     A stand-in becomes a dict that names its class. Raises Corrupt for cycles and for what is nested or
     repeated beyond all reason.
     """
-    return _Plain(where).of(value, 0)
+    check_bounded(value, where)
+    return _Plain(where).of(value)
 
 
 class _Plain:
     def __init__(self, where: str) -> None:
         self._where = where
-        self._num_values = 0
 
-    def of(self, value: Any, depth: int) -> Any:
-        self._num_values += 1
-        if depth > MAX_DEPTH or self._num_values > _MAX_VALUES:
-            raise Corrupt(f"{self._where} nests or repeats its data beyond all reason")
+    def of(self, value: Any) -> Any:
         match value:
             case None | bool() | int() | float() | str() | bytes() | complex():
                 return value
             case dict():
-                return {self._key(key): self.of(item, depth + 1) for key, item in value.items()}
+                return {self._key(key): self.of(item) for key, item in value.items()}
             case tuple():
-                return tuple(self.of(item, depth + 1) for item in value)
+                return tuple(self.of(item) for item in value)
             case list() | set() | frozenset():
-                return [self.of(item, depth + 1) for item in value]
+                return [self.of(item) for item in value]
             case Name():
                 return value.text
             case Record():
-                fields = {name: self.of(item, depth + 1) for name, item in value.__dict__.items() if item}
+                fields = {name: self.of(item) for name, item in value.__dict__.items() if item}
                 return {"class": value.NAME, **fields}
-        if callable(value):
-            return getattr(value, "NAME", value.__name__)
+        if isinstance(value, type | Function):
+            return getattr(value, "NAME", "dict")
         raise Unsupported(f"{self._where} holds a {type(value).__name__} where plain data should be")
 
     def _key(self, key: Any) -> Any:
-        return key if isinstance(key, str | int | float | bool | bytes | None) else str(self.of(key, 1))
+        return key if isinstance(key, str | int | float | bool | bytes | None) else str(self.of(key))

@@ -1,0 +1,1 @@
+"""Conversions: one checkpoint into another layout, type or format, streamed, resumable, and proved."""

@@ -1,0 +1,292 @@
+"""Exporting: a universal checkpoint in another framework's names, shards and format."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from checkpoint.engine.plan import TensorSpec
+from checkpoint.errors import FormatError, Mismatch
+from checkpoint.format.box import Box
+from checkpoint.format.codec import checksum
+from checkpoint.format.dtypes import dtype_of
+from checkpoint.format.manifest import Manifest, encode_manifest
+from checkpoint.format.scheme import parse_layout
+from checkpoint.format.tree import leaf_names, unflatten
+from checkpoint.interop.conversion.assembling import as_they_are, prove_from_sources
+from checkpoint.interop.conversion.casting import FLOATS, Cast, cast, parse_dtype, reference_fingerprint
+from checkpoint.interop.conversion.contract import (
+    Array,
+    ConversionReport,
+    ConversionSettings,
+    GlobalTensors,
+    Listener,
+    Progress,
+    Proof,
+    unheard,
+)
+from checkpoint.interop.conversion.importing import EXTRA, MODEL
+from checkpoint.interop.conversion.measuring import high_water_bytes
+from checkpoint.interop.conversion.moving import target_part, turned_back
+from checkpoint.interop.conversion.names import rule_name, to_foreign
+from checkpoint.interop.conversion.resharding import ONE_RANK, Chosen, num_bytes_of
+from checkpoint.interop.conversion.roles import owner_of
+from checkpoint.interop.conversion.ruled import RuleChoice
+from checkpoint.interop.conversion.skeletons import matches
+from checkpoint.interop.conversion.stored import Stored
+from checkpoint.interop.formats.contract import About
+from checkpoint.interop.formats.contract import Contents as ForeignContents
+from checkpoint.interop.moves import Foreign, Move, Plan
+from checkpoint.interop.writing import plan_export
+
+_TENSOR = object()
+_LEFT_OUT = "the format {format} holds no optimizer: {number} of its tensors are left out"
+
+
+@dataclass(frozen=True, slots=True)
+class Emigration:
+    """What a checkpoint is to become: in which format, over which ranks, by which rules, in which type.
+
+    Without rules every tensor keeps its name; with them `to` says over how many tensor, pipeline and expert
+    ranks they are spread.
+    """
+
+    format: str
+    to: str = ONE_RANK
+    rules: RuleChoice | None = None
+    dtype: str | None = None
+    only: str | None = None
+
+
+class Holds(Protocol):
+    """Tells whether a format has a place for an optimizer."""
+
+    def __call__(self, format: str) -> bool: ...
+
+
+class Outbound:
+    """The foreign tensors of a plan, as a writer reads them: their boxes are filled from global tensors."""
+
+    def __init__(self, source: GlobalTensors, plan: Plan, about: About) -> None:
+        self.about = about
+        self.tensors: Sequence[Foreign] = plan.foreign
+        self._source = source
+        self._plan = plan
+        self._moves: dict[int, list[Move]] = {}
+        for move in plan.moves:
+            self._moves.setdefault(move.source, []).append(move)
+
+    def read(self, number: int, box: Box) -> Array:
+        """Return the bits of a box of a foreign tensor; padding is zero."""
+        dtype = self.tensors[number].dtype
+        found: Array = np.zeros(box.size, dtype_of(dtype).carrier)
+        parts = [(move, move.source_box.intersect(box)) for move in self._moves.get(number, ())]
+        here = [(move, part) for move, part in parts if part is not None]
+        bits = self._source.read([(move.target, target_part(move, part)) for move, part in here])
+        for (move, part), values in zip(here, bits, strict=True):
+            made = cast(values, self._plan.tensors[move.target].dtype, dtype)
+            found[part.within(box)] = turned_back(move, made, part)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Outward:
+    """An export worked out: what is read, what is written, and what is left out."""
+
+    source: Stored
+    chosen: Chosen
+    contents: Cast
+    plan: Plan
+    outbound: Outbound
+    notes: tuple[str, ...]
+
+    @property
+    def attempt(self) -> str:
+        """What identifies the export: the same one is resumed."""
+        told = [
+            str(self.plan),
+            repr(self.outbound.about),
+            checksum(encode_manifest(self.source.manifest)).hex(),
+        ]
+        return checksum("\n".join(told).encode()).hex()
+
+
+def plan_emigration(source: Stored, emigration: Emigration, holds_optimizer: Holds) -> Outward:
+    """Work out an export, before anything is read. Raises Mismatch, Incomplete, FormatError."""
+    keeps, notes = matches(emigration.only), []
+    names = [name for name in dict.fromkeys(leaf_names(source.manifest.skeleton)) if keeps(name)]
+    if not holds_optimizer(emigration.format):
+        weights = [name for name in names if name.startswith("model/")]
+        if len(weights) < len(names):
+            note = _LEFT_OUT.format(format=emigration.format, number=len(names) - len(weights))
+            notes.append(note)
+        names = weights
+    if emigration.rules is not None:
+        known = [name for name in names if name.startswith("model/") or owner_of(name)]
+        if len(known) < len(names):
+            notes.append(f"{len(names) - len(known)} tensors that the rules do not speak of are left out")
+        names = known
+    if not names:
+        raise FormatError(f"step {source.manifest.step} holds nothing that {emigration.format} would hold")
+    chosen = Chosen(source, names)
+    contents = Cast(chosen, _casts(chosen.tensors, emigration.dtype))
+    plan = _plan(contents.tensors, emigration)
+    about = _about(source.manifest, emigration, plan)
+    return Outward(source, chosen, contents, plan, Outbound(contents, plan, about), tuple(notes))
+
+
+def export_checkpoint(
+    outward: Outward,
+    url: str,
+    write: Callable[[ForeignContents], None],
+    reopen: Callable[[], ForeignContents],
+    *,
+    settings: ConversionSettings | None = None,
+    listener: Listener = unheard,
+) -> ConversionReport:
+    """Write an export with `write`, and prove what `reopen` then finds, tensor by tensor.
+
+    Raises Mismatch naming the tensors that do not come back as they were.
+    """
+    settings = settings or ConversionSettings()
+    began_s, before = time.monotonic(), high_water_bytes()
+    watched = _Watched(outward.outbound, listener)
+    write(watched)
+    listener(Progress("proving", watched.num_done_bytes, watched.num_bytes))
+    proofs = _prove(outward, reopen(), url, settings)
+    return ConversionReport(
+        source=str(outward.source.store),
+        target=url,
+        step=outward.source.manifest.step,
+        layout=", ".join(f"{axis}={ranks}" for axis, ranks in outward.outbound.about.axes.items())
+        or ONE_RANK,
+        num_tensors=len(outward.contents.tensors),
+        num_chunks=len(outward.plan.foreign),
+        num_bytes=sum(num_bytes_of(spec) for spec in outward.contents.tensors),
+        read_bytes=outward.source.read_bytes,
+        written_bytes=watched.num_bytes,
+        peak_bytes=settings.peak_bytes,
+        grown_bytes=high_water_bytes() - before,
+        seconds=time.monotonic() - began_s,
+        proofs=proofs,
+        notes=outward.notes,
+    )
+
+
+class _Watched:
+    """What a writer reads, counted."""
+
+    def __init__(self, inner: Outbound, listener: Listener) -> None:
+        self.about = inner.about
+        self.tensors: Sequence[Foreign] = inner.tensors
+        self.num_bytes = sum(
+            num_bytes_of(TensorSpec(one.name, one.dtype, one.shape)) for one in inner.tensors
+        )
+        self.num_done_bytes = 0
+        self._inner = inner
+        self._listener = listener
+
+    def read(self, number: int, box: Box) -> Array:
+        """Return the bits of a box, and tell that they were asked for."""
+        found = self._inner.read(number, box)
+        self.num_done_bytes += found.nbytes
+        self._listener(Progress("writing", self.num_done_bytes, self.num_bytes))
+        return found
+
+
+def _casts(specs: Sequence[TensorSpec], dtype: str | None) -> dict[str, str]:
+    if dtype is None:
+        return {}
+    kind = parse_dtype(dtype)
+    return {one.name: kind for one in specs if one.name.startswith("model/") and one.dtype in FLOATS}
+
+
+def _plan(specs: Sequence[TensorSpec], emigration: Emigration) -> Plan:
+    """Return the plan of an export, with foreign names; its global tensors are `specs`, in their order."""
+    if emigration.rules is None:
+        plan = as_they_are([Foreign(to_foreign(one.name), one.dtype, one.shape) for one in specs])
+        return replace(plan, tensors=tuple(specs))
+    named = {rule_name(spec.name): number for number, spec in enumerate(specs)}
+    axes = {axis: ranks for axis, ranks in parse_layout(emigration.to).mesh.axes if ranks > 1}
+    choice = emigration.rules
+    renamed = [TensorSpec(rule_name(one.name), one.dtype, one.shape) for one in specs]
+    plan = plan_export(choice.rules, choice.sizes, axes, renamed)
+    moves = tuple(replace(move, target=named[plan.tensors[move.target].name]) for move in plan.moves)
+    return replace(plan, tensors=tuple(specs), moves=moves)
+
+
+def _about(manifest: Manifest, emigration: Emigration, plan: Plan) -> About:
+    """Return what is told besides tensors: what an import laid aside, and the optimizer's groups."""
+    plain = _without_tensors(unflatten(manifest.skeleton, _Tensors()))
+    extra: dict[str, Any] = {}
+    if isinstance(plain, dict):
+        kept = {name: value for name, value in plain.items() if name not in (MODEL, EXTRA)}
+        extra = {**kept, **(plain.get(EXTRA) or {})}
+    axes = {axis: 1 + max(one.at[axis] for one in plan.foreign) for axis in plan.foreign[0].at}
+    return About(emigration.format, axes, manifest.step, extra)
+
+
+class _Tensors(dict[str, object]):
+    """Has a mark in the place of every tensor."""
+
+    def __missing__(self, _: str) -> object:
+        return _TENSOR
+
+
+def _without_tensors(node: Any) -> Any:
+    """Return a state without its tensors; a dict that held nothing else goes with them."""
+    if isinstance(node, dict):
+        pairs = [(name, _without_tensors(value)) for name, value in node.items()]
+        some = {name: value for name, value in pairs if value is not _TENSOR}
+        return some if some or not node else _TENSOR
+    if isinstance(node, list | tuple):
+        items = [_without_tensors(value) for value in node]
+        if items and all(item is _TENSOR for item in items):
+            return _TENSOR
+        return type(node)(None if item is _TENSOR else item for item in items)
+    return node
+
+
+def _prove(
+    outward: Outward, back: ForeignContents, url: str, settings: ConversionSettings
+) -> tuple[Proof, ...]:
+    """Work out every global tensor's fingerprint from what was written, and hold it against the source's."""
+    places = {_place(one): number for number, one in enumerate(back.tensors)}
+    missing = [str(one) for one in outward.plan.foreign if _place(one) not in places]
+    if missing:
+        raise Mismatch(f"{url} was written and lacks {missing[:5]}: do not use it")
+    numbers = [places[_place(one)] for one in outward.plan.foreign]
+    found = prove_from_sources(outward.plan, _Reordered(back, numbers), settings)
+    known = {one.name: one.fingerprint for one in outward.source.manifest.tensors}
+    proofs, wrong = [], []
+    for number, (old, new) in enumerate(zip(outward.chosen.tensors, outward.contents.tensors, strict=True)):
+        is_cast = old.dtype != new.dtype
+        wanted = reference_fingerprint(outward.chosen, number, new.dtype) if is_cast else known[new.name]
+        proofs.append(Proof(new.name, "reference" if is_cast else "fingerprint", found[new.name]))
+        if found[new.name] != wanted:
+            wrong.append(new.name)
+    if wrong:
+        raise Mismatch(
+            f"{url} was written, and {len(wrong)} of {len(proofs)} tensors in it differ from the source's: "
+            f"{wrong[:5]}; do not use it"
+        )
+    return tuple(proofs)
+
+
+class _Reordered:
+    """A foreign checkpoint whose tensors are counted in another order."""
+
+    def __init__(self, inner: ForeignContents, numbers: Sequence[int]) -> None:
+        self.about = inner.about
+        self.tensors: Sequence[Foreign] = [inner.tensors[number] for number in numbers]
+        self._inner = inner
+        self._numbers = numbers
+
+    def read(self, number: int, box: Box) -> Array:
+        return self._inner.read(self._numbers[number], box)
+
+
+def _place(one: Foreign) -> tuple[str, tuple[tuple[str, int], ...]]:
+    return one.name, tuple(sorted((axis, rank) for axis, rank in one.at.items()))

@@ -1,0 +1,201 @@
+"""Conversions between places: a store here, a directory in some framework's format there."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from checkpoint.engine.catalog import Catalog
+from checkpoint.engine.plan import TensorSpec
+from checkpoint.errors import NoCheckpoint
+from checkpoint.interop.conversion.assembling import Assembled
+from checkpoint.interop.conversion.comparing import Compared, Side, compare
+from checkpoint.interop.conversion.contract import ConversionReport, ConversionSettings, Listener, unheard
+from checkpoint.interop.conversion.exporting import Emigration, export_checkpoint, plan_emigration
+from checkpoint.interop.conversion.importing import Adoption, import_checkpoint, plan_adoption, sight
+from checkpoint.interop.conversion.resharding import num_bytes_of
+from checkpoint.interop.conversion.ruled import RuleChoice
+from checkpoint.interop.conversion.stored import Stored
+from checkpoint.interop.formats.known import FORMATS, open_foreign, write_foreign
+from checkpoint.interop.moves import Foreign
+from checkpoint.interop.place import drafting
+from checkpoint.store.contract import Store
+from checkpoint.store.open import open_store
+
+_ATTEMPT_DIGITS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """One side of a comparison: a store (and its step) or a foreign directory (and its format and rules)."""
+
+    url: str
+    step: int | None = None
+    format: str | None = None
+    rules: RuleChoice | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignTensor:
+    """A tensor of a foreign checkpoint, as it is listed."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+    at: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignSummary:
+    """What a foreign checkpoint says of itself, and its tensors."""
+
+    format: str
+    axes: Mapping[str, int]
+    step: int | None
+    sizes: Mapping[str, int]
+    notes: tuple[str, ...]
+    plain: tuple[str, ...]
+    tensors: tuple[ForeignTensor, ...]
+
+
+def format_names() -> list[str]:
+    """List the formats that there are."""
+    return list(FORMATS)
+
+
+def import_foreign(
+    url: str,
+    target: Store,
+    adoption: Adoption,
+    *,
+    format: str | None = None,
+    settings: ConversionSettings | None = None,
+    listener: Listener = unheard,
+) -> ConversionReport:
+    """Import a foreign checkpoint from a URL, in the format given or the one it looks like."""
+    with closing(open_foreign(url, format)) as foreign:
+        return import_checkpoint(foreign, url, target, adoption, settings=settings, listener=listener)
+
+
+def plan_import_foreign(
+    url: str, target: Store, adoption: Adoption, *, format: str | None = None
+) -> ConversionReport:
+    """Tell what an import would read and write, without reading any tensor."""
+    with closing(open_foreign(url, format)) as foreign:
+        sighted, draft = plan_adoption(foreign, url, adoption)
+        num_bytes = sum(map(num_bytes_of, draft.tensors))
+        return ConversionReport(
+            source=url,
+            target=str(target),
+            step=draft.step,
+            layout=adoption.to,
+            num_tensors=len(draft.tensors),
+            num_chunks=len(draft.pieces),
+            num_bytes=num_bytes,
+            read_bytes=2 * num_bytes,
+            written_bytes=num_bytes,
+            peak_bytes=ConversionSettings().peak_bytes,
+            is_dry=True,
+            notes=(*foreign.about.notes, *sighted.notes),
+        )
+
+
+def export_foreign(
+    source: Store,
+    url: str,
+    emigration: Emigration,
+    *,
+    step: int | None = None,
+    settings: ConversionSettings | None = None,
+    listener: Listener = unheard,
+) -> ConversionReport:
+    """Export a checkpoint to a new directory, whole or not at all; it is proved by reading it back."""
+    settings = settings or ConversionSettings()
+    outward = plan_emigration(Stored(source, step), emigration, _holds_optimizer)
+
+    def write(contents: Any) -> None:
+        with drafting(url, outward.attempt[:_ATTEMPT_DIGITS]) as draft:
+            write_foreign(emigration.format, draft, contents, settings.budget_bytes)
+
+    return export_checkpoint(
+        outward,
+        url,
+        write,
+        lambda: open_foreign(url, emigration.format),
+        settings=settings,
+        listener=listener,
+    )
+
+
+def plan_export_foreign(
+    source: Store, url: str, emigration: Emigration, *, step: int | None = None
+) -> ConversionReport:
+    """Tell what an export would read and write."""
+    outward = plan_emigration(Stored(source, step), emigration, _holds_optimizer)
+    num_bytes = sum(num_bytes_of(one) for one in outward.contents.tensors)
+    return ConversionReport(
+        source=str(source),
+        target=url,
+        step=outward.source.manifest.step,
+        layout=emigration.to,
+        num_tensors=len(outward.contents.tensors),
+        num_chunks=len(outward.plan.foreign),
+        num_bytes=num_bytes,
+        read_bytes=2 * num_bytes,
+        written_bytes=sum(
+            num_bytes_of(TensorSpec(one.name, one.dtype, one.shape)) for one in outward.plan.foreign
+        ),
+        peak_bytes=ConversionSettings().peak_bytes,
+        is_dry=True,
+        notes=outward.notes,
+    )
+
+
+def look_at_foreign(url: str, format: str | None = None) -> ForeignSummary:
+    """Return what a foreign checkpoint holds. Raises Unsupported if it looks like no known format."""
+    with closing(open_foreign(url, format)) as foreign:
+        about = foreign.about
+        tensors = tuple(
+            ForeignTensor(one.name, one.dtype, one.shape, _num_bytes(one), one.at) for one in foreign.tensors
+        )
+        return ForeignSummary(
+            about.format, about.axes, about.step, about.sizes, about.notes, tuple(about.extra), tensors
+        )
+
+
+def compare_places(
+    first: Whereabouts,
+    second: Whereabouts,
+    *,
+    settings: ConversionSettings | None = None,
+    listener: Listener = unheard,
+) -> list[Compared]:
+    """Compare two checkpoints, each a stored or a foreign one, tensor by tensor under universal names."""
+    with _side(first) as one, _side(second) as other:
+        return compare(one, other, settings=settings, listener=listener)
+
+
+def is_store(url: str) -> bool:
+    """Whether there is a store with checkpoints at a URL."""
+    return bool(Catalog(open_store(url)).steps())
+
+
+@contextmanager
+def _side(place: Whereabouts) -> Iterator[Side]:
+    if place.format is None and is_store(place.url):
+        stored = Stored(open_store(place.url), place.step)
+        yield Side(stored, {one.name: one.fingerprint for one in stored.manifest.tensors})
+        return
+    if place.step is not None and place.format is None:
+        raise NoCheckpoint(f"{place.url} is no store of checkpoints, so it has no step {place.step}")
+    with closing(open_foreign(place.url, place.format)) as foreign:
+        yield Side(Assembled(foreign, sight(foreign, place.rules).plan), {})
+
+
+def _holds_optimizer(format: str) -> bool:
+    return format not in FORMATS or FORMATS[format].holds_optimizer
+
+
+def _num_bytes(one: Foreign) -> int:
+    return num_bytes_of(TensorSpec(one.name, one.dtype, one.shape))

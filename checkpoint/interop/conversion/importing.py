@@ -1,0 +1,261 @@
+"""Importing: a foreign checkpoint as a universal one, which a Checkpointer restores like any of its own."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from checkpoint.engine.catalog import Catalog
+from checkpoint.engine.plan import TensorSpec
+from checkpoint.errors import AlreadyExists, FormatError, Mismatch
+from checkpoint.format.codec import checksum
+from checkpoint.format.scheme import format_layout, parse_layout
+from checkpoint.format.tree import flatten
+from checkpoint.interop.conversion.assembling import Assembled, as_they_are, prove_from_sources
+from checkpoint.interop.conversion.contract import (
+    ConversionReport,
+    ConversionSettings,
+    Listener,
+    Progress,
+    Proof,
+    unheard,
+)
+from checkpoint.interop.conversion.measuring import high_water_bytes
+from checkpoint.interop.conversion.names import from_foreign, from_rules
+from checkpoint.interop.conversion.resharding import ONE_RANK, layout_meta
+from checkpoint.interop.conversion.roles import lay_out, owner_of, pieces_of
+from checkpoint.interop.conversion.ruled import RuleChoice, placements_by
+from checkpoint.interop.conversion.writing import Draft, write_checkpoint
+from checkpoint.interop.expression import Size
+from checkpoint.interop.formats.contract import ForeignCheckpoint
+from checkpoint.interop.moves import Foreign, How, Plan
+from checkpoint.interop.rules import plan_import
+from checkpoint.store.contract import Store
+
+MODEL, OPTIMIZER, OTHER, EXTRA = "model", "optimizer", "other", "extra"
+STATE, GROUPS = "state", "param_groups"
+_OTHER = "other."
+_DEFAULT_RUN = "run"  # as a Checkpointer calls it
+
+
+@dataclass(frozen=True, slots=True)
+class Adoption:
+    """What a foreign checkpoint is to become: of which run and step, by which rules, cut for which layout.
+
+    Without a step it is the foreign one's own, or 0.
+    """
+
+    run: str = _DEFAULT_RUN
+    step: int | None = None
+    rules: RuleChoice | None = None
+    to: str = ONE_RANK
+
+
+@dataclass(frozen=True, slots=True)
+class Sighted:
+    """A foreign checkpoint's plan, with universal names; `notes` tell what is left out."""
+
+    plan: Plan
+    skeleton: Any
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """Stands for a tensor in a state that is to be taken apart."""
+
+    name: str
+
+
+def import_checkpoint(
+    foreign: ForeignCheckpoint,
+    origin: str,
+    target: Store,
+    adoption: Adoption,
+    *,
+    settings: ConversionSettings | None = None,
+    listener: Listener = unheard,
+) -> ConversionReport:
+    """Write a foreign checkpoint, opened from `origin`, to a store, as a Checkpointer would have saved it.
+
+    Every tensor's fingerprint is worked out twice: from what was written, and from the foreign side alone.
+    May be broken off anywhere and called again. Raises Mismatch naming a tensor that the rules do not cover,
+    or whose proof fails; AlreadyExists if the target has another checkpoint of the step.
+    """
+    settings = settings or ConversionSettings()
+    began_s, before = time.monotonic(), high_water_bytes()
+    sighted, draft = plan_adoption(foreign, origin, adoption)
+    if draft.step in Catalog(target).steps():
+        raise AlreadyExists(f"{target} has a checkpoint of step {draft.step}: give another store, or a step")
+    proofs: list[Proof] = []
+
+    def check(found: Mapping[str, int]) -> None:
+        listener(Progress("proving", 0, 0))
+        proofs.extend(prove(sighted.plan, foreign, found, settings))
+
+    contents = Assembled(foreign, sighted.plan)
+    written = write_checkpoint(target, draft, contents, settings=settings, check=check, listener=listener)
+    return ConversionReport(
+        source=origin,
+        target=str(target),
+        step=draft.step,
+        layout=str(draft.meta["layout"]["scheme"]),
+        num_tensors=len(draft.tensors),
+        num_chunks=written.num_chunks,
+        num_bytes=written.num_bytes,
+        read_bytes=written.num_bytes - written.num_resumed_bytes,
+        written_bytes=written.stored_bytes,
+        peak_bytes=settings.peak_bytes,
+        grown_bytes=high_water_bytes() - before,
+        num_resumed_bytes=written.num_resumed_bytes,
+        seconds=time.monotonic() - began_s,
+        proofs=tuple(proofs),
+        notes=(*foreign.about.notes, *sighted.notes),
+    )
+
+
+def prove(plan: Plan, foreign: Any, found: Mapping[str, int], settings: ConversionSettings) -> list[Proof]:
+    """Hold fingerprints against those of the foreign side. Raises Mismatch naming the tensors that differ."""
+    wanted = prove_from_sources(plan, foreign, settings)
+    wrong = [name for name, value in wanted.items() if found.get(name) != value]
+    if wrong:
+        raise Mismatch(
+            f"the content of {len(wrong)} of {len(wanted)} tensors differs from the foreign checkpoint's: "
+            f"{wrong[:5]}; nothing was committed"
+        )
+    changed = {
+        plan.tensors[move.target].name
+        for move in plan.moves
+        if move.how is How.MEAN or plan.foreign[move.source].dtype != plan.tensors[move.target].dtype
+    }
+    return [
+        Proof(name, "reference" if name in changed else "fingerprint", value)
+        for name, value in wanted.items()
+    ]
+
+
+def plan_adoption(foreign: ForeignCheckpoint, origin: str, adoption: Adoption) -> tuple[Sighted, Draft]:
+    """Work out what a foreign checkpoint becomes, before anything is read of its tensors."""
+    about = foreign.about
+    sighted = sight(foreign, adoption.rules)
+    specs = sighted.plan.tensors
+    scheme = parse_layout(adoption.to)
+    by_rules = adoption.rules is not None and scheme.mesh.size > 1
+    on = placements_by(adoption.rules, specs, scheme) if adoption.rules and by_rules else None
+    layout = lay_out(specs, scheme, on)
+    told = [[one.name, one.dtype, list(one.shape), dict(one.at)] for one in foreign.tensors]
+    meta = {
+        **layout_meta(layout, format_layout(scheme)),
+        "converted": {
+            "by": "import",
+            "from": origin,
+            "format": about.format,
+            "axes": dict(about.axes),
+            "rules": adoption.rules.rules.name if adoption.rules else None,
+        },
+    }
+    draft = Draft(
+        run=adoption.run,
+        step=next((step for step in (adoption.step, about.step) if step is not None), 0),
+        tensors=specs,
+        skeleton=sighted.skeleton,
+        meta=meta,
+        pieces=tuple(pieces_of(layout, specs)),
+        origin=checksum(json.dumps([origin, told]).encode()).hex(),
+    )
+    return sighted, draft
+
+
+def sight(foreign: ForeignCheckpoint, choice: RuleChoice | None) -> Sighted:
+    """Return the universal tensors that a foreign checkpoint holds, by rules or by their own names.
+
+    Raises FormatError if its tensors are spread over ranks and no rules say how.
+    """
+    about = foreign.about
+    if choice is None:
+        if any(ranks > 1 for ranks in about.axes.values()):
+            raise FormatError(
+                f"the tensors of this {about.format} checkpoint are spread over {dict(about.axes)}: "
+                "name the rules of its model (--rules, --set)"
+            )
+        plan = _renamed(as_they_are(foreign.tensors), from_foreign)
+        return Sighted(plan, _skeleton(plan.tensors, about.extra))
+    others = [number for number, one in enumerate(foreign.tensors) if one.name.startswith(_OTHER)]
+    numbers = [number for number in range(len(foreign.tensors)) if number not in set(others)]
+    sizes = {**_known_sizes(choice, about.sizes), **choice.sizes}
+    plan = plan_import(choice.rules, sizes, about.axes, [foreign.tensors[number] for number in numbers])
+    plan = _renamed(_renumbered(plan, numbers, foreign.tensors), from_rules)
+    notes = [f"{len(others)} tensors that are neither weights nor optimizer states are left out"]
+    return Sighted(plan, _skeleton(plan.tensors, about.extra), tuple(notes if others else []))
+
+
+@dataclass(frozen=True, slots=True)
+class _Nested:
+    """A state under construction."""
+
+    tree: dict[str, Any] = field(default_factory=dict)
+
+    def put(self, path: Sequence[str], value: Any) -> None:
+        """Put a value in its place; what is a dict there already is added to."""
+        if isinstance(value, dict) and value and all(isinstance(name, str) for name in value):
+            for name, item in value.items():
+                self.put((*path, name), item)
+            return
+        node = self.tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                raise FormatError(f"{'/'.join(path)} cannot lie in what is a value of its own")
+        node[path[-1]] = value
+
+
+def _skeleton(specs: Sequence[TensorSpec], extra: Mapping[str, Any]) -> Any:
+    """Return the state around tensors, as a Checkpointer saves it; plain data lies beside it by name.
+
+    An optimizer of which no groups are told gets one, of all its parameters.
+    """
+    nested = _Nested()
+    for spec in specs:
+        owner = owner_of(spec.name)
+        kind, _, rest = spec.name.partition("/")
+        is_flat = kind in (MODEL, OTHER)
+        path = (kind, rest) if is_flat else tuple(spec.name.split("/"))
+        nested.put((OPTIMIZER, STATE, owner.parameter, owner.state) if owner else path, _Reference(spec.name))
+    for name, value in extra.items():
+        nested.put((name,) if name not in (MODEL, OTHER) else (EXTRA, name), value)
+    optimizer = nested.tree.get(OPTIMIZER)
+    if optimizer is not None:
+        optimizer.setdefault(GROUPS, [{"params": list(optimizer.get(STATE, {}))}])
+    flat = flatten(nested.tree, lambda value: isinstance(value, _Reference))
+    renamed = {path: leaf.name for path, leaf in flat.leaves.items()}
+    if any(path != name for path, name in renamed.items()):
+        strange = next(name for path, name in renamed.items() if path != name)
+        raise FormatError(f"two tensors would be called {strange!r}: rename one by rules")
+    return flat.skeleton
+
+
+def _known_sizes(choice: RuleChoice, sizes: Mapping[str, int]) -> dict[str, Size]:
+    return {name: size for name, size in sizes.items() if name in choice.rules.sizes}
+
+
+def _renamed(plan: Plan, rename: Any) -> Plan:
+    specs = tuple(TensorSpec(rename(one.name), one.dtype, one.shape) for one in plan.tensors)
+    return Plan(plan.foreign, specs, plan.moves, plan.padding, plan.dropped)
+
+
+def _renumbered(plan: Plan, numbers: Sequence[int], foreign: Sequence[Foreign]) -> Plan:
+    """Return a plan of some foreign tensors as one of all."""
+    moves = tuple(
+        type(move)(
+            numbers[move.source],
+            move.source_box,
+            move.order,
+            move.target,
+            move.target_box,
+            move.how,
+        )
+        for move in plan.moves
+    )
+    padding = tuple((numbers[number], box) for number, box in plan.padding)
+    return Plan(tuple(foreign), plan.tensors, moves, padding, tuple(numbers[one] for one in plan.dropped))

@@ -1,0 +1,266 @@
+"""Resharding: the same tensors as the chunks of another layout, or in another type, or some of them."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from checkpoint.engine.catalog import Catalog
+from checkpoint.engine.plan import TensorSpec
+from checkpoint.errors import AlreadyExists, FormatError, Mismatch
+from checkpoint.format.codec import checksum
+from checkpoint.format.dtypes import itemsize
+from checkpoint.format.layout import Layout
+from checkpoint.format.manifest import Manifest, encode_manifest, metrics_to_json
+from checkpoint.format.notation import layout_to_json
+from checkpoint.format.scheme import format_layout, parse_layout
+from checkpoint.format.tree import leaf_names
+from checkpoint.interop.conversion.batches import batches_of, cuts_of, needed_bytes
+from checkpoint.interop.conversion.casting import FLOATS, Cast, parse_dtype, reference_fingerprint
+from checkpoint.interop.conversion.contract import (
+    Array,
+    ConversionReport,
+    ConversionSettings,
+    GlobalTensors,
+    Listener,
+    Progress,
+    Proof,
+    Wish,
+    unheard,
+)
+from checkpoint.interop.conversion.measuring import high_water_bytes
+from checkpoint.interop.conversion.roles import lay_out, pieces_of
+from checkpoint.interop.conversion.ruled import RuleChoice, placements_by
+from checkpoint.interop.conversion.skeletons import matches, select
+from checkpoint.interop.conversion.stored import Stored
+from checkpoint.interop.conversion.writing import Draft, write_checkpoint
+from checkpoint.store.contract import Store
+
+ONE_RANK = "replica=1"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What is to become of a checkpoint.
+
+    Its chunks are cut for the layout `to`, with the placements that `rules` tell, if they are given. `dtype`
+    is what the model's floating-point tensors are cast to; an optimizer's state is left as it is, since the
+    full precision of its moments and master weights is what it is kept for. `only` is a glob of names.
+    """
+
+    to: str = ONE_RANK
+    dtype: str | None = None
+    only: str | None = None
+    rules: RuleChoice | None = None
+
+
+class Chosen:
+    """Some of other global tensors, in their order."""
+
+    def __init__(self, source: GlobalTensors, names: Sequence[str]) -> None:
+        wanted = set(names)
+        self._source = source
+        self._numbers = [number for number, spec in enumerate(source.tensors) if spec.name in wanted]
+        self.tensors: Sequence[TensorSpec] = [source.tensors[number] for number in self._numbers]
+
+    def read(self, wishes: Sequence[Wish]) -> list[Array]:
+        """Return the bits of boxes."""
+        return self._source.read([(self._numbers[number], box) for number, box in wishes])
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A conversion worked out: what is read, what it becomes, and where that lies."""
+
+    source: Stored
+    chosen: Chosen
+    contents: Cast
+    layout: Layout
+    draft: Draft
+
+    @property
+    def changed(self) -> dict[str, str]:
+        """The new dtype of each tensor that is cast."""
+        pairs = zip(self.chosen.tensors, self.contents.tensors, strict=True)
+        return {new.name: new.dtype for old, new in pairs if old.dtype != new.dtype}
+
+
+def reshard(
+    source: Store,
+    target: Store,
+    change: Change,
+    *,
+    step: int | None = None,
+    settings: ConversionSettings | None = None,
+    listener: Listener = unheard,
+) -> ConversionReport:
+    """Write the checkpoint of a step (or the newest) to another store, cut for another layout.
+
+    Each tensor is proved before the manifest is created: its fingerprint is the source's, or, if it was cast,
+    that of the cast done anew by simpler code. May be broken off anywhere and called again.
+
+    Raises NoCheckpoint, Corrupt if a chunk of the source is damaged, FormatError for a change that cannot be,
+    AlreadyExists if the target has another checkpoint of the step.
+    """
+    settings = settings or ConversionSettings()
+    began_s, before = time.monotonic(), high_water_bytes()
+    plan = _plan(source, change, step)
+    present = _present(target, plan)
+    if present is not None:
+        return replace(_report(target, plan, settings, present), is_new=False)
+    proofs: list[Proof] = []
+
+    def check(found: Mapping[str, int]) -> None:
+        proofs.extend(_prove(plan, found, listener))
+
+    written = write_checkpoint(
+        target, plan.draft, plan.contents, settings=settings, check=check, listener=listener
+    )
+    return replace(
+        _report(target, plan, settings, written.manifest),
+        num_chunks=written.num_chunks,
+        read_bytes=plan.source.read_bytes,
+        written_bytes=written.stored_bytes,
+        num_resumed_bytes=written.num_resumed_bytes,
+        grown_bytes=high_water_bytes() - before,
+        seconds=time.monotonic() - began_s,
+        proofs=tuple(proofs),
+    )
+
+
+def plan_reshard(
+    source: Store,
+    target: Store,
+    change: Change,
+    *,
+    step: int | None = None,
+    settings: ConversionSettings | None = None,
+) -> ConversionReport:
+    """Tell what `reshard` would do: the bytes that it would read, and write at most, and its peak memory."""
+    settings = settings or ConversionSettings()
+    plan = _plan(source, change, step)
+    _present(target, plan)
+    numbers = [number for number, spec in enumerate(plan.source.tensors) if spec in plan.chosen.tensors]
+    cuts = cuts_of(plan.draft.tensors, plan.draft.pieces)
+    read = sum(
+        needed_bytes(plan.source.table, [replace(cut, tensor=numbers[cut.tensor]) for cut in batch])
+        for batch in batches_of(cuts, settings.batch_bytes)
+    )
+    return replace(
+        _report(target, plan, settings, plan.source.manifest),
+        num_chunks=len(cuts),
+        read_bytes=read,
+        written_bytes=sum(cut.num_bytes for cut in cuts),
+        is_dry=True,
+        proofs=(),
+    )
+
+
+def layout_meta(layout: Layout, scheme: str) -> dict[str, object]:
+    """Return what a manifest's meta says of the layout that its chunks are cut for."""
+    return {"layout": {"scheme": scheme, **layout_to_json(layout)}}  # type: ignore[dict-item]
+
+
+def _plan(store: Store, change: Change, step: int | None) -> _Plan:
+    source = Stored(store, step)
+    manifest = source.manifest
+    keeps = matches(change.only)
+    skeleton = select(manifest.skeleton, keeps)
+    names = list(dict.fromkeys(leaf_names(skeleton)))
+    if not names:
+        raise FormatError(f"no tensor of step {manifest.step} fits {change.only!r}: see `holdfast inspect`")
+    chosen = Chosen(source, names)
+    dtype = None if change.dtype is None else parse_dtype(change.dtype)
+    contents = Cast(chosen, _casts(chosen.tensors, dtype))
+    scheme = parse_layout(change.to)
+    specs = tuple(contents.tensors)
+    on = None if change.rules is None else placements_by(change.rules, specs, scheme)
+    layout = lay_out(specs, scheme, on)
+    meta = {
+        **manifest.meta,
+        **layout_meta(layout, format_layout(scheme)),
+        "converted": {"by": "reshard", "from": str(store), "changed": sorted(_casts(chosen.tensors, dtype))},
+        "spec_digest": manifest.spec_digest,
+        "data_cursor": manifest.data_cursor,
+        "metrics": metrics_to_json(manifest.metrics),
+    }
+    origin = checksum(encode_manifest(manifest)).hex()
+    pieces = tuple(pieces_of(layout, specs))
+    draft = Draft(manifest.run, manifest.step, specs, skeleton, meta, pieces, origin)
+    return _Plan(source, chosen, contents, layout, draft)
+
+
+def _casts(specs: Sequence[TensorSpec], dtype: str | None) -> dict[str, str]:
+    return {
+        spec.name: dtype
+        for spec in specs
+        if dtype is not None and spec.dtype in FLOATS and spec.dtype != dtype and _is_weight(spec.name)
+    }
+
+
+def _is_weight(name: str) -> bool:
+    return name.startswith("model/")
+
+
+def _present(target: Store, plan: _Plan) -> Manifest | None:
+    """Return the checkpoint if the target has it. Raises AlreadyExists if it has another of the step."""
+    if plan.draft.step not in Catalog(target).steps():
+        return None
+    found = Catalog(target).manifest(plan.draft.step)
+    specs = tuple(TensorSpec(one.name, one.dtype, one.shape) for one in found.tensors)
+    meta = plan.draft.meta
+    is_same = specs == plan.draft.tensors and found.skeleton == plan.draft.skeleton
+    if (
+        is_same
+        and found.meta.get("layout") == meta["layout"]
+        and found.meta.get("converted") == meta["converted"]
+    ):
+        _prove(plan, {one.name: one.fingerprint for one in found.tensors}, unheard)
+        return found
+    raise AlreadyExists(
+        f"{target} has another checkpoint of step {plan.draft.step} (run {found.run!r}): "
+        "give a store of its own, nothing is overwritten"
+    )
+
+
+def _prove(plan: _Plan, found: Mapping[str, int], listener: Listener) -> list[Proof]:
+    """Hold what was written against the source. Raises Mismatch naming the tensors that differ."""
+    known = {one.name: one.fingerprint for one in plan.source.manifest.tensors}
+    changed = plan.changed
+    specs = plan.contents.tensors
+    proofs, wrong = [], []
+    for number, spec in enumerate(specs):
+        how, wanted = "fingerprint", known[spec.name]
+        if spec.name in changed:
+            how, wanted = "reference", reference_fingerprint(plan.chosen, number, spec.dtype)
+            listener(Progress(f"proving {spec.name}", number, len(specs)))
+        if found[spec.name] != wanted:
+            wrong.append(spec.name)
+        proofs.append(Proof(spec.name, how, found[spec.name]))
+    if wrong:
+        raise Mismatch(
+            f"the content of {len(wrong)} of {len(proofs)} tensors differs from the source's: {wrong[:5]}; "
+            "nothing was committed"
+        )
+    return proofs
+
+
+def _report(target: Store, plan: _Plan, settings: ConversionSettings, manifest: Manifest) -> ConversionReport:
+    specs = plan.draft.tensors
+    return ConversionReport(
+        source=str(plan.draft.meta["converted"]["from"]),
+        target=str(target),
+        step=manifest.step,
+        layout=str(plan.draft.meta["layout"]["scheme"]),
+        num_tensors=len(specs),
+        num_chunks=0,
+        num_bytes=sum(num_bytes_of(spec) for spec in specs),
+        read_bytes=0,
+        written_bytes=0,
+        peak_bytes=settings.peak_bytes,
+    )
+
+
+def num_bytes_of(spec: TensorSpec) -> int:
+    """Return how many bytes a tensor's elements take."""
+    return math.prod(spec.shape) * itemsize(spec.dtype)

@@ -1,0 +1,109 @@
+"""Placements from rules: what a framework's own ranks would hold, read off the plan of an export. Pure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from checkpoint.engine.plan import TensorSpec
+from checkpoint.errors import FormatError
+from checkpoint.format.box import Box
+from checkpoint.format.layout import Only, Placement, Replicate, SectionShard, Shard
+from checkpoint.format.placement import chunk
+from checkpoint.format.scheme import Scheme
+from checkpoint.interop.builtin import builtin_names, builtin_rules, find_document
+from checkpoint.interop.conversion.names import rule_name
+from checkpoint.interop.document import RuleSet
+from checkpoint.interop.expression import Size
+from checkpoint.interop.grammar import read_rules
+from checkpoint.interop.writing import plan_export
+
+_SPREADING = ("tensor", "pipeline", "expert")  # the others hold copies, or divide whatever is left
+Held = dict[int, list[Box]]  # by coordinate
+
+
+@dataclass(frozen=True, slots=True)
+class RuleChoice:
+    """A rule set, and the sizes of the model that it is to be told."""
+
+    rules: RuleSet
+    sizes: Mapping[str, Size] = field(default_factory=dict)
+
+
+def choose_rules(text: str, settings: Sequence[str] = ()) -> RuleChoice:
+    """Return the rules of a built-in name or a file, with sizes like "layers=12" or "kv_heads=3,2,2".
+
+    Raises FormatError.
+    """
+    if text in builtin_names():
+        rules = builtin_rules(text)
+    elif Path(text).is_file():
+        rules = read_rules(Path(text).read_text(encoding="utf-8"), text, find_document)
+    else:
+        raise FormatError(
+            f"{text!r} is neither a file nor a built-in rule set; there are {', '.join(builtin_names())}"
+        )
+    return RuleChoice(rules, parse_sizes(settings))
+
+
+def parse_sizes(settings: Sequence[str]) -> dict[str, Size]:
+    """Return sizes as people write them: NAME=N, or NAME=N,N,... for one entry a rank. Raises FormatError."""
+    sizes: dict[str, Size] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        parts = value.split(",")
+        if not equals or name in sizes or not all(part.strip().isdecimal() for part in parts):
+            raise FormatError(f"{setting!r} is no size: write each once, like layers=12 or kv_heads=3,2,2")
+        numbers = tuple(int(part) for part in parts)
+        sizes[name] = numbers[0] if len(numbers) == 1 else numbers
+    return sizes
+
+
+def placements_by(
+    choice: RuleChoice, specs: Sequence[TensorSpec], scheme: Scheme
+) -> dict[str, dict[str, Placement]]:
+    """Return what each axis does with each parameter. Raises Mismatch, Incomplete, FormatError."""
+    known = set(_SPREADING) & _axes_of(choice.rules)  # a dense model's copies on expert ranks are replicas
+    axes = {axis: ranks for axis, ranks in scheme.mesh.axes if axis in known and ranks > 1}
+    weights = [spec for spec in specs if spec.name.startswith("model/")]
+    renamed = [TensorSpec(rule_name(spec.name), spec.dtype, spec.shape) for spec in weights]
+    plan = plan_export(choice.rules, choice.sizes, axes, renamed)
+    held: dict[str, dict[str, Held]] = {
+        spec.name: {axis: {at: [] for at in range(ranks)} for axis, ranks in axes.items()} for spec in renamed
+    }
+    for move in plan.moves:
+        where, name = plan.foreign[move.source].at, plan.tensors[move.target].name
+        for axis in axes:
+            held[name][axis][where[axis]].append(move.target_box)
+    return {
+        spec.name: {axis: _placement(spec, found) for axis, found in held[spec.name].items()}
+        for spec in renamed
+    }
+
+
+def _axes_of(rules: RuleSet) -> set[str]:
+    """Return the axes that some rule speaks of."""
+    found = {axis for rule in rules.rules for axis in rule.axes}
+    found |= {axis for rule in rules.rules for piece in rule.pieces for axis in piece.axes}
+    return found | {one.axis for rule in rules.rules for one in rule.numbers.values()}
+
+
+def _placement(spec: TensorSpec, held: Held) -> Placement:
+    """Return the placement that gives each coordinate what it holds; Replicate where there is none such."""
+    there = [at for at, boxes in held.items() if boxes]
+    if not there:
+        raise FormatError(f"no rank of the layout holds {spec.name!r} by these rules")
+    if all(set(held[at]) == set(held[there[0]]) for at in there):
+        return Replicate() if len(there) == len(held) else Only(tuple(there))
+    for dim, size in enumerate(spec.shape):
+        spans = [_span(boxes, dim) for boxes in held.values()]
+        ends = [0, *(stop for _, stop in spans)]
+        if [start for start, _ in spans] == ends[:-1] and ends[-1] == size:
+            sizes = tuple(stop - start for start, stop in spans)
+            if sizes == tuple(chunk(size, len(held), at)[1] for at in held):
+                return Shard(dim)
+            return SectionShard(dim, (sizes,))
+    return Replicate()
+
+
+def _span(boxes: Sequence[Box], dim: int) -> tuple[int, int]:
+    return min((box.start[dim] for box in boxes), default=0), max((box.stop[dim] for box in boxes), default=0)

@@ -1,0 +1,179 @@
+"""A sharded optimizer: each rank keeps the state of some parameters, and updates only those (ZeRO, stage 1).
+
+Parameters are dealt whole, so that every optimizer that treats them one by one works, and each has some
+holders, which compute the same update: as many losses at once, less one, cost neither state nor a step.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint import OnRanks
+from elastic.control.sharding import Holders, deal_states, lost_states, moves
+from elastic.errors import JobRejected
+from elastic.training.exchange import gather_words
+from elastic.training.handover import Parcel, accept, hand_over
+from elastic.training.ports import World
+from elastic.training.state import Learner, StateLost
+
+_NUM_TELLINGS = 2  # after a change of world: of what is there, and of what the next update adds
+
+
+class ShardedLearner:
+    """A learner whose optimizer state is spread over the ranks of a world; the model is whole on all of them.
+
+    Every parameter's state is on `copies` ranks, on different hosts where there are as many.
+    """
+
+    def __init__(self, learner: Learner, copies: int, device: torch.device) -> None:
+        self._learner, self._copies, self._device = learner, copies, device
+        self._names = list(learner.parameters)
+        self._parameters = list(learner.parameters.values())
+        self._mine = set(range(len(self._names)))
+        self._holders: Holders = ()
+        self._kinds: dict[str, dict[str, Any]] = {}
+        self._num_tellings = 0
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, whole once `complete` has returned."""
+        return self._learner.model
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the optimizer's state is here."""
+        return len(self._mine) == len(self._names)
+
+    @property
+    def is_replica(self) -> bool:
+        """Whether every rank holds the same."""
+        return False
+
+    def update(self) -> None:
+        """Apply the bound gradients to the parameters whose state is here; the others are stale then."""
+        for number, parameter in enumerate(self._parameters):
+            if number not in self._mine:
+                parameter.grad = None
+        self._learner.update()
+
+    def complete(self, world: World) -> None:
+        """Give everybody's updated parameters to everybody. Raises Broken; nothing is lost then."""
+        if self._num_tellings:
+            self._num_tellings -= 1
+            self._learn_kinds(world)
+        if world.size == 1:
+            return
+        given = [
+            [number for number, ranks in enumerate(self._holders) if ranks[0] == rank]
+            for rank in range(world.size)
+        ]
+        length = max(sum(self._parameters[number].numel() for number in share) for share in given)
+        mine = torch.zeros(length, device=self._device)
+        everyones = torch.empty(world.size * length, device=self._device)
+        for number, piece in self._placed(mine, given[world.rank]):
+            piece.copy_(self._parameters[number].detach())
+        world.all_gather(everyones, mine)
+        with torch.no_grad():
+            for row, share in zip(torch.split(everyones, length), given, strict=True):
+                for number, piece in self._placed(row, share):
+                    if number not in self._mine:
+                        self._parameters[number].copy_(piece)
+
+    def settle(self, world: World) -> None:
+        """Deal the state anew over a world whose ranks stand at one step, and move what has to move.
+
+        Raises Broken, and StateLost if no rank has some of the state any more.
+        """
+        held = [set(each) for each in gather_words(world, sorted(self._mine))]
+        if lost := lost_states(held, len(self._names)):
+            raise StateLost(
+                f"the optimizer's state of {len(lost)} of {len(self._names)} parameters "
+                f"({self._names[lost[0]]}, ...) was on lost ranks only"
+            )
+        sizes = [parameter.numel() for parameter in self._parameters]
+        holders = deal_states(sizes, held, world.hosts, self._copies)
+        for (sender, receiver), numbers in sorted(moves(held, holders).items()):
+            self._move(world, sender, receiver, numbers)
+        for number in self._mine - {each for each, ranks in enumerate(holders) if world.rank in ranks}:
+            self._learner.optimizer.state.pop(self._parameters[number], None)
+            self._mine.discard(number)
+        self._holders, self._num_tellings = holders, _NUM_TELLINGS
+        self.complete(world)
+
+    def tree(self, step: int) -> dict[str, Any]:
+        """Return what every rank holds alike of the state after `step` committed steps."""
+        tree = self._learner.tree(step)
+        return {**tree, "optimizer": {**tree["optimizer"], "state": {}}, "held": []}
+
+    def shares(self, step: int) -> dict[str, Any]:
+        """Return the whole state, as far as it is here; what is elsewhere is named.
+
+        Raises JobRejected if the optimizer's state is not what it was in the first step.
+        """
+        tree = self._learner.tree(step)
+        here = tree["optimizer"]["state"]
+        state = {
+            name: {key: _leaf(kind, here.get(name, {}).get(key), ranks) for key, kind in kinds.items()}
+            for name, ranks, kinds in zip(
+                self._names, self._holders, map(self._kinds.__getitem__, self._names), strict=True
+            )
+            if kinds
+        }
+        return {**tree, "optimizer": {**tree["optimizer"], "state": state}}
+
+    def load(self, tree: Any) -> int:
+        """Take over a state: a whole one, or one of `tree`. Raises Mismatch if it is not this training's."""
+        step = self._learner.load({key: value for key, value in tree.items() if key != "held"})
+        self._mine = set(tree.get("held", range(len(self._names))))
+        return step
+
+    def _move(self, world: World, sender: int, receiver: int, numbers: Sequence[int]) -> None:
+        """Move state, and the parameters it belongs to: the receiver's are of the step before, perhaps."""
+        states = self._learner.optimizer.state
+        if world.rank == sender:
+            given = [(self._parameters[number], states[self._parameters[number]]) for number in numbers]
+            state = [[parameter.detach(), dict(state)] for parameter, state in given]
+            hand_over(world, [receiver], Parcel(state, "self"), self._device)
+        if world.rank == receiver:
+            taken = accept(world, sender, self._device).state
+            for number, (value, state) in zip(numbers, taken, strict=True):
+                self._parameters[number].data.copy_(value)
+                states[self._parameters[number]] = state
+                self._mine.add(number)
+
+    def _learn_kinds(self, world: World) -> None:
+        """Learn what each parameter's state is made of from those that hold it."""
+        mine = {
+            self._names[number]: _kinds(
+                self._names[number], self._learner.optimizer.state[self._parameters[number]]
+            )
+            for number in self._mine
+        }
+        self._kinds = {}
+        for told in gather_words(world, mine):
+            self._kinds |= told
+
+    def _placed(self, row: Tensor, numbers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """Yield parameters with their places in a row."""
+        at = 0
+        for number in numbers:
+            parameter = self._parameters[number]
+            yield number, row[at : at + parameter.numel()].view(parameter.shape)
+            at += parameter.numel()
+
+
+def _kinds(name: str, state: dict[str, Any]) -> dict[str, Any]:
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise JobRejected(
+                f"the optimizer keeps {key!r} of {name} as a {type(value).__name__}, not a tensor: "
+                "it cannot be sharded; set training.optimizer_copies = 0"
+            )
+    return {key: [str(value.dtype).removeprefix("torch."), list(value.shape)] for key, value in state.items()}
+
+
+def _leaf(kind: Any, tensor: Tensor | None, ranks: tuple[int, ...]) -> OnRanks:
+    dtype, shape = kind
+    return OnRanks(tensor, getattr(torch, dtype), tuple(shape), tuple(sorted(ranks)))

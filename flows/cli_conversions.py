@@ -1,0 +1,168 @@
+"""Verbs that convert checkpoints: into another layout, from another framework's format, and into one."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.cli_checkpoints import AsJson, Format, Rules, RunsDir, Sizes, Step, Where
+from flows.console import clear_errors, followed, resumable, screen
+
+app = typer.Typer(rich_markup_mode="rich")
+
+_GO_ON = "What is finished is kept: the same command goes on from there."
+
+Target = Annotated[str, typer.Argument(metavar="DST", help="A store's URL or directory.")]
+Budget = Annotated[str, typer.Option("--memory-budget", help="The most memory that buffers take.")]
+Threads = Annotated[int, typer.Option(min=1, help="How many threads read and encode.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only tell what would be read and written.")]
+Only = Annotated[
+    str | None,
+    typer.Option(
+        metavar="GLOB", help="Only tensors and values of such names, like 'model/*'.", show_default=False
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="Cast the model's floats: bf16, fp16, fp32, fp64. Optimizer states stay as they are."),
+]
+Layout = Annotated[
+    str, typer.Option(metavar="LAYOUT", help="Axes and their ranks, such as replica=2,shard=4,tensor=2.")
+]
+
+
+@app.command()
+def reshard(
+    source: Where,
+    target: Target,
+    to: Layout = "replica=1",
+    rules: Rules = None,
+    sizes: Sizes = None,
+    dtype: Dtype = None,
+    only: Only = None,
+    step: Step = None,
+    budget: Budget = "1GiB",
+    threads: Threads = 2,
+    dry_run: DryRun = False,
+    runs_dir: RunsDir = "runs",
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint anew, cut for another layout; each tensor is proved before it counts.
+
+    A layout names axes, outermost first: replica, shard, tensor, pipeline, expert, context; zero=1|2|3
+    divides over the replicas. How tensor, pipeline and expert ranks divide a model, names tell, or rules.
+    Restoring needs none of this: a Checkpointer reads any layout into its own.
+    """
+    with clear_errors(), resumable(_GO_ON):
+        import checkpoint
+        from flows import conversions, stores
+
+        change = checkpoint.Change(
+            conversions.layout_of(to),
+            conversions.dtype_of(dtype),
+            only,
+            conversions.rules_of(conversions.Rules(rules, sizes or ())),
+        )
+        settings = conversions.settings_of(budget, threads)
+        old, new = (
+            checkpoint.open_store(stores.find(source, Path(runs_dir))),
+            checkpoint.open_store(target),
+        )
+        if dry_run:
+            report = checkpoint.plan_reshard(old, new, change, step=step, settings=settings)
+        else:
+            with followed() as listener:
+                report = checkpoint.reshard(old, new, change, step=step, settings=settings, listener=listener)
+        _tell(report, as_json)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A foreign checkpoint's URL or directory.")],
+    target: Target,
+    format: Format = None,
+    rules: Rules = None,
+    sizes: Sizes = None,
+    to: Layout = "replica=1",
+    step: Annotated[
+        int | None, typer.Option(help="Its step. Default: what it says itself, or 0.", show_default=False)
+    ] = None,
+    run: Annotated[str, typer.Option(help="The name of its run; 'run' is a Checkpointer's default.")] = "run",
+    budget: Budget = "1GiB",
+    threads: Threads = 2,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take over another framework's checkpoint, so that a Checkpointer restores it like its own.
+
+    Tensors keep their names, as model/NAME and optimizer/state/NAME/STATE, unless rules say otherwise; a
+    checkpoint that is spread over tensor or pipeline ranks needs rules. Nothing of it is ever executed.
+    """
+    with clear_errors(), resumable(_GO_ON):
+        import checkpoint
+        from flows import conversions
+
+        chosen = conversions.rules_of(conversions.Rules(rules, sizes or ()))
+        adoption = checkpoint.Adoption(run, step, chosen, conversions.layout_of(to))
+        settings = conversions.settings_of(budget, threads)
+        store = checkpoint.open_store(target)
+        if dry_run:
+            report = checkpoint.plan_import_foreign(source, store, adoption, format=format)
+        else:
+            with followed() as listener:
+                report = checkpoint.import_foreign(
+                    source, store, adoption, format=format, settings=settings, listener=listener
+                )
+        _tell(report, as_json)
+
+
+@app.command()
+def export(
+    source: Where,
+    target: Annotated[str, typer.Argument(metavar="DST", help="A new directory, here or behind a URL.")],
+    format: Annotated[str, typer.Option(help="hf, dcp, deepspeed, megatron or torch.")],
+    rules: Rules = None,
+    sizes: Sizes = None,
+    to: Layout = "replica=1",
+    dtype: Dtype = None,
+    only: Only = None,
+    step: Step = None,
+    budget: Budget = "1GiB",
+    threads: Threads = 2,
+    dry_run: DryRun = False,
+    runs_dir: RunsDir = "runs",
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint in another framework's format, and prove it by reading it back.
+
+    Rules turn its tensors into what the framework calls them and how it cuts them; --to says over how many
+    tensor, pipeline and expert ranks.
+    """
+    with clear_errors(), resumable(_GO_ON):
+        import checkpoint
+        from flows import conversions, stores
+
+        chosen = conversions.rules_of(conversions.Rules(rules, sizes or ()))
+        emigration = checkpoint.Emigration(
+            format, conversions.layout_of(to), chosen, conversions.dtype_of(dtype), only
+        )
+        settings = conversions.settings_of(budget, threads)
+        store = checkpoint.open_store(stores.find(source, Path(runs_dir)))
+        if dry_run:
+            report = checkpoint.plan_export_foreign(store, target, emigration, step=step)
+        else:
+            with followed() as listener:
+                report = checkpoint.export_foreign(
+                    store, target, emigration, step=step, settings=settings, listener=listener
+                )
+        _tell(report, as_json)
+
+
+def _tell(report: object, as_json: bool) -> None:
+    from flows import conversions
+
+    if as_json:
+        print(json.dumps(conversions.describe_report(report), indent=2))  # type: ignore[arg-type]  # lazily typed
+    else:
+        conversions.draw_report(screen, report)  # type: ignore[arg-type]  # lazily typed

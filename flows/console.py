@@ -1,0 +1,117 @@
+"""The terminal: what verbs print to, how errors and progress are shown, and what exit codes mean.
+
+0: done, and all was well.  1: it failed, or what was looked at is damaged or different.  2: wrong usage.
+128 and a signal's number: interrupted.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from tasks.errors import SpecError
+
+EXIT_FAILED, EXIT_WRONG = 1, 2
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+
+screen = Console()
+complaints = Console(stderr=True)
+
+
+@dataclass(slots=True)
+class Mode:
+    """What all verbs share."""
+
+    is_debugging: bool = False
+
+
+mode = Mode()
+
+
+class Step(Protocol):
+    """How far some work is."""
+
+    @property
+    def what(self) -> str:
+        """The work at hand."""
+
+    @property
+    def num_done_bytes(self) -> int:
+        """Bytes that are done."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of so many; 0 if nobody knows."""
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """End the command with one clear message instead of a traceback; with --debug, the traceback."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except BrokenPipeError:  # who reads has seen enough, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(EXIT_FAILED) from None
+    except Exception as error:
+        if mode.is_debugging:
+            raise
+        code = EXIT_WRONG if isinstance(error, SpecError) else EXIT_FAILED
+        complaints.print(f"[bold red]error:[/] {escape(_spell(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(code) from None
+
+
+@contextmanager
+def resumable(what: str) -> Iterator[None]:
+    """Turn ctrl-C into a word on how to go on, and the exit status that shells expect."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        complaints.print(f"interrupted. {what}")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+@contextmanager
+def followed() -> Iterator[Callable[[Step], None]]:
+    """Show progress, rate and time left while the block runs, if somebody watches; yield who is told."""
+    if not complaints.is_terminal:
+        yield lambda _: None
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=complaints, transient=True) as shown:
+        bar = shown.add_task("opening", total=None)
+
+        def tell(step: Step) -> None:
+            shown.update(
+                bar, description=step.what, completed=step.num_done_bytes, total=step.num_bytes or None
+            )
+
+        yield tell
+
+
+def _spell(error: Exception) -> str:
+    """Say an error of ours as it is, a foreign one with its kind."""
+    is_ours = type(error).__module__.split(".")[0] in {"tasks", "elastic", "checkpoint"}
+    return str(error) if is_ours else f"{type(error).__name__}: {error} (--debug shows where)"

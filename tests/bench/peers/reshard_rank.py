@@ -1,0 +1,122 @@
+"""One rank of a world that saves or loads a sharded state with torch's checkpoints and with ours, in turns."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from checkpoint import Checkpointer, Codec, Options, SavePolicy
+
+ROWS = 1024  # of 4 KiB each: a tensor has 4 MiB times `wide`
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is, where the checkpoints are, and how large the state is."""
+
+    directory: Path
+    rank: int
+    size: int
+    num_tensors: int
+    wide: int
+    rounds: int
+
+
+def main(arguments: list[str]) -> None:
+    """Save or load; rank 0 of the loading world writes what it took."""
+    kind, directory, *numbers = arguments
+    place = Place(Path(directory), *map(int, numbers))
+    meeting = f"file://{place.directory}/meeting-{kind}"
+    dist.init_process_group("gloo", init_method=meeting, rank=place.rank, world_size=place.size)
+    torch.set_num_threads(1)
+    if kind == "save":
+        save(place)
+    else:
+        load(place)
+    dist.destroy_process_group()
+
+
+def state_of(place: Place, fill: Callable[..., torch.Tensor]) -> dict[str, DTensor]:
+    """Make the state as this world divides it."""
+    mesh = init_device_mesh("cpu", (place.size,), mesh_dim_names=("shard",))
+    shape = (ROWS * place.wide, 1024)
+    return {
+        f"layers.{number}.weight": distribute_tensor(fill(shape), mesh, [Shard(0)])
+        for number in range(place.num_tensors)
+    }
+
+
+def save(place: Place) -> None:
+    """Save it with both."""
+    torch.manual_seed(1)
+    state = state_of(place, torch.randn)
+    dcp.save({"model": state}, checkpoint_id=str(place.directory / "dcp"))
+    with Checkpointer(str(place.directory / "ours"), options=options(place)) as checkpointer:
+        checkpointer.save(1, {"model": state})
+        if not checkpointer.wait():
+            raise RuntimeError("the checkpoint was not saved")
+
+
+def load(place: Place) -> None:
+    """Load it with both, round by round, into the same memory, and see that it is the same."""
+    state = state_of(place, torch.zeros)
+    taken: dict[str, list[float]] = {"ours": [], "dcp": []}
+    read: list[int] = []
+    sums = []
+    with Checkpointer(str(place.directory / "ours"), options=options(place)) as checkpointer:
+
+        def ours() -> None:
+            restored = checkpointer.restore({"model": state})
+            if restored is None:
+                raise RuntimeError("there is no checkpoint")
+            read.append(restored.report.num_bytes)
+
+        def torchs() -> None:
+            dcp.load({"model": state}, checkpoint_id=str(place.directory / "dcp"))
+
+        for number in range(place.rounds + 1):
+            works = [("ours", ours), ("dcp", torchs)]
+            for name, work in works if number % 2 else reversed(works):
+                for one in state.values():
+                    one.to_local().zero_()
+                seconds = timed(work)
+                sums.append(sum(float(one.to_local().double().sum()) for one in state.values()))
+                if number:  # the first warms caches up
+                    taken[name].append(seconds)
+    if len(set(sums)) != 1:
+        raise RuntimeError(f"the two restored different states: {set(sums)}")
+    needed = sum(one.to_local().nbytes for one in state.values())
+    told: list[Any] = [None] * place.size
+    dist.all_gather_object(told, {"taken": taken, "read": read[-1], "needed": needed})
+    if place.rank == 0:
+        (place.directory / "told.json").write_text(json.dumps(told))
+
+
+def options(place: Place) -> Options:
+    """Store raw bytes, as torch does; keep the sockets of each world's keeper apart."""
+    kept = place.directory / f"keeper{place.size}"
+    kept.mkdir(mode=0o700, exist_ok=True)
+    return Options(saving=SavePolicy(codec=Codec.RAW), directory=kept, lease_s=1.0)
+
+
+def timed(work: Callable[[], None]) -> float:
+    """Return how long the slowest rank takes."""
+    dist.barrier()
+    started = time.perf_counter()
+    work()
+    longest = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    return float(longest)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

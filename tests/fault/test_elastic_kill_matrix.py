@@ -1,0 +1,173 @@
+"""SIGKILL at every phase of a step, a join, a forming and a restore; of the keeper, of the driver, of all."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+import elastic
+from tests.fault.elastic_churn import Story
+from tests.fault.elastic_job import Doom, Settings
+from tests.fault.elastic_orders import sized, tiny_order
+from tests.integration.drivers import Drive, driving, kill_group, kill_ray
+
+ENDLESS = 1_000_000
+WORKERS = 3
+# Each row strikes at once: the first death makes the others' phases come.
+IN_A_STEP = {
+    "in forward": [Doom("forward", "Tiny.forward")],
+    "in backward": [Doom("backward", "in_backward")],
+    "inside the reduction": [Doom("exchange", "World.exchange")],
+    "as the reduced slices are gathered": [Doom("gather", "World.all_gather")],
+    "before the agreement": [Doom("agreement", "Trainer._agree")],
+    "between agreement and step": [Doom("agreed", "Trainer._commit")],
+    "after the optimizer's step": [Doom("applied", "Learner.update", "return")],
+    "during capture": [Doom("capture", "Snapshots.save", "return")],
+    "as replicas are compared": [Doom("compare", "compare")],
+}
+AFTER_A_DEATH = {
+    "during forming": [Doom("a1", "Tiny.forward"), Doom("forming", "Former._connect")],
+    "while meeting": [Doom("a2", "World.exchange"), Doom("meeting", "Former._meet", "return")],
+    "as the state settles": [Doom("a3", "Trainer._commit"), Doom("settling", "Trainer._settle")],
+    "while a newcomer receives": [Doom("a4", "Tiny.forward"), Doom("join", "accept", newcomer=True)],
+    "while a newcomer is sent to": [Doom("a5", "Tiny.forward"), Doom("handing", "hand_over")],
+    "twice in a row": [Doom("a6", "Tiny.forward"), Doom("again", "in_backward")],
+}
+RESTORE = Doom("restore", "_restorer.<locals>.restore", newcomer=True)
+FEW = ("in backward", "inside the reduction", "between agreement and step", "while a newcomer is sent to")
+
+
+class Victims:
+    """A run with standbys, whose phases are made deadly one after the other."""
+
+    def __init__(self, directory: Path, drive: Drive, rows: dict[str, list[Doom]]) -> None:
+        self.marks = directory / "marks"
+        self.marks.mkdir()
+        dooms = tuple(doom for row in rows.values() for doom in row)
+        settings = Settings(pause_s=0.005, marks=str(self.marks), dooms=(*dooms, RESTORE))
+        order = tiny_order(directory, "doomed", settings, num_steps=ENDLESS)
+        order = replace(order, checkpoint=replace(order.checkpoint, every_steps=10))
+        self.order = sized(order, WORKERS, standbys=2)
+        self.story = Story(self.order.run_dir)
+        self._drive = drive
+        self.driver = drive(self.order)
+
+    def redrive(self) -> None:
+        """Start a successor of the driver."""
+        self.driver = self._drive(self.order)
+
+    def until(self, what: str, is_so: Callable[[], bool], seconds: float = 60.0) -> None:
+        """Wait until something is so in the story."""
+        deadline = time.monotonic() + seconds
+        while not is_so():
+            assert time.monotonic() < deadline, f"waited in vain: {what}; {self.order.run_dir}"
+            assert self.driver.poll() is None, f"the driver ended: {what}; {self.order.run_dir}"
+            time.sleep(0.05)
+            self.story.update()
+
+    def is_whole(self) -> bool:
+        """Whether a full world trains, with a standby beside it."""
+        idle = self.story.pids.keys() - self.story.gone - self.story.holders
+        living = self.story.holders - self.story.gone
+        return len(living) == WORKERS and len(idle) >= 1 and self.story.newest_settled
+
+    def meet(self, name: str, row: list[Doom]) -> None:
+        """Let a phase be deadly, and wait until the run has got over it."""
+        self.until(f"a full world before {name}", self.is_whole)
+        for doom in row:
+            doom.arm(self.marks)
+        self.until(name, lambda: all(doom.has_struck(self.marks) for doom in row))
+        step = self.story.steps
+        self.until(f"steps after {name}", lambda: self.story.steps > step + 2)
+
+    def end(self) -> elastic.TrainReport:
+        """Stop the run in good order; return its report."""
+        step = self.story.steps
+        self.until("a step at the end", lambda: self.story.steps > step + 2)
+        self.driver.terminate()
+        self.driver.wait(timeout=60)
+        return elastic.read_report(self.order.run_dir)
+
+
+def keepers(order: elastic.TrainOrder) -> list[psutil.Process]:
+    """Find the run's keepers."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if "checkpoint.keeper" in command and any(str(order.run_dir) in part for part in command):
+            found.append(process)
+    return found
+
+
+def kill_keeper(victims: Victims) -> None:
+    """SIGKILL the host's keeper; training goes on."""
+    victims.until("a keeper", lambda: bool(keepers(victims.order)))
+    for process in keepers(victims.order):
+        process.kill()
+    step = victims.story.steps
+    victims.until("steps after the keeper's death", lambda: victims.story.steps > step + 12)
+
+
+def kill_driver(victims: Victims) -> None:
+    """SIGKILL the driver; its successor finds the workers, and none is started for the world."""
+    victims.until("a full world before the driver dies", victims.is_whole)
+    kill_group(victims.driver)
+    step = victims.story.steps
+    victims.redrive()
+    victims.until("steps under the new driver", lambda: victims.story.steps > step + 10)
+
+
+def raze(victims: Victims) -> None:
+    """SIGKILL everything there is; then the first process that restores, too."""
+    kill_group(victims.driver)
+    kill_ray(victims.order)
+    for process in keepers(victims.order):
+        process.kill()
+    RESTORE.arm(victims.marks)
+    victims.redrive()
+    newest = elastic.read_report(victims.order.run_dir).segments
+    victims.until("the restoring process died", lambda: RESTORE.has_struck(victims.marks))
+    victims.until("a world after it", lambda: victims.story.num_segments > newest - 1 and victims.is_whole())
+
+
+def assert_nobody_can_tell(directory: Path, report: elastic.TrainReport) -> None:
+    """Compare with a run that nothing happened to."""
+    assert report.status == "stopped", report.reason
+    quiet = tiny_order(directory, "quiet", Settings(), num_steps=report.committed_steps)
+    undisturbed = elastic.train(sized(quiet, 1), lambda _: None)
+    assert undisturbed.weights_sha256 == report.weights_sha256
+    assert undisturbed.last_loss == report.last_loss
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_kill_in_a_step_or_a_join_or_of_the_keeper_or_the_driver_changes_no_bit(tmp_path: Path) -> None:
+    rows = {name: row for name, row in {**IN_A_STEP, **AFTER_A_DEATH}.items() if name in FEW}
+    with driving(tmp_path) as drive:
+        victims = Victims(tmp_path, drive, rows)
+        for name, row in rows.items():
+            victims.meet(name, row)
+        kill_keeper(victims)
+        kill_driver(victims)
+        report = victims.end()
+    assert report.redone_steps == 0
+    assert_nobody_can_tell(tmp_path, report)
+
+
+@pytest.mark.soak
+def test_a_kill_at_any_phase_whatever_changes_no_bit(tmp_path: Path) -> None:
+    rows = {**IN_A_STEP, **AFTER_A_DEATH}
+    with driving(tmp_path) as drive:
+        victims = Victims(tmp_path, drive, rows)
+        for name, row in rows.items():
+            victims.meet(name, row)
+        kill_keeper(victims)
+        kill_driver(victims)
+        redone = elastic.read_report(victims.order.run_dir).redone_steps
+        raze(victims)
+        report = victims.end()
+    assert redone == 0
+    assert_nobody_can_tell(tmp_path, report)

@@ -1,0 +1,72 @@
+"""A sharded optimizer in real worlds of real processes: the replicated one's bits, and no step is lost."""
+
+import pytest
+
+from tests.integration.training_stage import NUM_STEPS, Chapter, Diary, Props, perform
+
+pytestmark = [pytest.mark.timeout(110), pytest.mark.slow]
+
+CHURN = [
+    Chapter((0, 1, 2, 3), victim=3, dies_at=2, phase="agreed"),
+    Chapter((0, 1, 2), victim=1, dies_at=4, phase="sharing"),
+    Chapter((0, 2), until=6),
+    Chapter((0, 2, 4, 5), victim=5, dies_at=7, phase="exchange"),
+    Chapter((0, 2, 4), victim=0, dies_at=9, phase="sharing"),
+    Chapter((2, 4), until=11),
+    Chapter((2, 4, 6), victim=2, dies_at=9, phase="send"),
+    Chapter((4, 6), victim=6, dies_at=12, phase="leaf"),
+    Chapter((4,)),
+]
+# With one copy a death takes state along: the world after finds out, and the one after that restores.
+LOSS = [Chapter((0, 1, 2), victim=1, dies_at=5, phase="leaf"), Chapter((0, 2)), Chapter((0, 2))]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("data") / "text"
+    path.write_text("".join(f"{number} is followed by {number + 1}.\n" for number in range(4000)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def replicated(text: str) -> Diary:
+    return perform({"alone": [Chapter((0,))]}, Props(text))["alone"][0]
+
+
+@pytest.fixture(scope="module")
+def churned(text: str) -> dict[str, dict[int, Diary]]:
+    quiet = {f"a world of {size}": [Chapter(tuple(range(size)))] for size in (1, 2, 3, 5)}
+    return perform({**quiet, "churn": CHURN}, Props(text, optimizer_copies=2))
+
+
+def test_a_sharded_optimizer_gives_the_bits_of_the_replicated_one_in_every_world_and_under_churn(
+    replicated, churned
+):
+    finished = {name: {each.sha256 for each in diaries.values()} - {""} for name, diaries in churned.items()}
+    assert finished == {name: {replicated.sha256} for name in churned}
+
+
+def test_no_committed_step_is_computed_twice_while_a_copy_of_the_state_lives(replicated, churned):
+    for diaries in churned.values():
+        for diary in diaries.values():
+            assert set(diary.steps) <= set(replicated.steps)
+            assert len({step for step, _ in diary.steps}) == len(diary.steps)
+    first, *later = churned["churn"][4].sources
+    assert first == "peer"
+    assert set(later) == {"self"}
+
+
+def test_each_rank_holds_its_share_of_the_optimizer_state_and_no_more(churned):
+    whole = churned["a world of 1"][0].state_bytes
+    for size in (3, 5):
+        held = [churned[f"a world of {size}"][rank].state_bytes for rank in range(size)]
+        assert sum(held) == 2 * whole
+        assert max(held) <= 1.5 * 2 * whole / size
+
+
+def test_state_that_was_on_the_lost_rank_only_comes_from_the_newest_checkpoint(text, replicated, tmp_path):
+    diaries = perform({"loss": LOSS}, Props(text, optimizer_copies=1, store=str(tmp_path)))["loss"]
+    for survivor in (0, 2):
+        assert diaries[survivor].sha256 == replicated.sha256
+        steps = [step for step, _ in diaries[survivor].steps]
+        assert steps == [*range(1, 6), *range(5, NUM_STEPS + 1)]

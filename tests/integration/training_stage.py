@@ -1,0 +1,248 @@
+"""A stage for tests: processes that live through stories of worlds which form, break and grow."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.queues import Queue
+from typing import Any, Literal
+
+import torch
+
+from checkpoint import Catalog, LocalHost, Saver, load, open_store
+from elastic.control.events import Ending, Event, ReplicaHealed, StepCommitted
+from elastic.runtime.world import Endpoint, Former, Place, World, open_rendezvous
+from elastic.training.gpt import GPTJob, GPTSettings
+from elastic.training.ports import Broken, Flags
+from elastic.training.sharding import ShardedLearner
+from elastic.training.state import weights_sha256
+from elastic.training.trainer import Storage, Trainer, TrainPlan
+
+LOOPBACK, CPU = "127.0.0.1", torch.device("cpu")
+NUM_STEPS, NUM_MEMBERS = 14, 7
+SETTINGS = GPTSettings(num_layers=2, num_heads=2, width=32, sequence=32, dropout=0.2)
+Phase = Literal["leaf", "exchange", "all_gather", "agreement", "agreed", "sharing", "send"]
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A world in a story: its members by rank, the step at whose boundary it ends, or who dies when."""
+
+    members: tuple[int, ...]
+    until: int = NUM_STEPS
+    victim: int = -1
+    dies_at: int = -1
+    phase: Phase = "leaf"
+    flipped: int = -1
+    flips_at: int = -1
+
+
+@dataclass(frozen=True)
+class Props:
+    """What all stories of a performance share: the text to train on, and how the state lies on the ranks.
+
+    With a `store` every second step is saved there.
+    """
+
+    source: str
+    optimizer_copies: int = 0
+    store: str | None = None
+
+
+@dataclass
+class Doom:
+    """Kills this process, by SIGKILL, once it comes to a phase of a step."""
+
+    chapter: Chapter
+    committed: Callable[[], int]
+    is_victim: bool
+
+    def comes(self, phase: Phase) -> None:
+        if self.is_victim and self.chapter.phase == phase and self.committed() >= self.chapter.dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DoomedWorld:
+    """A real world whose member may die between two calls."""
+
+    def __init__(self, world: World, doom: Doom) -> None:
+        self.generation, self.rank, self.size, self.hosts = (
+            world.generation,
+            world.rank,
+            world.size,
+            world.hosts,
+        )
+        self._world, self._doom = world, doom
+        self._is_agreed = False
+
+    def exchange(self, send: Any, receive: Any) -> None:
+        self._is_agreed = False
+        self._doom.comes("exchange")
+        self._world.exchange(send, receive)
+
+    def all_gather(self, out: torch.Tensor, mine: torch.Tensor) -> None:
+        if mine.is_floating_point():
+            self._doom.comes("sharing" if self._is_agreed else "all_gather")
+        self._world.all_gather(out, mine)
+
+    def all_reduce(self, tensor: torch.Tensor, op: Any) -> None:
+        self._doom.comes("agreement")
+        self._world.all_reduce(tensor, op)
+        self._is_agreed = True
+        self._doom.comes("agreed")
+
+    def send(self, tensor: torch.Tensor, to: int) -> None:
+        self._world.send(tensor, to)
+        self._doom.comes("send")
+
+    def receive(self, tensor: torch.Tensor, source: int) -> None:
+        self._world.receive(tensor, source)
+
+
+class DoomedJob(GPTJob):
+    """The shipped job, whose process may die in the middle of a micro-batch."""
+
+    doom: Doom | None = None
+
+    def loss(self, model: Any, batch: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+        if self.doom is not None:
+            self.doom.comes("leaf")
+        return super().loss(model, batch, rng)
+
+
+@dataclass
+class Diary:
+    """What one member saw."""
+
+    sources: list[str] = field(default_factory=list)
+    steps: list[tuple[int, float]] = field(default_factory=list)
+    sha256: str = ""
+    state_bytes: int = 0
+    healed: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
+
+    def write(self, event: Event) -> None:
+        if isinstance(event, StepCommitted):
+            self.steps.append((event.step, event.loss))
+        if isinstance(event, ReplicaHealed):
+            self.healed.append((event.step, event.tensors))
+
+
+class Boundary:
+    """Orders the next world once a step is committed; may flip a bit when all gradients are reduced."""
+
+    def __init__(
+        self, chapter: Chapter, generation: int, committed: Callable[[], int], flip: Callable[[], None]
+    ) -> None:
+        self._chapter, self._generation, self._committed = chapter, generation, committed
+        self._flip = flip
+
+    def pending(self) -> Flags:
+        if self._committed() == self._chapter.flips_at:
+            self._flip()
+        is_due = self._committed() + 1 >= self._chapter.until < NUM_STEPS
+        return Flags(next_generation=self._generation + 1 if is_due else 0)
+
+    def check(self, generation: int) -> None: ...
+
+
+def live(
+    member: int, stories: dict[str, list[Chapter]], endpoint: Endpoint, props: Props, told: "Queue[Any]"
+) -> None:
+    """Live through every story, telling what became of each."""
+    torch.set_num_threads(1)
+    former = Former(LOOPBACK, CPU)
+    first_generation = 1
+    for name, chapters in stories.items():
+        plan = TrainPlan(
+            *(NUM_STEPS, 8, 2, 7, "bitwise", 1.0, 2 if props.store else 5, props.source, "run", ""),
+            compare_every=1,
+            optimizer_copies=props.optimizer_copies,
+        )
+        job, diary = DoomedJob(), Diary()
+        storage = _storage(props.store, name, str(member)) if props.store else Storage()
+        trainer = Trainer(job, SETTINGS, plan, member=str(member), device=CPU, storage=storage)
+        for generation, chapter in enumerate(chapters, first_generation):
+            if member in chapter.members:
+                play(member, (generation, chapter), (former, endpoint), (trainer, job, diary))
+        first_generation += len(chapters)
+        told.put((name, member, diary))
+    told.close()
+    told.join_thread()
+
+
+def _state_bytes(trainer: Trainer) -> int:
+    """Return the bytes of optimizer state that this process holds."""
+    states = trainer._learner._learner.optimizer.state if isinstance(trainer._learner, ShardedLearner) else {}
+    return sum(tensor.nbytes for state in states.values() for tensor in state.values())
+
+
+def play(
+    member: int,
+    scene: tuple[int, Chapter],
+    stage: tuple[Former, Endpoint],
+    cast: tuple[Trainer, DoomedJob, Diary],
+) -> None:
+    """Live through one world."""
+    (generation, chapter), (former, endpoint), (trainer, job, diary) = scene, stage, cast
+
+    def committed() -> int:
+        return trainer.standing.committed
+
+    hosts = tuple(map(str, chapter.members))
+    place = Place(generation, chapter.members.index(member), hosts, LOOPBACK)
+
+    def flip() -> None:
+        if member == chapter.flipped:
+            weight = trainer.model.get_parameter("blocks.0.up.weight").detach().view(torch.int32)
+            weight[3, 5] ^= 1 << 20
+
+    world = former.form(place, endpoint, lambda: True, time.sleep)
+    job.doom = Doom(chapter, committed, member == chapter.victim)
+    doomed = DoomedWorld(world, job.doom)
+    try:
+        diary.sources.append(trainer.settle(doomed).source)
+        if (
+            trainer.run(doomed, Boundary(chapter, generation, committed, flip), diary.write)
+            is Ending.FINISHED
+        ):
+            diary.sha256 = weights_sha256(trainer.model)
+            diary.state_bytes = _state_bytes(trainer)
+    except Broken as broken:
+        broken.__traceback__ = None
+    finally:
+        world.leave()
+
+
+def _storage(root: str, name: str, member: str) -> Storage:
+    """Let this process save, as a host of its own, and restore."""
+    store = open_store(f"{root}/{name}")
+    saver = Saver(LocalHost(store, arena_bytes=1 << 24, host=member), "run")
+    return Storage(saver, lambda: load(store) if Catalog(store).steps() else None)
+
+
+def perform(stories: dict[str, list[Chapter]], props: Props) -> dict[str, dict[int, Diary]]:
+    """Let processes live through the stories; return the diaries of those who came to the end of each."""
+    store, endpoint = open_rendezvous(LOOPBACK)
+    context = get_context("spawn")
+    told = context.Queue()
+    arguments = (stories, endpoint, props, told)
+    members = [context.Process(target=live, args=(member, *arguments)) for member in range(NUM_MEMBERS)]
+    for process in members:
+        process.start()
+    victims = {chapter.victim for chapters in stories.values() for chapter in chapters} - {-1}
+    diaries: dict[str, dict[int, Diary]] = {name: {} for name in stories}
+    try:
+        for _ in range(len(stories) * NUM_MEMBERS - len(victims)):
+            name, member, diary = told.get(timeout=80)
+            diaries[name][member] = diary
+        for process in members:
+            process.join(timeout=20)
+    finally:
+        for process in members:
+            process.kill()
+    codes = [process.exitcode for process in members]
+    assert codes == [-signal.SIGKILL if member in victims else 0 for member in range(NUM_MEMBERS)]
+    del store
+    return diaries
