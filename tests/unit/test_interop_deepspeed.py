@@ -66,6 +66,17 @@ def test_every_master_and_moment_is_what_deepspeed_said(made, tmp_path):
     assert opened.about.extra["zero"]["param_groups"][0]["betas"] == (0.9, 0.999)
 
 
+def test_the_optimizer_s_groups_are_told_by_the_names_of_their_parameters(tmp_path):
+    folder, _ = unpack("zero2-bf16-3", tmp_path)
+    groups = open_deepspeed(Place(str(folder))).about.extra["optimizer"]["param_groups"]
+    assert [(group["weight_decay"], group["params"]) for group in groups] == [
+        (0.1, ["embed.weight", "up.weight", "down.weight"]),
+        (0.0, ["up.bias", "norm.weight", "norm.bias"]),
+    ]
+    folder, _ = unpack("zero3-groups-2", tmp_path / "three")  # two groups, cut into four
+    assert "optimizer" not in open_deepspeed(Place(str(folder))).about.extra
+
+
 @pytest.mark.parametrize("made", MADE)
 def test_weights_are_the_masters_rounded_and_tied_and_frozen_ones_are_there(made, tmp_path):
     folder, golden = unpack(made, tmp_path)
