@@ -36,6 +36,10 @@ VOCAB, PADDED, POSITIONS = 29, 32, 12
 STATES = ("exp_avg", "exp_avg_sq", "master")
 
 
+def layers_of(options: argparse.Namespace) -> int:
+    return 2 if options.kind == "moe" else 4
+
+
 def model_of(options: argparse.Namespace) -> Any:
     is_gpt = options.kind == "gpt"
     more = (
@@ -44,11 +48,11 @@ def model_of(options: argparse.Namespace) -> Any:
         else {}
     )
     config = TransformerConfig(
-        num_layers=4,
-        hidden_size=16,
+        num_layers=layers_of(options),
+        hidden_size=8,
         num_attention_heads=4,
         num_query_groups=4 if is_gpt else 2,
-        ffn_hidden_size=24,
+        ffn_hidden_size=12,
         gated_linear_unit=not is_gpt,
         add_bias_linear=is_gpt,
         normalization="LayerNorm" if is_gpt else "RMSNorm",
@@ -150,13 +154,13 @@ def save(model: Any, states: dict[str, list[torch.Tensor]], options: argparse.Na
         pipeline_model_parallel_size=options.pipeline,
         expert_model_parallel_size=options.expert,
         virtual_pipeline_model_parallel_size=None,
-        num_layers=4,
-        hidden_size=16,
+        num_layers=layers_of(options),
+        hidden_size=8,
         num_attention_heads=4,
         group_query_attention=not is_gpt,
         num_query_groups=2,
-        kv_channels=4,
-        ffn_hidden_size=24,
+        kv_channels=2,
+        ffn_hidden_size=12,
         vocab_size=VOCAB,
         padded_vocab_size=PADDED,
         max_position_embeddings=POSITIONS,

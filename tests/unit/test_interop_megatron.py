@@ -55,7 +55,7 @@ def expected(kind: str, golden: Arrays, prefix: str) -> Arrays:
         found["head.weight"] = whole["output_layer.weight"][:29]
     for part in ("weight", "bias") if kind == "gpt" else ("weight",):
         found[f"final_norm.{part}"] = whole[f"decoder.final_layernorm.{part}"]
-        for layer in range(4):
+        for layer in range(2 if kind == "moe" else 4):
             one = {
                 name.removeprefix("decoder.layers."): bits[layer]
                 for name, bits in whole.items()
@@ -64,10 +64,10 @@ def expected(kind: str, golden: Arrays, prefix: str) -> Arrays:
             to = f"layers.{layer}"
             groups = 4 if kind == "gpt" else 2
             qkv = one[f"self_attention.linear_qkv.{part}"]
-            qkv = qkv.reshape(groups, 4 // groups + 2, 4, *qkv.shape[1:])
-            found[f"{to}.attention.q.{part}"] = qkv[:, :-2].reshape(16, *qkv.shape[3:])
-            found[f"{to}.attention.k.{part}"] = qkv[:, -2].reshape(groups * 4, *qkv.shape[3:])
-            found[f"{to}.attention.v.{part}"] = qkv[:, -1].reshape(groups * 4, *qkv.shape[3:])
+            qkv = qkv.reshape(groups, 4 // groups + 2, 2, *qkv.shape[1:])
+            found[f"{to}.attention.q.{part}"] = qkv[:, :-2].reshape(8, *qkv.shape[3:])
+            found[f"{to}.attention.k.{part}"] = qkv[:, -2].reshape(groups * 2, *qkv.shape[3:])
+            found[f"{to}.attention.v.{part}"] = qkv[:, -1].reshape(groups * 2, *qkv.shape[3:])
             found[f"{to}.attention.out.{part}"] = one[f"self_attention.linear_proj.{part}"]
             norms = [f"self_attention.linear_qkv.layer_norm_{part}", f"input_layernorm.{part}"]
             found[f"{to}.attention_norm.{part}"] = next(one[name] for name in norms if name in one)
