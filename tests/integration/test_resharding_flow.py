@@ -28,6 +28,6 @@ def test_a_model_goes_out_and_comes_back_through_the_flow(tmp_path):
 
 
 def test_what_cannot_be_ordered_is_refused(tmp_path):
-    order = ConversionOrder(source="a", target="b", source_format="hf", target_format="torch")
+    order = ConversionOrder(source="a", target="b", source_format="hf", dtype="bf16")
     with pytest.raises(FormatError, match="import it into a store first"):
         resharding.with_options(retries=0)(order)

@@ -31,10 +31,9 @@ from tests.unit.test_interop_builtin import MATRIX, content
 
 SETTINGS = ConversionSettings()
 NUM_SPOILED = 4
-LAYOUTS = st.lists(
-    st.sampled_from(["replica", "shard", "tensor", "context"]), min_size=1, max_size=3, unique=True
-).flatmap(
-    lambda axes: st.tuples(*(st.integers(1, 5).map(lambda n, axis=axis: f"{axis}={n}") for axis in axes))
+AXES = ("replica", "shard", "tensor", "context")
+LAYOUTS = st.dictionaries(st.sampled_from(AXES), st.integers(1, 5), min_size=1, max_size=3).map(
+    lambda axes: [f"{axis}={ranks}" for axis, ranks in axes.items()]
 )
 
 
