@@ -52,7 +52,7 @@ def may_pass(_task: Any, _run: Any, state: State[Any]) -> bool:
 )
 def convert(order: ConversionOrder) -> checkpoint.ConversionReport:
     """Convert a checkpoint, and prove each tensor of it. A retry goes on from what was finished."""
-    report = _convert(order)
+    report = carry_out(order)
     say("conversion", f"step {report.step}: {report.num_tensors} tensors, each of them proved")
     return report
 
@@ -72,7 +72,8 @@ def report_conversion(report: checkpoint.ConversionReport) -> None:
     create_table_artifact(table=rows, key=_ARTIFACT, description=told)
 
 
-def _convert(order: ConversionOrder) -> checkpoint.ConversionReport:
+def carry_out(order: ConversionOrder) -> checkpoint.ConversionReport:
+    """Do what is ordered. Raises FormatError for what needs two conversions, and as they do."""
     settings = checkpoint.ConversionSettings(order.memory_budget_mib << 20, order.threads)
     rules = None if order.rules is None else checkpoint.choose_rules(order.rules, order.sizes)
     if order.target_format is not None:
