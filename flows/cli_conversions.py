@@ -122,6 +122,14 @@ def export(
     source: Where,
     target: Annotated[str, typer.Argument(metavar="DST", help="A new directory, here or behind a URL.")],
     format: Annotated[str, typer.Option(help="hf, dcp, deepspeed, megatron or torch.")],
+    source_format: Annotated[
+        str | None,
+        typer.Option(help="The source is a foreign checkpoint of this format, and no store of ours."),
+    ] = None,
+    source_rules: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="Rules that read a foreign source; sizes as --set."),
+    ] = None,
     rules: Rules = None,
     sizes: Sizes = None,
     to: Layout = "replica=1",
@@ -137,24 +145,29 @@ def export(
     """Write a checkpoint in another framework's format, and prove it by reading it back.
 
     Rules turn its tensors into what the framework calls them and how it cuts them; --to says over how many
-    tensor, pipeline and expert ranks.
+    tensor, pipeline and expert ranks. A foreign source goes straight into the other format.
     """
     with clear_errors(), resumable(_GO_ON):
         import checkpoint
         from flows import conversions, stores
 
-        chosen = conversions.rules_of(conversions.Rules(rules, sizes or ()))
+        chosen = conversions.rules_of(
+            conversions.Rules(rules, (sizes or ()) if rules or not source_rules else ())
+        )
         emigration = checkpoint.Emigration(
             format, conversions.layout_of(to), chosen, conversions.dtype_of(dtype), only
         )
         settings = conversions.settings_of(budget, threads)
-        store = checkpoint.open_store(stores.find(source, Path(runs_dir)))
+        named = conversions.Rules(source_rules, (sizes or ()) if source_rules else ())
+        place = checkpoint.Whereabouts(
+            stores.find(source, Path(runs_dir)), step, source_format, conversions.rules_of(named)
+        )
         if dry_run:
-            report = checkpoint.plan_export_foreign(store, target, emigration, step=step)
+            report = checkpoint.plan_export_foreign(place, target, emigration)
         else:
             with followed() as listener:
                 report = checkpoint.export_foreign(
-                    store, target, emigration, step=step, settings=settings, listener=listener
+                    place, target, emigration, settings=settings, listener=listener
                 )
         _tell(report, as_json)
 

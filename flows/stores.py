@@ -24,7 +24,7 @@ def find(where: str, runs_dir: Path) -> str:
         return _store_of(spec)
     if (Path(where) / "spec.json").is_file():
         return _store_of(Path(where) / "spec.json")
-    if Path(where).is_dir():
+    if Path(where).exists():
         return where
     there = ", ".join(sorted(path.parent.name for path in runs_dir.glob("*/spec.json"))) or "none"
     raise NoSuchRun(
@@ -60,7 +60,7 @@ def look(url: str, step: int | None) -> dict[str, Any]:
 
 def look_anywhere(url: str, step: int | None, format: str | None) -> dict[str, Any]:
     """Look at a store, or, if there is none or a format is named, at a foreign checkpoint."""
-    if format is None and (step is not None or checkpoint.Catalog(checkpoint.open_store(url)).steps()):
+    if format is None and (step is not None or _is_store(url)):
         return look(url, step)
     try:
         return _look_at_foreign(url, format)
@@ -68,6 +68,14 @@ def look_anywhere(url: str, step: int | None, format: str | None) -> dict[str, A
         if format is not None:
             raise
         return look(url, step)
+
+
+def _is_store(url: str) -> bool:
+    """Whether there are checkpoints of ours; a single file is no store. Imports no framework to find out."""
+    try:
+        return bool(checkpoint.Catalog(checkpoint.open_store(url)).steps())
+    except checkpoint.StoreRefused:
+        return False
 
 
 def _look_at_foreign(url: str, format: str | None) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def may_pass(_task: Any, _run: Any, state: State[Any]) -> bool:
 )
 def convert(order: ConversionOrder) -> checkpoint.ConversionReport:
     """Convert a checkpoint, and prove each tensor of it. A retry goes on from what was finished."""
-    report = _convert(order)
+    report = carry_out(order)
     say("conversion", f"step {report.step}: {report.num_tensors} tensors, each of them proved")
     return report
 
@@ -72,23 +72,23 @@ def report_conversion(report: checkpoint.ConversionReport) -> None:
     create_table_artifact(table=rows, key=_ARTIFACT, description=told)
 
 
-def _convert(order: ConversionOrder) -> checkpoint.ConversionReport:
+def carry_out(order: ConversionOrder) -> checkpoint.ConversionReport:
+    """Do what is ordered. Raises FormatError for what needs two conversions, and as they do."""
     settings = checkpoint.ConversionSettings(order.memory_budget_mib << 20, order.threads)
     rules = None if order.rules is None else checkpoint.choose_rules(order.rules, order.sizes)
+    if order.target_format is not None:
+        emigration = checkpoint.Emigration(order.target_format, order.to, rules, order.dtype, order.only)
+        place = checkpoint.Whereabouts(order.source, order.step, order.source_format)
+        return checkpoint.export_foreign(place, order.target, emigration, settings=settings)
     if order.source_format is not None:
-        if order.target_format is not None or order.dtype is not None or order.only is not None:
-            raise checkpoint.FormatError(
-                "import it into a store first; from there it is cast, divided and exported"
-            )
+        if order.dtype is not None or order.only is not None:
+            raise checkpoint.FormatError("import it into a store first; from there it is cast and divided")
         adoption = checkpoint.Adoption(step=order.step, rules=rules, to=order.to)
         target = checkpoint.open_store(order.target)
         return checkpoint.import_foreign(
             order.source, target, adoption, format=order.source_format, settings=settings
         )
     source = checkpoint.open_store(order.source)
-    if order.target_format is not None:
-        emigration = checkpoint.Emigration(order.target_format, order.to, rules, order.dtype, order.only)
-        return checkpoint.export_foreign(source, order.target, emigration, step=order.step, settings=settings)
     change = checkpoint.Change(order.to, order.dtype, order.only, rules)
     target = checkpoint.open_store(order.target)
     return checkpoint.reshard(source, target, change, step=order.step, settings=settings)

@@ -30,4 +30,4 @@ def test_the_manual_of_conversions_works_from_top_to_bottom(tmp_path, monkeypatc
         for line in block.splitlines():
             done = CliRunner().invoke(app, shlex.split(line)[1:])
             assert done.exit_code == 0, f"{line}: {done.output}"
-    assert kinds == ["sh", "sh", "sh", "python", "python"]
+    assert kinds == ["sh", "sh", "sh", "python", "sh", "python"]

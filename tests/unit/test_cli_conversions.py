@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import checkpoint
@@ -149,6 +150,19 @@ def test_a_model_goes_out_to_hugging_face_and_comes_back(source, tmp_path):
     done = ask("export", source, model, "--format", "hf")
     assert done.exit_code == 1
     assert "nothing is overwritten" in done.output
+
+
+def test_a_foreign_checkpoint_goes_straight_into_another_format(tmp_path):
+    weights = {f"layers.{number}.weight": torch.randn(2048, 1024) for number in range(3)}
+    torch.save(weights, tmp_path / "a.pt")
+    model, half = str(tmp_path / "model"), str(tmp_path / "half")
+    report = told("export", str(tmp_path / "a.pt"), model, "--format", "hf", "--source-format", "torch")
+    assert report["proved"] == {"fingerprint": 3, "reference": 0}
+    assert {each["verdict"] for each in told("diff", str(tmp_path / "a.pt"), model)} == {"equal"}
+    report = told("export", str(tmp_path / "a.pt"), half, "--format", "hf", "--dtype", "bf16")
+    assert report["proved"] == {"fingerprint": 0, "reference": 3}
+    found = load_file(tmp_path / "half" / "model.safetensors")
+    assert all(torch.equal(found[name], one.bfloat16()) for name, one in weights.items())
 
 
 def test_a_file_of_torch_save_is_imported_and_restored(tmp_path):

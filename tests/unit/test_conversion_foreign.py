@@ -11,6 +11,7 @@ from checkpoint.interop.builtin import builtin_rules
 from checkpoint.interop.conversion.exporting import Emigration, export_checkpoint, plan_emigration
 from checkpoint.interop.conversion.importing import Adoption, import_checkpoint
 from checkpoint.interop.conversion.names import from_foreign, from_rules, rule_name, to_foreign
+from checkpoint.interop.conversion.origins import stored_origin
 from checkpoint.interop.conversion.resharding import Change, reshard
 from checkpoint.interop.conversion.ruled import RuleChoice, choose_rules
 from checkpoint.interop.conversion.stored import Stored
@@ -44,7 +45,7 @@ def written(contents) -> InMemory:
 
 def export(store, emigration, *, holds=True):
     """Export to memory; return the report and what was written."""
-    outward = plan_emigration(Stored(store), emigration, lambda format: holds)
+    outward = plan_emigration(stored_origin(Stored(store)), emigration, lambda format: holds)
     kept: list[InMemory] = []
     report = export_checkpoint(
         outward, "memory:", lambda contents: kept.append(written(contents)), lambda: kept[0]
@@ -218,7 +219,7 @@ def test_a_flipped_bit_on_the_way_in_is_caught_and_the_next_attempt_begins_anew(
 def test_a_flipped_bit_on_the_way_out_is_caught(trained):
     store = MemoryStore("s")
     import_checkpoint(as_foreign(*trained), "memory:", store, Adoption())
-    outward = plan_emigration(Stored(store), Emigration("memory"), lambda format: True)
+    outward = plan_emigration(stored_origin(Stored(store)), Emigration("memory"), lambda format: True)
     kept: list[InMemory] = []
 
     def spoiled():

@@ -254,7 +254,7 @@ def test_a_kill_loses_nothing_that_was_packed(tmp_path):
 
 @pytest.mark.slow
 def test_memory_stays_within_the_budget_however_large_the_state(tmp_path):
-    num_bytes = 384 << 20
+    num_bytes = 240 << 20
     source = checkpoint.open_store(str(tmp_path / "source"))
     save_state(source, {"model": {f"{n}.weight": torch.randn(num_bytes // 24, 2) for n in range(3)}})
     script = (

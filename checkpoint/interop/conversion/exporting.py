@@ -3,18 +3,17 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from checkpoint.engine.pipeline import fan_out
 from checkpoint.engine.plan import TensorSpec
 from checkpoint.errors import FormatError, Mismatch
-from checkpoint.format.box import Box
+from checkpoint.format.box import Box, split_box
 from checkpoint.format.codec import checksum
-from checkpoint.format.dtypes import dtype_of
-from checkpoint.format.manifest import Manifest, encode_manifest
+from checkpoint.format.dtypes import dtype_of, itemsize
 from checkpoint.format.scheme import parse_layout
-from checkpoint.format.tree import leaf_names, unflatten
 from checkpoint.interop.conversion.assembling import as_they_are, prove_from_sources
 from checkpoint.interop.conversion.casting import FLOATS, Cast, cast, parse_dtype, reference_fingerprint
 from checkpoint.interop.conversion.contract import (
@@ -27,21 +26,20 @@ from checkpoint.interop.conversion.contract import (
     Proof,
     unheard,
 )
-from checkpoint.interop.conversion.importing import EXTRA, MODEL
 from checkpoint.interop.conversion.measuring import high_water_bytes
 from checkpoint.interop.conversion.moving import target_part, turned_back
 from checkpoint.interop.conversion.names import rule_name, to_foreign
+from checkpoint.interop.conversion.origins import Origin
 from checkpoint.interop.conversion.resharding import ONE_RANK, Chosen, num_bytes_of
 from checkpoint.interop.conversion.roles import owner_of
 from checkpoint.interop.conversion.ruled import RuleChoice
 from checkpoint.interop.conversion.skeletons import matches
-from checkpoint.interop.conversion.stored import Stored
 from checkpoint.interop.formats.contract import About
 from checkpoint.interop.formats.contract import Contents as ForeignContents
 from checkpoint.interop.moves import Foreign, Move, Plan
 from checkpoint.interop.writing import plan_export
 
-_TENSOR = object()
+_BAND_BYTES = 8 << 20
 _LEFT_OUT = "the format {format} holds no optimizer: {number} of its tensors are left out"
 
 
@@ -69,8 +67,9 @@ class Holds(Protocol):
 class Outbound:
     """The foreign tensors of a plan, as a writer reads them: their boxes are filled from global tensors."""
 
-    def __init__(self, source: GlobalTensors, plan: Plan, about: About) -> None:
+    def __init__(self, source: GlobalTensors, plan: Plan, about: About, num_threads: int = 2) -> None:
         self.about = about
+        self._num_threads = num_threads
         self.tensors: Sequence[Foreign] = plan.foreign
         self._source = source
         self._plan = plan
@@ -79,23 +78,34 @@ class Outbound:
             self._moves.setdefault(move.source, []).append(move)
 
     def read(self, number: int, box: Box) -> Array:
-        """Return the bits of a box of a foreign tensor; padding is zero."""
+        """Return the bits of a box of a foreign tensor; padding is zero. Large boxes take several threads."""
         dtype = self.tensors[number].dtype
         found: Array = np.zeros(box.size, dtype_of(dtype).carrier)
+        bands = split_box(box, itemsize(dtype), _BAND_BYTES)
+        if len(bands) <= 1:
+            self._fill(number, box, found)
+            return found
+        for _ in fan_out(
+            lambda band: self._fill(number, band, found[band.within(box)]), bands, self._num_threads
+        ):
+            pass
+        return found
+
+    def _fill(self, number: int, box: Box, found: Array) -> None:
+        dtype = self.tensors[number].dtype
         parts = [(move, move.source_box.intersect(box)) for move in self._moves.get(number, ())]
         here = [(move, part) for move, part in parts if part is not None]
         bits = self._source.read([(move.target, target_part(move, part)) for move, part in here])
         for (move, part), values in zip(here, bits, strict=True):
             made = cast(values, self._plan.tensors[move.target].dtype, dtype)
             found[part.within(box)] = turned_back(move, made, part)
-        return found
 
 
 @dataclass(frozen=True, slots=True)
 class Outward:
     """An export worked out: what is read, what is written, and what is left out."""
 
-    source: Stored
+    source: Origin
     chosen: Chosen
     contents: Cast
     plan: Plan
@@ -105,18 +115,14 @@ class Outward:
     @property
     def attempt(self) -> str:
         """What identifies the export: the same one is resumed."""
-        told = [
-            str(self.plan),
-            repr(self.outbound.about),
-            checksum(encode_manifest(self.source.manifest)).hex(),
-        ]
+        told = [str(self.plan), repr(self.outbound.about), self.source.digest]
         return checksum("\n".join(told).encode()).hex()
 
 
-def plan_emigration(source: Stored, emigration: Emigration, holds_optimizer: Holds) -> Outward:
+def plan_emigration(source: Origin, emigration: Emigration, holds_optimizer: Holds) -> Outward:
     """Work out an export, before anything is read. Raises Mismatch, Incomplete, FormatError."""
-    keeps, notes = matches(emigration.only), []
-    names = [name for name in dict.fromkeys(leaf_names(source.manifest.skeleton)) if keeps(name)]
+    keeps, notes = matches(emigration.only), list(source.notes)
+    names = [spec.name for spec in source.contents.tensors if keeps(spec.name)]
     if not holds_optimizer(emigration.format):
         weights = [name for name in names if name.startswith("model/")]
         if len(weights) < len(names):
@@ -129,11 +135,11 @@ def plan_emigration(source: Stored, emigration: Emigration, holds_optimizer: Hol
             notes.append(f"{len(names) - len(known)} tensors that the rules do not speak of are left out")
         names = known
     if not names:
-        raise FormatError(f"step {source.manifest.step} holds nothing that {emigration.format} would hold")
-    chosen = Chosen(source, names)
+        raise FormatError(f"{source.url} holds nothing that {emigration.format} would hold")
+    chosen = Chosen(source.contents, names)
     contents = Cast(chosen, _casts(chosen.tensors, emigration.dtype))
     plan = _plan(contents.tensors, emigration)
-    about = _about(source.manifest, emigration, plan)
+    about = _about(source, emigration, plan)
     return Outward(source, chosen, contents, plan, Outbound(contents, plan, about), tuple(notes))
 
 
@@ -157,15 +163,15 @@ def export_checkpoint(
     listener(Progress("proving", watched.num_done_bytes, watched.num_bytes))
     proofs = _prove(outward, reopen(), url, settings)
     return ConversionReport(
-        source=str(outward.source.store),
+        source=outward.source.url,
         target=url,
-        step=outward.source.manifest.step,
+        step=outward.source.step,
         layout=", ".join(f"{axis}={ranks}" for axis, ranks in outward.outbound.about.axes.items())
         or ONE_RANK,
         num_tensors=len(outward.contents.tensors),
         num_chunks=len(outward.plan.foreign),
         num_bytes=sum(num_bytes_of(spec) for spec in outward.contents.tensors),
-        read_bytes=outward.source.read_bytes,
+        read_bytes=outward.source.num_read_bytes(),
         written_bytes=watched.num_bytes,
         peak_bytes=settings.peak_bytes,
         grown_bytes=high_water_bytes() - before,
@@ -217,36 +223,9 @@ def _plan(specs: Sequence[TensorSpec], emigration: Emigration) -> Plan:
     return replace(plan, tensors=tuple(specs), moves=moves)
 
 
-def _about(manifest: Manifest, emigration: Emigration, plan: Plan) -> About:
-    """Return what is told besides tensors: what an import laid aside, and the optimizer's groups."""
-    plain = _without_tensors(unflatten(manifest.skeleton, _Tensors()))
-    extra: dict[str, Any] = {}
-    if isinstance(plain, dict):
-        kept = {name: value for name, value in plain.items() if name not in (MODEL, EXTRA)}
-        extra = {**kept, **(plain.get(EXTRA) or {})}
+def _about(origin: Origin, emigration: Emigration, plan: Plan) -> About:
     axes = {axis: 1 + max(one.at[axis] for one in plan.foreign) for axis in plan.foreign[0].at}
-    return About(emigration.format, axes, manifest.step, extra)
-
-
-class _Tensors(dict[str, object]):
-    """Has a mark in the place of every tensor."""
-
-    def __missing__(self, _: str) -> object:
-        return _TENSOR
-
-
-def _without_tensors(node: Any) -> Any:
-    """Return a state without its tensors; a dict that held nothing else goes with them."""
-    if isinstance(node, dict):
-        pairs = [(name, _without_tensors(value)) for name, value in node.items()]
-        some = {name: value for name, value in pairs if value is not _TENSOR}
-        return some if some or not node else _TENSOR
-    if isinstance(node, list | tuple):
-        items = [_without_tensors(value) for value in node]
-        if items and all(item is _TENSOR for item in items):
-            return _TENSOR
-        return type(node)(None if item is _TENSOR else item for item in items)
-    return node
+    return About(emigration.format, axes, origin.step, origin.extra)
 
 
 def _prove(
@@ -259,7 +238,7 @@ def _prove(
         raise Mismatch(f"{url} was written and lacks {missing[:5]}: do not use it")
     numbers = [places[_place(one)] for one in outward.plan.foreign]
     found = prove_from_sources(outward.plan, _Reordered(back, numbers), settings)
-    known = {one.name: one.fingerprint for one in outward.source.manifest.tensors}
+    known = outward.source.fingerprints(settings)
     proofs, wrong = [], []
     for number, (old, new) in enumerate(zip(outward.chosen.tensors, outward.contents.tensors, strict=True)):
         is_cast = old.dtype != new.dtype

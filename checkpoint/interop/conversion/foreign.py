@@ -1,21 +1,23 @@
 """Conversions between places: a store here, a directory in some framework's format there."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from checkpoint.engine.catalog import Catalog
 from checkpoint.engine.plan import TensorSpec
-from checkpoint.errors import NoCheckpoint
+from checkpoint.errors import NoCheckpoint, StoreRefused
 from checkpoint.interop.conversion.assembling import Assembled
 from checkpoint.interop.conversion.comparing import Compared, Side, compare
 from checkpoint.interop.conversion.contract import ConversionReport, ConversionSettings, Listener, unheard
 from checkpoint.interop.conversion.exporting import Emigration, export_checkpoint, plan_emigration
 from checkpoint.interop.conversion.importing import Adoption, import_checkpoint, plan_adoption, sight
+from checkpoint.interop.conversion.origins import Origin, foreign_origin, stored_origin
 from checkpoint.interop.conversion.resharding import num_bytes_of
 from checkpoint.interop.conversion.ruled import RuleChoice
 from checkpoint.interop.conversion.stored import Stored
+from checkpoint.interop.formats.contract import ForeignCheckpoint
 from checkpoint.interop.formats.known import FORMATS, open_foreign, write_foreign
 from checkpoint.interop.moves import Foreign
 from checkpoint.interop.place import drafting
@@ -27,7 +29,7 @@ _ATTEMPT_DIGITS = 24
 
 @dataclass(frozen=True, slots=True)
 class Whereabouts:
-    """One side of a comparison: a store (and its step) or a foreign directory (and its format and rules)."""
+    """Where a checkpoint is: in a store (of which step), or in a foreign directory (its format and rules)."""
 
     url: str
     step: int | None = None
@@ -102,42 +104,40 @@ def plan_import_foreign(
 
 
 def export_foreign(
-    source: Store,
+    source: Whereabouts,
     url: str,
     emigration: Emigration,
     *,
-    step: int | None = None,
     settings: ConversionSettings | None = None,
     listener: Listener = unheard,
 ) -> ConversionReport:
-    """Export a checkpoint to a new directory, whole or not at all; it is proved by reading it back."""
+    """Export a checkpoint to a new directory, whole or not at all; it is proved by reading it back.
+
+    A foreign source goes straight into the other format.
+    """
     settings = settings or ConversionSettings()
-    outward = plan_emigration(Stored(source, step), emigration, _holds_optimizer)
+    with _origin(source) as origin, ExitStack() as opened:
+        outward = plan_emigration(origin, emigration, _holds_optimizer)
 
-    def write(contents: Any) -> None:
-        with drafting(url, outward.attempt[:_ATTEMPT_DIGITS]) as draft:
-            write_foreign(emigration.format, draft, contents, settings.budget_bytes)
+        def write(contents: Any) -> None:
+            with drafting(url, outward.attempt[:_ATTEMPT_DIGITS]) as draft:
+                write_foreign(emigration.format, draft, contents, settings.budget_bytes)
 
-    return export_checkpoint(
-        outward,
-        url,
-        write,
-        lambda: open_foreign(url, emigration.format),
-        settings=settings,
-        listener=listener,
-    )
+        def reopen() -> ForeignCheckpoint:
+            return opened.enter_context(closing(open_foreign(url, emigration.format)))
+
+        return export_checkpoint(outward, url, write, reopen, settings=settings, listener=listener)
 
 
-def plan_export_foreign(
-    source: Store, url: str, emigration: Emigration, *, step: int | None = None
-) -> ConversionReport:
+def plan_export_foreign(source: Whereabouts, url: str, emigration: Emigration) -> ConversionReport:
     """Tell what an export would read and write."""
-    outward = plan_emigration(Stored(source, step), emigration, _holds_optimizer)
+    with _origin(source) as origin:
+        outward = plan_emigration(origin, emigration, _holds_optimizer)
     num_bytes = sum(num_bytes_of(one) for one in outward.contents.tensors)
     return ConversionReport(
-        source=str(source),
+        source=origin.url,
         target=url,
-        step=outward.source.manifest.step,
+        step=origin.step,
         layout=emigration.to,
         num_tensors=len(outward.contents.tensors),
         num_chunks=len(outward.plan.foreign),
@@ -177,8 +177,27 @@ def compare_places(
 
 
 def is_store(url: str) -> bool:
-    """Whether there is a store with checkpoints at a URL."""
-    return bool(Catalog(open_store(url)).steps())
+    """Whether there is a store with checkpoints at a URL; a single file is none."""
+    try:
+        return bool(Catalog(open_store(url)).steps())
+    except StoreRefused:
+        return False
+
+
+@contextmanager
+def _origin(place: Whereabouts) -> Iterator[Origin]:
+    """Open what an export is made of."""
+    if place.format is None and is_store(place.url):
+        yield stored_origin(Stored(open_store(place.url), place.step))
+        return
+    _check_stepless(place)
+    with closing(open_foreign(place.url, place.format)) as foreign:
+        yield foreign_origin(foreign, place.url, place.rules)
+
+
+def _check_stepless(place: Whereabouts) -> None:
+    if place.step is not None:
+        raise NoCheckpoint(f"{place.url} is no store of checkpoints, so it has no step {place.step}")
 
 
 @contextmanager
@@ -187,8 +206,7 @@ def _side(place: Whereabouts) -> Iterator[Side]:
         stored = Stored(open_store(place.url), place.step)
         yield Side(stored, {one.name: one.fingerprint for one in stored.manifest.tensors})
         return
-    if place.step is not None and place.format is None:
-        raise NoCheckpoint(f"{place.url} is no store of checkpoints, so it has no step {place.step}")
+    _check_stepless(place)
     with closing(open_foreign(place.url, place.format)) as foreign:
         yield Side(Assembled(foreign, sight(foreign, place.rules).plan), {})
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict_loader
+import torch.distributed.checkpoint.state_dict_saver
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -59,7 +61,7 @@ def save(place: Place) -> None:
     """Save it with both."""
     torch.manual_seed(1)
     state = state_of(place, torch.randn)
-    dcp.save({"model": state}, checkpoint_id=str(place.directory / "dcp"))
+    dcp.state_dict_saver.save({"model": state}, checkpoint_id=str(place.directory / "dcp"))
     with Checkpointer(str(place.directory / "ours"), options=options(place)) as checkpointer:
         checkpointer.save(1, {"model": state})
         if not checkpointer.wait():
@@ -81,7 +83,7 @@ def load(place: Place) -> None:
             read.append(restored.report.num_bytes)
 
         def torchs() -> None:
-            dcp.load({"model": state}, checkpoint_id=str(place.directory / "dcp"))
+            dcp.state_dict_loader.load({"model": state}, checkpoint_id=str(place.directory / "dcp"))
 
         for number in range(place.rounds + 1):
             works = [("ours", ours), ("dcp", torchs)]

@@ -1,0 +1,114 @@
+"""What an export is made of: a stored checkpoint, or a foreign one that goes straight into another format."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from checkpoint.format.codec import checksum
+from checkpoint.format.dtypes import itemsize
+from checkpoint.format.manifest import encode_manifest
+from checkpoint.format.tree import unflatten
+from checkpoint.interop.conversion.assembling import Assembled, prove_from_sources
+from checkpoint.interop.conversion.contract import ConversionSettings, GlobalTensors
+from checkpoint.interop.conversion.importing import EXTRA, MODEL, sight
+from checkpoint.interop.conversion.ruled import RuleChoice
+from checkpoint.interop.conversion.stored import Stored
+from checkpoint.interop.formats.contract import ForeignCheckpoint
+
+_TENSOR = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Global tensors by their universal names, and what is told besides.
+
+    `digest` identifies it; `fingerprints` are those of its tensors, known or worked out from it;
+    `num_read_bytes` tells how much of it was read so far.
+    """
+
+    url: str
+    step: int
+    digest: str
+    contents: GlobalTensors
+    extra: Mapping[str, Any]
+    fingerprints: Callable[[ConversionSettings], Mapping[str, int]]
+    num_read_bytes: Callable[[], int]
+    notes: tuple[str, ...] = ()
+
+
+def stored_origin(stored: Stored) -> Origin:
+    """Return a stored checkpoint as what an export is made of."""
+    manifest = stored.manifest
+    known = {one.name: one.fingerprint for one in manifest.tensors}
+    return Origin(
+        url=str(stored.store),
+        step=manifest.step,
+        digest=checksum(encode_manifest(manifest)).hex(),
+        contents=stored,
+        extra=_plain_parts(unflatten(manifest.skeleton, _Tensors())),
+        fingerprints=lambda _: known,
+        num_read_bytes=lambda: stored.read_bytes,
+    )
+
+
+def foreign_origin(foreign: ForeignCheckpoint, url: str, rules: RuleChoice | None) -> Origin:
+    """Return an opened foreign checkpoint as what an export is made of; nothing is stored in between."""
+    about = foreign.about
+    sighted = sight(foreign, rules)
+    told = [[one.name, one.dtype, list(one.shape), dict(one.at)] for one in foreign.tensors]
+    counted = _Counted(Assembled(foreign, sighted.plan))
+    return Origin(
+        url=url,
+        step=about.step or 0,
+        digest=checksum(json.dumps([url, told]).encode()).hex(),
+        contents=counted,
+        extra=about.extra,
+        fingerprints=lambda settings: prove_from_sources(sighted.plan, foreign, settings),
+        num_read_bytes=lambda: counted.num_bytes,
+        notes=(*about.notes, *sighted.notes),
+    )
+
+
+class _Counted:
+    """Global tensors, and how many bytes of them were read."""
+
+    def __init__(self, inner: GlobalTensors) -> None:
+        self.tensors = inner.tensors
+        self.num_bytes = 0
+        self._inner = inner
+
+    def read(self, wishes: Any) -> list[Any]:
+        """Return the bits of boxes."""
+        self.num_bytes += sum(box.numel * itemsize(self.tensors[number].dtype) for number, box in wishes)
+        return self._inner.read(wishes)
+
+
+class _Tensors(dict[str, object]):
+    """Has a mark in the place of every tensor."""
+
+    def __missing__(self, _: str) -> object:
+        return _TENSOR
+
+
+def _plain_parts(state: Any) -> dict[str, Any]:
+    """Return what of a state is no tensor, by the names that an import would give it; the model has none."""
+    plain = _without_tensors(state)
+    if not isinstance(plain, dict):
+        return {}
+    kept = {name: value for name, value in plain.items() if name not in (MODEL, EXTRA)}
+    return {**kept, **(plain.get(EXTRA) or {})}
+
+
+def _without_tensors(node: Any) -> Any:
+    """Return a state without its tensors; a dict that held nothing else goes with them."""
+    if isinstance(node, dict):
+        pairs = [(name, _without_tensors(value)) for name, value in node.items()]
+        some = {name: value for name, value in pairs if value is not _TENSOR}
+        return some if some or not node else _TENSOR
+    if isinstance(node, list | tuple):
+        items = [_without_tensors(value) for value in node]
+        if items and all(item is _TENSOR for item in items):
+            return _TENSOR
+        return type(node)(None if item is _TENSOR else item for item in items)
+    return node
