@@ -109,7 +109,7 @@ class WorldSpec(_Section):
     min_workers: int = Field(
         default=1, ge=1, le=65_536, description="Train on as long as this many are left."
     )
-    standbys: int | Literal["auto"] = Field(
+    standbys: Annotated[int, Field(ge=0, le=65_536)] | Literal["auto"] = Field(
         default=0,
         union_mode="left_to_right",
         description="Workers kept ready beside them, to take a lost one's place at once; auto: as many as "

@@ -182,7 +182,10 @@ class Cluster:
         if self._local is not None:
             return examine(self._order.run, member, seat.pid)
         nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray has no types here
-        node = next(one["NodeID"] for one in nodes if one["NodeID"].startswith(seat.host))
+        living = (one["NodeID"] for one in nodes if one["Alive"])
+        node = next((one for one in living if one.startswith(seat.host)), None)
+        if node is None:
+            return f"{member}: its node {seat.host} is gone"
         examined = ray.remote(examine).options(
             num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
         )

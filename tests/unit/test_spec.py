@@ -188,3 +188,10 @@ def test_a_url_with_credentials_is_refused_without_repeating_them(settings):
     with pytest.raises(SpecError, match="carries credentials") as refused:
         load_spec(None, settings)
     assert "hunter2" not in str(refused.value)
+
+
+def test_standbys_are_a_number_or_as_many_as_the_workers_need() -> None:
+    assert load_spec(None, ["world.standbys=auto"]).world.standbys == "auto"
+    assert load_spec(None, ["world.standbys=2"]).world.standbys == 2
+    with pytest.raises(SpecError, match="standbys"):
+        load_spec(None, ["world.standbys=-1"])
