@@ -90,6 +90,7 @@ if TYPE_CHECKING:
     from checkpoint.interop.conversion.resharding import Change, plan_reshard, reshard
     from checkpoint.interop.conversion.ruled import RuleChoice, choose_rules
     from checkpoint.interop.conversion.sharing import RankShare, share_of_rank
+    from checkpoint.interop.conversion.tying import parse_ties
 
 __all__ = [
     "Address",
@@ -189,6 +190,7 @@ __all__ = [
     "parse_dtype",
     "parse_layout",
     "parse_policy",
+    "parse_ties",
     "per_rank_values",
     "plan_export_foreign",
     "plan_import_foreign",
@@ -235,6 +237,7 @@ _CONVERSIONS = {
     "Adoption": f"{_ROOM}.importing",
     "Emigration": f"{_ROOM}.exporting",
     "parse_dtype": f"{_ROOM}.casting",
+    "parse_ties": f"{_ROOM}.tying",
     **dict.fromkeys(("Compared", "Verdict"), f"{_ROOM}.comparing"),
     **dict.fromkeys(("ConversionReport", "ConversionSettings", "Progress", "Proof"), f"{_ROOM}.contract"),
     **dict.fromkeys(
