@@ -88,7 +88,7 @@ if TYPE_CHECKING:
     )
     from checkpoint.interop.conversion.importing import Adoption
     from checkpoint.interop.conversion.resharding import Change, plan_reshard, reshard
-    from checkpoint.interop.conversion.ruled import RuleChoice, choose_rules
+    from checkpoint.interop.conversion.ruled import RuleChoice, choose_rules, rule_names
     from checkpoint.interop.conversion.sharing import RankShare, share_of_rank
     from checkpoint.interop.conversion.tying import parse_ties
 
@@ -202,6 +202,7 @@ __all__ = [
     "repair",
     "reshard",
     "restore_into",
+    "rule_names",
     "set_aside",
     "share_of_rank",
     "specs_of",
@@ -248,7 +249,7 @@ _CONVERSIONS = {
         f"{_ROOM}.foreign",
     ),
     **dict.fromkeys(("Change", "plan_reshard", "reshard"), f"{_ROOM}.resharding"),
-    **dict.fromkeys(("RuleChoice", "choose_rules"), f"{_ROOM}.ruled"),
+    **dict.fromkeys(("RuleChoice", "choose_rules", "rule_names"), f"{_ROOM}.ruled"),
     **dict.fromkeys(("RankShare", "share_of_rank"), f"{_ROOM}.sharing"),
 }
 _LATER = {**_WITH_TORCH, **_CONVERSIONS}

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli_checkpoints import AsJson, Format, Rules, RunsDir, Sizes, Step, Where
+from flows.cli_checkpoints import AsJson, Format, Rules, RunsDir, Sizes, Step, Where, format_names
 from flows.console import clear_errors, followed, resumable, screen
 
 app = typer.Typer(rich_markup_mode="rich")
@@ -129,7 +129,9 @@ def import_(
 def export(
     source: Where,
     target: Annotated[str, typer.Argument(metavar="DST", help="A new directory, here or behind a URL.")],
-    format: Annotated[str, typer.Option(help="hf, dcp, deepspeed, megatron or torch.")],
+    format: Annotated[
+        str, typer.Option(help="hf, dcp, deepspeed, megatron or torch.", autocompletion=format_names)
+    ],
     source_format: Annotated[
         str | None,
         typer.Option(help="The source is a foreign checkpoint of this format, and no store of ours."),

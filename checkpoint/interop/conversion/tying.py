@@ -1,4 +1,4 @@
-"""Tied weights: one tensor by several names. Frameworks keep it once or several times; here it is one. Pure."""
+"""Tied weights: one tensor by several names. Frameworks keep it once or several times; here it is one."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
