@@ -31,7 +31,13 @@ from checkpoint.format.codec import Codec
 from checkpoint.format.manifest import Manifest
 from checkpoint.format.scheme import parse_layout
 from checkpoint.keeper import KeeperConfig, KeeperHost, connect
-from checkpoint.keeper.peering.policy import Address, Parity, PeerPolicy
+from checkpoint.keeper.peering.policy import (
+    Address,
+    Parity,
+    PeerPolicy,
+    addresses_to_json,
+    parse_addresses,
+)
 from checkpoint.lifecycle.aside import set_aside
 from checkpoint.lifecycle.marks import record_score, tag, tags, untag
 from checkpoint.lifecycle.pace import Pace
@@ -91,6 +97,7 @@ if TYPE_CHECKING:
     from checkpoint.interop.conversion.ruled import RuleChoice, choose_rules, rule_names
     from checkpoint.interop.conversion.sharing import RankShare, share_of_rank
     from checkpoint.interop.conversion.tying import parse_ties
+    from checkpoint.keeper.peering.source import PeerSource
 
 __all__ = [
     "Address",
@@ -137,6 +144,7 @@ __all__ = [
     "Pace",
     "Parity",
     "PeerPolicy",
+    "PeerSource",
     "PerRank",
     "Pinned",
     "Policy",
@@ -172,6 +180,7 @@ __all__ = [
     "Wanted",
     "Whereabouts",
     "WithinBytes",
+    "addresses_to_json",
     "check_fits",
     "check_tiers",
     "choose_rules",
@@ -187,6 +196,7 @@ __all__ = [
     "look_at_foreign",
     "newest_generation",
     "open_store",
+    "parse_addresses",
     "parse_dtype",
     "parse_layout",
     "parse_policy",
@@ -223,6 +233,7 @@ _WITH_TORCH = {
     **dict.fromkeys(("PerRank", "per_rank_values"), "checkpoint.engine.per_rank"),
     "ReadPolicy": "checkpoint.engine.reading",
     "Wanted": "checkpoint.engine.targets",
+    "PeerSource": "checkpoint.keeper.peering.source",
     **dict.fromkeys(("HeldSource", "StoreSource"), "checkpoint.engine.source"),
     **dict.fromkeys(
         ("Fallback", "Loaded", "RestoreReport", "Restored", "check_fits", "load", "restore_into"),

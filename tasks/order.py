@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 import elastic
-from checkpoint import Codec, SavePolicy
+from checkpoint import Codec, LatestN, Parity, SavePolicy, Tier
 from tasks.runs import Run
-from tasks.spec import CheckpointSpec, FaultSpec, RunSpec
+from tasks.spec import CheckpointSpec, FaultSpec, RunSpec, TierSpec
 
 _MIB = 1 << 20
 # What the weights are a function of. Where they are trained, kept and broken makes no difference to them.
@@ -53,7 +53,7 @@ def to_order(run: Run) -> elastic.TrainOrder:
             gpus_per_worker=spec.world.gpus_per_worker,
             threads_per_worker=spec.world.threads_per_worker,
         ),
-        checkpoint=_checkpoint_order(spec.checkpoint, run.store_url),
+        checkpoint=_checkpoint_order(spec.checkpoint, run.store_url, run.name),
         drill=tuple(_fault(fault) for fault in spec.drill.faults),
         lease_s=spec.recovery.lease_s,
     )
@@ -67,15 +67,27 @@ def spec_digest(spec: RunSpec) -> str:
     return hashlib.sha256(json.dumps(defining, sort_keys=True).encode()).hexdigest()
 
 
-def _checkpoint_order(spec: CheckpointSpec, url: str) -> elastic.CheckpointOrder:
+def _checkpoint_order(spec: CheckpointSpec, url: str, run: str) -> elastic.CheckpointOrder:
     return elastic.CheckpointOrder(
         store_url=url,
         every_steps=spec.every_steps,
         keep_latest=spec.keep_latest,
         keep_every=spec.keep_every,
-        save=SavePolicy(codec=Codec[spec.codec.upper()], level=spec.level, when_full=spec.when_full),
+        save=SavePolicy(
+            codec=Codec[spec.codec.upper()],
+            level=spec.level,
+            when_full=spec.when_full,
+            delta_chain=spec.delta_chain,
+        ),
         arena_bytes=spec.arena_mib * _MIB,
+        hold=spec.hold,
+        parity=Parity(spec.parity_group, spec.parity_losses) if spec.parity_losses else None,
+        tiers=tuple(_tier(tier, run) for tier in spec.tiers),
     )
+
+
+def _tier(spec: TierSpec, run: str) -> Tier:
+    return Tier(spec.url.replace("{run}", run), spec.every_steps, (LatestN(spec.keep_latest),), spec.name)
 
 
 def _fault(spec: FaultSpec) -> elastic.Fault:

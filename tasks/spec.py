@@ -109,7 +109,7 @@ class WorldSpec(_Section):
     min_workers: int = Field(
         default=1, ge=1, le=65_536, description="Train on as long as this many are left."
     )
-    standbys: int | Literal["auto"] = Field(
+    standbys: Annotated[int, Field(ge=0, le=65_536)] | Literal["auto"] = Field(
         default=0,
         union_mode="left_to_right",
         description="Workers kept ready beside them, to take a lost one's place at once; auto: as many as "
@@ -127,6 +127,17 @@ class WorldSpec(_Section):
         gt=0,
         description="How long to wait for replacements when fewer than min_workers are left, in seconds.",
     )
+
+
+class TierSpec(_Section):
+    """A store beyond the nearest, which the keepers bring checkpoints to."""
+
+    url: Location = Field(description="URL of the store; {run} becomes the run's name.", min_length=1)
+    every_steps: int = Field(
+        default=1, ge=1, description="Bring those checkpoints there that are at multiples of so many steps."
+    )
+    keep_latest: int = Field(default=3, ge=1, description="Keep the newest so many checkpoints there.")
+    name: str = Field(default="", description="What reports call it; empty: its URL.", pattern=r"^[\w.-]*$")
 
 
 class CheckpointSpec(_Section):
@@ -158,6 +169,29 @@ class CheckpointSpec(_Section):
     when_full: Literal["wait", "skip"] = Field(
         default="wait",
         description="If that memory is full: wait until there is room, or skip the checkpoint.",
+    )
+    hold: int = Field(
+        default=0,
+        ge=0,
+        le=16,
+        description="Hosts hold so many of the newest snapshots in memory, to restore from; 0: none.",
+    )
+    parity_losses: int = Field(
+        default=0,
+        ge=0,
+        le=16,
+        description="Parity protects what hosts hold for the loss of so many of a group; 0: not at all.",
+    )
+    parity_group: int = Field(
+        default=4, ge=2, le=32, description="Hosts of a parity group, about; more of them take less memory."
+    )
+    tiers: list[TierSpec] = Field(default=[], description="Further stores, each with its cadence.")
+    delta_chain: int = Field(
+        default=0,
+        ge=0,
+        le=16,
+        description="Store a changed chunk as its difference from the checkpoint before, up to so many times "
+        "in a row; 0: always in full.",
     )
 
 
@@ -268,6 +302,7 @@ def _disagreements(spec: RunSpec) -> list[str]:
         mistakes.append(
             f"world.min_workers = {world.min_workers} is more than world.workers = {world.workers}; lower it"
         )
+    mistakes += _memory_mistakes(spec.checkpoint)
     for index, fault in enumerate(spec.drill.faults):
         if fault.at_step >= training.steps:
             mistakes.append(
@@ -279,4 +314,23 @@ def _disagreements(spec: RunSpec) -> list[str]:
                 f"drill.faults[{index}].rank = {fault.rank} does not exist: world.workers = {world.workers} "
                 f"have the ranks 0 to {world.workers - 1}"
             )
+    return mistakes
+
+
+def _memory_mistakes(checkpoint: CheckpointSpec) -> list[str]:
+    """List what does not go together in how hosts hold and protect snapshots."""
+    mistakes = []
+    if checkpoint.parity_losses and not checkpoint.hold:
+        mistakes.append(
+            f"checkpoint.parity_losses = {checkpoint.parity_losses} protects nothing: hosts hold no snapshot "
+            "in memory; set checkpoint.hold to 1 or more"
+        )
+    if checkpoint.parity_losses >= checkpoint.parity_group:
+        mistakes.append(
+            f"checkpoint.parity_losses = {checkpoint.parity_losses} cannot be made up for by a group of "
+            f"checkpoint.parity_group = {checkpoint.parity_group} hosts: it needs at least one more"
+        )
+    labels = [tier.name or tier.url for tier in checkpoint.tiers]
+    if len(set(labels)) != len(labels):
+        mistakes.append("checkpoint.tiers names one tier twice: give each a URL and a name of its own")
     return mistakes

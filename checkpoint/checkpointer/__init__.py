@@ -1,6 +1,7 @@
 """The stand-alone interface: checkpoints of what a training loop has, alone or on many ranks."""
 
-from checkpoint.checkpointer.checkpointer import Checkpointer, Options
+from checkpoint.checkpointer.checkpointer import Checkpointer
+from checkpoint.checkpointer.options import Options
 from checkpoint.checkpointer.restoring import Restoration
 from checkpoint.checkpointer.rng import Rng
 from checkpoint.checkpointer.saving import Fate, Saving

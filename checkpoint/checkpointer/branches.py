@@ -54,15 +54,15 @@ def told_kept(ahead: tuple[int, ...], step: int) -> str:
     """Say that newer checkpoints stay, and what that means."""
     return (
         f"checkpoints newer than the restored step {step} stay ({named(ahead)}): nothing can be saved after "
-        f'it until restore(state, step={step}, newer="set aside") has set them aside; or go on in another store'
+        f'it until restore(state, step={step}, newer="set aside") moved them; or go on in another store'
     )
 
 
 def told_abandoned(gone: tuple[int, ...], step: int) -> str:
     """Say where newer checkpoints went."""
     return (
-        f"checkpoints newer than the restored step {step} were set aside ({named(gone)}): their manifests are "
-        f"in {ABANDONED} of each store, and the next prune frees their bytes"
+        f"checkpoints newer than the restored step {step} were set aside ({named(gone)}): their manifests "
+        f"are in {ABANDONED} of each store, and the next prune frees their bytes"
     )
 
 

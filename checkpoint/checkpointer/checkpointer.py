@@ -5,14 +5,15 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from checkpoint.checkpointer.branches import Newer, abandon, newer_steps, told_abandoned, told_kept
 from checkpoint.checkpointer.giving import to_tree
-from checkpoint.checkpointer.hosting import AnyHost, Kept, Lodging, find_host, held_by, open_host
+from checkpoint.checkpointer.hosting import AnyHost, find_host, held_by, open_host
 from checkpoint.checkpointer.meeting import Meeting, Neighbours, check_neighbours, rebuilt_notes
+from checkpoint.checkpointer.options import NEAREST, Options, lodging_of, place_of
 from checkpoint.checkpointer.restoring import Restoration, restore_newest
 from checkpoint.checkpointer.saving import Saving
 from checkpoint.checkpointer.world import World, join_world
@@ -20,54 +21,20 @@ from checkpoint.engine.catalog import Catalog
 from checkpoint.engine.contract import MEMORY, PARITY, Depth, Durable, Failed, Outcome
 from checkpoint.engine.given import plain_metrics, plain_step
 from checkpoint.engine.quiet import no_collection
-from checkpoint.engine.reading import ReadPolicy
 from checkpoint.engine.restore import Fallback
-from checkpoint.engine.save import SavePolicy, Saver
+from checkpoint.engine.save import Saver
 from checkpoint.engine.source import HeldSource, Source, StoreSource
 from checkpoint.errors import Conflict, StoreError
 from checkpoint.format.tree import Json
-from checkpoint.keeper.peering.policy import Parity
 from checkpoint.lifecycle.aside import set_aside
-from checkpoint.lifecycle.policies import Policy, parse_policies
-from checkpoint.lifecycle.tiers import Tier, check_tiers, is_due
+from checkpoint.lifecycle.policies import Policy
+from checkpoint.lifecycle.tiers import is_due
 from checkpoint.store.contract import Store
 from checkpoint.store.open import open_store
 
 log = logging.getLogger("holdfast.checkpoint")
 
-NEAREST = "store"
-_LEASE_S, _SHORT_LEASE_S = 60.0, 2.0
 _MAX_REMEMBERED = 256  # savings whose fate is still followed
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What seldom needs to be said of a Checkpointer.
-
-    `tiers` are the stores beyond the nearest, each with its cadence and retention. The arena, shared memory
-    that holds snapshots until they are written, is `arena_mib` large; by default it has room for two, and
-    those held, and grows with the state. Snapshots are kept by a keeper, a process of its own, unless the
-    store lives in this one. It outlives this one until they are written, and for `lease_s`, by default a
-    minute if it holds any in memory. Leaving waits for `flush_s` at most until everything is durable.
-
-    With `parity` the hosts of a world protect what they hold in memory for the loss of some of them; the
-    arena has room for two snapshots more then. Their keepers reach each other at `address`, by default that
-    from which this machine reaches the first rank. A host is called as its machine, or `host` (where several
-    hosts have one name), and breaks together with those of its failure `domain`, by default alone.
-    """
-
-    tiers: tuple[Tier, ...] = ()
-    arena_mib: int | None = None
-    saving: SavePolicy = field(default_factory=SavePolicy)
-    reading: ReadPolicy = field(default_factory=ReadPolicy)
-    kept: Kept | None = None
-    directory: Path | None = None
-    lease_s: float | None = None
-    flush_s: float = 600.0
-    parity: Parity | None = None
-    address: str = ""
-    host: str = ""
-    domain: str = ""
 
 
 class Checkpointer:
@@ -80,7 +47,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        url: str,
+        url: str | Path,
         *,
         run: str = "run",
         every: int = 1,
@@ -96,23 +63,10 @@ class Checkpointer:
         a new process on this host restores. Raises StoreRefused, StoreUnavailable.
         """
         self._options = options or Options()
-        if every < 1 or memory < 0:
-            raise ValueError(
-                f"every {every} steps, {memory} held in memory: neither can be less than 1 and 0"
-            )
+        place = place_of(url)
+        self._store = open_store(place)
+        self._lodging = lodging_of(place, run, keep, every, memory=memory, options=self._options)
         self._every = every
-        self._store = open_store(url)
-        check_tiers((Tier(url, every, name=NEAREST), *self._options.tiers))
-        kept = self._options.kept or ("in this process" if url.startswith("memory:") else "by a keeper")
-        if kept == "in this process" and (keep or self._options.tiers):
-            raise ValueError(
-                "retention and further tiers are a keeper's work: use a store that one can reach"
-            )
-        self._lodging = Lodging(
-            url, run, parse_policies(keep), self._options.tiers, memory, self._options.arena_mib, kept,
-            self._options.directory, _lease_s(self._options.lease_s, memory), self._options.flush_s,
-            2 if self._options.parity is not None else 0,
-        )  # fmt: skip
         neighbours = Neighbours(self._options.parity, self._options.address, self._options.domain)
         check_neighbours(neighbours, memory)
         self._world = self._join()
@@ -121,6 +75,8 @@ class Checkpointer:
         self._saver: Saver | None = None
         self._damaged: tuple[Fallback, ...] = ()
         self._last = -1
+        self._newest = self._world.tell(self.latest)  # which nobody has asked for yet
+        self._restored = -1
         self._in_the_way = ""
         self._savings: deque[Saving] = deque(maxlen=_MAX_REMEMBERED)
 
@@ -142,11 +98,11 @@ class Checkpointer:
 
         Raises `FormatError` for what cannot be stored, naming it; never for trouble with the store, which is
         logged, and told by the Saving. Raises ValueError for a step that is not newer than the last,
-        Conflict if training went back and newer checkpoints are in its way: see `restore`.
+        Conflict if checkpoints of the store are in its way: nobody restored them, or training went back (see
+        `restore`).
         """
-        if self._in_the_way:
-            raise Conflict(self._in_the_way)
         step, metrics = plain_step(step), plain_metrics(metrics or {})
+        self._check_way(step)
         depth = depth or self._due(step)
         if depth is None:
             return None
@@ -197,7 +153,8 @@ class Checkpointer:
                 notes = rebuilt_notes(peers, restored.step)
                 restored = replace(restored, notes=(*restored.notes, *notes))
         self._damaged = () if restored is None else restored.report.fallbacks
-        self._in_the_way = ""
+        self._newest, self._in_the_way = None, ""
+        self._restored = -1 if restored is None else restored.step
         if restored is not None and step is not None:
             restored = self._branched(restored, newer)
         if self._last >= 0:
@@ -258,6 +215,18 @@ class Checkpointer:
             return memory
         return (NEAREST, *(tier.label for tier in self._options.tiers if is_due(tier, step)), *memory)
 
+    def _check_way(self, step: int) -> None:
+        """Raise Conflict if a step is taken, or could not be told from what another branch left."""
+        if self._in_the_way:
+            raise Conflict(self._in_the_way)
+        if self._newest is not None and step <= self._newest:
+            raise Conflict(
+                f"{self._store} has step {self._newest} already: restore(state) first, to go on from there, "
+                f"or give this training a store of its own; step {step} would be taken"
+            )
+        if step < self._restored:
+            raise Conflict(f"step {step} is not newer than step {self._restored}, which was restored")
+
     def _stores(self) -> dict[str, Store]:
         return {NEAREST: self._store, **{tier.label: open_store(tier.url) for tier in self._options.tiers}}
 
@@ -310,12 +279,6 @@ class Checkpointer:
                     saving.note(outcome)
                 elif isinstance(outcome, Durable | Failed) and outcome.tier == PARITY:
                     saving.note_passed(outcome)
-
-
-def _lease_s(wanted_s: float | None, num_held: int) -> float:
-    if wanted_s is not None:
-        return wanted_s
-    return _LEASE_S if num_held else _SHORT_LEASE_S
 
 
 def _tell(outcome: Outcome) -> None:

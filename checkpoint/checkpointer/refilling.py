@@ -163,7 +163,7 @@ def _stateful(refill: Refill, live: Any, node: Json, path: str) -> Later:
 
 def _dict(refill: Refill, live: dict[Any, Any], node: Json, path: str) -> Later:
     stored = entries(node, path)
-    _check_names(refill, path or "the state", set(live) - set(stored), set())
+    _check_names(refill, path, set(live) - set(stored), set())
     laters = {
         key: _node(refill, item, stored[key], f"{path}/{key}" if path else str(key))
         for key, item in live.items()
@@ -262,7 +262,8 @@ def _check_names(refill: Refill, path: str, missing: set[Any], unexpected: set[A
         if names
     ]
     raise Mismatch(
-        f"the checkpoint of step {refill.manifest.step} of run {refill.manifest.run!r} does not fit {path}; "
+        f"the checkpoint of step {refill.manifest.step} of run {refill.manifest.run!r} does not fit "
+        f"{path or 'the state'}; "
         f"{'; '.join(told)}. Use the model it was saved with"
     )
 

@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
 
 from checkpoint.engine.arena import Arena, Region, Sizing
 from checkpoint.engine.contract import (
@@ -24,24 +23,19 @@ from checkpoint.engine.held import Held
 from checkpoint.engine.ledger import ShareEntry, SnapshotEntry, Writing
 from checkpoint.engine.news import Board
 from checkpoint.engine.register import Register, objection
+from checkpoint.engine.reign import Reign
 from checkpoint.engine.room import Room, choose_excess
-from checkpoint.engine.worklist import Worklist
+from checkpoint.engine.worklist import Work, Worklist
 from checkpoint.errors import ArenaFull, Mismatch
 
 log = logging.getLogger("holdfast.checkpoint")
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Digest these chunks of a share, and pack them. Without a share: all of the snapshot was handed out."""
-
-    entry: SnapshotEntry
-    share: ShareEntry | None
-    chunks: tuple[int, ...] = ()
-
-
 class Intake:
-    """The books of one host's snapshots, of which it holds the newest `hold` in the arena. Thread-safe."""
+    """The books of one host's snapshots, of which it holds the newest `hold` in the arena.
+
+    Thread-safe; its private methods are called under the lock.
+    """
 
     def __init__(self, host: str, arena: Arena, hold: int = 0) -> None:
         self.host = host
@@ -56,10 +50,8 @@ class Intake:
         self._room = Room(arena)
         self._why_ending: str | None = None
         self._is_closed = False
-        self._newest_generation = 0
-        self._newer_since_s = 0.0
+        self._reign = Reign()
         self._num_captured = 0
-        self._leads = False
 
     def open(self, ticket: Ticket, plan: SnapshotPlan, owner: object) -> Region | Failed | None:
         """Lend a region for a share, waiting for room as the plan says.
@@ -70,10 +62,7 @@ class Intake:
         if not ticket.rank < len(plan.hosts) or plan.hosts[ticket.rank] != self.host:
             raise Mismatch(f"rank {ticket.rank} of hosts {plan.hosts} does not live on {self.host!r}")
         with self._changed:
-            if ticket.generation > self._newest_generation:
-                self._newest_generation, self._newer_since_s = ticket.generation, time.monotonic()
-            if ticket.generation == self._newest_generation:
-                self._leads = plan.hosts[0] == self.host
+            self._reign.see(ticket.generation, plan.hosts[0], time.monotonic())
             self._supersede(ticket)
             if why := self._register.refusal(ticket) or (self._is_closed and f"{self.host} is closed"):
                 return Failed(ticket.step, ticket.generation, why)
@@ -93,7 +82,7 @@ class Intake:
     def is_stale(self, ticket: Ticket) -> bool:
         """Whether a ticket is of an older generation than this host knows, or of a snapshot that is over."""
         with self._changed:
-            return bool(self._register.refusal(ticket)) or ticket.generation < self._newest_generation
+            return bool(self._register.refusal(ticket)) or ticket.generation < self._reign.generation
 
     def adopt(self, hold: int, arena_bytes: int, sizing: Sizing) -> None:
         """Hold so many snapshots from now on, in an arena of that size at least. Raises ArenaFull."""
@@ -183,7 +172,7 @@ class Intake:
     @property
     def leads(self) -> bool:
         """Whether the first rank of the newest world lives here: its host does what one host has to do."""
-        return self._leads
+        return self._reign.leader == self.host
 
     @property
     def pressure(self) -> Pressure:
@@ -198,8 +187,6 @@ class Intake:
             self._changed.notify_all()
         self.board.close()
 
-    # What readers of memory call.
-
     def pin(self, timeout_s: float) -> SnapshotEntry | None:
         """Return the newest snapshot that this host alone holds whole, to stay until `unpin`.
 
@@ -207,10 +194,8 @@ class Intake:
         """
         with self._changed:
             self._changed.wait_for(self._is_newest_digested, timeout_s)
-            digested = [
-                entry for entry in self._register.held() if entry.image is not None and entry.is_alone
-            ]
-            return self._pinned(digested[-1]) if digested else None
+            digested = [one for one in self._register.held() if one.image is not None and one.is_alone]
+            return self.pin_again(digested[-1]) if digested else None
 
     def held(self) -> list[SnapshotEntry]:
         """List what is held and digested, by generation and then as it was captured."""
@@ -231,7 +216,10 @@ class Intake:
     def pin_again(self, entry: SnapshotEntry) -> SnapshotEntry | None:
         """Return a snapshot, to stay until `unpin`, if it is still held."""
         with self._changed:
-            return self._pinned(entry) if entry.is_held and entry.image is not None else None
+            if not entry.is_held or entry.image is None:
+                return None
+            entry.num_readers += 1
+            return entry
 
     def unpin(self, entry: SnapshotEntry) -> None:
         """Let a snapshot go that was pinned."""
@@ -239,11 +227,8 @@ class Intake:
             entry.num_readers -= 1
             self._advance(entry)
 
-    # What the pipeline's threads call.
-
     def next_work(self, timeout_s: float | None) -> Work | None:
-        """Wait for the next chunks to digest, or the end of a snapshot's; None after `close`, or if time ran
-        out."""
+        """Wait for the next chunks to digest, or a snapshot's end; None after `close`, or if time ran out."""
         with self._changed:
             self._changed.wait_for(lambda: self._work or self._is_closed, timeout_s)
             while self._work and not self._is_closed:
@@ -324,21 +309,15 @@ class Intake:
         now = time.monotonic()
         with self._changed:
             for entry in self._register.live():
-                is_old = entry.generation < self._newest_generation
-                limit_s, since_s = (
-                    (straggler_s, self._newer_since_s) if is_old else (patience_s, entry.started_s)
-                )
+                is_old = entry.generation < self._reign.generation
+                limit_s = straggler_s if is_old else patience_s
+                since_s = self._reign.since_s if is_old else entry.started_s
                 if not entry.is_captured and now - since_s > limit_s:
                     self._fail(entry, f"{entry.missing()} within {limit_s:.0f} s")
 
-    # All of the following under the lock.
     def _is_newest_digested(self) -> bool:
         held = self._register.held()
         return self._is_closed or not held or held[-1].image is not None
-
-    def _pinned(self, entry: SnapshotEntry) -> SnapshotEntry:
-        entry.num_readers += 1
-        return entry
 
     def _admit(self, ticket: Ticket, plan: SnapshotPlan) -> SnapshotEntry | None:
         entry = self._register.enter(ticket, plan)

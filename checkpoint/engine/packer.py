@@ -9,12 +9,13 @@ from itertools import groupby
 
 from checkpoint.engine.costing import costing
 from checkpoint.engine.encoding import Encoded, Job, work_on
-from checkpoint.engine.intake import Intake, Work
+from checkpoint.engine.intake import Intake
 from checkpoint.engine.known import Recall
 from checkpoint.engine.ledger import ShareEntry, SnapshotId
 from checkpoint.engine.packing import Filing, OpenPack, PackLimits, PackNumbers
 from checkpoint.engine.predecessors import Predecessors
 from checkpoint.engine.tuning import Tuning
+from checkpoint.engine.worklist import Work
 from checkpoint.format.pack import COPIED_BELOW
 from checkpoint.store.contract import Store
 

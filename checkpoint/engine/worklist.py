@@ -5,11 +5,21 @@ Not thread-safe: its owner holds a lock around every call.
 
 import heapq
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from checkpoint.engine.ledger import ShareEntry, SnapshotEntry, SnapshotId
 
 _BATCH_BYTES = 1 << 20  # smaller chunks are worked on together
 _END = 1 << 62  # sorts a snapshot's end behind all of its chunks
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Digest these chunks of a share, and pack them. Without a share: all of the snapshot was handed out."""
+
+    entry: SnapshotEntry
+    share: ShareEntry | None
+    chunks: tuple[int, ...] = ()
 
 
 class Worklist:

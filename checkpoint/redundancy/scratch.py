@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 _POOLED_BYTES = (4 << 20) + (16 << 10)  # a block of the usual size, and its head
 _LEAST_BYTES = 256 << 10  # smaller ones are had cheaply
-_MAX_IDLE = 12
+_MAX_IDLE = 32
 
 _lock = threading.Lock()
 _idle: list[npt.NDArray[np.uint8]] = []
@@ -23,6 +23,12 @@ def scratch(num_bytes: int) -> npt.NDArray[np.uint8]:
     lent = np.frombuffer(whole.data, np.uint8, num_bytes)
     weakref.finalize(lent, _take_back, whole).atexit = False
     return lent
+
+
+def let_idle_go() -> None:
+    """Give the memory back that is not lent now: a restore is over."""
+    with _lock:
+        _idle.clear()
 
 
 def _take_back(whole: npt.NDArray[np.uint8]) -> None:

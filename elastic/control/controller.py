@@ -66,13 +66,14 @@ class Controller:
 
     `generation` is the newest one claimed so far (0: none), `formed` the newest that this controller formed:
     what members still have to tell of an earlier driver's world is not about ours. `prefix` names this
-    controller's members.
+    controller's members. No world has more than `most_ranks`.
     """
 
     policy: WorldPolicy
     prefix: str
     generation: int = 0
     formed: int = 0
+    most_ranks: int = 1 << 30
     phase: Phase = Phase.GATHERING
     members: Membership = field(init=False)
     stopping: str | None = None
@@ -90,9 +91,11 @@ class Controller:
     _step_s: float = 0.0
     _num_healed: dict[str, int] = field(default_factory=dict)
     _suspicion: Suspicion = field(init=False)
+    _diligence: Suspicion = field(init=False)
 
     def __post_init__(self) -> None:
         self._suspicion = Suspicion(self.policy.hang_floor_s)
+        self._diligence = Suspicion(self.policy.hang_floor_s)
         self.members = Membership(self.prefix)
 
     def begin(self, found: Iterable[str], now: float) -> list[Instruction]:
@@ -230,8 +233,8 @@ class Controller:
             return members.staying, members.outside, self.policy
         heir = members.heirs[0]
         others = [one for one in (*members.staying, *members.outside) if one != heir]
-        policy = replace(self.policy, workers=self.policy.workers + 1) if others else self.policy
-        return (heir,), others, policy
+        at_least_two = min(max(2, self.policy.workers), self.most_ranks)
+        return (heir,), others, replace(self.policy, workers=at_least_two)
 
     def _form_last(self, survivors: tuple[str, ...], now: float) -> list[Instruction]:
         """A stop was asked for without a world: whoever holds state saves it, be they ever so few."""
@@ -273,8 +276,10 @@ class Controller:
 
     def _resize(self, workers: int, now: float) -> list[Instruction]:
         """Aim at another number of workers; who is too many leaves at the next step boundary."""
-        least = min(self.policy.min_workers, workers)
-        self.policy = replace(self.policy, workers=workers, min_workers=least)
+        most = min(workers, self.most_ranks)
+        least = min(self.policy.min_workers, most)
+        self.policy = replace(self.policy, workers=most, min_workers=least)
+        self._losses_in_a_row = 0  # they were many or few for another size
         released = self._release() if self.phase is Phase.TRAINING else self._replenish()
         return [*released, *self._consider(now)]
 
@@ -318,6 +323,7 @@ class Controller:
     def _wait(self, tick: Tick, now: float) -> list[Instruction]:
         hosts = self.members.hosts  # who is still starting is not silent, and no measure for others
         self._suspicion.look({one: seconds for one, seconds in tick.silence_s.items() if one in hosts})
+        self._diligence.look(tick.working_s)
         suspects = self._suspicion.silent()
         if self._broken_at is not None and now - self._broken_at > SUSPICION_S and not self._is_broken:
             return self._stall(self._why_broken, now)
@@ -333,7 +339,9 @@ class Controller:
             else []
         )
         if silent and idle_s > patience_s:
-            return self._kill(silent, now)
+            return self._kill(silent, "has not answered", now)
+        if is_training and idle_s > patience_s and (stuck := self._stuck(tick)):
+            return self._kill(stuck, "is stuck in a micro-batch while others wait for it", now)
         if idle_s > max(STALL_LIMIT_S, STALL_STEPS * self._step_s):
             return self._stall(f"no step was committed for {idle_s:.0f} s, though all workers answer", now)
         return []
@@ -346,12 +354,19 @@ class Controller:
         self._break(now)
         return self._consider(now)
 
-    def _kill(self, silent: list[str], now: float) -> list[Instruction]:
+    def _stuck(self, tick: Tick) -> list[str]:
+        """Name those whose micro-batch takes much longer than any did, if somebody is done and waits: what
+        holds all of them up, slow data perhaps, is nobody's hang.
+        """
+        stuck = self._diligence.silent()
+        if not stuck or all(tick.working_s.get(one, 0.0) > 0.0 for one in self.members.world):
+            return []
+        return [one for one in self.members.world if one in stuck]
+
+    def _kill(self, hung: list[str], what: str, now: float) -> list[Instruction]:
         instructions: list[Instruction] = []
-        for member in silent:
-            evidence = (
-                f"{member} has not answered and no step was committed for {now - self._progress_at:.0f} s"
-            )
+        for member in hung:
+            evidence = f"{member} {what}, and no step was committed for {now - self._progress_at:.0f} s"
             instructions.append(KillMember(member, evidence))
             instructions.extend(self._lose(MemberLost(member, Cause.HUNG, evidence), now))
         return instructions

@@ -215,9 +215,12 @@ class StopRequested:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time passed; `silence_s` tells how long ago each member answered last."""
+    """Time passed; `silence_s` tells how long ago each member answered last, `working_s` how long each has
+    been at its present micro-batch (0: it is at none, or at its first).
+    """
 
     silence_s: Mapping[str, float] = field(default_factory=dict)
+    working_s: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

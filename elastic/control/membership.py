@@ -25,6 +25,7 @@ class Membership:
     _leaving: dict[str, str] = field(default_factory=dict)
     _veterans: dict[str, None] = field(default_factory=dict)
     _heirs: dict[str, None] = field(default_factory=dict)
+    _gone: set[str] = field(default_factory=set)
 
     def expect(self, members: Iterable[str]) -> None:
         """Count members as starting."""
@@ -39,7 +40,9 @@ class Membership:
         return member
 
     def admit(self, member: str, host: str) -> None:
-        """Count a member as ready; one that another driver started is welcome too."""
+        """Count a member as ready, also one that another driver started, but none that was dropped."""
+        if member in self._gone:
+            return
         self._starting.pop(member, None)
         self.hosts[member] = host
         if member not in self._ranked and member not in self._leaving:
@@ -56,6 +59,7 @@ class Membership:
 
     def drop(self, member: str) -> None:
         """Forget a lost member; the world keeps the others in their order."""
+        self._gone.add(member)
         self._starting.pop(member, None)
         self._outside.pop(member, None)
         self._leaving.pop(member, None)

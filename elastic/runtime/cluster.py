@@ -18,12 +18,12 @@ from ray._private.authentication import authentication_token_setup as authentica
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from elastic.control.events import Cause, Event, MemberLeaving, MemberLost, MemberReady, StacksKept
-from elastic.errors import TrainingFailed
+from elastic.control.events import Cause, Event, MemberLeaving, MemberLost, MemberReady, StacksKept, Tick
+from elastic.errors import JobRejected, TrainingFailed
 from elastic.runtime.autopsy import examine
 from elastic.runtime.lifeline import Anchor, Lifelines
 from elastic.runtime.local_ray import LocalRay
-from elastic.runtime.notices import LogLine
+from elastic.runtime.notices import Answer, LogLine
 from elastic.runtime.order import TrainOrder
 from elastic.runtime.preemption import Draining
 from elastic.runtime.worker import Assignment, Member
@@ -58,11 +58,12 @@ class _CutOff:
 
 @dataclass(slots=True)
 class Seat:
-    """A member's actor, the call that waits for its next news, when it last answered, and its process."""
+    """A member's actor, the call that waits for its next news, what it last told, and its process."""
 
     actor: Any
     call: Any
     heard_at: float
+    working_s: float = 0.0
     host: str = ""
     pid: int = 0
 
@@ -143,11 +144,14 @@ class Cluster:
         except Empty:
             return
 
-    def silence_s(self) -> dict[str, float]:
-        """Return how long ago each member answered last."""
+    def tick(self) -> Tick:
+        """Tell how long ago each member answered last, and how long each is at its micro-batch."""
         now = time.monotonic()
         with self._seating:
-            return {member: now - seat.heard_at for member, seat in self._seats.items()}
+            return Tick(
+                {member: now - seat.heard_at for member, seat in self._seats.items()},
+                {member: seat.working_s for member, seat in self._seats.items()},
+            )
 
     def kill(self, member: str) -> None:
         """End a member's process."""
@@ -178,7 +182,10 @@ class Cluster:
         if self._local is not None:
             return examine(self._order.run, member, seat.pid)
         nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray has no types here
-        node = next(one["NodeID"] for one in nodes if one["NodeID"].startswith(seat.host))
+        living = (one["NodeID"] for one in nodes if one["Alive"])
+        node = next((one for one in living if one.startswith(seat.host)), None)
+        if node is None:
+            return f"{member}: its node {seat.host} is gone"
         examined = ray.remote(examine).options(
             num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
         )
@@ -259,7 +266,7 @@ class Cluster:
 
     def _read(self, member: str, call: Any) -> None:
         try:
-            news: list[News] = ray.get(call)
+            answer: Answer = ray.get(call)
         except RayActorError as error:
             if self._unseat(member) is not None:
                 self._news.put(MemberLost(member, _cause(error), _evidence(error)))
@@ -267,10 +274,22 @@ class Cluster:
         with self._seating:
             seat = self._seats.get(member)
             if seat is not None:
-                seat.heard_at = time.monotonic()
+                seat.heard_at, seat.working_s = time.monotonic(), answer.working_s
                 seat.call = seat.actor.poll.remote(POLL_S)
-        for message in news:
+        for message in answer.news:
             self._news.put(message)
+
+
+def check_portable(order: TrainOrder) -> None:
+    """Raise JobRejected if an order cannot travel to a worker's process."""
+    for name, value in order.job.settings.items():
+        try:
+            ray.cloudpickle.dumps(value)  # type: ignore[no-untyped-call]  # Ray has no types here
+        except Exception as error:  # the border to the user's objects: their __reduce__ may raise anything
+            raise JobRejected(
+                f"job.settings.{name} cannot travel to a worker: {type(error).__name__}: {error}; "
+                "settings are plain data, make what they describe in the job"
+            ) from error
 
 
 def _own_address(order: TrainOrder) -> str:

@@ -34,7 +34,6 @@ from elastic.control.events import (
     StacksKept,
     StepCommitted,
     StopRequested,
-    Tick,
     WorkersWanted,
 )
 from elastic.control.instructions import (
@@ -49,7 +48,7 @@ from elastic.control.instructions import (
 )
 from elastic.control.report import TrainReport
 from elastic.errors import Fenced, TrainingFailed
-from elastic.runtime.cluster import Cluster
+from elastic.runtime.cluster import Cluster, check_portable
 from elastic.runtime.journal import Journal, read_moments, read_report
 from elastic.runtime.metrics import Metrics
 from elastic.runtime.notices import LogLine, Observer
@@ -69,8 +68,10 @@ def train(order: TrainOrder, observe: Observer) -> TrainReport:
     """Train a run to its end, whatever state it is in: new, left by a dead driver, or stopped before.
 
     SIGINT and SIGTERM end it cleanly, with a final checkpoint; the signal is raised again afterwards. Blocks
-    until the end. Raises TrainingFailed when it could not finish, Fenced when another driver owns the run.
+    until the end. Raises TrainingFailed when it could not finish, Fenced when another driver owns the run,
+    JobRejected when the job's settings cannot travel to workers.
     """
+    check_portable(order)
     with _sole_driver(order), _polite_signals() as asked:
         report = _finished_report(order)
         if report is not None:
@@ -96,7 +97,9 @@ class Driver:
         self._token = secrets.token_hex(8)
         generation = newest_generation(self._store)
         prefix = f"w{generation}." if generation else "w"
-        self._controller = Controller(order.world, prefix, generation)
+        self._controller = Controller(
+            order.world, prefix, generation, most_ranks=order.training.virtual_ranks
+        )
         self._faults = sorted(order.drill, key=lambda fault: fault.at_step)[_num_struck(order) :]
         self._cleaner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prune")
         self._cleaning: Future[PruneReport] | None = None
@@ -157,7 +160,7 @@ class Driver:
                 self._end = End(Status.STOPPED, f"the final checkpoint took longer than {STOP_LIMIT_S:.0f} s")
             if (wanted := self._wish.news()) is not None:
                 self._take(WorkersWanted(wanted))
-            self._take(Tick(self._cluster.silence_s()))
+            self._take(self._cluster.tick())
             self._cluster.renew()
             self._watch.phase(self._controller.phase.value)
         return self._end

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from elastic.control.events import Event
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -36,6 +38,14 @@ class Happening:
 
     kind: str
     message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A member's answer to its driver: its news, and how long it has been at its present micro-batch."""
+
+    news: tuple[Event | LogLine, ...]
+    working_s: float
 
 
 Notice = Progress | LogLine | Happening

@@ -6,7 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
-from checkpoint import SavePolicy
+from checkpoint import Parity, SavePolicy, Tier
 from elastic.control.policy import WorldPolicy
 
 
@@ -38,6 +38,9 @@ class ClusterOrder:
 class CheckpointOrder:
     """Where checkpoints go, how often, and which are kept: the newest `keep_latest` and every `keep_every`
     steps.
+
+    A host holds the newest `hold` snapshots in memory, protected as `parity` says; `tiers` are further
+    stores, which the keepers bring checkpoints to.
     """
 
     store_url: str
@@ -46,6 +49,9 @@ class CheckpointOrder:
     keep_every: int | None
     save: SavePolicy
     arena_bytes: int
+    hold: int = 0
+    parity: Parity | None = None
+    tiers: tuple[Tier, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

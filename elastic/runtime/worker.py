@@ -23,6 +23,7 @@ from checkpoint import (
     Mismatch,
     NoCheckpoint,
     Saver,
+    StoreSource,
     claim_generation,
     connect,
     load,
@@ -46,8 +47,9 @@ from elastic.control.instructions import FormWorld, Manner, StopWorld
 from elastic.errors import JobRejected
 from elastic.runtime import autopsy
 from elastic.runtime.lifeline import Anchor, Lifeline
-from elastic.runtime.notices import LogLine
+from elastic.runtime.notices import Answer, LogLine
 from elastic.runtime.order import TrainOrder
+from elastic.runtime.peers import Home, Neighbours
 from elastic.runtime.preemption import heed_sigterm
 from elastic.runtime.world import Endpoint, Former, Place, World
 from elastic.training.blame import UserFailure
@@ -187,6 +189,8 @@ class Member:
         self._outbox = Outbox(assignment.member)
         self._world: World | None = None
         self._ready: MemberReady | None = None
+        self._neighbours: Neighbours | None = None
+        self._trainer: Trainer | None = None
         self._lifeline = Lifeline(assignment.member)
         logging.getLogger("holdfast").addHandler(self._outbox)
         logging.getLogger("holdfast").setLevel(logging.INFO)
@@ -194,10 +198,11 @@ class Member:
         heed_sigterm(lambda: self._outbox.put(MemberLeaving(assignment.member, "it was sent SIGTERM")))
         threading.Thread(target=self._live, name="training", daemon=True).start()
 
-    def poll(self, timeout_s: float) -> list[Event | LogLine]:
+    def poll(self, timeout_s: float) -> Answer:
         """Return what happened since the last poll; the call itself renews the lease."""
         self._mailbox.hear()
-        return self._outbox.take(timeout_s)
+        news = tuple(self._outbox.take(timeout_s))
+        return Answer(news, self._trainer.working_s if self._trainer is not None else 0.0)
 
     def greet(self) -> None:
         """Introduce this member to a new driver."""
@@ -238,8 +243,11 @@ class Member:
         assignment = self._assignment
         device = _device(assignment.order)
         former = Former(assignment.address, device)
-        saver = _saver(assignment)
-        trainer = _trainer(assignment, saver, device)
+        keeper = connect(_keeper(assignment))
+        saver = Saver(keeper, assignment.order.run, assignment.order.checkpoint.save)
+        parity = assignment.order.checkpoint.parity
+        self._neighbours = Neighbours(keeper, Home(assignment.host, assignment.address, parity))
+        trainer = self._trainer = _trainer(assignment, saver, device, self._neighbours)
         gc.collect()
         gc.freeze()  # what lives by now lives on: searching the rest for cycles takes milliseconds
         self._ready = MemberReady(assignment.member, assignment.host, os.getpid())
@@ -266,6 +274,8 @@ class Member:
                 place, order.endpoint, lambda: not self._mailbox.has_newer(), time.sleep
             )
             self._outbox.put(WorldFormed(member, form.generation, time.monotonic() - started))
+            if self._assignment.order.checkpoint.hold and self._neighbours is not None:
+                self._neighbours.meet(form, member, order.endpoint)
             self._outbox.put(self._train(self._world, trainer))
         except Broken as error:
             error.__traceback__ = None
@@ -301,19 +311,20 @@ def _device(order: TrainOrder) -> torch.device:
     return torch.device("cuda" if order.cluster.gpus_per_worker and torch.cuda.is_available() else "cpu")
 
 
-def _saver(assignment: Assignment) -> Saver:
+def _keeper(assignment: Assignment) -> KeeperConfig:
     order = assignment.order
-    config = KeeperConfig(
+    return KeeperConfig(
         run=order.run,
         host=assignment.host,
         store_url=order.checkpoint.store_url,
         arena_bytes=order.checkpoint.arena_bytes,
         lease_s=order.lease_s,
+        hold=order.checkpoint.hold,
+        far=order.checkpoint.tiers,
     )
-    return Saver(connect(config), order.run, order.checkpoint.save)
 
 
-def _trainer(assignment: Assignment, saver: Saver, device: torch.device) -> Trainer:
+def _trainer(assignment: Assignment, saver: Saver, device: torch.device, neighbours: Neighbours) -> Trainer:
     order = assignment.order
     job = load_job(order.job.path)
     settings = load_settings(job, order.job.settings)
@@ -333,16 +344,21 @@ def _trainer(assignment: Assignment, saver: Saver, device: torch.device) -> Trai
         optimizer_copies=training.optimizer_copies,
         when_not_finite=training.when_not_finite,
     )
-    storage = Storage(saver, _restorer(order))
+    storage = Storage(saver, _restorer(order, neighbours))
     return Trainer(job, settings, plan, member=assignment.member, device=device, storage=storage)
 
 
-def _restorer(order: TrainOrder) -> Callable[[], Loaded | None]:
+def _restorer(order: TrainOrder, neighbours: Neighbours) -> Callable[[], Loaded | None]:
+    """Return how the first member of a world gets its state: from memories, then the store and far tiers."""
+
     def restore() -> Loaded | None:
         store = open_store(order.checkpoint.store_url)
-        if not Catalog(store).steps():
-            return None
-        loaded = load(store)
+        far = [StoreSource(open_store(tier.url), tier.label) for tier in order.checkpoint.tiers]
+        with neighbours.sources() as near:
+            sources = [*near, StoreSource(store), *far]
+            if not any(source.steps() for source in sources):
+                return None
+            loaded = load(sources)
         for damaged in loaded.report.fallbacks:  # else the redone step could not be saved under its name
             set_aside(store, damaged.step, damaged.why)
         return loaded

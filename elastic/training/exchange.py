@@ -1,11 +1,15 @@
-"""Plain data between the ranks of a world."""
+"""What the ranks of a world tell each other besides gradients and state."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from elastic.control.standing import Standing
 from elastic.training.ports import World
+
+_WORD_BITS = 62  # of virtual ranks in one 64-bit integer
 
 
 def gather_words(world: World, mine: Any) -> list[Any]:
@@ -20,3 +24,22 @@ def gather_words(world: World, mine: Any) -> list[Any]:
     return [
         json.loads(row[:length].numpy().tobytes()) for row, length in zip(rows, lengths.tolist(), strict=True)
     ]
+
+
+def gather_standings(
+    world: World, standing: Standing, held: Sequence[int], num_virtual: int
+) -> tuple[list[Standing], list[list[int]]]:
+    """Learn where every rank stands, and of which virtual ranks it holds its next step's gradients."""
+    num_words = -(-num_virtual // _WORD_BITS)
+    mine = torch.zeros(2 + num_words, dtype=torch.int64)
+    mine[0], mine[1] = standing.committed, standing.reduced
+    for virtual_rank in held:
+        mine[2 + virtual_rank // _WORD_BITS] |= 1 << virtual_rank % _WORD_BITS
+    everyones = torch.empty(world.size * len(mine), dtype=torch.int64)
+    world.all_gather(everyones, mine)
+    told = everyones.view(world.size, -1).tolist()
+    everyones_held = [
+        [v for v in range(num_virtual) if words[v // _WORD_BITS] >> v % _WORD_BITS & 1]
+        for _, _, *words in told
+    ]
+    return [Standing(committed, reduced) for committed, reduced, *_ in told], everyones_held

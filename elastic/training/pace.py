@@ -16,6 +16,7 @@ class Pace:
         self._device = device
         self._mine_s = 0.0
         self._everyones: tuple[float, ...] = ()
+        self._since: float | None = None
 
     @property
     def mine_us(self) -> int:
@@ -26,11 +27,18 @@ class Pace:
     def measured(self) -> Iterator[None]:
         """Measure one virtual rank's forward and backward; on a device, until they are done."""
         started = time.perf_counter()
+        self._since = started if self._mine_s else None  # the first one may compile, or warm up a device
         yield
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
-        seconds = time.perf_counter() - started
+        self._since, seconds = None, time.perf_counter() - started
         self._mine_s += (seconds - self._mine_s) * (NEWEST if self._mine_s else 1.0)
+
+    @property
+    def working_s(self) -> float:
+        """How long our present virtual rank takes already; 0 between two, and in the first one of all."""
+        since = self._since
+        return 0.0 if since is None else time.perf_counter() - since
 
     def learn(self, everyones_us: Sequence[int]) -> None:
         """Take what every rank of the world told, the same numbers on all of them."""

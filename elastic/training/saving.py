@@ -3,8 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from checkpoint import Durable, Outcome, Saver, Share
+from checkpoint import Durable, Outcome, Saver, Share, Skipped
 from elastic.control.events import CheckpointCaptured, CheckpointDurable, CheckpointLost, Event
+
+_MEMORIES = ("memory", "parity")
 
 
 class Snapshots:
@@ -59,7 +61,8 @@ class Snapshots:
 
     def _read_outcomes(self) -> set[tuple[int, int]]:
         """Read what became known; return the snapshots that were lost."""
-        outcomes = () if self._saver is None else self._saver.outcomes()
+        told = () if self._saver is None else self._saver.outcomes()
+        outcomes = [outcome for outcome in told if not _is_of_memory(outcome)]
         self._untold.extend(self._event(outcome) for outcome in outcomes)
         lost = {(each.generation, each.step): each.why for each in outcomes if not isinstance(each, Durable)}
         self._lost |= lost
@@ -76,3 +79,8 @@ class Snapshots:
                 outcome.seconds,
             )
         return CheckpointLost(self._member, outcome.generation, outcome.step, outcome.why)
+
+
+def _is_of_memory(outcome: Outcome) -> bool:
+    """Whether an outcome tells of the hosts' memories, which are no store that recovery counts on."""
+    return not isinstance(outcome, Skipped) and outcome.tier in _MEMORIES

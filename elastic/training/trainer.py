@@ -16,6 +16,7 @@ from elastic.control.guard import LossWatch, why_not_finite
 from elastic.control.standing import BLANK, Standing, settle
 from elastic.errors import JobRejected
 from elastic.training.blame import UserFailure, blaming_the_job
+from elastic.training.exchange import gather_standings
 from elastic.training.gradients import GradientRows
 from elastic.training.handover import Parcel, accept, hand_over
 from elastic.training.job import Job, Split
@@ -30,7 +31,6 @@ from elastic.training.state import Learner, StateLost
 
 FINAL_DRAIN_S = 600.0
 _DRAIN_POLL_S = 0.2
-_WORD_BITS = 62  # of virtual ranks in one 64-bit integer
 Source = Literal["fresh", "self", "peer", "store"]
 
 
@@ -41,8 +41,8 @@ class TrainPlan:
     `micro_batch` samples are a virtual rank's share of a step; `grad_clip` is the largest gradient norm
     (None: any); a checkpoint is taken every `save_every` steps and at the end. `source` names the data. Every
     `compare_every` steps (0: never) the replicas are compared. Each parameter's optimizer state is on
-    `optimizer_copies` ranks (0: on all). A step whose loss or gradient is not finite
-    fails the run or is skipped; either way nothing of it is applied.
+    `optimizer_copies` ranks (0: on all). A step whose loss or gradient is not finite fails the run or is
+    skipped; either way nothing of it is applied.
     """
 
     num_steps: int
@@ -126,6 +126,11 @@ class Trainer:
     def standing(self) -> Standing:
         """Where this member stands: what it would contribute to a new world."""
         return self._standing
+
+    @property
+    def working_s(self) -> float:
+        """How long the present micro-batch takes already. May be asked by any thread."""
+        return self._pace.working_s
 
     @property
     def model(self) -> nn.Module:
@@ -246,7 +251,8 @@ class Trainer:
                     "micro-batch; use layers without running statistics (LayerNorm or GroupNorm for "
                     "BatchNorm)"
                 )
-            self._num_tokens = self._count_tokens(batch)
+            count = getattr(self._job, "tokens", None)
+            self._num_tokens = int(count(batch)) if count is not None else self._plan.micro_batch
         return loss.detach()
 
     def _commit(self) -> None:
@@ -272,7 +278,9 @@ class Trainer:
 
     def _settle(self, world: World) -> Settling:
         started = time.perf_counter()
-        standings, held = self._gather(world)
+        standings, held = gather_standings(
+            world, self._standing, self._reduction.held(), self._plan.virtual_ranks
+        )
         settlement = settle(standings)
         if world.rank in settlement.appliers:
             self._commit()
@@ -291,17 +299,14 @@ class Trainer:
             self._take_over(parcel.state)
         if parcel.origin == "store":
             self._snapshots.hold(world.generation, self._standing.committed)
-        self._settle_shards(world)
-        self._deal_rest(
-            [held[rank] if standings[rank].committed == settlement.step else () for rank in range(world.size)]
-        )
-        return Settling(self._standing.committed, source, time.perf_counter() - started, parcel.note)
-
-    def _settle_shards(self, world: World) -> None:
         try:
             self._learner.settle(world)
         except StateLost as lost:
             self._give_up(world, str(lost))
+        self._deal_rest(
+            [held[rank] if standings[rank].committed == settlement.step else () for rank in range(world.size)]
+        )
+        return Settling(self._standing.committed, source, time.perf_counter() - started, parcel.note)
 
     def _give_up(self, world: World, why: str) -> NoReturn:
         """Leave the state to the next world, which restores it from a checkpoint."""
@@ -324,22 +329,6 @@ class Trainer:
         if world.rank in corrupt:
             self._take_over(accept(world, source, self._device).state)
             self._untold.append(ReplicaHealed(self._member, world.generation, step, found.differing))
-
-    def _gather(self, world: World) -> tuple[list[Standing], list[list[int]]]:
-        """Learn where every rank stands, and of which virtual ranks it holds its next step's gradients."""
-        num_words = -(-self._plan.virtual_ranks // _WORD_BITS)
-        mine = torch.zeros(2 + num_words, dtype=torch.int64)
-        mine[0], mine[1] = self._standing.committed, self._standing.reduced
-        for virtual_rank in self._reduction.held():
-            mine[2 + virtual_rank // _WORD_BITS] |= 1 << virtual_rank % _WORD_BITS
-        everyones = torch.empty(world.size * len(mine), dtype=torch.int64)
-        world.all_gather(everyones, mine)
-        told = everyones.view(world.size, -1).tolist()
-        held = [
-            [v for v in range(self._plan.virtual_ranks) if words[v // _WORD_BITS] >> v % _WORD_BITS & 1]
-            for _, _, *words in told
-        ]
-        return [Standing(committed, reduced) for committed, reduced, *_ in told], held
 
     def _deal_rest(self, held: list[Sequence[int]]) -> None:
         """Deal the interrupted step so that nothing that survived is computed again; the pace begins anew."""
@@ -391,10 +380,6 @@ class Trainer:
         untold, self._untold = [*self._untold, *self._snapshots.news()], []
         for event in untold:
             emit(event)
-
-    def _count_tokens(self, batch: Any) -> int:
-        count = getattr(self._job, "tokens", None)
-        return int(count(batch)) if count is not None else self._plan.micro_batch
 
 
 def _buffers(model: nn.Module) -> list[tuple[int, int]]:

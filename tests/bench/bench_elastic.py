@@ -25,7 +25,7 @@ from tests.bench.harness import Effort, Goal, Row, row
 from tests.fault.elastic_churn import Story
 
 ROOT = Path(__file__).parents[2]
-WORKERS, NUM_STEPS = 4, 60
+WORKERS, NUM_STEPS = 4, KILL_STEP + 15
 WAIT_S = 0.04
 POLL_S = 0.005
 

@@ -1,6 +1,6 @@
 """Resharding beside what a user could do instead: at load time, as a conversion, and how planning scales.
 
-ONLY=planning,loading,converting in the environment runs some of the figures.
+ONLY=planning,loading,converting,exporting in the environment runs some of the figures.
 """
 
 import os
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from tests.bench.figures.converting import converting
+from tests.bench.figures.exporting import exporting
 from tests.bench.figures.planning import planning
 from tests.bench.figures.reloading import reloading
 from tests.bench.figures.session import console
@@ -17,6 +18,7 @@ FIGURES: Mapping[str, Callable[[Effort], list[Row]]] = {
     "planning": planning,
     "loading": reloading,
     "converting": converting,
+    "exporting": exporting,
 }
 
 

@@ -7,6 +7,7 @@ A profile function watches the training thread's calls, so the product needs no 
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +25,15 @@ WIDTH = 32
 class Doom:
     """One death: of the first process to come to `event` of `function` once the doom is armed.
 
-    A newcomer, which has computed nothing yet, dies only of a doom with `newcomer`.
+    A newcomer, which has computed nothing yet, dies only of a doom with `newcomer`. With `hangs` the process
+    lives on and answers, but its training does not.
     """
 
     name: str
     function: str
     event: str = "call"
     newcomer: bool = False
+    hangs: bool = False
 
     def arm(self, marks: Path) -> None:
         """Let it strike from now on."""
@@ -71,6 +74,11 @@ class Tiny(nn.Module):
 def in_backward(gradient: Tensor) -> Tensor:
     """Be a function that is called in the middle of backward."""
     return gradient
+
+
+def wait_for_ever() -> None:
+    """Be the deadlock that a stack dump should show."""
+    threading.Event().wait()
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,8 @@ class DoomedJob:
     def _watch(self, frame: FrameType, event: str, _: object) -> None:
         for doom in self._settings.dooms:
             if doom.event == event and frame.f_code.co_qualname == doom.function and self._is_due(doom):
+                if doom.hangs:
+                    wait_for_ever()
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def _is_due(self, doom: Doom) -> bool:

@@ -103,3 +103,23 @@ def test_a_capture_takes_the_room_of_a_protected_snapshot_sooner_than_it_waits(t
         assert all(handle.pressure().num_skipped == 0 for handle in hosts.handles.values())
         with hosts.source() as source:
             assert same_rows(restored(source)[1], rows_at(7, large))
+
+
+def test_a_host_that_dies_while_it_is_read_is_rebuilt_on_the_way(tmp_path):
+    with hosts_of(tmp_path, 3, Parity(3, 1)) as hosts:
+        hosts.give(1, rows_at(1))
+        hosts.await_told("parity", 1)
+        with hosts.source() as source:
+            assert source.manifest(1).step == 1 and source.rebuilt() == {}
+            hosts.kill("h2")
+            got, rows = restored(source)
+            assert same_rows(rows, rows_at(1)) and list(source.rebuilt()) == ["h2"]
+            assert got.report.bytes_by_source["parity"] > 0
+
+
+def test_what_goes_to_the_store_is_protected_too_and_both_are_told(tmp_path):
+    with hosts_of(tmp_path, 2, Parity(2, 1)) as hosts:
+        hosts.give(1, rows_at(1), treated=handling("store"))
+        hosts.await_told("parity", 1)
+        hosts.await_told("store", 1)
+        hosts.await_told("memory", 1)

@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster
 import elastic
 from tests.fault import elastic_job
 from tests.fault.elastic_churn import Story
-from tests.fault.elastic_job import Settings
+from tests.fault.elastic_job import Doom, Settings
 from tests.fault.elastic_orders import sized, tiny_order
 from tests.integration.drivers import Drive, driving
 
@@ -43,10 +43,12 @@ def until(story: Story, what: str, is_so: Callable[[], bool]) -> None:
         story.update()
 
 
-def test_a_sigterm_hands_over_a_hang_leaves_its_stacks_and_a_standby_takes_the_place(
+def test_a_sigterm_hands_over_hangs_leave_their_stacks_and_standbys_take_the_places(
     tmp_path: Path, drive: Drive
 ) -> None:
-    order = sized(tiny_order(tmp_path, "told", Settings(pause_s=0.005), num_steps=ENDLESS), 2, standbys=1)
+    deadlock = Doom("deadlock", "in_backward", hangs=True)
+    settings = Settings(pause_s=0.005, marks=str(tmp_path), dooms=(deadlock,))
+    order = sized(tiny_order(tmp_path, "told", settings, num_steps=ENDLESS), 2, standbys=1)
     story = Story(order.run_dir)
     driver = drive(order)
     until(story, "a world and a standby", lambda: len(story.holders) == 2 and len(story.pids) == 3)
@@ -60,14 +62,18 @@ def test_a_sigterm_hands_over_a_hang_leaves_its_stacks_and_a_standby_takes_the_p
     until(story, "its stacks", (order.run_dir / "stacks" / f"{hung}.txt").exists)
     until(story, "a world without it", lambda: len(story.holders - {hung}) == 2)
     until(story, "its process ended", lambda: not psutil.pid_exists(story.pids[hung]))
+    deadlock.arm(tmp_path)
+    until(story, "more stacks", lambda: len(list((order.run_dir / "stacks").iterdir())) == 2)
     step = story.steps
     until(story, "steps", lambda: story.steps > step + 5)
     driver.terminate()
     driver.wait(timeout=60)
     report = elastic.read_report(order.run_dir)
-    (failure,) = report.failures
-    assert (failure.cause, failure.member, failure.stacks) == ("hung", hung, f"stacks/{hung}.txt")
+    stopped, stuck = report.failures
+    assert (stopped.cause, stopped.member, stopped.stacks) == ("hung", hung, f"stacks/{hung}.txt")
     assert "state T" in (order.run_dir / f"stacks/{hung}.txt").read_text()
+    assert (stuck.cause, stuck.stacks) == ("hung", f"stacks/{stuck.member}.txt")
+    assert "in wait_for_ever" in (order.run_dir / f"stacks/{stuck.member}.txt").read_text()
     assert report.redone_steps == 0
     quiet = tiny_order(tmp_path, "quiet", Settings(), num_steps=report.committed_steps)
     assert elastic.train(sized(quiet, 1), lambda _: None).weights_sha256 == report.weights_sha256

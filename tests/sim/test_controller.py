@@ -288,7 +288,18 @@ class Simulation:
 
 @pytest.mark.parametrize("block", range(10))
 def test_every_run_ends_and_no_committed_step_is_lost(block: int) -> None:
-    for seed in range(block * 50, block * 50 + 50):
+    live_through(range(block * 50, block * 50 + 50))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("block", range(1, 41))
+def test_every_one_of_20000_runs_ends_and_no_committed_step_is_lost(block: int) -> None:
+    live_through(range(block * 500, block * 500 + 500))
+
+
+def live_through(seeds: range) -> None:
+    """Play each seed's run, and hold it to the promises."""
+    for seed in seeds:
         simulation = Simulation(seed)
         end = simulation.run()
         assert end.status is Status.FINISHED, simulation.explain(f"the run ended as {end}")

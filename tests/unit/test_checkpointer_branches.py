@@ -99,3 +99,19 @@ def test_another_run_s_checkpoint_is_refused_by_name_unless_it_is_meant(tmp_path
             checkpointer.restore(state)
         assert (state["weight"] == 0).all()
         assert checkpointer.restore(state, run="theirs") is not None and (state["weight"] == 1).all()
+
+
+def test_a_store_that_has_newer_steps_is_told_at_the_first_save_and_not_after_it(tmp_path):
+    url = f"memory://{tmp_path}"
+    with Checkpointer(url, options=SMALL) as checkpointer:
+        state = saved(checkpointer, range(1, 4))
+    with Checkpointer(url, every=2, options=SMALL) as checkpointer:  # a notebook's cell, run again
+        with pytest.raises(Conflict, match=r"has step 3 already: restore\(state\) first"):
+            checkpointer.save(1, state)
+        assert checkpointer.save(4, state) is not None
+    with Checkpointer(url, options=SMALL) as checkpointer:
+        restored = checkpointer.restore(state)
+        assert restored is not None and restored.step == 4
+        with pytest.raises(Conflict, match=r"step 3 is not newer than step 4, which was restored"):
+            checkpointer.save(3, state)
+        assert checkpointer.save(5, state) is not None

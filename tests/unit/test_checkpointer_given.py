@@ -14,6 +14,7 @@ from checkpoint.engine.given import plain_meta
 from checkpoint.engine.per_rank import PerRank
 from checkpoint.errors import FormatError, Mismatch, StoreRefused, Unsupported
 from checkpoint.format import tree
+from checkpoint.lifecycle.policies import LatestN
 from checkpoint.store.open import open_store
 
 SMALL = Options(arena_mib=8)
@@ -227,3 +228,30 @@ def test_meta_of_any_name_is_plain_and_a_spec_is_left_alone():
         "spec_digest": "ab",
         "own": {"x": [1, 2]},
     }
+
+
+def test_a_place_may_be_a_path(tmp_path):
+    assert Checkpointer(tmp_path / "store").latest() is None
+
+
+def test_a_state_without_a_path_is_called_so(checkpointer):
+    checkpointer.save(1, {"w": torch.zeros(2)}).durable().result(20)
+    with pytest.raises(Mismatch, match="does not fit the state; absent: bias, weight; unknown here: w"):
+        checkpointer.restore(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "says"),
+    [
+        ({"url": 5}, TypeError, "a store's place is a URL or a path, not 5"),
+        ({"every": 2.5}, ValueError, "every 2.5 steps"),
+        ({"memory": -1}, ValueError, "-1 held in memory"),
+        ({"run": ""}, ValueError, "a run has a name"),
+        ({"keep": 3}, ValueError, "'3' is no retention policy"),
+        ({"keep": [LatestN(3), None]}, ValueError, "'None' is no retention policy"),
+    ],
+)
+def test_what_a_checkpointer_cannot_be_made_of_is_said_when_it_is_made(tmp_path, wrong, error, says):
+    given = {"url": str(tmp_path / "store"), **wrong}
+    with pytest.raises(error, match=says):
+        Checkpointer(given.pop("url"), **given)

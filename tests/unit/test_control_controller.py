@@ -162,7 +162,8 @@ def test_the_only_holder_of_the_state_hands_it_to_its_replacement_before_it_leav
 
 def test_a_world_grows_and_shrinks_as_somebody_wants_it_to() -> None:
     controller = training(2)
-    assert controller.handle(WorkersWanted(3), 3.0) == [StartMember("w2")]
+    controller.most_ranks = 3
+    assert controller.handle(WorkersWanted(70), 3.0) == [StartMember("w2")]
     (grown,) = controller.handle(MemberReady("w2", "h", 2), 4.0)
     assert isinstance(grown, FormWorld) and grown.members == ("w0", "w1", "w2")
     for member in grown.members:
@@ -183,3 +184,31 @@ def test_a_standby_takes_a_lost_members_place_at_once_and_another_one_is_started
     formed, started = controller.handle(MemberLost("w0", Cause.PROCESS_DIED, ""), 3.0)
     assert isinstance(formed, FormWorld) and formed.members == ("w1", "w2")
     assert started == StartMember("w3")
+
+
+def test_a_member_that_answers_but_is_stuck_in_a_micro_batch_is_killed_while_others_wait_for_it() -> None:
+    controller = training(3)
+    controller.handle(StepCommitted("w0", 1, 1, 1.0, 0.5, 1, 0.0), 10.0)
+    answers = dict.fromkeys(("w0", "w1", "w2"), 0.1)
+    for tenth in range(1, 6):
+        working = {"w0": 0.1 * tenth, "w1": 0.1 * tenth, "w2": 0.1 * tenth}
+        assert controller.handle(Tick(answers, working), 10.0 + 0.1 * tenth) == []
+    assert controller.handle(Tick(answers, {"w0": 0.0, "w1": 2.0, "w2": 0.0}), 12.0) == []
+    killed, *_ = controller.handle(Tick(answers, {"w0": 0.0, "w1": 9.0, "w2": 0.0}), 19.0)
+    assert isinstance(killed, KillMember)
+    assert "w1 is stuck in a micro-batch while others wait" in killed.reason
+
+
+def test_nobody_hangs_as_long_as_everybody_is_held_up_alike() -> None:
+    controller = training(2)
+    controller.handle(StepCommitted("w0", 1, 1, 1.0, 0.5, 1, 0.0), 10.0)
+    answers = {"w0": 0.1, "w1": 0.1}
+    assert controller.handle(Tick(answers, {"w0": 90.0, "w1": 90.0}), 100.0) == []
+
+
+def test_a_released_member_that_says_hello_all_the_same_is_a_stranger() -> None:
+    controller = training(1)
+    controller.handle(WorkersWanted(2), 3.0)
+    assert controller.handle(WorkersWanted(1), 3.1) == [ReleaseMember("w1", "1 workers are wanted")]
+    assert controller.handle(MemberReady("w1", "h", 2), 3.2) == []
+    assert not controller.members.knows("w1")

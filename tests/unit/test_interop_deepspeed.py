@@ -5,6 +5,7 @@ Their golden tensors are what DeepSpeed itself said its parameters and moments w
 
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from checkpoint.format.box import Box
 from checkpoint.format.fingerprint import fingerprint
 from checkpoint.interop.formats.contract import ForeignCheckpoint
 from checkpoint.interop.formats.deepspeed import looks_like_deepspeed, open_deepspeed
+from checkpoint.interop.formats.deepspeed_partitions import write_deepspeed
 from checkpoint.interop.formats.deepspeed_universal import (
     looks_like_deepspeed_universal,
     open_deepspeed_universal,
@@ -62,6 +64,17 @@ def test_every_master_and_moment_is_what_deepspeed_said(made, tmp_path):
     assert opened.about.step == 2
     assert opened.about.extra["cursor"] == 17
     assert opened.about.extra["zero"]["param_groups"][0]["betas"] == (0.9, 0.999)
+
+
+def test_the_optimizer_s_groups_are_told_by_the_names_of_their_parameters(tmp_path):
+    folder, _ = unpack("zero2-bf16-3", tmp_path)
+    groups = open_deepspeed(Place(str(folder))).about.extra["optimizer"]["param_groups"]
+    assert [(group["weight_decay"], group["params"]) for group in groups] == [
+        (0.1, ["embed.weight", "up.weight", "down.weight"]),
+        (0.0, ["up.bias", "norm.weight", "norm.bias"]),
+    ]
+    folder, _ = unpack("zero3-groups-2", tmp_path / "three")  # two groups, cut into four
+    assert "optimizer" not in open_deepspeed(Place(str(folder))).about.extra
 
 
 @pytest.mark.parametrize("made", MADE)
@@ -138,6 +151,37 @@ def test_what_is_written_as_universal_folders_comes_back_bit_by_bit(made, tmp_pa
     assert back.about.extra["cursor"] == 17
 
 
+class Relaid:
+    """A checkpoint for another number of ranks."""
+
+    def __init__(self, opened: ForeignCheckpoint, **extra: Any) -> None:
+        self.about = replace(opened.about, extra={**opened.about.extra, **extra})
+        self.tensors, self.read = opened.tensors, opened.read
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("made", ["zero1-bf16-2", "zero2-bf16-3", "zero2-fp32-2", "zero3-bf16-3"])
+def test_what_is_written_for_zero_2_of_any_world_comes_back_bit_by_bit(made, world, tmp_path):
+    folder, _ = unpack(made, tmp_path)
+    opened = open_deepspeed(Place(str(folder)))
+    target = str(tmp_path / "written")
+    with drafting(target, "one") as draft:
+        write_deepspeed(draft, Relaid(opened, dp_world_size=world), 1 << 16)
+    back = open_deepspeed(Place(target))
+    assert back.about.notes == (f"saved by {world} ranks with ZeRO stage 2",)
+    assert fingerprints(back) == fingerprints(opened)
+
+
+def test_partitions_are_not_written_where_the_order_of_parameters_is_not_known(tmp_path):
+    folder, _ = unpack("zero2-bf16-3", tmp_path)
+    contents = Relaid(open_deepspeed(Place(str(folder))), param_shapes=None)
+    with (
+        pytest.raises(Unsupported, match=r"by position, .* write deepspeed-universal, which goes by names"),
+        drafting(str(tmp_path / "written"), "one") as draft,
+    ):
+        write_deepspeed(draft, contents, 1 << 16)
+
+
 def test_a_folder_of_a_tag_is_a_checkpoint_too_and_latest_says_which_of_several(tmp_path):
     folder, _ = unpack("zero2-bf16-3", tmp_path)
     assert looks_like_deepspeed(Place(str(folder)).files)
@@ -177,6 +221,18 @@ def test_16_bit_values_are_rounded_as_torch_does():
 # --------------------------------------------------------------------------------- with DeepSpeed itself
 
 
+def load_in_deepspeed(folder: str, tmp_path: Path, *options: str) -> dict[str, np.ndarray]:
+    """Return what an engine says that it has after it loaded a checkpoint; also check what it saves then."""
+    command = [str(PYTHON), "-m", "tests.interop.deepspeed_make", str(tmp_path / "back"), "--steps", "0"]
+    command += ["--load", folder, "--sub-group", "30", *options]
+    subprocess.run(command, cwd=PYTHON.parents[2], check=True, timeout=300, capture_output=True)
+    with np.load(tmp_path / "back/golden.npz") as found:
+        golden = {name: found[name] for name in found.files}
+    saved = open_deepspeed(Place(str(tmp_path / "back/checkpoint")))
+    assert all((values_of(saved, name) == golden[name]).all() for name in golden)
+    return golden
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(not PYTHON.exists(), reason="needs DeepSpeed: see tests/interop/deepspeed.txt")
@@ -186,21 +242,20 @@ def test_deepspeed_loads_our_universal_folders_in_another_stage_and_world(made, 
     target = str(tmp_path / "universal")
     with drafting(target, "one") as draft:
         write_deepspeed_universal(draft, open_deepspeed(Place(str(folder))), 1 << 16)
-    command = [str(PYTHON), "-m", "tests.interop.deepspeed_make", str(tmp_path / "back"), "--steps", "0"]
-    command += [
-        "--stage",
-        str(stage),
-        "--world",
-        str(world),
-        "--sub-group",
-        "30",
-        "--universal",
-        "--load",
-        target,
-    ]
-    subprocess.run(command, cwd=PYTHON.parents[2], check=True, timeout=300, capture_output=True)
-    with np.load(tmp_path / "back/golden.npz") as found:
-        assert set(found.files) == golden.keys()
-        assert all((found[name] == golden[name]).all() for name in golden)
-    saved = open_deepspeed(Place(str(tmp_path / "back/checkpoint")))
-    assert all((values_of(saved, name) == golden[name]).all() for name in golden)
+    found = load_in_deepspeed(target, tmp_path, "--stage", str(stage), "--world", str(world), "--universal")
+    assert found.keys() == golden.keys()
+    assert all((found[name] == golden[name]).all() for name in golden)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(not PYTHON.exists(), reason="needs DeepSpeed: see tests/interop/deepspeed.txt")
+def test_deepspeed_loads_the_partitions_that_we_write_for_another_world(tmp_path):
+    folder, golden = unpack("zero3-bf16-3", tmp_path / "made")
+    contents = Relaid(open_deepspeed(Place(str(folder))), dp_world_size=2)
+    target = str(tmp_path / "written")
+    with drafting(target, "one") as draft:
+        write_deepspeed(draft, contents, 1 << 16)
+    found = load_in_deepspeed(target, tmp_path, "--stage", "2", "--world", "2")
+    assert found.keys() == golden.keys()
+    assert all((found[name] == golden[name]).all() for name in golden)

@@ -7,8 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from checkpoint import LatestN, Parity, Tier
 from tasks.errors import SpecError
 from tasks.loading import check_spec, describe_keys, known_keys, load_spec, read_spec
+from tasks.order import to_order
+from tasks.runs import Run
 from tasks.spec import RunSpec, with_drill
 
 REPOSITORY = Path(__file__).parents[2]
@@ -80,6 +83,12 @@ def test_a_mistake_gives_an_error_that_names_it(settings, words):
         (["training.global_batch=4"], "training.virtual_ranks = 8"),
         (["world.workers=9"], "world.workers = 9"),
         (["world.min_workers=5"], "world.min_workers = 5"),
+        (["checkpoint.parity_losses=1"], "checkpoint.parity_losses = 1"),
+        (
+            ["checkpoint.hold=1", "checkpoint.parity_losses=3", "checkpoint.parity_group=3"],
+            "checkpoint.parity_losses = 3",
+        ),
+        (['checkpoint.tiers=[{url="s3://b/x"}, {url="s3://b/x"}]'], "checkpoint.tiers names one tier twice"),
         (["training.steps=9", "drill.faults=[{at_step=9}]"], "drill.faults[0].at_step = 9"),
         (["drill.faults=[{at_step=9, rank=4}]"], "drill.faults[0].rank = 4"),
     ],
@@ -129,6 +138,21 @@ def test_a_damaged_specification_is_refused_by_name(tmp_path):
         read_spec(path)
 
 
+def test_what_hosts_hold_protect_and_bring_further_reaches_the_order(tmp_path):
+    settings = [
+        "checkpoint.hold=2",
+        "checkpoint.parity_losses=2",
+        "checkpoint.parity_group=5",
+        'checkpoint.tiers=[{url="s3://bucket/{run}", every_steps=40, keep_latest=2, name="far"}]',
+        "checkpoint.delta_chain=3",
+    ]
+    order = to_order(Run("mine", tmp_path, load_spec(None, settings))).checkpoint
+    assert (order.hold, order.parity, order.save.delta_chain) == (2, Parity(5, 2), 3)
+    assert order.tiers == (Tier("s3://bucket/mine", 40, (LatestN(2),), "far"),)
+    default = to_order(Run("mine", tmp_path, RunSpec())).checkpoint
+    assert (default.hold, default.parity, default.tiers, default.save.delta_chain) == (0, None, (), 0)
+
+
 def test_a_drill_without_faults_gets_one_it_can_survive():
     assert len(with_drill(RunSpec()).drill.faults) == 1
     RunSpec.model_validate(with_drill(RunSpec()).model_dump())
@@ -156,6 +180,7 @@ def test_any_value_of_any_key_is_taken_or_refused_clearly(key, text):
     [
         ["data.source=https://user:hunter2@example.org/text"],
         ["checkpoint.store=s3://AKIA:hunter2@bucket/run"],
+        ['checkpoint.tiers=[{url="s3://AKIA:hunter2@bucket/run"}]'],
         ["data.source=https://example.org/text?X-Amz-Signature=hunter2"],
     ],
 )
@@ -163,3 +188,10 @@ def test_a_url_with_credentials_is_refused_without_repeating_them(settings):
     with pytest.raises(SpecError, match="carries credentials") as refused:
         load_spec(None, settings)
     assert "hunter2" not in str(refused.value)
+
+
+def test_standbys_are_a_number_or_as_many_as_the_workers_need() -> None:
+    assert load_spec(None, ["world.standbys=auto"]).world.standbys == "auto"
+    assert load_spec(None, ["world.standbys=2"]).world.standbys == 2
+    with pytest.raises(SpecError, match="standbys"):
+        load_spec(None, ["world.standbys=-1"])

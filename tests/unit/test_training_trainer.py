@@ -218,7 +218,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_anything_of_its_step_is_ap
     clean, world = trainer_of(plan), WorldOfOne(breaks_at=2)
     clean.settle(world)
     with pytest.raises(Broken):
-        clean.run(world, Told(), [].append)
+        clean.run(world, Told(), list[Event]().append)
     assert weights_sha256(trainer.model) == weights_sha256(clean.model)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from checkpoint.errors import Corrupt
 from checkpoint.format.box import Box
+from checkpoint.format.dtypes import itemsize
 from checkpoint.interop.formats.archive import Archive, Stored, read_part, read_window
 from checkpoint.interop.formats.contract import About
 from checkpoint.interop.formats.dcp_metadata import Directory, Item, Key, metadata_files, read_directory
@@ -21,6 +22,8 @@ _SUFFIX = ".distcp"
 _ZIP = b"PK\x03\x04"
 _NEAR_BYTES = 64 << 10  # objects that are no farther apart are read in one go,
 _MAX_GO_BYTES = 32 << 20  # up to this size
+_MAX_COMPARED = 256  # files whose ends are compared: each takes a request
+_END_BYTES = 4 << 10
 
 
 def looks_like_dcp(files: Mapping[str, int]) -> bool:
@@ -69,6 +72,7 @@ class _Files:
         self._place, self._directory = place, directory
         self._headers: dict[str, Header] = {}
         self._check_overlaps()
+        _check_copies(place, directory)
 
     def tile(self, name: str, box: Box, item: Item, dtype: str) -> Tile:
         """Return a chunk of a tensor, which is looked for when it is read."""
@@ -138,6 +142,49 @@ class _Files:
                     f"two things lie on top of each other in {one.path} of {self._place}: {one.num_bytes} "
                     f"bytes at {one.offset}, and {other.num_bytes} at {other.offset}"
                 )
+
+
+def _check_copies(place: Place, directory: Directory) -> None:
+    """See that no two files of ranks are the same: one would be a copy in the place of the other.
+
+    That shards are equal is no error where each is one value all over, as optimizer states are at first.
+    Zips end with checksums of what they hold, so the ends of files tell most of them apart.
+    """
+    by_size: dict[int, dict[bytes, str]] = {}
+    items: dict[str, Item] = {}
+    for one in directory.tensors.values():
+        for item in one.chunks.values():
+            items.setdefault(item.path, item)
+    for path in items if len(items) <= _MAX_COMPARED else ():
+        size = place.files[path]
+        end = place.read(path, max(0, size - _END_BYTES))
+        known = by_size.setdefault(size, {}).setdefault(end, path)
+        if known != path and _is_same(place, known, path) and not _is_constant(place, items[path]):
+            raise Corrupt(
+                f"{known} and {path} in {place} are the same, and belong to different ranks: is one of them "
+                "a copy that was put in the place of the other?"
+            )
+
+
+def _is_same(place: Place, one: str, other: str) -> bool:
+    size = place.files[one]
+    starts = range(0, size, _MAX_GO_BYTES)
+    return all(
+        place.read(one, start, min(_MAX_GO_BYTES, size - start))
+        == place.read(other, start, min(_MAX_GO_BYTES, size - start))
+        for start in starts
+    )
+
+
+def _is_constant(place: Place, item: Item) -> bool:
+    """Tell whether the first chunk of a file is one value all over, as far as its first megabytes tell."""
+    archive = read_part(place, item.path, (item.offset, item.stop))
+    if not isinstance(archive.tree, Stored):
+        return False
+    extent = archive.locate(archive.tree)
+    bits = place.read(extent.path, extent.offset, min(extent.num_bytes, _MAX_GO_BYTES))
+    width = itemsize(extent.dtype)
+    return bits == bits[:width] * (len(bits) // width)
 
 
 def _with_leaves(value: Any, archive: Archive) -> Any:

@@ -131,8 +131,10 @@ class _Reading:
                     f"({ascii(info.field('transform_descriptors'))[:80]}), compressed perhaps: save it plain"
                 )
             item = self._checked(info)
-            start = index.field("offset")
-            key = (index.field("fqn"), tuple(start) if start is not None else None)
+            name, start = index.field("fqn"), index.field("offset")
+            if not isinstance(name, str):
+                raise self._corrupt(f"says where {ascii(name)[:80]} lies")
+            key = (name, check_shape(start, f"a chunk of {name!r}") if start is not None else None)
             if items.setdefault(key, item) is not item:
                 raise self._corrupt(f"says twice where {key} lies")
         return items

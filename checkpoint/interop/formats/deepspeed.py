@@ -37,9 +37,9 @@ from checkpoint.interop.formats.deepspeed_parts import (
 from checkpoint.interop.formats.deepspeed_said import extra_of, notes_of, step_of
 from checkpoint.interop.formats.deepspeed_state import Collected, Rounded, ZeroCheckpoint, run_of
 from checkpoint.interop.formats.deepspeed_steps import read_step
-from checkpoint.interop.formats.deepspeed_twins import check_distinct
 from checkpoint.interop.formats.deepspeed_weights import ModelStates, collect_weights
 from checkpoint.interop.formats.tiles import Tile, Tiled
+from checkpoint.interop.formats.twins import Samples, check_distinct
 from checkpoint.interop.moves import Foreign
 from checkpoint.interop.place import Place
 
@@ -108,7 +108,9 @@ class _ModelRank:
             for moment in MOMENTS:
                 flats[moment] = [[group.get(moment) for group in rank] for rank in states]
             steps = self._steps(states)
-        check_distinct(self._folder.place, self._files, flats)
+        check_distinct(
+            self._folder.place, [self._samples(number, flats) for number in range(len(self._files))]
+        )
         weights = collect_weights(ModelStates(self._models, self._shapes, self._stage, self._at), collected)
         for group, members in enumerate(self._shapes):
             for name, shape in members.items():
@@ -190,6 +192,11 @@ class _ModelRank:
             step = _group_step(self._base(number), group)
         file = self._files[number]
         return read_step(self._folder.place, file.archive, step, file.path)
+
+    def _samples(self, number: int, flats: Mapping[str, Sequence[Sequence[Any]]]) -> Samples:
+        """Return a rank's partitions of the masters and moments."""
+        stored = [flat for parts in flats.values() for flat in parts[number] if isinstance(flat, Stored)]
+        return Samples(self._files[number].path, self._files[number].archive, stored)
 
     def _tiles(
         self, fragments: Sequence[Fragment], parts: Sequence[Sequence[Any]], shape: Shape

@@ -28,7 +28,25 @@ def extra_of(tree: Mapping[str, Any], zero: Mapping[str, Any], where: str) -> di
     extra = {str(key): _plain(value, where) for key, value in extra.items()}
     extra["zero"] = {str(key): _plain(value, where) for key, value in zero.items() if key not in _SHARDS}
     extra["zero"]["param_groups"] = _plain(_groups(zero), where)
+    named = _by_name(extra["zero"]["param_groups"], extra.get("param_shapes"))
+    if named:
+        extra["optimizer"] = {"param_groups": named}
     return extra
+
+
+def _by_name(groups: Any, members: Any) -> list[dict[str, Any]]:
+    """Return an optimizer's groups with the names of their parameters, if it can be told which are whose.
+
+    ZeRO-3 may cut a group into several, and does not say where; those of one kind are no matter.
+    """
+    if not isinstance(members, list) or not all(isinstance(each, dict) for each in [*groups, *members]):
+        return []
+    told = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    if len(told) == len(members):
+        return [{**group, "params": list(names)} for group, names in zip(told, members, strict=True)]
+    if told and all(group == told[0] for group in told):
+        return [{**told[0], "params": [name for names in members for name in names]}]
+    return []
 
 
 def notes_of(zero: Mapping[str, Any], world: int) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ _NOT_OURS = {"zero", "param_shapes", "ds_config", "optimizer", "containers", "fi
 
 
 @dataclass(slots=True)
-class _Parts:
+class Parts:
     """The tensors to write, by what they are; all by their number."""
 
     states: dict[str, dict[str, int]] = field(default_factory=dict)  # by parameter
@@ -34,7 +34,7 @@ def write_deepspeed_universal(draft: Draft, contents: Contents, budget_bytes: in
     Raises Incomplete naming a parameter that lacks a state that others have; Unsupported.
     """
     check_global(contents.tensors, "deepspeed-universal")
-    parts = _parts(contents.tensors)
+    parts = parts_of(contents.tensors)
     tag = f"global_step{contents.about.step or 0}_universal"
     for name, states in parts.states.items():
         for state, number in states.items():
@@ -55,15 +55,16 @@ def write_deepspeed_universal(draft: Draft, contents: Contents, budget_bytes: in
     _save(draft, f"{tag}/zero/optimizer_state.pt", _common(contents, parts), plainly)
     module = {name: _later(contents, number) for name, number in parts.weights.items()}
     empty = {name: Later(-1, "float32", (0,)) for name in module}
-    engine = _engine(contents, parts)
+    engine = engine_of(contents, parts)
     _save(draft, f"{tag}/mp_rank_00_model_states.pt", {**engine, "module": module}, plainly)
     _save(draft, f"{tag}/zero_pp_rank_0_mp_rank_00_model_states.pt", {**engine, "module": empty}, _nothing)
     with draft.writing("latest_universal") as file:
         file.write(tag.encode())
 
 
-def _parts(tensors: Iterable[Foreign]) -> _Parts:
-    parts = _Parts()
+def parts_of(tensors: Iterable[Foreign]) -> Parts:
+    """Sort tensors by what they are. Raises Incomplete naming a parameter that lacks a state, Unsupported."""
+    parts = Parts()
     for number, tensor in enumerate(tensors):
         found = _STATE.fullmatch(tensor.name)
         if found:
@@ -123,7 +124,7 @@ def _later(contents: Contents, number: int) -> Later:
     return Later(number, tensor.dtype, tensor.shape)
 
 
-def _common(contents: Contents, parts: _Parts) -> dict[str, Any]:
+def _common(contents: Contents, parts: Parts) -> dict[str, Any]:
     """Return what DeepSpeed keeps once for all parameters; ZeRO-3 takes the step from here."""
     zero = contents.about.extra.get("zero")
     said: Mapping[str, Any] = zero if isinstance(zero, dict) else {}
@@ -149,7 +150,7 @@ def _groups(contents: Contents) -> list[dict[str, Any]]:
     return [{**group, "params": [number]} for number, group in enumerate(groups) if isinstance(group, dict)]
 
 
-def _engine(contents: Contents, parts: _Parts) -> dict[str, Any]:
+def engine_of(contents: Contents, parts: Parts) -> dict[str, Any]:
     """Return what the engine keeps of itself, and the client's state."""
     extra = contents.about.extra
     shapes = {

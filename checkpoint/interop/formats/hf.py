@@ -25,6 +25,10 @@ _BESIDE = re.compile(r"[^/]+\.(json|txt|model|jinja|tiktoken)")
 _MAX_BESIDE_BYTES = 64 << 20
 _NUMBERED = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
 _SHARDING = "DCP_SHARDING_INFO"  # what torch's distributed checkpoints add when they write this format
+_OF_RANKS = (
+    "shapes are inferred from the parts that ranks wrote, which do not tell how many there were: a missing "
+    "last rank looks like a smaller tensor",
+)
 
 
 def looks_like_hf(files: Mapping[str, int]) -> bool:
@@ -49,7 +53,9 @@ def open_hf(place: Place) -> Tiled:
     }
     config = _json(beside[_CONFIG], f"{_CONFIG} in {place}") if _CONFIG in beside else {}
     extra = {"config": config, "files": beside}
-    return Tiled(place, About("hf", extra=extra, sizes=sizes_from(config)), tensors, tiles)
+    is_parted = any(_SHARDING in header.metadata for header in headers.values())
+    about = About("hf", extra=extra, sizes=sizes_from(config), notes=_OF_RANKS if is_parted else ())
+    return Tiled(place, about, tensors, tiles)
 
 
 def write_hf(draft: Draft, contents: Contents, budget_bytes: int) -> None:

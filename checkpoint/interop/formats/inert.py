@@ -126,23 +126,16 @@ def _bytearray(data: Any = b"", *rest: Any) -> bytes:
     return _bytes(data, *rest) if isinstance(data, str) else bytes(memoryview(data))
 
 
-def _tuple(items: Any = ()) -> tuple[Any, ...]:
-    return tuple(items)
-
-
-def _list(items: Any = ()) -> list[Any]:
-    return list(items)
-
-
+# Of Python's own classes only those that cannot be changed themselves, and do nothing but hold.
 PLAIN: StandIns = {
     "collections.OrderedDict": Dict,
     "collections.defaultdict": Dict,
     "collections.Counter": Dict,
     "builtins.dict": Dict,
-    "builtins.list": _list,
-    "builtins.tuple": _tuple,
-    "builtins.set": _list,
-    "builtins.frozenset": _list,
+    "builtins.list": list,
+    "builtins.tuple": tuple,
+    "builtins.set": list,
+    "builtins.frozenset": list,
     "builtins.bytearray": _bytearray,
     "builtins.bytes": _bytearray,
     "builtins.complex": complex,
@@ -153,7 +146,7 @@ PLAIN: StandIns = {
     "builtins.long": Name("int"),
     "builtins.bool": Name("bool"),
     "_codecs.encode": _bytes,
-    "torch.Size": _tuple,
+    "torch.Size": tuple,
     **{f"torch.{name}": Name(name) for name in DTYPES},
 }
 
@@ -166,7 +159,7 @@ def load_inert(data: bytes, where: str, stand_ins: StandIns, persistent: Callabl
     if len(data) > MAX_PICKLE_BYTES:
         raise Unsupported(f"{where} is a pickle of {len(data)} bytes, too large to look through")
     if end_of_pickle(data, 0, where) is None:
-        raise Corrupt(f"{where} is a pickle that is cut short")
+        raise Corrupt(f"{where} is no pickle, or one that is cut short")
     try:
         return _Unpickler(data, stand_ins, persistent).load()
     except (Corrupt, Unsupported) as error:
@@ -247,8 +240,10 @@ class _Plain:
             case Record():
                 fields = {name: self.of(item) for name, item in value.__dict__.items() if item}
                 return {"class": value.NAME, **fields}
-        if isinstance(value, type | Function):
-            return getattr(value, "NAME", "dict")
+        if isinstance(value, Function):
+            return value.NAME
+        if isinstance(value, type):
+            return getattr(value, "NAME", value.__name__)
         raise Unsupported(f"{self._where} holds a {type(value).__name__} where plain data should be")
 
     def _key(self, key: Any) -> Any:

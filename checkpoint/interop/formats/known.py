@@ -2,12 +2,19 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Protocol
 
 from checkpoint.errors import Unsupported
 from checkpoint.interop.formats.contract import Contents, ForeignCheckpoint
 from checkpoint.interop.formats.dcp import looks_like_dcp, open_dcp
+from checkpoint.interop.formats.deepspeed import looks_like_deepspeed, open_deepspeed
+from checkpoint.interop.formats.deepspeed_universal import (
+    looks_like_deepspeed_universal,
+    open_deepspeed_universal,
+)
 from checkpoint.interop.formats.hf import looks_like_hf, open_hf, write_hf
+from checkpoint.interop.formats.megatron import looks_like_megatron, open_megatron
 from checkpoint.interop.formats.torchfile import looks_like_torch, open_torch
 from checkpoint.interop.place import Draft, Place
 
@@ -27,31 +34,63 @@ class Format:
     looks_like: Callable[[Mapping[str, int]], bool]
     open: Callable[[Place], ForeignCheckpoint]
     write: _Write | None
-    holds_optimizer: bool
+    holds_optimizer: bool  # as far as it is written
 
 
-def _write_dcp(draft: Draft, contents: Contents, budget_bytes: int) -> None:
-    # Only writers need torch, and this one also torch.distributed: seconds that readers can do without.
-    from checkpoint.interop.formats.dcp_writing import write_dcp  # noqa: PLC0415
+def _later(module: str, name: str) -> _Write:
+    """Return a writer that is imported when it is used: with torch, in seconds that readers do without."""
 
-    write_dcp(draft, contents, budget_bytes)
+    def write(draft: Draft, contents: Contents, budget_bytes: int) -> None:
+        getattr(import_module(f"{__package__}.{module}"), name)(draft, contents, budget_bytes)
 
-
-def _write_torch(draft: Draft, contents: Contents, budget_bytes: int) -> None:
-    from checkpoint.interop.formats.torchfile_writing import write_torch  # noqa: PLC0415 - as above
-
-    write_torch(draft, contents, budget_bytes)
+    return write
 
 
+_KNOWN = (
+    Format(
+        "megatron",
+        "Megatron-LM, files of tensor and pipeline ranks",
+        looks_like_megatron,
+        open_megatron,
+        _later("megatron_writing", "write_megatron"),
+        holds_optimizer=False,
+    ),
+    Format(
+        "deepspeed-universal",
+        "DeepSpeed's universal folders",
+        looks_like_deepspeed_universal,
+        open_deepspeed_universal,
+        _later("deepspeed_writing", "write_deepspeed_universal"),
+        holds_optimizer=True,
+    ),
+    Format(
+        "deepspeed",
+        "DeepSpeed ZeRO",
+        looks_like_deepspeed,
+        open_deepspeed,
+        _later("deepspeed_partitions", "write_deepspeed"),
+        holds_optimizer=True,
+    ),
+    Format(
+        "dcp",
+        "torch.distributed.checkpoint",
+        looks_like_dcp,
+        open_dcp,
+        _later("dcp_writing", "write_dcp"),
+        holds_optimizer=True,
+    ),
+    Format("hf", "Hugging Face safetensors", looks_like_hf, open_hf, write_hf, holds_optimizer=False),
+    Format(
+        "torch",
+        "a file of torch.save",
+        looks_like_torch,
+        open_torch,
+        _later("torchfile_writing", "write_torch"),
+        holds_optimizer=True,
+    ),
+)
 # In this order it is asked what a directory looks like: the more particular ones first.
-FORMATS: Mapping[str, Format] = {
-    one.name: one
-    for one in (
-        Format("dcp", "torch.distributed.checkpoint", looks_like_dcp, open_dcp, _write_dcp, True),
-        Format("hf", "Hugging Face safetensors", looks_like_hf, open_hf, write_hf, False),
-        Format("torch", "a file of torch.save", looks_like_torch, open_torch, _write_torch, True),
-    )
-}
+FORMATS: Mapping[str, Format] = {one.name: one for one in _KNOWN}
 
 
 def open_foreign(url: str, format: str | None = None) -> ForeignCheckpoint:

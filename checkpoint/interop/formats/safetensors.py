@@ -14,7 +14,7 @@ from checkpoint.interop.place import Place
 
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # as the format has it
-_MAX_CONTAINERS = 1 << 22  # in a header: a tensor takes three
+_MAX_CONTAINERS = 1 << 21  # in a header: a tensor takes three
 _ALIGNMENT = 8
 _METADATA = "__metadata__"
 
@@ -82,8 +82,10 @@ def header_bytes(tensors: Iterable[Foreign], metadata: Mapping[str, str]) -> byt
     entries: dict[str, Any] = {_METADATA: dict(metadata)}
     offset = 0
     for tensor in tensors:
-        if tensor.dtype not in _NAMES:
-            raise Unsupported(f"{tensor} is of {tensor.dtype}, which safetensors does not have: cast it")
+        if tensor.dtype not in _NAMES or (_NAMES[tensor.dtype] == "F4" and not tensor.shape):
+            raise Unsupported(
+                f"{tensor} is of {tensor.dtype} {tensor.shape}, which safetensors does not have: cast it"
+            )
         stop = offset + math.prod(tensor.shape) * itemsize(tensor.dtype)
         dims = list(_stored_shape(tensor))
         entries[tensor.name] = {"dtype": _NAMES[tensor.dtype], "shape": dims, "data_offsets": [offset, stop]}

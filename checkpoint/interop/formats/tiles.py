@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from checkpoint.engine.regions import Regions, find_outside, find_uncovered, padded
-from checkpoint.errors import Incomplete
+from checkpoint.errors import Corrupt, Incomplete
 from checkpoint.format.box import Box
 from checkpoint.format.dtypes import dtype_of
 from checkpoint.interop.formats.contract import About, Array
@@ -15,6 +15,7 @@ from checkpoint.interop.moves import Foreign
 from checkpoint.interop.place import Place
 
 _EXACT_IN_FLOAT32 = 1 << 24
+_MAX_INT = 1 << 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,10 @@ def found(box: Box, source: Extent | Array) -> Tile:
 
 def held(name: str, value: float) -> tuple[Foreign, list[Tile]]:
     """Return a tensor made of a number, as old optimizers keep their steps: float32 if that holds it."""
-    dtype = "float32" if float(np.float32(value)) == value else "float64"
+    if type(value) is int and not -_MAX_INT <= value < _MAX_INT:
+        raise Corrupt(f"{name} cannot be a number of {value.bit_length()} bits")
+    with np.errstate(over="ignore"):
+        dtype = "float32" if float(np.float32(value)) == value else "float64"
     if type(value) is int and abs(value) > _EXACT_IN_FLOAT32:
         dtype = "int64"
     bits: Array = np.array(value, dtype).view(dtype_of(dtype).carrier)

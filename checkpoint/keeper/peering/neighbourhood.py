@@ -22,7 +22,8 @@ class Neighbourhood:
         self._intake = intake
         self._lock = threading.Lock()
         self._own: Address | None = None
-        self._known: dict[str, Address] = {}
+        self._before: dict[str, Address] = {}  # of the generation before: it may still hold what is wanted
+        self._newest: dict[str, Address] = {}
         self._generation = -1
         self._fragments: Fragments | None = None
         self._listener: PeerListener | None = None
@@ -54,16 +55,17 @@ class Neighbourhood:
         """Return all addresses that are known, one's own among them, as plain data: they hold tokens."""
         with self._lock:
             own = {} if self._own is None else {self._intake.host: self._own}
-            return addresses_to_json({**self._known, **own})
+            return addresses_to_json({**self._before, **self._newest, **own})
 
     def meet(self, generation: int, told: dict[str, Any]) -> None:
         """Learn the hosts of a generation's world, the first rank's first."""
         with self._lock:
             if generation < self._generation:
                 return
-            self._generation = generation
             addresses = parse_addresses(told)
-            self._known |= addresses
+            if generation > self._generation:
+                self._before, self._generation = self._newest, generation
+            self._newest = addresses
             domains = {host: one.domain or host for host, one in addresses.items()}
             if self._protector is not None:
                 parity = self._protector.parity

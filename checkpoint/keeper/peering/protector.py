@@ -98,8 +98,11 @@ class Protector:
 
     def meet(self, circle: Circle) -> None:
         """Learn which hosts there are. What an older generation's hosts say is no longer heard."""
-        if self._circle is None or circle.generation >= self._circle.generation:
+        before = self._circle
+        if before is None or circle.generation >= before.generation:
             self._circle = circle
+            if before is not None:
+                before.peers.close()
 
     def groups(self) -> dict[str, Any]:
         """Tell, by snapshot, the hosts of this one's parity group, its losses and its block size."""

@@ -33,6 +33,7 @@ from checkpoint.keeper.peering.shares import PREFIX, Share, decode_head, head_by
 from checkpoint.redundancy.groups import Group
 from checkpoint.redundancy.parity import recoverable
 from checkpoint.redundancy.recovery import Recovery
+from checkpoint.redundancy.scratch import let_idle_go
 from checkpoint.redundancy.stripes import Stripes
 from checkpoint.store.contract import ByteRange
 
@@ -106,6 +107,7 @@ class PeerSource:
             for share in opened.shares:
                 share.close()
         self._peers.close()
+        let_idle_go()
 
     def _shares(self) -> "Sequence[_Reader]":
         """Return the shares of what was opened last."""

@@ -4,6 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -55,8 +56,8 @@ def codec(effort: Effort) -> list[Row]:
     }
     ours: dict[str, _Encoded] = defaultdict(_Encoded)
     plain: dict[str, _Encoded] = defaultdict(_Encoded)
-    turns = [
-        lambda name=name, encoded=encoded, work=work: work(contents[name], encoded[name])
+    turns: list[Callable[[], None]] = [
+        partial(work, contents[name], encoded[name])
         for name in contents
         for encoded, work in ((ours, _planes), (plain, _plain))
     ]

@@ -25,7 +25,7 @@ class Spares:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._full = folder.with_name(f"{folder.name}-{uuid.uuid4().hex}")
-        self._begin = self._end = 0  # of what is kept full, in that file
+        self._num_kept_bytes = 0  # of that file; the kernel may have taken the first of them
         folder.mkdir(exist_ok=True)
 
     def keep(self, path: Path) -> None:
@@ -41,28 +41,31 @@ class Spares:
         descriptor = os.open(self._full, os.O_RDWR | os.O_CREAT)
         try:
             self._fill(descriptor, wanted)
-            os.posix_fadvise(descriptor, self._begin, wanted, os.POSIX_FADV_DONTNEED)
-            self._begin = min(self._begin + wanted, self._end)
+            self._num_kept_bytes = max(self._num_kept_bytes - wanted, 0)
+            os.posix_fadvise(descriptor, self._num_kept_bytes, 0, os.POSIX_FADV_DONTNEED)  # to its end
         finally:
             os.close(descriptor)
 
     def clear(self) -> None:
-        """Give all of it back; what a disk has to be told of freed blocks, it is told now."""
+        """Remove what engines wrote; what a disk has to be told of freed blocks, it is told now.
+
+        What is kept full stays so, until the folder above is removed.
+        """
         self._remove_kept()
-        self._full.unlink(missing_ok=True)
-        self._begin = self._end = 0
         os.sync()
 
     def _fill(self, descriptor: int, least_bytes: int) -> None:
         """Read on for as much as is free, and until at least so much is kept full."""
-        missing = max(_free_bytes() - _SHORT_BYTES, least_bytes - (self._end - self._begin))
-        room = max(_MAX_BYTES - (self._end - self._begin), 0)
-        end = self._end + max(min(missing, room), 0) // _PIECE_BYTES * _PIECE_BYTES
-        os.ftruncate(descriptor, end)
+        kept_bytes = self._num_kept_bytes
+        missing = min(_free_bytes() - _SHORT_BYTES, _MAX_BYTES - kept_bytes)
+        if kept_bytes:  # what else became free since was in use just now
+            missing = min(missing, 2 * least_bytes)
+        full_bytes = kept_bytes + max(missing, least_bytes - kept_bytes, 0)
+        os.ftruncate(descriptor, full_bytes)
         piece = bytearray(_PIECE_BYTES)
-        for place in range(self._end, end, _PIECE_BYTES):
+        for place in range(kept_bytes, full_bytes, _PIECE_BYTES):
             os.preadv(descriptor, [piece], place)
-        self._end = end
+        self._num_kept_bytes = full_bytes
 
     def _remove_kept(self) -> None:
         for path in list(self._folder.iterdir()):

@@ -1,0 +1,208 @@
+"""Megatron-LM's legacy checkpoints: each rank's part of the model and its optimizer, as the ranks had them.
+
+Tensors keep Megatron's names and their places on the axes; the rule documents `*-megatron` say what they are.
+Optimizers number their parameters, group after group: whose each state is follows from the model's order.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from checkpoint.errors import Corrupt, Incomplete
+from checkpoint.format.box import Box
+from checkpoint.interop.formats.archive import Stored
+from checkpoint.interop.formats.contract import About
+from checkpoint.interop.formats.inert import plain
+from checkpoint.interop.formats.megatron_files import (
+    ShardFile,
+    arguments_of,
+    find_files,
+    looks_like_megatron,
+)
+from checkpoint.interop.formats.numbered import names_of_numbered
+from checkpoint.interop.formats.tiles import Tile, Tiled, held
+from checkpoint.interop.formats.twins import Samples, check_distinct
+from checkpoint.interop.moves import Foreign
+from checkpoint.interop.place import Place
+
+__all__ = ["looks_like_megatron", "open_megatron"]
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_DISTRIBUTED = "distrib_optim.pt"
+_SKIPPED = ("model", "optimizer", "args", "rng_state", "rerun_state_machine")
+
+
+def open_megatron(place: Place) -> Tiled:
+    """Open the iteration that a directory's tracker names, or the directory of one.
+
+    Raises Incomplete, Corrupt or Unsupported naming a file that is missing or of another save, or an
+    optimizer of which it cannot be told whose its states are.
+    """
+    axes, files = find_files(place)
+    tensors: list[Foreign] = []
+    tiles: list[list[Tile]] = []
+    samples = []
+    for file in files:
+        model = _flat(file.tree["model"], file.path)
+        for name, stored in model.items():
+            tensors.append(Foreign(name, stored.dtype, stored.shape, file.at))
+            tiles.append([Tile(Box.whole(stored.shape), partial(file.archive.locate, stored))])
+        for tensor, parts in _optimizer(file, model):
+            tensors.append(tensor)
+            tiles.append(parts)
+        samples.append(Samples(file.path, file.archive, list(model.values())))
+    check_distinct(place, samples)
+    return Tiled(place, _about(place, axes, files, tensors), tensors, tiles)
+
+
+def _flat(node: Any, path: str) -> dict[str, Stored]:
+    """Return the tensors of a model by name; older files nest them in dicts of modules."""
+    found: dict[str, Stored] = {}
+    pending: list[tuple[str, Any]] = [("", node)]
+    while pending:
+        prefix, each = pending.pop()
+        if isinstance(each, Stored):
+            if prefix in found:
+                raise Corrupt(f"{path} holds {prefix!r} twice")
+            if not prefix.endswith("_extra_state"):
+                found[prefix] = each
+        elif isinstance(each, dict):
+            if prefix.count(".") > 60:
+                raise Corrupt(f"{path} nests its model without end")
+            inner = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in each.items()]
+            pending += inner[::-1]
+    if not found:
+        raise Corrupt(f"{path} holds a model without tensors")
+    return found
+
+
+Parts = tuple[Foreign, list[Tile]]
+
+
+def _optimizer(file: ShardFile, model: Mapping[str, Stored]) -> Iterator[Parts]:
+    """Yield a rank's optimizer states; experts that are spread over ranks have an optimizer of their own."""
+    said = file.tree.get("optimizer")
+    chained = said if isinstance(said, list) else [said]
+    for number, one in enumerate(chained):
+        if isinstance(one, dict):
+            mine = {
+                name: stored
+                for name, stored in model.items()
+                if len(chained) == 1 or (".experts." in name) == (number == 1)
+            }
+            yield from _states(file, one, mine)
+
+
+def _states(file: ShardFile, said: Mapping[str, Any], model: Mapping[str, Stored]) -> Iterator[Parts]:
+    inner = said.get("optimizer", said)
+    if not isinstance(inner, dict) or not isinstance(inner.get("param_groups"), list):
+        raise Corrupt(f"{file.path} holds an optimizer without groups of parameters")
+    groups = [group for group in inner["param_groups"] if isinstance(group, dict) and group.get("params")]
+    table = inner.get("state")
+    if not isinstance(table, dict) or not table:
+        return
+    names = names_of_numbered(table, groups, model, Stored, file.path)
+    masters = _masters(file, said, groups)
+    for group in groups:
+        for number in group["params"]:
+            name, states = names[number], table.get(number)
+            if not isinstance(states, dict) or any(moment not in states for moment in _MOMENTS):
+                raise Incomplete(f"{file.path} lacks the moments of {name!r}: is its optimizer Adam?")
+            there = {moment: states[moment] for moment in _MOMENTS}
+            if number in masters:
+                there["master"] = masters[number]
+            for state, stored in there.items():
+                yield _state(file, f"optimizer.{state}.{name}", stored, model[name])
+            yield _step(file, name, states.get("step", group.get("step")))
+
+
+def _masters(file: ShardFile, said: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[int, Any]:
+    """Return the fp32 parameters by their number: a list for every group, in the group's order."""
+    lists = said.get("fp32_from_fp16_params")
+    if lists is None:
+        return {}
+    there = [each for each in lists if each] if isinstance(lists, list) else []
+    found: dict[int, Any] = {}
+    for group, masters in zip(groups, there, strict=False):
+        if not isinstance(masters, list) or len(masters) != len(group["params"]):
+            raise Corrupt(f"{file.path} has other fp32 parameters than its optimizer has groups")
+        found |= dict(zip(group["params"], masters, strict=True))
+    if len(there) != len(groups):
+        raise Corrupt(f"{file.path} has fp32 parameters of {len(there)} groups, and {len(groups)} groups")
+    return found
+
+
+def _state(file: ShardFile, name: str, stored: Any, weight: Stored) -> Parts:
+    if not isinstance(stored, Stored) or stored.shape != weight.shape:
+        raise Corrupt(f"{file.path}: {name!r} is not of the shape {weight.shape} of its parameter")
+    tensor = Foreign(name, stored.dtype, stored.shape, file.at)
+    return tensor, [Tile(Box.whole(stored.shape), partial(file.archive.locate, stored))]
+
+
+def _step(file: ShardFile, name: str, step: Any) -> Parts:
+    if isinstance(step, Stored) and step.shape in ((), (1,)):
+        scalar = Stored(step.storage, step.offset, step.dtype, (), ())
+        tensor = Foreign(f"optimizer.step.{name}", step.dtype, (), file.at)
+        return tensor, [Tile(Box((), ()), partial(file.archive.locate, scalar))]
+    if type(step) not in (int, float):
+        step = file.tree.get("iteration")
+    if type(step) not in (int, float):
+        raise Corrupt(f"{file.path} does not say which step its optimizer has done")
+    tensor, tiles = held(f"optimizer.step.{name}", step)
+    return Foreign(tensor.name, tensor.dtype, (), file.at), tiles
+
+
+# ------------------------------------------------------------------------------------------- what it says
+
+
+def _about(
+    place: Place, axes: Mapping[str, int], files: Sequence[ShardFile], tensors: Sequence[Foreign]
+) -> About:
+    tree, where = files[0].tree, str(place)
+    arguments = arguments_of(tree)
+    step = tree.get("iteration")
+    extra = {str(key): plain(value, where) for key, value in tree.items() if key not in _SKIPPED}
+    extra["args"] = {str(key): plain(value, where) for key, value in arguments.items()}
+    notes = ["random states are each rank's own, and left out"] if "rng_state" in tree else []
+    distributed = [path for path in place.files if path.endswith(f"/{_DISTRIBUTED}")]
+    if distributed:
+        notes.append(
+            f"{distributed[0]} and {len(distributed) - 1} more hold a distributed optimizer's states, which "
+            "are left out: their order is in no file. Save with --ckpt-format torch_dist to have them"
+        )
+    return About(
+        "megatron",
+        axes,
+        step if type(step) is int else None,
+        extra,
+        _sizes(arguments, {tensor.name for tensor in tensors}),
+        tuple(notes),
+    )
+
+
+def _sizes(arguments: Mapping[str, Any], names: set[str]) -> dict[str, int]:
+    """Return the sizes that rule documents ask for, as far as the arguments say them."""
+    said = {key: value for key, value in arguments.items() if type(value) is int}
+    sizes = {
+        name: said[key]
+        for name, key in (
+            ("layers", "num_layers"),
+            ("heads", "num_attention_heads"),
+            ("head_dim", "kv_channels"),
+            ("hidden", "hidden_size"),
+            ("inner", "ffn_hidden_size"),
+            ("vocab", "vocab_size"),
+            ("padded_vocab", "padded_vocab_size"),
+            ("experts", "num_experts"),
+        )
+        if key in said
+    }
+    if arguments.get("group_query_attention") and "num_query_groups" in said:
+        sizes["kv_heads"] = said["num_query_groups"]
+    if "max_position_embeddings" in said and any(".position_embeddings." in name for name in names):
+        sizes["positions"] = said["max_position_embeddings"]
+    if "untie_embeddings_and_output_weights" in arguments:
+        sizes["tied"] = int(not arguments["untie_embeddings_and_output_weights"])
+    sizes["fused_norms"] = int(any(name.endswith(".linear_qkv.layer_norm_weight") for name in names))
+    sizes["qkv_bias"] = int(any(name.endswith(".linear_qkv.bias") for name in names))
+    return sizes

@@ -1,0 +1,75 @@
+"""Writes Megatron-LM's legacy checkpoints: a file for each rank, with its part of the model."""
+
+from argparse import Namespace
+from collections.abc import Mapping
+from itertools import product
+from typing import Any
+
+from checkpoint.errors import Unsupported
+from checkpoint.interop.formats.contract import About, Contents
+from checkpoint.interop.formats.megatron_files import AXES, FILE, TRACKER, folder_of
+from checkpoint.interop.formats.saving import Later, Saving
+from checkpoint.interop.formats.streams import blocks_of
+from checkpoint.interop.place import Draft
+
+_VERSION = 3.0
+# What Megatron calls the sizes of a model, where a checkpoint of another format only has ours.
+_ARGUMENTS = {
+    "layers": "num_layers",
+    "heads": "num_attention_heads",
+    "head_dim": "kv_channels",
+    "hidden": "hidden_size",
+    "inner": "ffn_hidden_size",
+    "kv_heads": "num_query_groups",
+    "vocab": "vocab_size",
+    "padded_vocab": "padded_vocab_size",
+    "experts": "num_experts",
+}
+
+
+def write_megatron(draft: Draft, contents: Contents, budget_bytes: int) -> None:
+    """Write the model of every rank; the tracker, which names the iteration, comes last.
+
+    Raises Unsupported for optimizer states: Megatron numbers them in the order in which the model makes its
+    parameters, which tensors by name do not tell. Leave them out; Megatron then begins with fresh ones.
+    """
+    axes = {"tensor": 1, "pipeline": 1, **contents.about.axes}
+    strange = sorted(axes.keys() - AXES.keys())
+    if strange:
+        raise Unsupported(f"Megatron's folders have no number for the axes {strange}; they count {[*AXES]}")
+    models: dict[tuple[int, ...], dict[str, Later]] = {}
+    for number, tensor in enumerate(contents.tensors):
+        if tensor.name.startswith(("optimizer.", "other.")):
+            raise Unsupported(
+                f"Megatron numbers its optimizer's states by an order that {tensor.name!r} does not tell: "
+                "write the weights only"
+            )
+        place = tuple(tensor.at.get(axis, 0) for axis in axes)
+        models.setdefault(place, {})[tensor.name] = Later(number, tensor.dtype, tensor.shape)
+    step = contents.about.step or 0
+    arguments = _arguments(contents.about, axes)
+    for ranks in product(*(range(size) for size in axes.values())):
+        at = dict(zip(axes, ranks, strict=True))
+        path = f"iter_{step:07}/{folder_of(axes, at)}/{FILE}"
+        tree = {
+            "args": Namespace(**arguments),
+            "checkpoint_version": _VERSION,
+            "iteration": step,
+            "model": models.get(ranks, {}),
+        }
+        if path not in draft.kept:
+            with draft.writing(path) as file:
+                Saving(tree).write(file, lambda number: blocks_of(contents, number, budget_bytes))
+    with draft.writing(TRACKER) as file:
+        file.write(str(step).encode())
+
+
+def _arguments(about: About, axes: Mapping[str, int]) -> dict[str, Any]:
+    said = about.extra.get("args")
+    sizes = {name: about.sizes[key] for key, name in _ARGUMENTS.items() if key in about.sizes}
+    if "tied" in about.sizes:
+        sizes["untie_embeddings_and_output_weights"] = not about.sizes["tied"]
+    if "kv_heads" in about.sizes:
+        sizes["group_query_attention"] = about.sizes["kv_heads"] != about.sizes.get("heads")
+    ranks = {AXES[axis]: size for axis, size in axes.items()}
+    return {**sizes, **(said if isinstance(said, dict) else {}), **ranks}

@@ -1,0 +1,255 @@
+"""Checkpoints with Megatron-Core's own names, shapes and parts, read by the built-in rules.
+
+Golden tensors are put together as Megatron-Core's sharded_state_dict says, by the script that made them.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from checkpoint.errors import CheckpointError, Corrupt, Incomplete, Mismatch, Unsupported
+from checkpoint.format.box import Box
+from checkpoint.interop.builtin import builtin_rules
+from checkpoint.interop.formats.contract import ForeignCheckpoint
+from checkpoint.interop.formats.megatron import looks_like_megatron, open_megatron
+from checkpoint.interop.formats.megatron_writing import write_megatron
+from checkpoint.interop.formats.rounding import round_bits
+from checkpoint.interop.moves import Plan
+from checkpoint.interop.place import Place, drafting
+from checkpoint.interop.proof import check_equal, fingerprints_of_sources
+from checkpoint.interop.rules import plan_import
+from tests.interop.unpacking import rewrite, unpack
+from tests.interop_samples import assemble, fingerprints
+
+RULES = {"llama": "llama-megatron", "gpt": "gpt-megatron", "moe": "mixtral-megatron"}
+AXES = {
+    "llama": {"tensor": 2, "pipeline": 2},
+    "gpt": {"tensor": 2, "pipeline": 2},
+    "moe": {"tensor": 1, "pipeline": 2, "expert": 2},
+}
+Arrays = dict[str, np.ndarray]
+
+
+def plan_of(kind: str, opened: ForeignCheckpoint) -> Plan:
+    rules = builtin_rules(RULES[kind])
+    sizes = {name: size for name, size in opened.about.sizes.items() if name in rules.sizes}
+    return plan_import(rules, sizes, opened.about.axes, opened.tensors)
+
+
+def reading(opened: ForeignCheckpoint) -> Callable[[int], np.ndarray]:
+    return lambda number: opened.read(number, Box.whole(opened.tensors[number].shape))
+
+
+def expected(kind: str, golden: Arrays, prefix: str) -> Arrays:
+    """Say, without any rule, which global tensors Megatron's own are."""
+    whole = {name.removeprefix(prefix): bits for name, bits in golden.items() if name.startswith(prefix)}
+    whole = {name: bits for name, bits in whole.items() if ":" not in name}
+    found = {"embedding.weight": whole["embedding.word_embeddings.weight"][:29]}
+    if kind == "gpt":
+        found["positions.weight"] = whole["embedding.position_embeddings.weight"]
+    else:
+        found["head.weight"] = whole["output_layer.weight"][:29]
+    for part in ("weight", "bias") if kind == "gpt" else ("weight",):
+        found[f"final_norm.{part}"] = whole[f"decoder.final_layernorm.{part}"]
+        for layer in range(2 if kind == "moe" else 4):
+            one = {
+                name.removeprefix("decoder.layers."): bits[layer]
+                for name, bits in whole.items()
+                if name.startswith("decoder.layers.") and "experts" not in name
+            }
+            to = f"layers.{layer}"
+            groups = 4 if kind == "gpt" else 2
+            qkv = one[f"self_attention.linear_qkv.{part}"]
+            qkv = qkv.reshape(groups, 4 // groups + 2, 2, *qkv.shape[1:])
+            found[f"{to}.attention.q.{part}"] = qkv[:, :-2].reshape(8, *qkv.shape[3:])
+            found[f"{to}.attention.k.{part}"] = qkv[:, -2].reshape(groups * 2, *qkv.shape[3:])
+            found[f"{to}.attention.v.{part}"] = qkv[:, -1].reshape(groups * 2, *qkv.shape[3:])
+            found[f"{to}.attention.out.{part}"] = one[f"self_attention.linear_proj.{part}"]
+            norms = [f"self_attention.linear_qkv.layer_norm_{part}", f"input_layernorm.{part}"]
+            found[f"{to}.attention_norm.{part}"] = next(one[name] for name in norms if name in one)
+            norms = [f"mlp.linear_fc1.layer_norm_{part}", f"pre_mlp_layernorm.{part}"]
+            found[f"{to}.mlp_norm.{part}"] = next(one[name] for name in norms if name in one)
+            if kind == "gpt":
+                found[f"{to}.mlp.up.{part}"] = one[f"mlp.linear_fc1.{part}"]
+                found[f"{to}.mlp.down.{part}"] = one[f"mlp.linear_fc2.{part}"]
+            elif kind == "llama":
+                gate, up = np.split(one["mlp.linear_fc1.weight"], 2)
+                found |= {f"{to}.mlp.gate.weight": gate, f"{to}.mlp.up.weight": up}
+                found[f"{to}.mlp.down.weight"] = one["mlp.linear_fc2.weight"]
+            else:
+                found[f"{to}.router.weight"] = one["mlp.router.weight"]
+                experts = "decoder.layers.mlp.experts.experts.linear_fc"
+                for expert in range(4):
+                    gate, up = np.split(whole[f"{experts}1.weight"][layer, expert], 2)
+                    head = f"{to}.experts.{expert}"
+                    found |= {f"{head}.gate.weight": gate, f"{head}.up.weight": up}
+                    found[f"{head}.down.weight"] = whole[f"{experts}2.weight"][layer, expert]
+    return found
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_the_built_in_rules_read_what_megatron_core_itself_makes_of_a_model(kind, tmp_path):
+    folder, golden = unpack(f"megatron-{kind}", tmp_path)
+    assert looks_like_megatron(Place(str(folder)).files)
+    opened = open_megatron(Place(str(folder)))
+    assert opened.about.axes == AXES[kind]
+    assert opened.about.step == 7
+    plan = plan_of(kind, opened)
+    read = reading(opened)
+    found = assemble(plan, [read(number) for number in range(len(plan.foreign))])
+    weights = expected(kind, golden, "")
+    steps = {f"optimizer/step/{name}" for name in weights}
+    states = {
+        f"optimizer/{state}/{name}": bits.view(np.uint32)
+        for state in ("exp_avg", "exp_avg_sq", "master")
+        for name, bits in expected(kind, golden, f"{state}:").items()
+    }
+    assert found.keys() == weights.keys() | states.keys() | steps
+    for name, bits in weights.items():
+        assert (found[name] == round_bits(bits.view(np.uint32), "bfloat16")).all(), name
+    for name, bits in states.items():
+        assert (found[name] == bits).all(), name
+    assert {float(found[name].view(np.float32)[()]) for name in steps} == {7.0}
+    sums = fingerprints_of_sources(plan, read)
+    plain = fingerprints({name: found[name] for name in states})
+    assert {name: sums[name] for name in states} == plain
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_weights_that_are_written_come_back_bit_by_bit(kind, tmp_path):
+    folder, _ = unpack(f"megatron-{kind}", tmp_path)
+    opened = open_megatron(Place(str(folder)))
+    kept = [n for n, tensor in enumerate(opened.tensors) if not tensor.name.startswith("optimizer.")]
+
+    class Weights:
+        about = opened.about
+        tensors = tuple(opened.tensors[number] for number in kept)
+
+        def read(self, number: int, box: Box) -> np.ndarray:
+            return opened.read(kept[number], box)
+
+    with drafting(str(tmp_path / "back"), "one") as draft:
+        write_megatron(draft, Weights(), 1 << 16)
+    back = open_megatron(Place(str(tmp_path / "back")))
+    assert back.about.axes == opened.about.axes
+    assert back.about.sizes == opened.about.sizes
+    check_equal(
+        fingerprints_of_sources(plan_of(kind, back), reading(back)),
+        {
+            name: value
+            for name, value in fingerprints_of_sources(plan_of(kind, opened), reading(opened)).items()
+            if not name.startswith("optimizer/")
+        },
+    )
+    with (
+        pytest.raises(Unsupported, match="numbers its optimizer's states by an order"),
+        drafting(str(tmp_path / "all"), "one") as draft,
+    ):
+        write_megatron(draft, opened, 1 << 16)
+
+
+# ------------------------------------------------------------------- missing, doubled, stale, and other bugs
+
+
+def made(tmp_path: Path) -> Path:
+    folder, _ = unpack("megatron-llama", tmp_path)
+    return folder / "iter_0000007"
+
+
+def refuses(folder: Path, error: type[CheckpointError], match: str) -> None:
+    with pytest.raises(error, match=match):
+        open_megatron(Place(str(folder)))
+
+
+def test_a_rank_that_is_missing_is_named(tmp_path):
+    folder = made(tmp_path)
+    shutil.rmtree(folder / "mp_rank_01_001")
+    refuses(folder, Incomplete, "no file of {'tensor': 1, 'pipeline': 1}, one of")
+
+
+def test_a_rank_that_is_left_from_another_world_is_named(tmp_path):
+    folder = made(tmp_path)
+    shutil.copytree(folder / "mp_rank_00_001", folder / "mp_rank_02_001")
+    refuses(folder, Corrupt, "mp_rank_02_001/model_optim_rng.pt .* of none of the")
+
+
+@pytest.mark.parametrize(
+    ("one", "two"), [("mp_rank_00_000", "mp_rank_01_000"), ("mp_rank_01_001", "mp_rank_00_001")]
+)
+def test_a_rank_s_file_that_is_a_copy_of_another_s_is_caught(one, two, tmp_path):
+    folder = made(tmp_path)
+    shutil.copy(folder / one / "model_optim_rng.pt", folder / two / "model_optim_rng.pt")
+    refuses(folder, Corrupt, "hold the same: one is a copy of the other")
+
+
+def test_a_rank_s_file_of_another_iteration_or_run_is_caught(tmp_path):
+    folder = made(tmp_path)
+    path = folder / "mp_rank_01_000/model_optim_rng.pt"
+
+    def restart(tree: Any) -> None:
+        tree["args"].num_layers = 6
+
+    rewrite(path, restart)
+    refuses(folder, Corrupt, "mp_rank_01_000/.* is of a run with .*'num_layers': 6")
+
+    def advance(tree: Any) -> None:
+        tree["iteration"] = 8
+
+    rewrite(path, advance)
+    refuses(folder, Corrupt, "mp_rank_01_000/.* is of iteration 8, and .* of 7")
+
+
+def test_ranks_that_change_places_are_caught(tmp_path):
+    """Every shape, count and norm agrees; the content of what they share out does not."""
+    folder = made(tmp_path)
+    opened = open_megatron(Place(str(folder)))
+    sound = fingerprints_of_sources(plan_of("llama", opened), reading(opened))
+    shutil.move(folder / "mp_rank_00_000", folder / "kept")
+    shutil.move(folder / "mp_rank_01_000", folder / "mp_rank_00_000")
+    shutil.move(folder / "kept", folder / "mp_rank_01_000")
+    wrong = open_megatron(Place(str(folder)))
+    with pytest.raises(Mismatch, match=r"the content of \d+ of 195 tensors differs"):
+        check_equal(sound, fingerprints_of_sources(plan_of("llama", wrong), reading(wrong)))
+
+
+def test_an_optimizer_of_other_shapes_than_the_model_is_caught(tmp_path):
+    folder = made(tmp_path)
+
+    def forget(tree: Any) -> None:
+        tree["optimizer"]["optimizer"]["param_groups"][0]["params"].pop()
+
+    rewrite(folder / "mp_rank_01_000/model_optim_rng.pt", forget)
+    refuses(folder, CheckpointError, "mp_rank_01_000")
+
+
+def test_states_that_the_optimizer_lost_are_caught_by_the_rules(tmp_path):
+    """PyTorch issue 140898, in one rank's file."""
+    folder = made(tmp_path)
+    path = folder / "mp_rank_01_000/model_optim_rng.pt"
+    rewrite(path, lambda tree: tree["optimizer"]["optimizer"]["state"].clear())
+    opened = open_megatron(Place(str(folder)))
+    with pytest.raises(Incomplete, match=r"optimizer/.*tensor"):
+        plan_of("llama", opened)
+
+
+def test_virtual_stages_and_other_files_are_refused_by_name(tmp_path):
+    folder = made(tmp_path)
+
+    def divide(tree: Any) -> None:
+        tree["model0"] = tree.pop("model")
+
+    rewrite(folder / "mp_rank_00_000/model_optim_rng.pt", divide)
+    refuses(folder, Unsupported, "mp_rank_00_000/.* has virtual pipeline stages")
+    (folder / "mp_rank_00_000/model_optim_rng.pt").write_bytes(b"PK\3\4 and so on")
+    refuses(folder, Corrupt, "mp_rank_00_000/model_optim_rng.pt")
+
+
+def test_a_distributed_optimizer_s_states_are_left_out_and_that_is_said(tmp_path):
+    folder = made(tmp_path)
+    (folder / "mp_rank_00_000/distrib_optim.pt").write_bytes(b"")
+    opened = open_megatron(Place(str(folder)))
+    assert any("distrib_optim.pt" in note and "left out" in note for note in opened.about.notes)
