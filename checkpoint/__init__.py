@@ -94,8 +94,9 @@ if TYPE_CHECKING:
     )
     from checkpoint.interop.conversion.importing import Adoption
     from checkpoint.interop.conversion.resharding import Change, plan_reshard, reshard
-    from checkpoint.interop.conversion.ruled import RuleChoice, choose_rules
+    from checkpoint.interop.conversion.ruled import RuleChoice, choose_rules, rule_names
     from checkpoint.interop.conversion.sharing import RankShare, share_of_rank
+    from checkpoint.interop.conversion.tying import parse_ties
     from checkpoint.keeper.peering.source import PeerSource
 
 __all__ = [
@@ -199,6 +200,7 @@ __all__ = [
     "parse_dtype",
     "parse_layout",
     "parse_policy",
+    "parse_ties",
     "per_rank_values",
     "plan_export_foreign",
     "plan_import_foreign",
@@ -210,6 +212,7 @@ __all__ = [
     "repair",
     "reshard",
     "restore_into",
+    "rule_names",
     "set_aside",
     "share_of_rank",
     "specs_of",
@@ -246,6 +249,7 @@ _CONVERSIONS = {
     "Adoption": f"{_ROOM}.importing",
     "Emigration": f"{_ROOM}.exporting",
     "parse_dtype": f"{_ROOM}.casting",
+    "parse_ties": f"{_ROOM}.tying",
     **dict.fromkeys(("Compared", "Verdict"), f"{_ROOM}.comparing"),
     **dict.fromkeys(("ConversionReport", "ConversionSettings", "Progress", "Proof"), f"{_ROOM}.contract"),
     **dict.fromkeys(
@@ -256,7 +260,7 @@ _CONVERSIONS = {
         f"{_ROOM}.foreign",
     ),
     **dict.fromkeys(("Change", "plan_reshard", "reshard"), f"{_ROOM}.resharding"),
-    **dict.fromkeys(("RuleChoice", "choose_rules"), f"{_ROOM}.ruled"),
+    **dict.fromkeys(("RuleChoice", "choose_rules", "rule_names"), f"{_ROOM}.ruled"),
     **dict.fromkeys(("RankShare", "share_of_rank"), f"{_ROOM}.sharing"),
 }
 _LATER = {**_WITH_TORCH, **_CONVERSIONS}

@@ -17,13 +17,35 @@ Where = Annotated[
 ]
 RunsDir = Annotated[str, typer.Option(help="Where runs have their directories.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of tables.")]
+FORMATS = ("hf", "dcp", "deepspeed", "megatron", "torch")
+
+
+def format_names() -> list[str]:
+    """List the formats for a shell that completes."""
+    return list(FORMATS)
+
+
+def rule_names() -> list[str]:
+    """List the built-in rule sets for a shell that completes."""
+    import checkpoint
+
+    return checkpoint.rule_names()
+
+
 Format = Annotated[
     str | None,
-    typer.Option(help="Foreign format: hf, dcp, deepspeed, megatron, torch. Default: what it looks like."),
+    typer.Option(
+        help="Foreign format: hf, dcp, deepspeed, megatron, torch. Default: what it looks like.",
+        autocompletion=format_names,
+    ),
 ]
 Rules = Annotated[
     str | None,
-    typer.Option(metavar="NAME|FILE", help="Rules of the model: a built-in set, or a YAML file."),
+    typer.Option(
+        metavar="NAME|FILE",
+        help="Rules of the model: a built-in set, or a YAML file.",
+        autocompletion=rule_names,
+    ),
 ]
 Sizes = Annotated[
     list[str] | None,

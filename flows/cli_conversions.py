@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli_checkpoints import AsJson, Format, Rules, RunsDir, Sizes, Step, Where
+from flows.cli_checkpoints import AsJson, Format, Rules, RunsDir, Sizes, Step, Where, format_names
 from flows.console import clear_errors, followed, resumable, screen
 
 app = typer.Typer(rich_markup_mode="rich")
@@ -88,6 +88,12 @@ def import_(
     step: Annotated[
         int | None, typer.Option(help="Its step. Default: what it says itself, or 0.", show_default=False)
     ] = None,
+    tie: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OTHER=NAME", help="A weight's other name: lm_head.weight=wte.weight. Repeatable."
+        ),
+    ] = None,
     run: Annotated[str, typer.Option(help="The name of its run; 'run' is a Checkpointer's default.")] = "run",
     budget: Budget = "1GiB",
     threads: Threads = 2,
@@ -97,14 +103,16 @@ def import_(
     """Take over another framework's checkpoint, so that a Checkpointer restores it like its own.
 
     Tensors keep their names, as model/NAME and optimizer/state/NAME/STATE, unless rules say otherwise; a
-    checkpoint that is spread over tensor or pipeline ranks needs rules. Nothing of it is ever executed.
+    checkpoint that is spread over tensor or pipeline ranks needs rules; a tied weight, which frameworks keep
+    once or twice, is told by --tie. Nothing of it is ever executed.
     """
     with clear_errors(), resumable(_GO_ON):
         import checkpoint
         from flows import conversions
 
         chosen = conversions.rules_of(conversions.Rules(rules, sizes or ()))
-        adoption = checkpoint.Adoption(run, step, chosen, conversions.layout_of(to))
+        ties = conversions.ties_of(tie or ())
+        adoption = checkpoint.Adoption(run, step, chosen, conversions.layout_of(to), ties)
         settings = conversions.settings_of(budget, threads)
         store = checkpoint.open_store(target)
         if dry_run:
@@ -121,7 +129,9 @@ def import_(
 def export(
     source: Where,
     target: Annotated[str, typer.Argument(metavar="DST", help="A new directory, here or behind a URL.")],
-    format: Annotated[str, typer.Option(help="hf, dcp, deepspeed, megatron or torch.")],
+    format: Annotated[
+        str, typer.Option(help="hf, dcp, deepspeed, megatron or torch.", autocompletion=format_names)
+    ],
     source_format: Annotated[
         str | None,
         typer.Option(help="The source is a foreign checkpoint of this format, and no store of ours."),

@@ -60,6 +60,12 @@ def dtype_of(text: str | None) -> str | None:
         return None if text is None else checkpoint.parse_dtype(text)
 
 
+def ties_of(texts: Sequence[str]) -> dict[str, str]:
+    """Return which names are other names of a weight. Raises SpecError."""
+    with asked():
+        return checkpoint.parse_ties(texts)
+
+
 def describe_report(report: "checkpoint.ConversionReport") -> dict[str, Any]:
     """Return a report as plain data."""
     told = asdict(report)

@@ -33,6 +33,10 @@ class ConversionOrder(BaseModel):
     only: str | None = Field(None, description="A glob of names, such as model/*.")
     rules: str | None = Field(None, description="Rules of the model: a built-in set, or a YAML file.")
     sizes: list[str] = Field(default_factory=list, description="The model's sizes for the rules: layers=12.")
+    ties: list[str] = Field(
+        default_factory=list,
+        description="Other names of tied weights, in an import: lm_head.weight=wte.weight.",
+    )
     memory_budget_mib: int = Field(1024, ge=128, description="The most memory that buffers take.")
     threads: int = Field(2, ge=1, description="How many threads read and encode.")
 
@@ -83,7 +87,8 @@ def carry_out(order: ConversionOrder) -> checkpoint.ConversionReport:
     if order.source_format is not None:
         if order.dtype is not None or order.only is not None:
             raise checkpoint.FormatError("import it into a store first; from there it is cast and divided")
-        adoption = checkpoint.Adoption(step=order.step, rules=rules, to=order.to)
+        ties = checkpoint.parse_ties(order.ties)
+        adoption = checkpoint.Adoption(step=order.step, rules=rules, to=order.to, ties=ties)
         target = checkpoint.open_store(order.target)
         return checkpoint.import_foreign(
             order.source, target, adoption, format=order.source_format, settings=settings

@@ -291,6 +291,14 @@ def test_sizes_are_read_as_people_write_them(text, size):
     assert parse_bytes(text) == size
 
 
+def test_a_shell_completes_verbs_and_values():
+    completed = {"_HOLDFAST_COMPLETE": "complete_bash", "_TYPER_COMPLETE_TESTING": "1"}
+    for words, wanted in [("holdfast resh", "reshard"), ("holdfast import a b --rules llama", "llama-hf")]:
+        asked = {**completed, "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+        done = CliRunner().invoke(app, [], env=asked, prog_name="holdfast")
+        assert wanted in done.output, done.output
+
+
 def test_differences_without_a_number_are_spelled():
     spec = checkpoint.TensorSpec("a", "float32", ())
     one = checkpoint.Compared("a", checkpoint.Verdict.DIFFERENT, spec, spec, math.inf, 1)

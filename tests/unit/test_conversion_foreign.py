@@ -15,6 +15,7 @@ from checkpoint.interop.conversion.origins import stored_origin
 from checkpoint.interop.conversion.resharding import Change, reshard
 from checkpoint.interop.conversion.ruled import RuleChoice, choose_rules
 from checkpoint.interop.conversion.stored import Stored
+from checkpoint.interop.conversion.tying import parse_ties
 from checkpoint.interop.formats.contract import About
 from checkpoint.interop.moves import Foreign
 from checkpoint.store.memory import MemoryStore
@@ -113,7 +114,7 @@ def test_what_was_imported_is_exported_bit_for_bit_with_all_that_is_no_tensor(tr
     report, back = export(store, Emigration("memory"))
     assert [one.name for one in back.tensors] == [one.name for one in source.tensors]
     assert all((a == b).all() for a, b in zip(source.arrays, back.arrays, strict=True))
-    assert back.about.extra == source.about.extra
+    assert back.about.extra == {**source.about.extra, "step": 12}
     assert back.about.step == 12
     assert len(report.proofs) == len(source.tensors)
 
@@ -239,11 +240,55 @@ def test_what_lies_beside_model_and_optimizer_comes_back_where_it_was():
     store, again = MemoryStore("s"), MemoryStore("again")
     save_state(store, state)
     _, back = export(store, Emigration("memory"))
-    assert back.about.extra == {"loop": {"cursor": [1, 2], "note": None}, "schedule": {"lr": (0.1, 0.2)}}
+    assert back.about.extra == {
+        "step": 3,
+        "loop": {"cursor": [1, 2], "note": None},
+        "schedule": {"lr": (0.1, 0.2)},
+    }
     import_checkpoint(back, "memory:", again, Adoption())
     assert bits_of(again) == bits_of(store)
     loaded = checkpoint.load(again).state
     assert loaded["loop"]["cursor"] == [1, 2] and loaded["schedule"] == state["schedule"]
+
+
+class Tied(torch.nn.Module):
+    """A model whose output layer is its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(7, 4)
+        self.head = torch.nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+
+@pytest.mark.parametrize("names", [("embed.weight",), ("embed.weight", "head.weight")])
+def test_a_tied_weight_kept_once_or_twice_is_one_here(names, tmp_path):
+    model, other, url = Tied(), Tied(), str(tmp_path / "store")
+    source = InMemory([plain(name, model.embed.weight) for name in names])
+    ties = parse_ties(["head.weight=embed.weight"])
+    report = import_checkpoint(source, "memory:", checkpoint.open_store(url), Adoption(ties=ties))
+    assert report.num_tensors == 1
+    with checkpoint.Checkpointer(url) as checkpointer:
+        checkpointer.restore({"model": other})
+    assert torch.equal(model.embed.weight, other.head.weight)
+    _, back = export(checkpoint.open_store(url), Emigration("memory"))
+    assert [one.name for one in back.tensors] == ["embed.weight", "head.weight"], "as a state_dict has them"
+    assert (back.arrays[0] == back.arrays[1]).all()
+    again = MemoryStore("again")
+    assert import_checkpoint(back, "memory:", again, Adoption()).num_tensors == 1, "what we export tells"
+
+
+def test_weights_that_differ_are_not_tied():
+    shards = [plain("a", torch.ones(3)), plain("b", torch.zeros(3)), plain("c", torch.ones(4))]
+    for ties, error, words in [
+        ({"b": "a"}, Mismatch, "differ"),
+        ({"c": "a"}, Mismatch, "type or shape"),
+        ({"b": "z"}, FormatError, "'z', which is not there"),
+    ]:
+        with pytest.raises(error, match=words):
+            import_checkpoint(InMemory(shards), "memory:", MemoryStore("s"), Adoption(ties=ties))
+    with pytest.raises(FormatError, match="ties nothing"):
+        parse_ties(["a"])
 
 
 def test_an_optimizer_without_groups_gets_one_of_all_its_parameters():

@@ -34,6 +34,7 @@ from checkpoint.interop.conversion.resharding import ONE_RANK, Chosen, num_bytes
 from checkpoint.interop.conversion.roles import owner_of
 from checkpoint.interop.conversion.ruled import RuleChoice
 from checkpoint.interop.conversion.skeletons import matches
+from checkpoint.interop.conversion.tying import TIED, with_copies
 from checkpoint.interop.formats.contract import About
 from checkpoint.interop.formats.contract import Contents as ForeignContents
 from checkpoint.interop.moves import Foreign, Move, Plan
@@ -139,6 +140,9 @@ def plan_emigration(source: Origin, emigration: Emigration, holds_optimizer: Hol
     chosen = Chosen(source.contents, names)
     contents = Cast(chosen, _casts(chosen.tensors, emigration.dtype))
     plan = _plan(contents.tensors, emigration)
+    ties = source.ties if holds_optimizer(emigration.format) and emigration.rules is None else {}
+    if emigration.only is None:
+        plan = with_copies(plan, contents.tensors, ties)
     about = _about(source, emigration, plan)
     return Outward(source, chosen, contents, plan, Outbound(contents, plan, about), tuple(notes))
 
@@ -225,7 +229,8 @@ def _plan(specs: Sequence[TensorSpec], emigration: Emigration) -> Plan:
 
 def _about(origin: Origin, emigration: Emigration, plan: Plan) -> About:
     axes = {axis: 1 + max(one.at[axis] for one in plan.foreign) for axis in plan.foreign[0].at}
-    return About(emigration.format, axes, origin.step, origin.extra)
+    told = {"step": origin.step, **({TIED: dict(origin.ties)} if origin.ties else {}), **origin.extra}
+    return About(emigration.format, axes, origin.step, told)
 
 
 def _prove(

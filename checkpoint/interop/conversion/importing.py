@@ -26,6 +26,7 @@ from checkpoint.interop.conversion.names import from_foreign, from_rules
 from checkpoint.interop.conversion.resharding import ONE_RANK, layout_meta
 from checkpoint.interop.conversion.roles import lay_out, owner_of, pieces_of
 from checkpoint.interop.conversion.ruled import RuleChoice, placements_by
+from checkpoint.interop.conversion.tying import TIED, Ties, tie
 from checkpoint.interop.conversion.writing import Draft, write_checkpoint
 from checkpoint.interop.expression import Size
 from checkpoint.interop.formats.contract import ForeignCheckpoint
@@ -43,13 +44,14 @@ _DEFAULT_RUN = "run"  # as a Checkpointer calls it
 class Adoption:
     """What a foreign checkpoint is to become: of which run and step, by which rules, cut for which layout.
 
-    Without a step it is the foreign one's own, or 0.
+    Without a step it is the foreign one's own, or 0. `ties` say which names are other names of a weight.
     """
 
     run: str = _DEFAULT_RUN
     step: int | None = None
     rules: RuleChoice | None = None
     to: str = ONE_RANK
+    ties: Ties = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,7 @@ def prove(plan: Plan, foreign: Any, found: Mapping[str, int], settings: Conversi
 def plan_adoption(foreign: ForeignCheckpoint, origin: str, adoption: Adoption) -> tuple[Sighted, Draft]:
     """Work out what a foreign checkpoint becomes, before anything is read of its tensors."""
     about = foreign.about
-    sighted = sight(foreign, adoption.rules)
+    sighted = sight(foreign, adoption.rules, adoption.ties)
     specs = sighted.plan.tensors
     scheme = parse_layout(adoption.to)
     by_rules = adoption.rules is not None and scheme.mesh.size > 1
@@ -167,27 +169,32 @@ def plan_adoption(foreign: ForeignCheckpoint, origin: str, adoption: Adoption) -
     return sighted, draft
 
 
-def sight(foreign: ForeignCheckpoint, choice: RuleChoice | None) -> Sighted:
+def sight(foreign: ForeignCheckpoint, choice: RuleChoice | None, ties: Ties | None = None) -> Sighted:
     """Return the universal tensors that a foreign checkpoint holds, by rules or by their own names.
+
+    Without `ties` they are those that the checkpoint tells of.
 
     Raises FormatError if its tensors are spread over ranks and no rules say how.
     """
     about = foreign.about
+    extra = dict(about.extra)
+    known = extra.pop(TIED, None)
+    ties = ties or (known if isinstance(known, dict) else {})
     if choice is None:
         if any(ranks > 1 for ranks in about.axes.values()):
             raise FormatError(
                 f"the tensors of this {about.format} checkpoint are spread over {dict(about.axes)}: "
                 "name the rules of its model (--rules, --set)"
             )
-        plan = _renamed(as_they_are(foreign.tensors), from_foreign)
-        return Sighted(plan, _skeleton(plan.tensors, about.extra))
+        plan = tie(_renamed(as_they_are(foreign.tensors), from_foreign), ties)
+        return Sighted(plan, _skeleton(plan.tensors, extra, ties))
     others = [number for number, one in enumerate(foreign.tensors) if one.name.startswith(_OTHER)]
     numbers = [number for number in range(len(foreign.tensors)) if number not in set(others)]
     sizes = {**_known_sizes(choice, about.sizes), **choice.sizes}
     plan = plan_import(choice.rules, sizes, about.axes, [foreign.tensors[number] for number in numbers])
-    plan = _renamed(_renumbered(plan, numbers, foreign.tensors), from_rules)
+    plan = tie(_renamed(_renumbered(plan, numbers, foreign.tensors), from_rules), ties)
     notes = [f"{len(others)} tensors that are neither weights nor optimizer states are left out"]
-    return Sighted(plan, _skeleton(plan.tensors, about.extra), tuple(notes if others else []))
+    return Sighted(plan, _skeleton(plan.tensors, extra, ties), tuple(notes if others else []))
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +217,7 @@ class _Nested:
         node[path[-1]] = value
 
 
-def _skeleton(specs: Sequence[TensorSpec], extra: Mapping[str, Any]) -> Any:
+def _skeleton(specs: Sequence[TensorSpec], extra: Mapping[str, Any], ties: Ties) -> Any:
     """Return the state around tensors, as a Checkpointer saves it; plain data lies beside it by name.
 
     An optimizer of which no groups are told gets one, of all its parameters.
@@ -222,12 +229,14 @@ def _skeleton(specs: Sequence[TensorSpec], extra: Mapping[str, Any]) -> Any:
         is_flat = kind in (MODEL, OTHER)
         path = (kind, rest) if is_flat else tuple(spec.name.split("/"))
         nested.put((OPTIMIZER, STATE, owner.parameter, owner.state) if owner else path, _Reference(spec.name))
+    for other, name in ties.items():
+        nested.put((MODEL, other), _Reference(f"{MODEL}/{name}"))
     for name, value in extra.items():
         nested.put((name,) if name not in (MODEL, OTHER) else (EXTRA, name), value)
     optimizer = nested.tree.get(OPTIMIZER)
     if optimizer is not None:
         optimizer.setdefault(GROUPS, [{"params": list(optimizer.get(STATE, {}))}])
-    flat = flatten(nested.tree, lambda value: isinstance(value, _Reference))
+    flat = flatten(nested.tree, lambda value: isinstance(value, _Reference), key=lambda leaf: leaf.name)
     renamed = {path: leaf.name for path, leaf in flat.leaves.items()}
     if any(path != name for path, name in renamed.items()):
         strange = next(name for path, name in renamed.items() if path != name)

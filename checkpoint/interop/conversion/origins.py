@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from checkpoint.format.codec import checksum
@@ -14,6 +14,7 @@ from checkpoint.interop.conversion.contract import ConversionSettings, GlobalTen
 from checkpoint.interop.conversion.importing import EXTRA, MODEL, sight
 from checkpoint.interop.conversion.ruled import RuleChoice
 from checkpoint.interop.conversion.stored import Stored
+from checkpoint.interop.conversion.tying import Ties, ties_of
 from checkpoint.interop.formats.contract import ForeignCheckpoint
 
 _TENSOR = object()
@@ -34,6 +35,7 @@ class Origin:
     extra: Mapping[str, Any]
     fingerprints: Callable[[ConversionSettings], Mapping[str, int]]
     num_read_bytes: Callable[[], int]
+    ties: Ties = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -47,6 +49,7 @@ def stored_origin(stored: Stored) -> Origin:
         digest=checksum(encode_manifest(manifest)).hex(),
         contents=stored,
         extra=_plain_parts(unflatten(manifest.skeleton, _Tensors())),
+        ties=ties_of(manifest.skeleton),
         fingerprints=lambda _: known,
         num_read_bytes=lambda: stored.read_bytes,
     )

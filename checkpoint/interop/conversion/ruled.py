@@ -45,6 +45,11 @@ def choose_rules(text: str, settings: Sequence[str] = ()) -> RuleChoice:
     return RuleChoice(rules, parse_sizes(settings))
 
 
+def rule_names() -> list[str]:
+    """List the built-in rule sets."""
+    return builtin_names()
+
+
 def parse_sizes(settings: Sequence[str]) -> dict[str, Size]:
     """Return sizes as people write them: NAME=N, or NAME=N,N,... for one entry a rank. Raises FormatError."""
     sizes: dict[str, Size] = {}
