@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from types import FrameType
 
 import ray
+from ray.exceptions import RayError
 
 log = logging.getLogger("holdfast.worker")
 LOOK_EVERY_S = 1.0
@@ -40,7 +41,11 @@ class Draining:
         if now - self._looked_at < LOOK_EVERY_S:
             return {}
         self._looked_at = now
-        nodes: Mapping[str, int] = ray._private.state.state.get_draining_nodes()
+        try:
+            nodes: Mapping[str, int] = ray._private.state.state.get_draining_nodes()
+        except (RayError, OSError) as error:
+            log.debug("which nodes Ray drains is not known for now: %s", error)
+            return {}
         fresh = {node[:12]: deadline for node, deadline in nodes.items() if node not in self._told}
         self._told |= nodes.keys()
         return {node: _notice(deadline_ms) for node, deadline_ms in fresh.items()}
