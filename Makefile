@@ -7,6 +7,7 @@
 #   make soak                         the hours-long tests
 #   make bench [NAME=...] [QUICK=1]   benchmarks; bench-peers builds the peers' environment first
 #                                     (ONLY=blocked,codec: some figures of NAME=checkpoint)
+#   make deepspeed                    build .venv-deepspeed: some tests then ask DeepSpeed itself
 #   make ratchets                     record the public names anew, after changing them on purpose
 #   make clean                        remove .venv and caches; runs/ stays
 
@@ -15,6 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS_READY := .venv-peers/.ready
+DEEPSPEED_READY := .venv-deepspeed/.ready
 TESTS ?= tests
 PYTEST := $(BIN)/python -m pytest --hypothesis-profile=ci
 
@@ -25,7 +27,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train serve check test soak bench bench-peers ratchets system-packages clean
+.PHONY: help venv train serve check test soak bench bench-peers deepspeed ratchets system-packages clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -68,6 +70,17 @@ $(PEERS_READY): tests/bench/peers.txt
 	@echo "Installing the peers into .venv-peers (a few minutes, once) ..."
 	@$(PYTHON) -m venv .venv-peers
 	@.venv-peers/bin/python -m pip install -qq --disable-pip-version-check -r tests/bench/peers.txt
+	@touch $@
+
+# Tests on DeepSpeed's own checkpoints ask DeepSpeed itself where this environment is; elsewhere they read fixtures that it made.
+deepspeed: $(DEEPSPEED_READY)
+
+$(DEEPSPEED_READY): tests/interop/deepspeed.txt
+	@echo "Installing DeepSpeed into .venv-deepspeed (a few minutes, once) ..."
+	@$(PYTHON) -m venv .venv-deepspeed
+	@DS_BUILD_OPS=0 .venv-deepspeed/bin/python -m pip install -qq --disable-pip-version-check torch==2.13.0 numpy==2.4.6 setuptools wheel
+	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pip install -qq --disable-pip-version-check \
+	  --no-build-isolation -r tests/interop/deepspeed.txt
 	@touch $@
 
 ratchets: $(READY)
