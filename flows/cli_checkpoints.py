@@ -17,7 +17,7 @@ Where = Annotated[
 ]
 RunsDir = Annotated[str, typer.Option(help="Where runs have their directories.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of tables.")]
-FORMATS = ("hf", "dcp", "deepspeed", "megatron", "torch")
+FORMATS = ("hf", "dcp", "torch", "megatron", "deepspeed", "deepspeed-universal")
 
 
 def format_names() -> list[str]:
@@ -35,7 +35,7 @@ def rule_names() -> list[str]:
 Format = Annotated[
     str | None,
     typer.Option(
-        help="Foreign format: hf, dcp, deepspeed, megatron, torch. Default: what it looks like.",
+        help="Foreign: hf, dcp, torch, megatron, deepspeed(-universal). Default: what it looks like.",
         autocompletion=format_names,
     ),
 ]

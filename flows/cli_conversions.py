@@ -130,7 +130,8 @@ def export(
     source: Where,
     target: Annotated[str, typer.Argument(metavar="DST", help="A new directory, here or behind a URL.")],
     format: Annotated[
-        str, typer.Option(help="hf, dcp, deepspeed, megatron or torch.", autocompletion=format_names)
+        str,
+        typer.Option(help="hf, dcp, torch, megatron, deepspeed(-universal).", autocompletion=format_names),
     ],
     source_format: Annotated[
         str | None,

@@ -22,10 +22,10 @@ class ConversionOrder(BaseModel):
     source: str = Field(description="URL or directory of a store, or of a foreign checkpoint.")
     target: str = Field(description="URL or directory of a store, or of a new foreign checkpoint.")
     source_format: str | None = Field(
-        None, description="hf, dcp, deepspeed, megatron or torch. Nothing: it is one of our stores."
+        None, description="hf, dcp, torch, megatron, deepspeed(-universal). Nothing: it is one of our stores."
     )
     target_format: str | None = Field(
-        None, description="hf, dcp, deepspeed, megatron or torch. Nothing: it is one of our stores."
+        None, description="hf, dcp, torch, megatron, deepspeed(-universal). Nothing: it is one of our stores."
     )
     step: int | None = Field(None, ge=0, description="Which checkpoint. Nothing: the newest.")
     to: str = Field("replica=1", description="The layout, such as replica=2,shard=4,tensor=2.")

@@ -18,6 +18,7 @@ from flows import console, conversions
 from flows.cli import app
 from flows.tables import Leaf, draw_tree, parse_bytes
 from tests.conversion_samples import adam_state, bits_of, block_weights, save_state
+from tests.resharding_matrix import MODELS, make_truth
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VERBS = ("reshard", "import", "export", "copy", "diff", "plan")
@@ -163,6 +164,35 @@ def test_a_foreign_checkpoint_goes_straight_into_another_format(tmp_path):
     assert report["proved"] == {"fingerprint": 0, "reference": 3}
     found = load_file(tmp_path / "half" / "model.safetensors")
     assert all(torch.equal(found[name], one.bfloat16()) for name, one in weights.items())
+
+
+def test_a_llama_goes_by_rules_to_megatrons_ranks_and_from_there_to_hugging_face(tmp_path):
+    truth = make_truth("Llama")
+    name, given = MODELS["Llama"]
+    sizes = [word for key, value in given.items() for word in ("--set", f"{key}={value}")]
+    store, ranks, back, model = (str(tmp_path / one) for one in ("store", "ranks", "back", "model"))
+    checkpoint.promote(truth.store, checkpoint.open_store(store), 9)
+    spread = ["--rules", name, *sizes, "--to", "tensor=2,pipeline=2", "--only", "model/*"]
+    assert told("export", store, ranks, "--format", "megatron", *spread)["num_tensors"] == 21
+    assert told("inspect", ranks)["layout"] == "tensor=2, pipeline=2"
+    assert told("import", ranks, back, "--rules", name, *sizes)["proved"]["fingerprint"] == 21
+    assert ask("import", ranks, str(tmp_path / "no")).exit_code == 1, "without rules nobody can tell"
+    found = bits_of(checkpoint.open_store(back))
+    assert found == {key: bits for key, bits in bits_of(truth.store).items() if key.startswith("model/")}
+    rules = ["--source-rules", name, "--rules", "llama-hf", *sizes]
+    told("export", ranks, model, "--format", "hf", *rules)
+    loaded = load_file(tmp_path / "model" / "model.safetensors")
+    expected = checkpoint.load(truth.store).state["model"]["layers.1.attention.k.weight"]
+    assert torch.equal(loaded["model.layers.1.self_attn.k_proj.weight"], expected)
+
+
+@pytest.mark.parametrize("format", ["dcp", "torch", "deepspeed-universal"])
+def test_a_training_goes_out_to_a_format_and_comes_back(format, source, tmp_path):
+    out, back = str(tmp_path / "out"), str(tmp_path / "back")
+    told("export", source, out, "--format", format)
+    told("import", out, back)
+    compared = json.loads(ask("diff", source, back, "--json").stdout)
+    assert {each["verdict"] for each in compared if not each["name"].endswith("/master")} == {"equal"}
 
 
 def test_a_file_of_torch_save_is_imported_and_restored(tmp_path):
