@@ -11,6 +11,7 @@ import pytest
 import stamina
 from hypothesis import HealthCheck, settings
 
+pytest.register_assert_rewrite("tests.contract.suite", "tests.contract.s3_suite")  # others inherit them
 REPOSITORY = Path(__file__).resolve().parent.parent
 _MARK = "HOLDFAST_TEST_SESSION"
 
