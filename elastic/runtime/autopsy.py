@@ -5,7 +5,6 @@ kernel sees them.
 import faulthandler
 import os
 import signal
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -13,28 +12,27 @@ from pathlib import Path
 SIGNAL = signal.SIGUSR2
 ANSWER_S = 0.5
 SETTLE_S = 0.05
+_NAME = "holdfast-stacks"
 
 
-def prepare(run: str, member: str) -> None:
-    """Let this process write its stacks down when it is signalled; works though the interpreter is stuck."""
-    path = _path(run, member)
-    path.unlink(missing_ok=True)
-    faulthandler.register(SIGNAL, path.open("xb", buffering=0), all_threads=True)
-    path.chmod(0o600)
+def prepare() -> None:
+    """Let this process write its stacks down when it is signalled; works though the interpreter is stuck.
+
+    They go to memory that others read through /proc, so a killed process leaves no file behind.
+    """
+    faulthandler.register(SIGNAL, os.memfd_create(_NAME), all_threads=True)
 
 
-def examine(run: str, member: str, pid: int) -> str:
+def examine(member: str, pid: int) -> str:
     """Describe what a process on this host is doing. Takes half a second at most."""
-    return "\n".join([f"{member}, pid {pid}", _threads(pid), "Python:", _stacks(run, member, pid)])
+    return "\n".join([f"{member}, pid {pid}", _threads(pid), "Python:", _stacks(pid)])
 
 
-def _path(run: str, member: str) -> Path:
-    return Path(tempfile.gettempdir()) / f"holdfast-{os.getuid()}-{run}-{member}.stacks"
-
-
-def _stacks(run: str, member: str, pid: int) -> str:
-    path = _path(run, member)
+def _stacks(pid: int) -> str:
     try:
+        path = next(filter(_is_ours, Path(f"/proc/{pid}/fd").iterdir()), None)
+        if path is None:
+            return "no stacks: the process did not prepare for it"
         os.kill(pid, SIGNAL)
         until, size = time.monotonic() + ANSWER_S, 0
         while time.monotonic() < until:
@@ -44,10 +42,15 @@ def _stacks(run: str, member: str, pid: int) -> str:
                 break
             size = grown
         text = path.read_text(errors="replace")
-        path.unlink()
     except OSError as error:
         return f"no stacks: {error}"
     return text or "no stacks: the process does not take signals (it is stopped, or waits in the kernel)"
+
+
+def _is_ours(descriptor: Path) -> bool:
+    with suppress(OSError):  # it was closed meanwhile
+        return os.readlink(descriptor).startswith(f"/memfd:{_NAME}")
+    return False
 
 
 def _threads(pid: int) -> str:

@@ -180,7 +180,7 @@ class Cluster:
     def _found_in(self, member: str, seat: Seat) -> str:
         """Examine a process where it runs."""
         if self._local is not None:
-            return examine(self._order.run, member, seat.pid)
+            return examine(member, seat.pid)
         nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray has no types here
         living = (one["NodeID"] for one in nodes if one["Alive"])
         node = next((one for one in living if one.startswith(seat.host)), None)
@@ -189,7 +189,7 @@ class Cluster:
         examined = ray.remote(examine).options(
             num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
         )
-        return str(ray.get(examined.remote(self._order.run, member, seat.pid), timeout=AUTOPSY_S))
+        return str(ray.get(examined.remote(member, seat.pid), timeout=AUTOPSY_S))
 
     def renew(self) -> None:
         """Keep the local Ray alive for another lease."""

@@ -194,7 +194,7 @@ class Member:
         self._lifeline = Lifeline(assignment.member)
         logging.getLogger("holdfast").addHandler(self._outbox)
         logging.getLogger("holdfast").setLevel(logging.INFO)
-        autopsy.prepare(assignment.order.run, assignment.member)
+        autopsy.prepare()
         heed_sigterm(lambda: self._outbox.put(MemberLeaving(assignment.member, "it was sent SIGTERM")))
         threading.Thread(target=self._live, name="training", daemon=True).start()
 
