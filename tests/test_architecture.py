@@ -52,17 +52,26 @@ def _tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
+@cache
+def _nodes_of(path: Path) -> list[tuple[str, ast.AST]]:
+    name = _name(path)
+    return [(f"{name}:{getattr(node, 'lineno', 1)}", node) for node in ast.walk(_tree(path))]
+
+
+@cache
+def _functions_of(path: Path) -> list[tuple[str, Function]]:
+    return [(place, node) for place, node in _nodes_of(path) if isinstance(node, Function)]
+
+
 def _nodes(*rooms: str) -> Iterator[tuple[str, ast.AST]]:
     """Yield ("file:line", node) for every node of the rooms' files."""
     for path in _files(*rooms):
-        for node in ast.walk(_tree(path)):
-            yield f"{_name(path)}:{getattr(node, 'lineno', 1)}", node
+        yield from _nodes_of(path)
 
 
 def _functions(*rooms: str) -> Iterator[tuple[str, Function]]:
-    for place, node in _nodes(*rooms):
-        if isinstance(node, Function):
-            yield place, node
+    for path in _files(*rooms):
+        yield from _functions_of(path)
 
 
 def _parameters(function: Function) -> list[ast.arg]:

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import pytest
+
 from elastic.control.controller import Controller, Phase
 from elastic.control.events import (
     Cause,
@@ -111,6 +113,7 @@ class Fleet:
                 self.tell(StepCommitted(member, world.generation, step, 1.0, STEP_S, 1, 0.0))
 
 
+@pytest.mark.slow
 def test_ten_thousand_members_lose_no_step_to_failures_like_llama_3s_and_events_stay_cheap(
     record_property,
 ) -> None:
