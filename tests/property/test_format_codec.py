@@ -207,8 +207,8 @@ def test_weights_with_some_far_from_the_rest_are_stored_by_their_upper_bytes(nam
 @given(st.integers(1, 300), st.integers(0, 255), st.binary(min_size=1, max_size=40))
 def test_whatever_the_pairs_of_upper_bytes_say_is_read_as_the_format_document_says(count, highest, few):
     pairs = (few * 300)[: (count + 1) // 2]
-    uppers, left = [], iter(np.random.default_rng(count).integers(0, 256, count).tolist())
-    others = []
+    left = iter(np.random.default_rng(count).integers(0, 256, count).tolist())
+    uppers, others = list[int](), list[int]()
     for pair in pairs:
         d, s, more, sign = next(
             (d, s, e, t)
