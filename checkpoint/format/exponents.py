@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from checkpoint.errors import Corrupt
 from checkpoint.format.frames import compress_by_entropy, decompress
 from checkpoint.format.scratch import Scratch
+from checkpoint.format.uppers import flagged
 
 _HEAD = struct.Struct("<BI")  # highest exponent, bytes of the frame of codes
 _SPAN, _OTHER, _ZERO = 14, 14, 15
@@ -46,7 +47,7 @@ class ExponentCoder:
         """Code the next exponents."""
         codes = np.subtract(self._highest, part, out=room.codes[: part.size])
         beyond = np.greater_equal(codes, _SPAN, out=room.beyond[: part.size])
-        places = _places(beyond)
+        places = flagged(beyond)
         if places.size > _MANY * part.size and (zero := part == 0).any():
             zero &= beyond
             beyond ^= zero
@@ -63,20 +64,10 @@ class ExponentCoder:
         self._pairs[self._at : self._at + wide.size] = pairs
         self._at += wide.size
 
-    def body(self) -> bytes:
+    def body(self) -> list[bytes]:
         """Return the codes, compressed, and the exponents that have none as they are."""
         frame = compress_by_entropy(self._pairs.data)
-        return b"".join([_HEAD.pack(self._highest, len(frame)), frame, *self._others])
-
-
-def _places(flags: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """Return where flags are set, which few are: most words of eight of them are passed over at once."""
-    if flags.size % 8 == 0:
-        (words,) = flags.view("<u8").astype(np.bool_).nonzero()
-        if words.size < _MANY * flags.size / 8:
-            near, at = flags.reshape(-1, 8)[words].nonzero()
-            return words[near] * 8 + at
-    return flags.nonzero()[0]
+        return [_HEAD.pack(self._highest, len(frame)), frame, *self._others]
 
 
 def decode_exponents(body: memoryview, count: int) -> memoryview:

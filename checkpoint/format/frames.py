@@ -1,5 +1,7 @@
 """zstandard frames: what is written declares its size, and a reader makes no more than it was promised."""
 
+from collections import deque
+
 import numpy as np
 import zstandard
 
@@ -16,6 +18,9 @@ _SLICE_BYTES = 4096
 _BY_ENTROPY = zstandard.ZstdCompressionParameters(
     strategy=zstandard.STRATEGY_FAST, window_log=17, hash_log=6, chain_log=6, min_match=7, target_length=0
 )
+_idle: deque[zstandard.ZstdCompressor] = (
+    deque()
+)  # as many as were ever in use at once: one makes one frame a time
 
 
 def compress(data: Buffer, level: int) -> bytes:
@@ -25,7 +30,13 @@ def compress(data: Buffer, level: int) -> bytes:
 
 def compress_by_entropy(data: Buffer) -> bytes:
     """Return such a frame of data in which hardly anything repeats but single bytes."""
-    return zstandard.ZstdCompressor(compression_params=_BY_ENTROPY).compress(data)
+    try:
+        compressor = _idle.pop()
+    except IndexError:
+        compressor = zstandard.ZstdCompressor(compression_params=_BY_ENTROPY)
+    frame = compressor.compress(data)
+    _idle.append(compressor)
+    return frame
 
 
 def sample(data: Buffer) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK = 1 << 18  # numbers: as few steps as what they need still fits a core's cache
+BLOCK = 1 << 19  # numbers: as few steps as what they need still fits a core's cache
 
 
 class Scratch(NamedTuple):

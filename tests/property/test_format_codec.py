@@ -14,6 +14,7 @@ from checkpoint.format.codec import Codec, decode, encode, xor_bytes
 from checkpoint.format.dtypes import DTYPES, itemsize
 from checkpoint.format.frames import compress_by_entropy
 from checkpoint.format.planes import PLANE_WIDTHS
+from checkpoint.format.uppers import decode_uppers
 
 names = st.sampled_from(sorted(DTYPES))
 floats = st.sampled_from(sorted(PLANE_WIDTHS))
@@ -168,6 +169,64 @@ def test_other_exponents_than_there_are_codes_for_are_corrupt(others: bytes):
         decode(Codec.PLANES, stored(sound[:-1] + others), 12)
 
 
+@pytest.mark.parametrize("others", [b"", b"\0", b"\0\x30\0", b"\0" * 200_000])
+def test_other_upper_bytes_than_there_are_codes_for_are_corrupt(others: bytes):
+    sound = bytes.fromhex("400c000000 28b52ffd 2003190000 907087") + b"\0\x30"
+    head, lower = bytes.fromhex("0202 0100 06000000 0103"), bytes.fromhex("802000408000")
+
+    def stored(uppers: bytes) -> bytes:
+        return head + len(uppers).to_bytes(4, "little") + lower + uppers
+
+    assert len(decode(Codec.PLANES, stored(sound), 12)) == 12
+    with pytest.raises(Corrupt, match="without a code"):
+        decode(Codec.PLANES, stored(sound[:-2] + others), 12)
+
+
+def test_upper_bytes_as_codes_anywhere_but_last_are_corrupt():
+    uppers = bytes.fromhex("400c000000 28b52ffd 2003190000 907087 0030")
+    head = bytes.fromhex("0202 0103") + len(uppers).to_bytes(4, "little") + bytes.fromhex("0100 06000000")
+    with pytest.raises(Corrupt, match="only be the last"):
+        decode(Codec.PLANES, head + uppers + bytes(6), 12)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float32"])
+@pytest.mark.parametrize("count", [4096, 70_001, (1 << 19) + 1, (1 << 19) + 12_345])
+def test_weights_with_some_far_from_the_rest_are_stored_by_their_upper_bytes(name: str, count: int):
+    width = PLANE_WIDTHS[name]
+    raw = np.frombuffer(random_floats(count, count, name), f"<u{width}").copy()
+    places = np.random.default_rng(count).integers(0, count, count // 300)
+    raw[places] = places * 2654435761 % (1 << 8 * width)
+    raw[-1] = 0
+    used, stored = encode(Codec.PLANES, raw.tobytes(), dtype=name)
+    assert used is Codec.PLANES
+    assert memoryview(stored)[2 + 6 * (width // 2) + 1] == 3
+    assert bytes(decode(used, stored, raw.nbytes)) == raw.tobytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 300), st.integers(0, 255), st.binary(min_size=1, max_size=40))
+def test_whatever_the_pairs_of_upper_bytes_say_is_read_as_the_format_document_says(count, highest, few):
+    pairs = (few * 300)[: (count + 1) // 2]
+    left = iter(np.random.default_rng(count).integers(0, 256, count).tolist())
+    uppers, others = list[int](), list[int]()
+    for pair in pairs:
+        d, s, more, sign = next(
+            (d, s, e, t)
+            for d in range(8)
+            for s in range(2)
+            for e in range(8)
+            for t in range(2)
+            if (16 * d + 8 * s + 17 * e + 128 * t) % 256 == pair
+        )
+        for low, high in ((d, s), (more, sign)):
+            if len(uppers) < count:
+                others += [next(left)] if low == 7 else []
+                uppers.append(others[-1] if low == 7 else (highest - low - 128 * high) % 256)
+    frame = compress_by_entropy(pairs)
+    body = bytes([highest]) + len(frame).to_bytes(4, "little") + frame + bytes(others)
+    assert bytes(decode_uppers(memoryview(body), count)) == bytes(uppers)
+
+
 def bombs() -> dict[str, tuple[Codec, bytes]]:
     """Stored bytes that claim or hold far more than the chunk that they are said to be."""
     bomb = zstandard.ZstdCompressor().compress(bytes(256 << 20))
@@ -182,6 +241,15 @@ def bombs() -> dict[str, tuple[Codec, bytes]]:
             b"\2\2\1\1"
             + len(half).to_bytes(4, "little")
             + b"\1\2"
+            + (len(exponents)).to_bytes(4, "little")
+            + half
+            + exponents,
+        ),
+        "upper bytes": (
+            Codec.PLANES,
+            b"\2\2\1\1"
+            + len(half).to_bytes(4, "little")
+            + b"\1\3"
             + (len(exponents)).to_bytes(4, "little")
             + half
             + exponents,

@@ -147,9 +147,10 @@ def test_the_checksum_is_that_of_the_format_document(repository: Path):
 
 
 NUMBERS = np.array([0x3F80, 0xC020, 0x0000, 0x4040, 0x3F80, 0x3000], "<u2")  # 1, -2.5, 0, 3, 1 and 2^-31
-PLANES = [  # these numbers in bfloat16: their exponents as they are, and as codes
+PLANES = [  # these numbers in bfloat16: their exponents as they are, and as codes of both kinds
     "0202 0100 06000000 0100 06000000 004100800000 7f8000807f60",
     "0202 0100 06000000 0102 12000000 004100800000 800c000000 28b52ffd 2003190000 010fe1 60",
+    "0202 0100 06000000 0103 13000000 802000408000 400c000000 28b52ffd 2003190000 907087 0030",
 ]
 
 
