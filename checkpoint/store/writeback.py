@@ -31,7 +31,7 @@ def write_parts(descriptor: int, parts: Sequence[memoryview]) -> None:
             left = _after(left, os.writev(descriptor, left))
         length = sum(part.nbytes for part in stretch)
         if num_bytes > _STRETCH_BYTES:
-            _begin_writing(descriptor, offset, length)
+            begin_writing(descriptor, offset, length)
         offset += length
 
 
@@ -72,7 +72,7 @@ def _reserve(descriptor: int, num_bytes: int) -> None:
             raise OSError(number, os.strerror(number))
 
 
-def _begin_writing(descriptor: int, offset: int, num_bytes: int) -> None:
+def begin_writing(descriptor: int, offset: int, num_bytes: int) -> None:
     """Hand these bytes of a file to its disk, while the next are still being copied. Only ever a hint."""
     if _sync_file_range is not None and num_bytes:
         _sync_file_range(descriptor, offset, num_bytes, _WRITE)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from checkpoint.errors import AlreadyExists, Corrupt, Incomplete, NotFound, StoreRefused, StoreUnavailable
-from checkpoint.interop.place import Place, drafting
+from checkpoint.interop.drafts import drafting
+from checkpoint.interop.place import Place
 from tests.contract.s3_suite import BUCKET, credentials
 
 DATA = bytes(range(256)) * 40

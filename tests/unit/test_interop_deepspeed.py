@@ -15,6 +15,7 @@ import pytest
 from checkpoint.errors import Incomplete, Unsupported
 from checkpoint.format.box import Box
 from checkpoint.format.fingerprint import fingerprint
+from checkpoint.interop.drafts import drafting
 from checkpoint.interop.formats.contract import ForeignCheckpoint
 from checkpoint.interop.formats.deepspeed import looks_like_deepspeed, open_deepspeed
 from checkpoint.interop.formats.deepspeed_partitions import write_deepspeed
@@ -24,7 +25,7 @@ from checkpoint.interop.formats.deepspeed_universal import (
 )
 from checkpoint.interop.formats.deepspeed_writing import write_deepspeed_universal
 from checkpoint.interop.formats.rounding import round_bits, widen_bits
-from checkpoint.interop.place import Place, drafting
+from checkpoint.interop.place import Place
 from tests.interop.unpacking import unpack, values_of
 
 MADE = ["zero1-bf16-2", "zero2-bf16-3", "zero2-fp32-2", "zero3-bf16-3", "zero3-groups-2"]

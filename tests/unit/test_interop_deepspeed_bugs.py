@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 from checkpoint.errors import CheckpointError, Corrupt, Incomplete, Mismatch, Unsupported
+from checkpoint.interop.drafts import drafting
 from checkpoint.interop.formats import deepspeed, deepspeed_parts
 from checkpoint.interop.formats.deepspeed import open_deepspeed
 from checkpoint.interop.formats.deepspeed_parts import Fragment
 from checkpoint.interop.formats.deepspeed_universal import open_deepspeed_universal
 from checkpoint.interop.formats.deepspeed_writing import write_deepspeed_universal
-from checkpoint.interop.place import Place, drafting
+from checkpoint.interop.place import Place
 from checkpoint.interop.proof import check_equal
 from tests.interop.unpacking import rewrite, unpack
 from tests.unit.test_interop_deepspeed import fingerprints

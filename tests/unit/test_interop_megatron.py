@@ -14,12 +14,13 @@ import pytest
 from checkpoint.errors import CheckpointError, Corrupt, Incomplete, Mismatch, Unsupported
 from checkpoint.format.box import Box
 from checkpoint.interop.builtin import builtin_rules
+from checkpoint.interop.drafts import drafting
 from checkpoint.interop.formats.contract import ForeignCheckpoint
 from checkpoint.interop.formats.megatron import looks_like_megatron, open_megatron
 from checkpoint.interop.formats.megatron_writing import write_megatron
 from checkpoint.interop.formats.rounding import round_bits
 from checkpoint.interop.moves import Plan
-from checkpoint.interop.place import Place, drafting
+from checkpoint.interop.place import Place
 from checkpoint.interop.proof import check_equal, fingerprints_of_sources
 from checkpoint.interop.rules import plan_import
 from tests.interop.unpacking import rewrite, unpack

@@ -240,7 +240,7 @@ def _prove(
     places = {_place(one): number for number, one in enumerate(back.tensors)}
     missing = [str(one) for one in outward.plan.foreign if _place(one) not in places]
     if missing:
-        raise Mismatch(f"{url} was written and lacks {missing[:5]}: do not use it")
+        raise Mismatch(f"what was written to become {url} lacks {missing[:5]}: it is not left there")
     numbers = [places[_place(one)] for one in outward.plan.foreign]
     found = prove_from_sources(outward.plan, _Reordered(back, numbers), settings)
     known = outward.source.fingerprints(settings)
@@ -253,8 +253,8 @@ def _prove(
             wrong.append(new.name)
     if wrong:
         raise Mismatch(
-            f"{url} was written, and {len(wrong)} of {len(proofs)} tensors in it differ from the source's: "
-            f"{wrong[:5]}; do not use it"
+            f"what was written to become {url} is not left there: {len(wrong)} of its {len(proofs)} tensors "
+            f"differ from the source's: {wrong[:5]}"
         )
     return tuple(proofs)
 

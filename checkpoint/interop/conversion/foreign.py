@@ -1,9 +1,9 @@
 """Conversions between places: a store here, a directory in some framework's format there."""
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from checkpoint.engine.catalog import Catalog
 from checkpoint.engine.plan import TensorSpec
@@ -17,10 +17,10 @@ from checkpoint.interop.conversion.origins import Origin, foreign_origin, stored
 from checkpoint.interop.conversion.resharding import num_bytes_of
 from checkpoint.interop.conversion.ruled import RuleChoice
 from checkpoint.interop.conversion.stored import Stored
-from checkpoint.interop.formats.contract import ForeignCheckpoint
-from checkpoint.interop.formats.known import FORMATS, open_foreign, write_foreign
+from checkpoint.interop.drafts import drafting
+from checkpoint.interop.formats.contract import Contents, ForeignCheckpoint
+from checkpoint.interop.formats.known import FORMATS, open_foreign, open_place, write_foreign
 from checkpoint.interop.moves import Foreign
-from checkpoint.interop.place import drafting
 from checkpoint.store.contract import Store
 from checkpoint.store.open import open_store
 
@@ -111,22 +111,25 @@ def export_foreign(
     settings: ConversionSettings | None = None,
     listener: Listener = unheard,
 ) -> ConversionReport:
-    """Export a checkpoint to a new directory, whole or not at all; it is proved by reading it back.
+    """Export a checkpoint to a new directory, whole, durable and proved by reading it back, or not at all.
 
     A foreign source goes straight into the other format.
     """
     settings = settings or ConversionSettings()
-    with _origin(source) as origin, ExitStack() as opened:
+    began_s = time.monotonic()
+    with _origin(source) as origin:
         outward = plan_emigration(origin, emigration, _holds_optimizer)
+        with drafting(url, outward.attempt[:_ATTEMPT_DIGITS]) as draft, ExitStack() as opened:
 
-        def write(contents: Any) -> None:
-            with drafting(url, outward.attempt[:_ATTEMPT_DIGITS]) as draft:
+            def write(contents: Contents) -> None:
                 write_foreign(emigration.format, draft, contents, settings.budget_bytes)
 
-        def reopen() -> ForeignCheckpoint:
-            return opened.enter_context(closing(open_foreign(url, emigration.format)))
+            def reopen() -> ForeignCheckpoint:
+                place = opened.enter_context(draft.proving())
+                return opened.enter_context(closing(open_place(place, emigration.format)))
 
-        return export_checkpoint(outward, url, write, reopen, settings=settings, listener=listener)
+            report = export_checkpoint(outward, url, write, reopen, settings=settings, listener=listener)
+    return replace(report, seconds=time.monotonic() - began_s)
 
 
 def plan_export_foreign(source: Whereabouts, url: str, emigration: Emigration) -> ConversionReport:

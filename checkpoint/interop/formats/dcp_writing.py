@@ -21,12 +21,12 @@ from checkpoint.engine.tensors import torch_dtype
 from checkpoint.errors import Unsupported
 from checkpoint.format.box import Box, split_box
 from checkpoint.format.dtypes import itemsize
+from checkpoint.interop.drafts import Draft
 from checkpoint.interop.formats.contract import Contents
 from checkpoint.interop.formats.dcp_metadata import METADATA
 from checkpoint.interop.formats.nesting import Keys, leaves_of, nest
 from checkpoint.interop.formats.saving import Later, Saving
 from checkpoint.interop.formats.streams import blocks_of, check_global
-from checkpoint.interop.place import Draft
 
 _MAX_FILE_BYTES = 4 << 30
 _MAX_CHUNK_BYTES = 512 << 20

@@ -11,6 +11,7 @@ from checkpoint.errors import Incomplete, Unsupported
 from checkpoint.format.box import boxes_of_run, split_box
 from checkpoint.format.flat import plan_flat
 from checkpoint.format.layout import FlatGroup
+from checkpoint.interop.drafts import Draft
 from checkpoint.interop.formats.contract import Contents
 from checkpoint.interop.formats.deepspeed_parts import FLAT, Shape
 from checkpoint.interop.formats.deepspeed_writing import Parts, engine_of, parts_of
@@ -18,7 +19,6 @@ from checkpoint.interop.formats.extents import check_shape
 from checkpoint.interop.formats.rounding import ROUNDED, widen_bits
 from checkpoint.interop.formats.saving import Later, Saving
 from checkpoint.interop.formats.streams import block_bytes, blocks_of, check_global
-from checkpoint.interop.place import Draft
 
 _ALIGNMENT = 2  # elements to which DeepSpeed aligns each rank's partition (nccl_start_alignment_factor)
 _MOMENTS = ("exp_avg", "exp_avg_sq")

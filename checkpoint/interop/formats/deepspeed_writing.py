@@ -7,13 +7,13 @@ from typing import Any
 
 from checkpoint.errors import Incomplete, Unsupported
 from checkpoint.format.box import Box, split_box
+from checkpoint.interop.drafts import Draft
 from checkpoint.interop.formats.contract import Contents
 from checkpoint.interop.formats.deepspeed_universal import STATES
 from checkpoint.interop.formats.rounding import ROUNDED, widen_bits
 from checkpoint.interop.formats.saving import Later, Saving
 from checkpoint.interop.formats.streams import block_bytes, blocks_of, check_global
 from checkpoint.interop.moves import Foreign
-from checkpoint.interop.place import Draft
 
 _STATE = re.compile(r"optimizer\.(master|exp_avg|exp_avg_sq|step)\.(.+)")
 _VERSION = "0.19.8"  # of the DeepSpeed that these files were compared with

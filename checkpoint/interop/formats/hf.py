@@ -7,6 +7,7 @@ from typing import Any
 
 from checkpoint.errors import Corrupt, Incomplete, Unsupported
 from checkpoint.format.box import Box
+from checkpoint.interop.drafts import Draft
 from checkpoint.interop.formats.contract import About, Contents
 from checkpoint.interop.formats.extents import check_shape
 from checkpoint.interop.formats.hf_config import sizes_from
@@ -14,7 +15,7 @@ from checkpoint.interop.formats.safetensors import Header, header_bytes, read_he
 from checkpoint.interop.formats.streams import blocks_of, check_global, num_bytes_of
 from checkpoint.interop.formats.tiles import Tile, Tiled, found
 from checkpoint.interop.moves import Foreign
-from checkpoint.interop.place import Draft, Place
+from checkpoint.interop.place import Place
 
 MAX_SHARD_BYTES = 5_000_000_000
 

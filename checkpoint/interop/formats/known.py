@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Protocol
 
 from checkpoint.errors import Unsupported
+from checkpoint.interop.drafts import Draft
 from checkpoint.interop.formats.contract import Contents, ForeignCheckpoint
 from checkpoint.interop.formats.dcp import looks_like_dcp, open_dcp
 from checkpoint.interop.formats.deepspeed import looks_like_deepspeed, open_deepspeed
@@ -16,7 +17,7 @@ from checkpoint.interop.formats.deepspeed_universal import (
 from checkpoint.interop.formats.hf import looks_like_hf, open_hf, write_hf
 from checkpoint.interop.formats.megatron import looks_like_megatron, open_megatron
 from checkpoint.interop.formats.torchfile import looks_like_torch, open_torch
-from checkpoint.interop.place import Draft, Place
+from checkpoint.interop.place import Place
 
 _SHOWN = 8
 
@@ -98,7 +99,11 @@ def open_foreign(url: str, format: str | None = None) -> ForeignCheckpoint:
 
     Raises Unsupported, saying what is known and what was seen, if it looks like none of them.
     """
-    place = Place(url)
+    return open_place(Place(url), format)
+
+
+def open_place(place: Place, format: str | None = None) -> ForeignCheckpoint:
+    """Open a foreign checkpoint where there is already a place to read. Raises Unsupported."""
     return (_named(format) if format is not None else detect(place)).open(place)
 
 

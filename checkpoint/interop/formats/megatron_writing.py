@@ -6,11 +6,11 @@ from itertools import product
 from typing import Any
 
 from checkpoint.errors import Unsupported
+from checkpoint.interop.drafts import Draft
 from checkpoint.interop.formats.contract import About, Contents
 from checkpoint.interop.formats.megatron_files import AXES, FILE, TRACKER, folder_of
 from checkpoint.interop.formats.saving import Later, Saving
 from checkpoint.interop.formats.streams import blocks_of
-from checkpoint.interop.place import Draft
 
 _VERSION = 3.0
 # What Megatron calls the sizes of a model, where a checkpoint of another format only has ours.

@@ -1,10 +1,10 @@
 """Writes files of torch.save: a state as a training program would have saved it."""
 
+from checkpoint.interop.drafts import Draft
 from checkpoint.interop.formats.contract import Contents
 from checkpoint.interop.formats.nesting import Keys, nest
 from checkpoint.interop.formats.saving import Saving
 from checkpoint.interop.formats.streams import blocks_of, check_global
-from checkpoint.interop.place import Draft
 
 FILE = "checkpoint.pt"
 
