@@ -10,7 +10,7 @@ from checkpoint.engine.pipeline import fan_out
 from checkpoint.engine.plan import plan_copies
 from checkpoint.engine.reading import DECODING, WASTE, Holes, ReadPolicy, Span, Tally
 from checkpoint.engine.regions import Column, Regions
-from checkpoint.engine.source import Source, StoreSource, origin_of
+from checkpoint.engine.source import DirectSource, Source, origin_of
 from checkpoint.engine.targets import Target
 from checkpoint.errors import Corrupt, FormatError, StoreUnavailable
 from checkpoint.format.codec import Buffer, Codec, checksum, decode, xor_bytes
@@ -56,6 +56,7 @@ class Filling:
 
     def __init__(self, opened: Opened, targets: Sequence[Target], policy: ReadPolicy, tally: Tally) -> None:
         self._opened = opened
+        self._direct = opened.source if isinstance(opened.source, DirectSource) else None
         self._targets = targets
         self._policy = policy
         self._tally = tally
@@ -175,11 +176,15 @@ class Filling:
         return raw if link.above is None else xor_bytes(link.above, raw)
 
     def _is_read_directly(self, chunk: int) -> bool:
-        """Read a chunk straight to where it belongs, and prove it there; return whether that was possible."""
-        source, row = self._opened.source, self._rows[chunk]
-        if not isinstance(source, StoreSource) or not source.can_read_into:
+        """Read a chunk straight to where it belongs, and prove it there; return whether that went well.
+
+        If not it is to be read the plain way, which tells what is wrong.
+        """
+        source, row = self._direct, self._rows[chunk]
+        if source is None or row["num_bytes"] < _DIRECT_BYTES:
             return False
-        if row["num_bytes"] < _DIRECT_BYTES or row["codec"] != Codec.RAW or row["base"] != NO_BASE:
+        pack = int(row["pack"])
+        if row["codec"] != Codec.RAW or row["base"] != NO_BASE or not source.can_read_into(pack):
             return False
         first, last = self._copies_of(chunk)
         if last != first + 1:
@@ -191,12 +196,12 @@ class Filling:
             return False
         wanted = ByteRange(int(row["offset"]), memory.nbytes)
         try:
-            source.read_into(self._opened.manifest, int(row["pack"]), wanted.offset, memory)
-            self._tally.count(source.name, [wanted])
+            source.read_into(self._opened.manifest, pack, wanted.offset, memory)
             self._prove(chunk, box, memory)
-            self._is_done[first] = True
-        except FormatError as error:
-            self._tally.note(source.name, self._described(chunk), error)
+        except FormatError:
+            return False
+        self._tally.count(origin_of(self._opened.source, pack), [wanted])
+        self._is_done[first] = True
         return True
 
     def _finish(self, chunk: int, raw: Buffer) -> None:

@@ -45,6 +45,17 @@ class ReadsInto(Protocol):
 
 
 @runtime_checkable
+class DirectSource(Protocol):
+    """A source that reads into the caller's memory: what comes may be less sure than what `read` returns."""
+
+    def can_read_into(self, pack: int) -> bool:
+        """Whether that saves anything with this pack."""
+
+    def read_into(self, manifest: Manifest, pack: int, offset: int, memory: memoryview) -> None:
+        """Fill memory with what lies at an offset of a pack. Raises Corrupt if it is not there."""
+
+
+@runtime_checkable
 class ManyPlaces(Protocol):
     """A source whose packs lie in different places."""
 
@@ -98,8 +109,7 @@ class StoreSource:
             raise Corrupt(f"{key} is missing or too short: {error}") from error
         return checked(found, ranges, key)
 
-    @property
-    def can_read_into(self) -> bool:
+    def can_read_into(self, pack: int) -> bool:  # noqa: ARG002 -- all packs of a store are alike
         """Whether the store fills memory without a copy."""
         return isinstance(self._store, ReadsInto)
 

@@ -93,6 +93,12 @@ def code_of(num_data: int, num_parity: int) -> Code:
     return Xor(num_data) if num_parity == 1 else ReedSolomon(num_data, num_parity)
 
 
+def xor_into(total: memoryview, piece: memoryview) -> None:
+    """Make the total the exclusive or of itself and a piece of its length."""
+    whole = np.frombuffer(total, np.uint8)
+    np.bitwise_xor(whole, np.frombuffer(piece, np.uint8), out=whole)
+
+
 def _check_enough(num_present: int, num_data: int) -> None:
     """Raise Unrecoverable if there are fewer rows than were encoded."""
     if num_present < num_data:

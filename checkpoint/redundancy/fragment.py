@@ -71,6 +71,11 @@ def encode_fragment(name: str, fragment: Fragment) -> list[Buffer]:
     return [head + _digest(head), view]
 
 
+def payload_offset(num_shares: int) -> int:
+    """Return where the payload of a fragment with so many shares begins."""
+    return _HEAD.size + num_shares * _SHARE.size + _DIGEST_BYTES
+
+
 def decode_fragment(name: str, data: Buffer) -> Fragment:
     """Return the fragment of this name, its payload uncopied. Raises Corrupt if a bit of it is wrong."""
     fragment = decode_unproved(name, data)

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from checkpoint.errors import PeerLost
 from checkpoint.store.contract import Buffer
@@ -39,6 +39,23 @@ class Peers(Protocol):
         """Forget every fragment whose name begins with the prefix. Raises PeerLost."""
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Memory for some bytes of a fragment, from an offset on."""
+
+    place: Place
+    offset: int
+    memory: memoryview
+
+
+@runtime_checkable
+class PiecePeers(Protocol):
+    """Peers whose fragments can be read in part, straight to where the bytes are needed."""
+
+    def read_into(self, pieces: Sequence[Piece]) -> None:
+        """Fill the memory of each piece. Raises PeerLost if not all of it is there."""
+
+
 class MemoryPeers:
     """Peers within one process, which can be lost and replaced at will."""
 
@@ -66,6 +83,14 @@ class MemoryPeers:
         """Return what is there."""
         with self._lock:
             return [self._memories.get(place.peer, {}).get(place.name) for place in places]
+
+    def read_into(self, pieces: Sequence[Piece]) -> None:
+        """Fill the memory of each piece."""
+        for piece, found in zip(pieces, self.fetch([piece.place for piece in pieces]), strict=True):
+            part = memoryview(found or b"")[piece.offset : piece.offset + piece.memory.nbytes]
+            if part.nbytes != piece.memory.nbytes:
+                raise PeerLost(f"{piece.place.peer} has too little of {piece.place.name}")
+            piece.memory[:] = part
 
     def keys(self, peer: str, prefix: str) -> list[str]:
         """List the names."""

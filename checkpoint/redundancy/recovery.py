@@ -6,8 +6,8 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from checkpoint.errors import Corrupt, Unrecoverable
-from checkpoint.redundancy.codes import Code, code_of
+from checkpoint.errors import Corrupt, PeerLost, Unrecoverable
+from checkpoint.redundancy.codes import Code, code_of, xor_into
 from checkpoint.redundancy.fragment import (
     Fragment,
     Share,
@@ -15,9 +15,11 @@ from checkpoint.redundancy.fragment import (
     decode_fragment,
     decode_unproved,
     is_of,
+    payload_offset,
     whole_of,
 )
-from checkpoint.redundancy.peers import Peers, Place
+from checkpoint.redundancy.peers import Peers, Piece, PiecePeers, Place
+from checkpoint.redundancy.scratch import scratch
 from checkpoint.redundancy.stripes import Stripes
 from checkpoint.store.contract import Buffer, ByteRange
 
@@ -75,6 +77,7 @@ class Recovery:
         self._search = _Search(peers, stripes, snapshot, code)
         self._stripes = stripes
         self._host = host
+        self._pieces = peers if stripes.group.num_parity == 1 and isinstance(peers, PiecePeers) else None
         self.whole = self._search.whole_of(host)
         self.num_rebuilt_bytes = 0
         self._lock = threading.Lock()
@@ -95,6 +98,38 @@ class Recovery:
                 wanted = memoryview(found)[start - part.offset : upto - part.offset]
                 memory[start - offset : upto - offset] = wanted
             self._forget_all_but_the_last()
+
+    @property
+    def can_read_quickly(self) -> bool:
+        """Whether bytes can be rebuilt from the same bytes of other rows: they can with one parity."""
+        return self._pieces is not None
+
+    def read_quickly(self, memory: memoryview, offset: int) -> None:
+        """Rebuild the value's bytes from an offset on, for who proves them: nothing here looks at them.
+
+        Raises PeerLost if any of the same bytes of the other rows is not there; `read_into` may do without.
+        """
+        if self._pieces is None:
+            raise PeerLost(f"nothing of {self._host}'s can be read quickly")
+        num_data, stop = self._stripes.group.num_data, offset + memory.nbytes
+        pieces, sums = [], []
+        for block in self._blocks(offset, stop):
+            start, upto = max(offset, block.part.offset), min(stop, block.part.stop)
+            total = memory[start - offset : upto - offset]
+            rows = self._search.rows_for(block)
+            if len(rows) < num_data:
+                raise PeerLost(f"too few of the hosts that have rows beside {self._host}'s are left")
+            for row, place in rows.items():
+                is_parity = row == num_data
+                begin = payload_offset(num_data if is_parity else 1) + start - block.part.offset
+                room = total if is_parity else scratch(total.nbytes).data
+                pieces.append(Piece(place, begin, room))
+                sums += [] if is_parity else [(total, room)]
+        self._pieces.read_into(pieces)
+        for total, room in sums:
+            xor_into(total, room)
+        with self._lock:
+            self.num_rebuilt_bytes += memory.nbytes
 
     def _together(self, blocks: Sequence[_Block]) -> Iterator[tuple[ByteRange, Buffer]]:
         """Yield blocks; each is got by whoever wants it first, and the others wait for that."""
@@ -171,7 +206,7 @@ class _Search:
 
         Those of which a row is missing, or that do not come out right, are left out.
         """
-        wanted = {block: self._rows_for(block) for block in blocks}
+        wanted = {block: self.rows_for(block) for block in blocks}
         places = [place for rows in wanted.values() for place in rows.values()]
         found = dict(zip(places, self.peers.fetch(places), strict=True))
         rebuilt: dict[_Block, Buffer] = {}
@@ -183,7 +218,7 @@ class _Search:
                     rebuilt[block] = out
         return rebuilt
 
-    def _rows_for(self, block: _Block) -> dict[int, Place]:
+    def rows_for(self, block: _Block) -> dict[int, Place]:
         """Choose k rows other than a block's own, the first parity among them, on hosts that answered."""
         stripes, group = self.stripes, self.stripes.group
         others = [group.num_data, *(row for row in range(len(group.hosts)) if row != group.num_data)]

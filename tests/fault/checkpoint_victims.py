@@ -14,6 +14,7 @@ from checkpoint.store.wrappers import Death, Fault, Faulty, Lost, Metered, Struc
 from tests.fault.checkpoint_scenarios import SCENARIOS, Stores
 
 PLACES = ("near", "other", "far")
+STRUCK: tuple[Struck, ...] = ("write", "delete")
 Acknowledged = dict[str, set[int]]
 Open = Callable[[str], Store]  # by the name of a directory
 
@@ -57,11 +58,15 @@ def points_of(scenario: str, root: Open) -> list[Point]:
     assert acknowledged, "nothing can be lost where nothing was acknowledged"
     points = []
     for place in PLACES:
-        calls = metered[place].traffic().num_calls
-        num_writes = calls.get("put", 0) + calls.get("put_new", 0)
-        points += [Point(place, "write", nth) for nth in range(1, num_writes + 1)]
-        points += [Point(place, "delete", nth) for nth in range(1, calls.get("delete", 0) + 1)]
+        for verb in STRUCK:
+            points += [Point(place, verb, nth + 1) for nth in range(_num_calls(metered[place], verb))]
     return points
+
+
+def _num_calls(metered: Metered, struck: Struck) -> int:
+    """Return how many calls of a verb there were, or of both that write."""
+    calls = metered.traffic().num_calls
+    return sum(calls.get(verb, 0) for verb in (("put", "put_new") if struck == "write" else (struck,)))
 
 
 def lost_from(point: Point, num_more: int = 200) -> list[Fault]:
@@ -81,14 +86,22 @@ def _in_child(act: Callable[[], object]) -> int:
 
 
 def _die(scenario: str, root: Path, point: Point) -> None:
-    """Live through a scenario, noting what is acknowledged, and be killed at a point."""
+    """Live through a scenario, noting what is acknowledged, and be killed at a point; or never get there."""
+    struck: list[Metered] = []
 
     def note(tier: str, step: int) -> None:
         with open(root / "acknowledged", "a", encoding="utf-8") as file:
             file.write(f"{tier} {step}\n")
 
-    stores = stores_struck(lambda name: open_store(str(root / name)), point, [Death(point.verb, point.nth)])
-    SCENARIOS[scenario](stores, note, 0)
+    def strike(place: str, store: Store) -> Store:
+        if place != point.place:
+            return store
+        struck.append(Metered(store))
+        return Faulty(struck[0], [Death(point.verb, point.nth)])
+
+    SCENARIOS[scenario](stores_of(lambda name: open_store(str(root / name)), strike), note, 0)
+    num_calls = _num_calls(struck[0], point.verb)
+    assert num_calls < point.nth, f"{point} was passed alive: there were {num_calls} calls"
 
 
 def acknowledged_in(root: Path) -> Acknowledged:
@@ -116,8 +129,10 @@ def main(directory: str, scenario: str) -> None:
         home, point = root / str(number), Point(**fields)
         home.mkdir()
         status = _in_child(lambda home=home, point=point: _die(scenario, home, point))  # type: ignore[misc]
-        if not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
+        if status == 0:
             survived.append(str(point))
+        elif not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
+            sys.exit(f"the run that was to be killed at {point} failed")
     (root / "survived.json").write_text(json.dumps(survived))
 
 

@@ -40,13 +40,15 @@ from tests.fault.checkpoint_worlds import (
 STEPS = (1, 2, 3)
 NUM_WRITES = 4 * len(STEPS)  # each step: a pack, a page, a receipt, the manifest
 MIN_POINTS = {"shared": 12, "deltas": 12, "two hosts": 20, "promoted": 24, "pruned": 20}
-NUM_LATE = {
-    "shared": 0,
-    "deltas": 0,
-    "two hosts": 3,
-    "promoted": 3,
-    "pruned": 3,
-}  # races have no fixed number
+# What is written in any case, whoever wins a race: each of two hosts writes all but the manifest, which one
+# of them writes or both try to; copies and sweeps may find less to do than in the run that was counted.
+NUM_CERTAIN = {
+    "shared": NUM_WRITES,
+    "deltas": NUM_WRITES,
+    "two hosts": 2 * 3 * len(STEPS),
+    "promoted": NUM_WRITES,
+    "pruned": NUM_WRITES,
+}
 
 
 @pytest.fixture
@@ -164,8 +166,8 @@ def test_a_process_that_is_killed_at_any_write_of_a_scenario_loses_nothing_that_
     subprocess.run(command, check=True, timeout=100)
     points = json.loads((ramdisk / "points.json").read_text())
     assert len(points) >= MIN_POINTS[scenario]
-    survivors = json.loads((ramdisk / "survived.json").read_text())
-    assert len(survivors) <= NUM_LATE[scenario], survivors
+    survivors = json.loads((ramdisk / "survived.json").read_text())  # they proved that they never got there
+    assert len(points) - len(survivors) >= NUM_CERTAIN[scenario], survivors
     num_acknowledged = 0
     for number in range(len(points)):
         root = ramdisk / str(number)

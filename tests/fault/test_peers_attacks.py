@@ -12,6 +12,7 @@ from checkpoint.keeper.messages import receive, send
 from checkpoint.keeper.peering.dialing import TcpPeers
 from checkpoint.keeper.peering.marks import name_of
 from checkpoint.keeper.peering.policy import Parity
+from checkpoint.redundancy.groups import Group
 from checkpoint.redundancy.peers import Place
 from checkpoint.redundancy.stripes import prefix_of
 from tests.fault.checkpoint_shares import same_rows
@@ -58,6 +59,25 @@ def test_a_wrong_byte_in_parity_is_found_and_nothing_wrong_is_restored(tmp_path)
         hosts.kill("h2")
         with hosts.source() as source, pytest.raises(CheckpointError):
             restored(source)
+
+
+def test_a_wrong_byte_in_parity_of_a_large_chunk_is_found_once_it_is_used_and_told_from_a_wrong_chunk(
+    tmp_path,
+):
+    large = 12 << 17  # 2 MiB for each host: rebuilt where it belongs
+    with hosts_of(tmp_path, 3, Parity(3, 1), arena_bytes=16 << 20) as hosts:
+        hosts.give(1, rows_at(1, large))
+        hosts.await_told("parity", 1)
+        stripe = Group(("h0", "h1", "h2")).stripe_of("h2", 1)  # of the second half of what h2 has
+        (place,) = [one for one in parity_places(hosts, 1, 2) if f":{stripe}." in one.name]
+        data = content(hosts, place)
+        data[-7] ^= 4
+        overwrite(hosts, place, bytes(data))
+        hosts.kill("h2")
+        with hosts.source() as source:
+            assert source.steps() == [1]
+            with pytest.raises(NoCheckpoint, match="has lost row 1"):
+                restored(source)
 
 
 def test_a_wrong_byte_in_one_of_two_parities_is_found_and_made_up_for_by_the_other(tmp_path):

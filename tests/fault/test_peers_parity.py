@@ -13,6 +13,8 @@ from tests.fault.peer_worlds import eventually, hosts_of, restored, rows_at
 
 pytestmark = pytest.mark.slow
 
+SMALL, LARGE = 12 << 12, 12 << 17  # large chunks are read and rebuilt right where they belong
+
 
 def test_the_newest_step_that_all_hosts_hold_is_restored_from_their_memories(tmp_path):
     with hosts_of(tmp_path, 3, None) as hosts:
@@ -30,19 +32,23 @@ def test_the_newest_step_that_all_hosts_hold_is_restored_from_their_memories(tmp
             assert set(got.report.bytes_by_source) == {"memory", "peers"}
 
 
-@pytest.mark.parametrize(("num_hosts", "losses", "ranks"), [(2, 1, 2), (3, 1, 2), (4, 2, 1)])
+@pytest.mark.parametrize(
+    ("num_hosts", "losses", "ranks", "num_floats"),
+    [(2, 1, 2, SMALL), (3, 1, 2, SMALL), (4, 2, 1, SMALL), (3, 1, 1, LARGE), (3, 2, 1, LARGE)],
+)
 def test_what_lost_hosts_held_is_rebuilt_bit_for_bit_and_the_report_says_so(
-    tmp_path, num_hosts, losses, ranks
+    tmp_path, num_hosts, losses, ranks, num_floats
 ):
-    with hosts_of(tmp_path, num_hosts, Parity(num_hosts, losses), ranks_each=ranks) as hosts:
-        hosts.give(1, rows_at(1))
+    policy = Parity(num_hosts, losses)
+    with hosts_of(tmp_path, num_hosts, policy, ranks_each=ranks, arena_bytes=16 << 20) as hosts:
+        hosts.give(1, rows_at(1, num_floats))
         hosts.await_told("parity", 1)
         lost = [f"h{number}" for number in range(num_hosts - losses, num_hosts)]
         for name in lost:
             hosts.kill(name)
         with hosts.source() as source:
             got, rows = restored(source)
-            assert got.manifest.step == 1 and same_rows(rows, rows_at(1))
+            assert got.manifest.step == 1 and same_rows(rows, rows_at(1, num_floats))
             assert got.report.bytes_by_source["parity"] > 0 and sorted(source.rebuilt()) == lost
             assert all(num_bytes > 0 for num_bytes in source.rebuilt().values())
 

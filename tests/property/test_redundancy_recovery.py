@@ -15,7 +15,7 @@ from checkpoint.redundancy.fragment import Fragment, decode_fragment, encode_fra
 from checkpoint.redundancy.groups import Group
 from checkpoint.redundancy.parity import forget, offer, protect, recoverable
 from checkpoint.redundancy.peers import MemoryPeers, Place
-from checkpoint.redundancy.recovery import recover
+from checkpoint.redundancy.recovery import Recovery, recover
 from checkpoint.redundancy.stripes import Stripes
 
 SNAPSHOT = "000000000042.000007"
@@ -67,6 +67,25 @@ def test_every_value_comes_back_from_every_set_of_survivors_that_is_large_enough
             assert bytes(found.value) == value
             assert found.num_rebuilt_bytes == (len(value) if host in lost else 0)
             assert found.bad == ()
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(0, 150), min_size=2, max_size=6), st.integers(7, 64), st.data())
+def test_bytes_that_are_rebuilt_quickly_are_the_same_or_the_plain_way_is_left(sizes, block_bytes, data):
+    peers, stripes, values = protected(sizes, 1, block_bytes)
+    host = data.draw(st.sampled_from(sorted(values)))
+    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, len(values[host]))] * 2)))
+    peers.lose(host)
+    recovery = Recovery(peers, stripes, host=host, snapshot=SNAPSHOT)
+    assert recovery.can_read_quickly
+    quick, plain = bytearray(stop - start), bytearray(stop - start)
+    try:
+        recovery.read_quickly(memoryview(quick), start)
+    except PeerLost:
+        assert len(set(sizes)) > 1, "rows that are as long are all there"
+        recovery.read_into(memoryview(quick), start)
+    recovery.read_into(memoryview(plain), start)
+    assert quick == plain == values[host][start:stop]
 
 
 @pytest.mark.parametrize(("num_hosts", "num_parity"), [(3, 1), (5, 1), (4, 2), (5, 3)])

@@ -13,7 +13,7 @@ from checkpoint.errors import KeeperLost, PeerLost
 from checkpoint.keeper.messages import Message, receive, receive_bytes, send, send_bytes
 from checkpoint.keeper.peering.handshake import introduce
 from checkpoint.keeper.peering.policy import Address, Addresses
-from checkpoint.redundancy.peers import Place
+from checkpoint.redundancy.peers import Piece, Place
 from checkpoint.redundancy.scratch import scratch
 from checkpoint.store.contract import Buffer, parts_of
 
@@ -58,31 +58,29 @@ class Link:
         except KeeperLost as error:
             raise PeerLost(str(error)) from error
 
-    def answer(self, memory: memoryview | None = None) -> Reply:
+    def answer(self, memory: Sequence[memoryview] = ()) -> Reply:
         """Receive the reply; what came with it lies in `memory`, if that is given and as long."""
         try:
             said = receive(self._channel)
             sizes = said.get("sizes", [])
-            if memory is not None and sizes != [memory.nbytes]:
-                raise PeerLost(f"it sent {sizes} instead of {memory.nbytes} bytes: {said.get('error', '')}")
-            data = [self._received(size, memory) for size in sizes]
+            if memory and sizes != [one.nbytes for one in memory]:
+                wanted = sum(one.nbytes for one in memory)
+                raise PeerLost(f"it sent {sizes} instead of {wanted} bytes: {said.get('error', '')}")
+            rooms: list[memoryview | None] = list(memory)
+            rooms = rooms or [None if size == ABSENT else scratch(size).data for size in sizes]
+            for room in rooms:
+                if room is not None:
+                    receive_bytes(self._channel, room)
         except KeeperLost as error:
             raise PeerLost(str(error)) from error
         if "error" in said:
             raise PeerLost(str(said["error"]))
-        return Reply(said, data)
+        return Reply(said, [*rooms])
 
     def close(self) -> None:
         """End the connection."""
         with suppress(OSError):
             self._channel.close()
-
-    def _received(self, size: int, memory: memoryview | None) -> Buffer | None:
-        if size == ABSENT:
-            return None
-        found = memory if memory is not None else scratch(size).data
-        receive_bytes(self._channel, found)
-        return found
 
 
 class TcpPeers:
@@ -120,6 +118,22 @@ class TcpPeers:
                 found |= {Place(peer, n): one for n, one in zip(names[peer], reply.data, strict=True)}
         return [found.get(place) for place in places]
 
+    def read_into(self, pieces: Sequence[Piece]) -> None:
+        """Fill the memory of each piece; the peers send at the same time."""
+        wanted: dict[str, list[Piece]] = defaultdict(list)
+        for piece in pieces:
+            wanted[piece.place.peer].append(piece)
+        asked: dict[str, Link] = {}
+        try:
+            for peer, some in wanted.items():
+                parts = [[one.place.name, one.offset, one.memory.nbytes] for one in some]
+                asked[peer] = self._asked(peer, {"verb": "pieces", "pieces": parts}, _NOTHING)
+            for peer, some in wanted.items():
+                self._answered(peer, asked.pop(peer), [one.memory for one in some])
+        finally:
+            for link in asked.values():  # an answer is under way there, which nobody waits for
+                link.close()
+
     def keys(self, peer: str, prefix: str) -> list[str]:
         """List the names that a peer keeps."""
         return [str(name) for name in self.ask(peer, {"verb": "keys", "prefix": prefix}).said["names"]]
@@ -134,7 +148,7 @@ class TcpPeers:
         message: Message,
         data: Sequence[Buffer] = _NOTHING,
         *,
-        memory: memoryview | None = None,
+        memory: Sequence[memoryview] = (),
     ) -> Reply:
         """Ask a peer. Raises PeerLost if it is gone or refuses."""
         return self._answered(peer, self._asked(peer, message, data), memory)
@@ -179,7 +193,7 @@ class TcpPeers:
             raise
         return link
 
-    def _answered(self, peer: str, link: Link, memory: memoryview | None = None) -> Reply:
+    def _answered(self, peer: str, link: Link, memory: Sequence[memoryview] = ()) -> Reply:
         try:
             reply = link.answer(memory)
         except PeerLost as error:

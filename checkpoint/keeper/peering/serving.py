@@ -15,6 +15,7 @@ from checkpoint.keeper.peering.dialing import ABSENT
 from checkpoint.keeper.peering.fragments import Fragments
 from checkpoint.keeper.peering.handshake import admit
 from checkpoint.keeper.peering.shelf import Shelf, Volume
+from checkpoint.redundancy.parts import Parts
 from checkpoint.store.contract import Buffer
 
 log = logging.getLogger("holdfast.keeper")
@@ -130,6 +131,8 @@ class _Session:
                 found = [fragments.fetch(str(name)) for name in message["names"]]
                 sizes = [ABSENT if one is None else sum(map(len, one)) for one in found]
                 self._send({"sizes": sizes}, [part for one in found for part in one or ()])
+            case "pieces":
+                self._send_pieces(message["pieces"])
             case "keys":
                 self._reply({"names": fragments.keys(str(message["prefix"]))})
             case "drop":
@@ -148,6 +151,16 @@ class _Session:
                 self._read(message)
             case other:
                 self._reply({"error": f"a keeper of this version does not know the verb {other!r}"})
+
+    def _send_pieces(self, wanted: Sequence[Sequence[Any]]) -> None:
+        """Send parts of fragments; of those that are not there, or too short, the size alone."""
+        found: list[list[memoryview] | None] = []
+        for name, offset, num_bytes in wanted:
+            whole = Parts(self.goods.fragments.fetch(str(name)) or ())
+            is_there = 0 <= int(offset) <= int(offset) + int(num_bytes) <= whole.num_bytes
+            found.append(whole.pieces(int(offset), int(offset) + int(num_bytes)) if is_there else None)
+        sizes = [ABSENT if one is None else sum(map(len, one)) for one in found]
+        self._send({"sizes": sizes}, [part for one in found for part in one or ()])
 
     def _read(self, message: Message) -> None:
         """Send bytes of a held snapshot as they lie in the arena; it stays meanwhile."""
