@@ -103,7 +103,7 @@ class Outbound:
         move = moves[0]
         bits = self._source.read([(move.target, target_part(move, box))])[0]
         made = cast(bits, self._plan.tensors[move.target].dtype, self.tensors[number].dtype)
-        return np.ascontiguousarray(turned_back(move, made, box))
+        return np.ascontiguousarray(turned_back(move, made, box)).reshape(box.size)
 
     def _fill(self, number: int, box: Box, found: Array) -> None:
         dtype = self.tensors[number].dtype
