@@ -34,8 +34,8 @@ class Draft:
     Several threads may write files of it.
     """
 
-    def __init__(self, fs: Any, root: str, kept: frozenset[str], attempt: str) -> None:
-        self._fs, self._root, self._attempt = fs, root, attempt
+    def __init__(self, fs: Any, root: str, *, url: str, kept: frozenset[str], attempt: str) -> None:
+        self._fs, self._root, self._url, self._attempt = fs, root, url, attempt
         self.kept = kept
         self._syncing = _Syncing()
 
@@ -72,7 +72,7 @@ class Draft:
     def place(self) -> Place:
         """Return what was written, to be read before anyone else can."""
         self.settle()
-        return Place(self._fs.unstrip_protocol(self._root), self._attempt)
+        return Place(self._url, self._attempt)
 
     @contextmanager
     def proving(self) -> Iterator[Place]:
@@ -179,7 +179,8 @@ def _drafting_here(fs: Any, root: str, url: str, attempt: str) -> Iterator[Draft
         for partial in folder.rglob(f"*{_PARTIAL}"):
             partial.unlink()
         files = [one for one in folder.rglob("*") if one.is_file()]
-    draft = Draft(fs, str(folder), frozenset(one.relative_to(folder).as_posix() for one in files), attempt)
+    kept = frozenset(one.relative_to(folder).as_posix() for one in files)
+    draft = Draft(fs, str(folder), url=str(folder), kept=kept, attempt=attempt)
     with _settled(draft):
         yield draft
     with told(url):
@@ -201,7 +202,7 @@ def _drafting_there(fs: Any, root: str, url: str, attempt: str) -> Iterator[Draf
         fs.makedirs(root, exist_ok=True)
         fs.pipe_file(mark, b"This conversion has not finished.\n")
     kept = frozenset(path for path in there if not path.startswith(DRAFT) and _PARTIAL not in path)
-    yield Draft(fs, root, kept, attempt)
+    yield Draft(fs, root, url=url, kept=kept, attempt=attempt)
     with told(url):
         fs.rm_file(mark)
 

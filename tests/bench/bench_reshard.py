@@ -1,6 +1,6 @@
 """Resharding beside what a user could do instead: at load time, as a conversion, and how planning scales.
 
-ONLY=planning,loading,converting,exporting in the environment runs some of the figures.
+ONLY=planning,loading,converting,exporting,universal in the environment runs some of the figures.
 """
 
 import os
@@ -12,6 +12,7 @@ from tests.bench.figures.exporting import exporting
 from tests.bench.figures.planning import planning
 from tests.bench.figures.reloading import reloading
 from tests.bench.figures.session import console
+from tests.bench.figures.universal import universal
 from tests.bench.harness import Effort, Row
 
 FIGURES: Mapping[str, Callable[[Effort], list[Row]]] = {
@@ -19,6 +20,7 @@ FIGURES: Mapping[str, Callable[[Effort], list[Row]]] = {
     "loading": reloading,
     "converting": converting,
     "exporting": exporting,
+    "universal": universal,
 }
 
 

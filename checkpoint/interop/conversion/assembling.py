@@ -50,21 +50,29 @@ class Assembled:
 
     def _read(self, number: int, box: Box) -> Array:
         spec = self._plan.tensors[number]
+        moves = self._moves.get(number, ())
+        if len(moves) == 1 and moves[0].how is How.FILL and moves[0].target_box.intersect(box) == box:
+            return self._filled(moves[0], box)
         found: Array = np.zeros(box.size, dtype_of(spec.dtype).carrier)
         sums: dict[Box, list[Array]] = {}
-        for move in self._moves.get(number, ()):
+        for move in moves:
             part = move.target_box.intersect(box)
             if part is None:
                 continue
-            bits = turned(move, self._foreign.read(move.source, source_part(move, part)), part)
-            old = self._plan.foreign[move.source].dtype
             if move.how is How.MEAN:
+                bits = turned(move, self._foreign.read(move.source, source_part(move, part)), part)
+                old = self._plan.foreign[move.source].dtype
                 sums.setdefault(part, []).append(cast(bits, old, "float64"))
             else:
-                found[part.within(box)] = cast(bits, old, spec.dtype)
+                found[part.within(box)] = self._filled(move, part)
         for part, summands in sums.items():
             found[part.within(box)] = cast(_mean(summands), "float64", spec.dtype)
         return found
+
+    def _filled(self, move: Move, part: Box) -> Array:
+        """Return the bits that a move has for a part of its target box."""
+        bits = turned(move, self._foreign.read(move.source, source_part(move, part)), part)
+        return cast(bits, self._plan.foreign[move.source].dtype, self._plan.tensors[move.target].dtype)
 
 
 def prove_from_sources(plan: Plan, foreign: Contents, settings: ConversionSettings) -> dict[str, int]:

@@ -3,8 +3,10 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from checkpoint.engine.pipeline import fan_out
 from checkpoint.errors import Incomplete, Unsupported
 from checkpoint.format.box import Box, split_box
 from checkpoint.interop.drafts import Draft
@@ -12,7 +14,7 @@ from checkpoint.interop.formats.contract import Contents
 from checkpoint.interop.formats.deepspeed_universal import STATES
 from checkpoint.interop.formats.rounding import ROUNDED, widen_bits
 from checkpoint.interop.formats.saving import Later, Saving
-from checkpoint.interop.formats.streams import block_bytes, blocks_of, check_global
+from checkpoint.interop.formats.streams import NUM_THREADS, block_bytes, blocks_of, check_global
 from checkpoint.interop.moves import Foreign
 
 _STATE = re.compile(r"optimizer\.(master|exp_avg|exp_avg_sq|step)\.(.+)")
@@ -36,30 +38,46 @@ def write_deepspeed_universal(draft: Draft, contents: Contents, budget_bytes: in
     check_global(contents.tensors, "deepspeed-universal")
     parts = parts_of(contents.tensors)
     tag = f"global_step{contents.about.step or 0}_universal"
-    for name, states in parts.states.items():
-        for state, number in states.items():
-            if state == "step":
-                _save(
-                    draft,
-                    f"{tag}/zero/{name}/step.pt",
-                    _later(contents, number),
-                    _plainly(contents, budget_bytes),
-                )
-            else:
-                _save_wide(draft, f"{tag}/zero/{name}/{STATES[state]}.pt", (contents, number), budget_bytes)
-    for name, number in parts.weights.items():
-        is_float = contents.tensors[number].dtype in ROUNDED
-        if "master" not in parts.states.get(name, {}) and is_float:
-            _save_wide(draft, f"{tag}/zero/{name}/fp32.pt", (contents, number), budget_bytes)
     plainly = _plainly(contents, budget_bytes)
-    _save(draft, f"{tag}/zero/optimizer_state.pt", _common(contents, parts), plainly)
     module = {name: _later(contents, number) for name, number in parts.weights.items()}
     empty = {name: Later(-1, "float32", (0,)) for name in module}
     engine = engine_of(contents, parts)
-    _save(draft, f"{tag}/mp_rank_00_model_states.pt", {**engine, "module": module}, plainly)
-    _save(draft, f"{tag}/zero_pp_rank_0_mp_rank_00_model_states.pt", {**engine, "module": empty}, _nothing)
+    # The largest file first, so that no thread is left alone with it.
+    works: list[Callable[[], None]] = [
+        partial(_save, draft, f"{tag}/mp_rank_00_model_states.pt", {**engine, "module": module}, plainly),
+        *_parameters(draft, f"{tag}/zero", (contents, parts), budget_bytes),
+        partial(_save, draft, f"{tag}/zero/optimizer_state.pt", _common(contents, parts), plainly),
+        partial(
+            _save,
+            draft,
+            f"{tag}/zero_pp_rank_0_mp_rank_00_model_states.pt",
+            {**engine, "module": empty},
+            _nothing,
+        ),
+    ]
+    for _ in fan_out(lambda work: work(), works, NUM_THREADS):
+        pass
     with draft.writing("latest_universal") as file:
         file.write(tag.encode())
+
+
+def _parameters(
+    draft: Draft, folder: str, what: tuple[Contents, Parts], budget_bytes: int
+) -> Iterator[Callable[[], None]]:
+    """Yield what writes each parameter's files."""
+    contents, parts = what
+    plainly = _plainly(contents, budget_bytes)
+    for name, states in parts.states.items():
+        for state, number in states.items():
+            if state == "step":
+                yield partial(_save, draft, f"{folder}/{name}/step.pt", _later(contents, number), plainly)
+            else:
+                path = f"{folder}/{name}/{STATES[state]}.pt"
+                yield partial(_save_wide, draft, path, (contents, number), budget_bytes)
+    for name, number in parts.weights.items():
+        is_float = contents.tensors[number].dtype in ROUNDED
+        if "master" not in parts.states.get(name, {}) and is_float:
+            yield partial(_save_wide, draft, f"{folder}/{name}/fp32.pt", (contents, number), budget_bytes)
 
 
 def parts_of(tensors: Iterable[Foreign]) -> Parts:

@@ -12,7 +12,7 @@ from checkpoint.interop.formats.contract import About, Contents
 from checkpoint.interop.formats.extents import check_shape
 from checkpoint.interop.formats.hf_config import sizes_from
 from checkpoint.interop.formats.safetensors import Header, header_bytes, read_header, sort_key
-from checkpoint.interop.formats.streams import blocks_of, check_global, num_bytes_of
+from checkpoint.interop.formats.streams import blocks_ahead, check_global, num_bytes_of
 from checkpoint.interop.formats.tiles import Tile, Tiled, found
 from checkpoint.interop.moves import Foreign
 from checkpoint.interop.place import Place
@@ -90,9 +90,8 @@ def _write_shard(
     order = sorted(shard, key=lambda number: sort_key(contents.tensors[number]))
     with draft.writing(path) as file:
         file.write(header_bytes([contents.tensors[number] for number in order], {"format": "pt"}))
-        for number in order:
-            for block in blocks_of(contents, number, budget_bytes):
-                file.write(block)
+        for block in blocks_ahead(contents, order, budget_bytes):
+            file.write(block)
 
 
 def _write_beside(draft: Draft, extra: Mapping[str, Any]) -> None:

@@ -1,17 +1,23 @@
 """Writing tensors as streams: block by block, so that no more is held than the budget allows."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from checkpoint.errors import Unsupported
 from checkpoint.format.box import Box, split_box
 from checkpoint.format.dtypes import itemsize
-from checkpoint.interop.formats.contract import Contents
+from checkpoint.interop.formats.contract import Array, Contents
 from checkpoint.interop.moves import Foreign
 
-_MAX_BLOCK_BYTES = 64 << 20
+NUM_THREADS = 2
+# The allocator hands out blocks of this size again; larger ones are fresh memory each time, whose first touch
+# costs more than reading into them.
+_MAX_BLOCK_BYTES = 8 << 20
 _MIN_BLOCK_BYTES = 64 << 10
-_SHARE_OF_BUDGET = 4  # a block, what its reader puts it together from, and what the file's client holds
+# Each thread has a block, and what its reader puts it together from; one waits, and one is being written.
+_SHARE_OF_BUDGET = 4 * NUM_THREADS
 
 
 def blocks_of(
@@ -21,7 +27,36 @@ def blocks_of(
     tensor = contents.tensors[number]
     box = Box.whole(tensor.shape) if box is None else box
     for part in split_box(box, itemsize(tensor.dtype), block_bytes(budget_bytes)):
-        yield memoryview(contents.read(number, part).reshape(-1).view("u1").data)
+        yield _bytes_of(contents.read(number, part))
+
+
+def blocks_ahead(contents: Contents, numbers: Iterable[int], budget_bytes: int) -> Iterator[memoryview]:
+    """Yield the bytes of tensors, one after the other; a few threads read what comes next."""
+    parts = (
+        (number, part)
+        for number in numbers
+        for part in split_box(
+            Box.whole(contents.tensors[number].shape),
+            itemsize(contents.tensors[number].dtype),
+            block_bytes(budget_bytes),
+        )
+    )
+    with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="holdfast-ahead") as pool:
+        coming: deque[Future[Array]] = deque()
+        try:
+            for number, part in parts:
+                coming.append(pool.submit(contents.read, number, part))
+                if len(coming) > NUM_THREADS:
+                    yield _bytes_of(coming.popleft().result())
+            while coming:
+                yield _bytes_of(coming.popleft().result())
+        finally:
+            for future in coming:
+                future.cancel()
+
+
+def _bytes_of(bits: Array) -> memoryview:
+    return memoryview(bits.reshape(-1).view("u1").data)
 
 
 def block_bytes(budget_bytes: int) -> int:

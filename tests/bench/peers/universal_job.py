@@ -17,6 +17,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+Way = Callable[[Path, Path], None]
+
 BUDGET_BYTES = 256 << 20
 TAG = "global_step1"
 _HIDDEN = 1024
@@ -58,58 +60,60 @@ def _train(rank: int, source: Path, num_layers: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-def ours(source: Path, target: Path) -> None:
+def ours() -> Way:
     """Convert, unproved as theirs is."""
     from checkpoint.interop.drafts import drafting
+    from checkpoint.interop.formats import deepspeed_writing  # noqa: F401 -- it imports torch
     from checkpoint.interop.formats.known import open_foreign, write_foreign
 
-    with drafting(str(target), "bench") as draft:
-        write_foreign("deepspeed-universal", draft, open_foreign(str(source)), BUDGET_BYTES)
+    def convert(source: Path, target: Path) -> None:
+        with drafting(str(target), "bench") as draft:
+            write_foreign("deepspeed-universal", draft, open_foreign(str(source)), BUDGET_BYTES)
+
+    return convert
 
 
-def proved(source: Path, target: Path) -> None:
+def proved() -> Way:
     """Convert as `holdfast export` does."""
-    import checkpoint
-    from checkpoint import ConversionSettings, Emigration, Whereabouts
+    from checkpoint import ConversionSettings, Emigration, Whereabouts, export_foreign
+    from checkpoint.interop.formats import deepspeed_writing  # noqa: F401 -- as above
 
-    checkpoint.export_foreign(
-        Whereabouts(str(source)),
-        str(target),
-        Emigration("deepspeed-universal"),
-        settings=ConversionSettings(BUDGET_BYTES),
-    )
+    def convert(source: Path, target: Path) -> None:
+        place, settings = Whereabouts(str(source)), ConversionSettings(BUDGET_BYTES)
+        export_foreign(place, str(target), Emigration("deepspeed-universal"), settings=settings)
+
+    return convert
 
 
-def theirs(source: Path, target: Path) -> None:
+def theirs() -> Way:
     """DeepSpeed's own converter, with as many processes as it takes by itself; its `tmp` is left."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     from deepspeed.checkpoint.ds_to_universal import main  # type: ignore[import-not-found]  # as above
 
-    target.mkdir()
-    main(
-        argparse.Namespace(
-            input_folder=str(source / TAG),
-            output_folder=str(target / f"{TAG}_universal"),
-            num_extract_workers=4,
-            num_merge_workers=2,
-            keep_temp_folder=True,
-            strict=True,
-            inject_missing_state=False,
-        )
-    )
-    sync(target)
+    def convert(source: Path, target: Path) -> None:
+        target.mkdir()
+        folders = {"input_folder": str(source / TAG), "output_folder": str(target / f"{TAG}_universal")}
+        workers = {"num_extract_workers": 4, "num_merge_workers": 2}
+        how = {"keep_temp_folder": True, "strict": True, "inject_missing_state": True}
+        main(argparse.Namespace(**folders, **workers, **how))
+        sync(target)
+
+    return convert
 
 
-def copy(source: Path, target: Path) -> None:
+def copy() -> Way:
     """Copy the files through memory: what the disk lets one have."""
-    for file in sorted(source.rglob("*")):
-        if file.is_file():
+
+    def convert(source: Path, target: Path) -> None:
+        for file in sorted(one for one in source.rglob("*") if one.is_file()):
             other = target / file.relative_to(source)
             other.parent.mkdir(parents=True, exist_ok=True)
             with open(file, "rb", buffering=0) as one, open(other, "wb", buffering=0) as two:
                 while data := one.read(16 << 20):
                     two.write(data)
-    sync(target)
+        sync(target)
+
+    return convert
 
 
 def sync(target: Path) -> None:
@@ -121,18 +125,14 @@ def sync(target: Path) -> None:
             os.close(number)
 
 
-WAYS: Mapping[str, Callable[[Path, Path], None]] = {
-    "ours": ours,
-    "proved": proved,
-    "theirs": theirs,
-    "copy": copy,
-}
+WAYS: Mapping[str, Callable[[], Way]] = {"ours": ours, "proved": proved, "theirs": theirs, "copy": copy}
 
 
 def main(way: str, source: Path, target: Path) -> None:
     """Go one way, and tell what it took."""
+    convert = WAYS[way]()  # what has to be imported is not timed, for any of them
     before, started = _used(), time.perf_counter()
-    WAYS[way](source, target)
+    convert(source, target)
     seconds, after = time.perf_counter() - started, _used()
     sizes = {file: file.stat().st_size for file in target.rglob("*") if file.is_file()}
     told = {
