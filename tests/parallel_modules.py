@@ -35,7 +35,7 @@ class _Spread(torch.autograd.Function):
         return tuple(hidden.clone() for _ in experts)
 
     @staticmethod
-    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         mine = dict(zip(context.experts, gradients, strict=True))
         first, *others = _from_owners([mine.get(one) for one in ALL_EXPERTS], gradients[0])
         total = first.clone()
@@ -54,7 +54,7 @@ class _Collect(torch.autograd.Function):
         return tuple(one.clone() for one in _from_owners([mine.get(one) for one in ALL_EXPERTS], said[0]))
 
     @staticmethod
-    def backward(context: Any, *gradients: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(context: Any, *gradients: torch.Tensor) -> Any:
         return None, *(gradients[one] for one in context.experts)
 
 

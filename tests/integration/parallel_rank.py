@@ -78,7 +78,7 @@ def _cut(model: nn.Module, mesh: Any) -> nn.Module:
 def stage_of(name: str) -> Ranks:
     """Return the rank whose stage a parameter belongs to."""
     part, number, *_ = name.split(".")
-    return ({"embed": 0, "head": NUM_LAYERS - 1}.get(part) if part != "layers" else int(number),)  # type: ignore[return-value]
+    return (int(number) if part == "layers" else {"embed": 0, "head": NUM_LAYERS - 1}[part],)
 
 
 def dealt_to(name: str) -> Ranks:
@@ -123,9 +123,13 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         """Return what is saved and restored; of what other ranks hold, its shape."""
-        state = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        state: dict[str, Any] = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+        }
         if self.layout.holders is not None:
-            state |= self._leaves(self.layout.holders)  # type: ignore[arg-type]
+            state |= self._leaves(self.layout.holders)
         return {**state, "keys": self.keys}
 
     def adopt(self, state: Mapping[str, Any]) -> None:
