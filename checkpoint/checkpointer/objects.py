@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from checkpoint.checkpointer.likeness import check_depth
 from checkpoint.checkpointer.rng import Rng
+from checkpoint.engine.on_ranks import OnRanks
 from checkpoint.engine.per_rank import PerRank
 from checkpoint.errors import Mismatch, Unsupported
 from checkpoint.format.tree import is_bulk
@@ -37,7 +38,7 @@ class Kind(Enum):
 
 def kind_of(value: Any) -> Kind:
     """Tell how a thing is saved and restored."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, (torch.Tensor, OnRanks)):
         return Kind.TENSOR
     for container, kind in ((dict, Kind.DICT), (list, Kind.LIST), (tuple, Kind.TUPLE)):
         if isinstance(value, container):

@@ -26,6 +26,7 @@ from checkpoint.checkpointer.objects import (
 from checkpoint.checkpointer.optimizers import plan_optimizer
 from checkpoint.checkpointer.sharing import Ranks, Request
 from checkpoint.engine.leaves import describe, own_tensors
+from checkpoint.engine.on_ranks import OnRanks
 from checkpoint.engine.per_rank import PerRank, per_rank_values
 from checkpoint.engine.targets import Wanted
 from checkpoint.engine.tensors import identity, torch_dtype, unflatten_state
@@ -55,7 +56,7 @@ class Refill:
     names: dict[int, str] = field(default_factory=dict)
     filled: dict[Any, str] = field(default_factory=dict)
 
-    def tensor(self, live: torch.Tensor, node: Json, path: str) -> Later:
+    def tensor(self, live: torch.Tensor | OnRanks, node: Json, path: str) -> Later:
         """Fill a tensor where it is: this rank's part of it."""
         record = self.record(node, path)
         leaf = describe(path, live, *self.place)
@@ -66,18 +67,21 @@ class Refill:
                 "use the settings it was saved with"
             )
         own = own_tensors([path], [live])[0].detach()
-        before = self.filled.setdefault((identity(own), leaf.spec.shape), record.name)
-        if before != record.name:
-            raise Mismatch(
-                f"{path} is one tensor here (tied weights) and two in the checkpoint, "
-                f"{before!r} and {record.name!r}"
-            )
+        if not isinstance(live, OnRanks) or live.tensor is not None:
+            self._note_filled(own, leaf.spec.shape, record.name, path)
         mine = {part.box: part.local for part in leaf.parts(self.place[0])}
         for piece in leaf.pieces(0, self.place[1]):
             local = mine.get(piece.box)
             target = None if local is None else own[tuple(map(slice, local.start, local.stop))]
             self.ask(record, piece.box, piece.holders, target)
         return lambda: live
+
+    def _note_filled(self, own: torch.Tensor, shape: tuple[int, ...], name: str, path: str) -> None:
+        before = self.filled.setdefault((identity(own), shape), name)
+        if before != name:
+            raise Mismatch(
+                f"{path} is one tensor here (tied weights) and two in the checkpoint, {before!r} and {name!r}"
+            )
 
     def value(self, node: Json, path: str) -> Later:
         """Read whatever there is at a place of the checkpoint, as plain data and new tensors on the CPU."""

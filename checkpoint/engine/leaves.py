@@ -33,6 +33,8 @@ from checkpoint.format.layout import (
 from checkpoint.format.tree import flatten
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+# Along these axes ranks have modules of their own, which may well go by the same names.
+_DIVIDING = {"pp", "pipe", "pipeline", "stage", "ep", "expert", "experts"}
 Signature = tuple[Hashable, ...]
 
 
@@ -134,13 +136,33 @@ def describe(name: str, leaf: Any, rank: int, size: int) -> Leaf:
 
 
 def spread_of(name: str, leaf: Any) -> Spread:
-    """Return how a DTensor lies on its mesh, by arithmetic alone. Raises Unsupported for partial sums."""
-    mesh = leaf.device_mesh
-    axes = mesh.mesh_dim_names or tuple(f"axis{number}" for number in range(mesh.mesh.dim()))
-    placements = tuple(_placement(name, one, leaf.dim()) for one in leaf.placements)
+    """Return how a DTensor lies on its mesh, by arithmetic alone. Raises Unsupported for partial sums.
+
+    On a part of a larger mesh (the norms of a model that is tensor parallel and sharded) it is replicated
+    over the other axes, so that every rank of the larger mesh says the same of it.
+    """
+    mesh = _widened(leaf.device_mesh)
+    axes = _axes_of(mesh)
+    placements = {
+        axis: _placement(name, one, leaf.dim())
+        for axis, one in zip(_axes_of(leaf.device_mesh), leaf.placements, strict=True)
+    }
     return Spread(
-        Mesh(tuple(zip(axes, mesh.mesh.shape, strict=True)), tuple(mesh.mesh.flatten().tolist())), placements
+        Mesh(tuple(zip(axes, mesh.mesh.shape, strict=True)), tuple(mesh.mesh.flatten().tolist())),
+        tuple(placements.get(axis, Replicate()) for axis in axes),
     )
+
+
+def _axes_of(mesh: Any) -> tuple[str, ...]:
+    return mesh.mesh_dim_names or tuple(f"axis{number}" for number in range(mesh.mesh.dim()))
+
+
+def _widened(mesh: Any) -> Any:
+    """Return the mesh that a mesh was sliced from, if its ranks hold replicas along the axes left out."""
+    root = mesh._get_root_mesh()
+    names, all_names = _axes_of(mesh), _axes_of(root)
+    is_slice = names == tuple(axis for axis in all_names if axis in names)
+    return root if is_slice and not _DIVIDING & (set(all_names) - set(names)) else mesh
 
 
 def is_dtensor(leaf: object) -> TypeGuard[Any]:

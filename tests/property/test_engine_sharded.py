@@ -14,7 +14,20 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from checkpoint import LocalHost, Mismatch, OnRanks, Saver, Share, Unsupported, load, verify
+from checkpoint import (
+    Catalog,
+    LocalHost,
+    Mismatch,
+    OnRanks,
+    Saver,
+    Share,
+    Unsupported,
+    load,
+    restore_into,
+    verify,
+)
+from checkpoint.checkpointer.refilling import plan_refill
+from checkpoint.engine.leaves import spread_of
 from checkpoint.engine.per_rank import PerRank, per_rank_values
 from checkpoint.store.memory import MemoryStore
 from tests.fault.checkpoint_worlds import MIB, QUICK, RAW, durable_steps
@@ -116,6 +129,47 @@ def test_a_tensor_that_some_ranks_hold_in_full_is_written_by_one_of_them(size, d
     slots = save_all(store, size, state_of)
     assert next(rank for rank, each in enumerate(slots) if each) in ranks
     assert torch.equal(load(store).state["m"], whole) and verify(store).num_bad == 0
+
+
+@pytest.mark.parametrize("axis", ["shard", "tensor"])
+def test_what_lies_on_a_part_of_a_larger_mesh_is_replicated_over_the_rest(axis):
+    whole = torch.randn(5, 3)
+
+    def state_of(rank: int) -> dict[str, Any]:
+        both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
+        return {"norm": shard(whole, both[axis], [Shard(0)])}
+
+    store = MemoryStore("part")
+    slots = save_all(store, 4, state_of)
+    assert sum(slot.box.numel for each in slots for slot in each) == whole.numel()
+    assert torch.equal(load(store).state["norm"], whole) and verify(store).num_bad == 0
+
+
+def test_stages_are_no_replicas_of_each_other_though_their_parts_may_go_by_the_same_names():
+    described = set()
+    for rank in range(4):
+        with rank_of(rank, 4):
+            both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "shard"))
+            part = shard(torch.randn(4), both["shard"], [Shard(0)])
+            described.add(spread_of("layers.0.weight", part).mesh.members)
+    assert described == {(0, 1), (2, 3)}, "which no world agrees on"
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_what_some_ranks_hold_is_filled_where_it_is_and_nothing_elsewhere(rank):
+    whole = torch.randn(5, 3)
+    store = MemoryStore("held")
+    save_all(store, 1, lambda _: {"m": {"a": whole, "b": whole + 1}})
+    mine = torch.zeros(5, 3) if rank in (0, 2) else None
+    live = {name: OnRanks(mine, torch.float32, (5, 3), (0, 2)) for name in "a"}
+    live["b"] = OnRanks(None if rank != 1 else torch.zeros(5, 3), torch.float32, (5, 3), (1,))
+    refill = plan_refill({"m": live}, Catalog(store).manifest(1), (rank, 3))
+    assert [one.ranks for one in refill.requests] == [(0, 2), (1,)], "every rank knows who wants what"
+    restore_into(store, [one.wanted for one in refill.requests if one.wanted is not None], step=1)
+    refill.finish()
+    held = live["b" if rank == 1 else "a"].tensor
+    assert held is not None and torch.equal(held, whole + (rank == 1))
+    assert held is mine or rank == 1
 
 
 def test_a_rank_that_lacks_what_it_should_hold_is_told_so():

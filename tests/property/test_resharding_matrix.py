@@ -1,15 +1,16 @@
-"""From any layout into any other and back: weights, both moments, step and cursor come back bit for bit."""
+"""From any layout into any other and back: weights, moments, step, cursor and the next step, bit for bit."""
 
 import random
 from functools import cache
 from itertools import product
 
+import numpy as np
 import pytest
 
 import checkpoint
 from checkpoint.interop.conversion.resharding import Change, reshard
 from checkpoint.store.memory import MemoryStore
-from tests.conversion_samples import bits_of
+from tests.conversion_samples import bits_of, save_state
 from tests.resharding_matrix import (
     CURSOR,
     LAYOUTS,
@@ -20,6 +21,7 @@ from tests.resharding_matrix import (
     restore,
     save,
 )
+from tests.resharding_training import next_step
 
 TRIPLES = [(model, *pair) for model in MODELS for pair in product(LAYOUTS, LAYOUTS) if pair[0] != pair[1]]
 NUM_SAMPLED, NUM_FAST = 40, 4
@@ -29,6 +31,12 @@ SAMPLE = [
 ]
 
 truth_of = cache(make_truth)
+
+
+@cache
+def never_converted(model: str) -> dict[str, bytes]:
+    """Return the next step of the training that was never taken into any layout."""
+    return next_step(truth_of(model).store)
 
 
 @cache
@@ -56,6 +64,7 @@ def check(model: str, source: str, target: str) -> None:
         assert (manifest.tensors, manifest.data_cursor) == (truth.manifest.tensors, CURSOR)
         state = checkpoint.load(store).state
         assert state["cursor"] == CURSOR
+        assert next_step(store) == never_converted(model), "the next loss, and the weights after it"
         if model != "Llama":
             assert state["model"]["head.weight"] is state["model"]["embedding.weight"], "tied, as before"
 
@@ -71,6 +80,22 @@ def test_a_state_survives_every_change_of_layout(model):
     for one, source, target in TRIPLES:
         if one == model:
             check(model, source, target)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_next_step_tells_every_part_of_a_state(model):
+    """Or its equality would prove little: each weight has a gradient, and changes by it."""
+    truth = truth_of(model)
+    state = checkpoint.load(truth.store).state
+    before, after = state["model"], never_converted(model)
+    assert np.isfinite(np.frombuffer(after["the loss"], np.float32)).all()
+    for name, weight in before.items():
+        assert weight.numpy().tobytes() != after[name], name
+    for name in state["optimizer"]["state"]:
+        state["optimizer"]["state"][name]["exp_avg"][..., -1] += 1
+    shifted = MemoryStore("shifted")
+    save_state(shifted, state, step=9)
+    assert all(one != after[name] for name, one in next_step(shifted).items() if name != "the loss")
 
 
 def test_layouts_pad_what_they_cannot_divide():
