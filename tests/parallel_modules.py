@@ -96,3 +96,33 @@ class Net(nn.Module):
         for layer in self.layers.values():
             hidden = layer(hidden)
         return hidden if self.head is None else self.head(hidden)
+
+
+def loss_of(said: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Compare what the model says with the words, turned around."""
+    return nn.functional.cross_entropy(said.flatten(0, 1), words.flip(0).flatten())
+
+
+def through_stages(stage: nn.Module, batch: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Send parts of a batch through two stages, and their gradients back in the same order."""
+    total = torch.zeros(())
+    if dist.get_rank() == 0:
+        said = [stage(words, mask) for words, mask in batch]
+        for one in said:
+            dist.send(one.detach().contiguous(), 1)
+        for one in said:
+            gradient = torch.empty_like(one)
+            dist.recv(gradient, 1)
+            one.backward(gradient)
+    else:
+        given = [torch.empty_like(mask) for _, mask in batch]
+        for one in given:
+            dist.recv(one, 0)
+        for one, (words, mask) in zip(given, batch, strict=True):
+            loss = loss_of(stage(one.requires_grad_(), mask), words) / len(batch)
+            loss.backward()
+            assert one.grad is not None
+            dist.send(one.grad, 0)
+            total += loss.detach()
+    dist.broadcast(total, 1)
+    return total.item()

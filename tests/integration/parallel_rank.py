@@ -26,7 +26,17 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import Checkpointer, OnRanks, Options
-from tests.parallel_modules import ALL_EXPERTS, ALL_LAYERS, NUM_LAYERS, WIDTH, WORDS, Net, owner_of
+from tests.parallel_modules import (
+    ALL_EXPERTS,
+    ALL_LAYERS,
+    NUM_LAYERS,
+    WIDTH,
+    WORDS,
+    Net,
+    loss_of,
+    owner_of,
+    through_stages,
+)
 
 NUM_MICRO, MICRO_SHAPE = 2, (2, 3)
 NUM_BEFORE, NUM_NEXT = 2, 3
@@ -177,7 +187,7 @@ class Training:
 
     def _pass(self, numbers: list[int]) -> float:
         if self.layout.holders is stage_of:
-            return _through_stages(self.model, [self._batch(one) for one in numbers])
+            return through_stages(self.model, [self._batch(one) for one in numbers])
         total = torch.zeros(())
         for number in numbers:
             words, mask = self._batch(number)
@@ -195,36 +205,6 @@ class Training:
         dropped = torch.Generator().manual_seed(10 * self.keys["dropout"] + number)
         mask = torch.rand(*MICRO_SHAPE, WIDTH, generator=dropped) > 0.3
         return torch.randint(0, WORDS, MICRO_SHAPE, generator=words), mask.float()
-
-
-def loss_of(said: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-    """Compare what the model says with the words, turned around."""
-    return nn.functional.cross_entropy(said.flatten(0, 1), words.flip(0).flatten())
-
-
-def _through_stages(stage: nn.Module, batch: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Send parts of a batch through two stages, and their gradients back in the same order."""
-    total = torch.zeros(())
-    if dist.get_rank() == 0:
-        said = [stage(words, mask) for words, mask in batch]
-        for one in said:
-            dist.send(one.detach().contiguous(), 1)
-        for one in said:
-            gradient = torch.empty_like(one)
-            dist.recv(gradient, 1)
-            one.backward(gradient)
-    else:
-        given = [torch.empty(*MICRO_SHAPE, WIDTH) for _ in batch]
-        for one in given:
-            dist.recv(one, 0)
-        for one, (words, mask) in zip(given, batch, strict=True):
-            loss = loss_of(stage(one.requires_grad_(), mask), words) / len(batch)
-            loss.backward()
-            assert one.grad is not None
-            dist.send(one.grad, 0)
-            total += loss.detach()
-    dist.broadcast(total, 1)
-    return total.item()
 
 
 def nans(like: torch.Tensor) -> torch.Tensor:
