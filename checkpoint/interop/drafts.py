@@ -6,13 +6,14 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from fsspec.implementations.local import LocalFileSystem
 
+from checkpoint.engine.pipeline import Crew
 from checkpoint.errors import AlreadyExists, FormatError, Incomplete, Mismatch, NotFound, StoreRefused
 from checkpoint.interop.place import DRAFT, Place, filesystem, told
 from checkpoint.store.writeback import begin_writing
@@ -101,26 +102,26 @@ class _Syncing:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._room = threading.BoundedSemaphore(_MOST_UNSYNCED)
-        self._pool: ThreadPoolExecutor | None = None
+        self._crew: Crew | None = None
         self._futures: list[Future[None]] = []
 
     def add(self, finish: Callable[[], None]) -> None:
         """Let a file be finished; waits while there are too many."""
         self._room.acquire()
         with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(_NUM_SYNCERS, thread_name_prefix="holdfast-sync")
-            future = self._pool.submit(finish)
+            if self._crew is None:
+                self._crew = Crew("sync", _NUM_SYNCERS)
+            future = self._crew.submit(finish)
             self._futures.append(future)
         future.add_done_callback(lambda _: self._room.release())
 
     def settle(self) -> None:
         """Wait for all of them. Raises the first error."""
         with self._lock:
-            pool, futures = self._pool, self._futures
-            self._pool, self._futures = None, []
-        if pool is not None:
-            pool.shutdown()
+            crew, futures = self._crew, self._futures
+            self._crew, self._futures = None, []
+        if crew is not None:
+            crew.close()
         for future in futures:
             future.result()
 

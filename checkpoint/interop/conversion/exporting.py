@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -178,7 +178,8 @@ def export_checkpoint(
     watched = _Watched(outward.outbound, listener)
     write(watched)
     listener(Progress("proving", watched.num_done_bytes, watched.num_bytes))
-    proofs = _prove(outward, reopen(), url, settings)
+    known = outward.source.fingerprints(settings)  # meanwhile files that were written go on to the disk
+    proofs = _prove(outward, known, reopen(), url=url, settings=settings)
     return ConversionReport(
         source=outward.source.url,
         target=url,
@@ -249,7 +250,12 @@ def _about(origin: Origin, emigration: Emigration, plan: Plan) -> About:
 
 
 def _prove(
-    outward: Outward, back: ForeignContents, url: str, settings: ConversionSettings
+    outward: Outward,
+    known: Mapping[str, int],
+    back: ForeignContents,
+    *,
+    url: str,
+    settings: ConversionSettings,
 ) -> tuple[Proof, ...]:
     """Work out every global tensor's fingerprint from what was written, and hold it against the source's."""
     places = {_place(one): number for number, one in enumerate(back.tensors)}
@@ -258,7 +264,6 @@ def _prove(
         raise Mismatch(f"what was written to become {url} lacks {missing[:5]}: it is not left there")
     numbers = [places[_place(one)] for one in outward.plan.foreign]
     found = prove_from_sources(outward.plan, _Reordered(back, numbers), settings)
-    known = outward.source.fingerprints(settings)
     proofs, wrong = [], []
     for number, (old, new) in enumerate(zip(outward.chosen.tensors, outward.contents.tensors, strict=True)):
         is_cast = old.dtype != new.dtype

@@ -3,8 +3,10 @@
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import closing
 
+from checkpoint.engine.pipeline import Crew
 from checkpoint.errors import Unsupported
 from checkpoint.format.box import Box, split_box
 from checkpoint.format.dtypes import itemsize
@@ -41,18 +43,14 @@ def blocks_ahead(contents: Contents, numbers: Iterable[int], budget_bytes: int) 
             block_bytes(budget_bytes),
         )
     )
-    with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="holdfast-ahead") as pool:
-        coming: deque[Future[Array]] = deque()
-        try:
-            for number, part in parts:
-                coming.append(pool.submit(contents.read, number, part))
-                if len(coming) > NUM_THREADS:
-                    yield _bytes_of(coming.popleft().result())
-            while coming:
+    coming: deque[Future[Array]] = deque()
+    with closing(Crew("ahead", NUM_THREADS)) as crew:
+        for number, part in parts:
+            coming.append(crew.submit(contents.read, number, part))
+            if len(coming) > NUM_THREADS:
                 yield _bytes_of(coming.popleft().result())
-        finally:
-            for future in coming:
-                future.cancel()
+        while coming:
+            yield _bytes_of(coming.popleft().result())
 
 
 def _bytes_of(bits: Array) -> memoryview:
