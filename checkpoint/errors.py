@@ -8,6 +8,7 @@ CheckpointError
 │   └── NotFound            there is no such key, or it holds fewer bytes than were asked for
 ├── FormatError             bytes or state that the format does not speak
 │   ├── Corrupt             what was read is not what was written
+│   ├── Misuse              what was asked for cannot be, whatever the checkpoint holds
 │   └── Unsupported         written by a version, or in a type, that this reader does not know
 ├── Incomplete              chunks do not cover a tensor exactly once
 ├── Mismatch                a checkpoint of another model
@@ -58,6 +59,10 @@ class Corrupt(FormatError):
 
 class Unsupported(FormatError):
     """Written by a version, or made of a type, that this code does not know."""
+
+
+class Misuse(FormatError):
+    """What was asked for cannot be, whatever the checkpoint holds: a layout, a size, a name."""
 
 
 class Incomplete(CheckpointError):

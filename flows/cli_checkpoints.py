@@ -25,6 +25,13 @@ def format_names() -> list[str]:
     return list(FORMATS)
 
 
+def known_format(name: str | None) -> str | None:
+    """Return the name of a format, if it is one."""
+    if name is not None and name not in FORMATS:
+        raise typer.BadParameter(f"there is no format {name!r}; there are {', '.join(FORMATS)}")
+    return name
+
+
 def rule_names() -> list[str]:
     """List the built-in rule sets for a shell that completes."""
     import checkpoint
@@ -35,8 +42,9 @@ def rule_names() -> list[str]:
 Format = Annotated[
     str | None,
     typer.Option(
-        help="Foreign: hf, dcp, torch, megatron, deepspeed(-universal). Default: what it looks like.",
+        help=f"Foreign: {', '.join(FORMATS)}. Default: what it looks like.",
         autocompletion=format_names,
+        callback=known_format,
     ),
 ]
 Rules = Annotated[
@@ -54,7 +62,7 @@ Sizes = Annotated[
     ),
 ]
 Step = Annotated[
-    int | None, typer.Option(help="The checkpoint's step. Default: the newest.", show_default=False)
+    int | None, typer.Option(min=0, help="The checkpoint's step. Default: the newest.", show_default=False)
 ]
 
 
@@ -62,7 +70,7 @@ Step = Annotated[
 def inspect(
     where: Where,
     step: Annotated[
-        int | None, typer.Option(help="Show what this checkpoint holds.", show_default=False)
+        int | None, typer.Option(min=0, help="Show what this checkpoint holds.", show_default=False)
     ] = None,
     format: Format = None,
     runs_dir: RunsDir = "runs",
@@ -88,7 +96,7 @@ def inspect(
 @app.command()
 def verify(
     where: Where,
-    step: Annotated[int | None, typer.Option(help="Only this checkpoint.", show_default=False)] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="Only this checkpoint.", show_default=False)] = None,
     since_days: Annotated[
         float | None, typer.Option(min=0, help="Skip what was proved in so many days.", show_default=False)
     ] = None,
@@ -153,7 +161,10 @@ def copy(
     steps: Annotated[
         list[int] | None,
         typer.Option(
-            "--step", help="The checkpoint's step. Repeatable. Default: the newest.", show_default=False
+            "--step",
+            min=0,
+            help="The checkpoint's step. Repeatable. Default: the newest.",
+            show_default=False,
         ),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All checkpoints, oldest first.")] = False,
@@ -179,9 +190,9 @@ def copy(
 def diff(
     first: Where,
     second: Where,
-    step: Annotated[int | None, typer.Option(help="The first one's step.", show_default=False)] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="The first one's step.", show_default=False)] = None,
     other_step: Annotated[
-        int | None, typer.Option(help="The second one's step. Default: as --step.", show_default=False)
+        int | None, typer.Option(min=0, help="The second one's step. Default: as --step.", show_default=False)
     ] = None,
     format: Format = None,
     other_format: Format = None,

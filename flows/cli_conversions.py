@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from flows.cli_checkpoints import AsJson, Format, Rules, RunsDir, Sizes, Step, Where, format_names
+from flows.cli_checkpoints import (
+    FORMATS,
+    AsJson,
+    Format,
+    Rules,
+    RunsDir,
+    Sizes,
+    Step,
+    Where,
+    format_names,
+    known_format,
+)
 from flows.console import clear_errors, followed, resumable, screen
 
 app = typer.Typer(rich_markup_mode="rich")
@@ -86,7 +97,8 @@ def import_(
     sizes: Sizes = None,
     to: Layout = "replica=1",
     step: Annotated[
-        int | None, typer.Option(help="Its step. Default: what it says itself, or 0.", show_default=False)
+        int | None,
+        typer.Option(min=0, help="Its step. Default: what it says itself, or 0.", show_default=False),
     ] = None,
     tie: Annotated[
         list[str] | None,
@@ -131,11 +143,15 @@ def export(
     target: Annotated[str, typer.Argument(metavar="DST", help="A new directory, here or behind a URL.")],
     format: Annotated[
         str,
-        typer.Option(help="hf, dcp, torch, megatron, deepspeed(-universal).", autocompletion=format_names),
+        typer.Option(help=f"{', '.join(FORMATS)}.", autocompletion=format_names, callback=known_format),
     ],
     source_format: Annotated[
         str | None,
-        typer.Option(help="The source is a foreign checkpoint of this format, and no store of ours."),
+        typer.Option(
+            help="The source is a foreign checkpoint of this format, and no store of ours.",
+            autocompletion=format_names,
+            callback=known_format,
+        ),
     ] = None,
     source_rules: Annotated[
         str | None,

@@ -72,7 +72,7 @@ def clear_errors() -> Iterator[None]:
     except Exception as error:
         if mode.is_debugging:
             raise
-        code = EXIT_WRONG if isinstance(error, SpecError) else EXIT_FAILED
+        code = EXIT_WRONG if _is_wrong_usage(error) else EXIT_FAILED
         complaints.print(f"[bold red]error:[/] {escape(_spell(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(code) from None
 
@@ -109,6 +109,12 @@ def followed() -> Iterator[Callable[[Step], None]]:
             )
 
         yield tell
+
+
+def _is_wrong_usage(error: Exception) -> bool:
+    from checkpoint import Misuse  # verbs that need no checkpoint do not import it
+
+    return isinstance(error, SpecError | Misuse)
 
 
 def _spell(error: Exception) -> str:

@@ -14,6 +14,8 @@ import checkpoint
 from flows.tables import Leaf, draw_table, draw_tree, spell_bytes
 from tasks.errors import NoSuchRun, SpecError, Unusable
 
+_BEGUN = ("packs/", "control/generations/")  # what a store has before its first checkpoint
+
 
 def find(where: str, runs_dir: Path) -> str:
     """Find the store that a URL, a directory or a run's name means. Raises NoSuchRun if there is none."""
@@ -60,20 +62,32 @@ def look(url: str, step: int | None) -> dict[str, Any]:
 
 def look_anywhere(url: str, step: int | None, format: str | None) -> dict[str, Any]:
     """Look at a store, or, if there is none or a format is named, at a foreign checkpoint."""
-    if format is None and (step is not None or _is_store(url)):
+    if format is None and _is_store(url):
         return look(url, step)
     try:
-        return _look_at_foreign(url, format)
+        found = _look_at_foreign(url, format)
     except (checkpoint.Unsupported, checkpoint.NotFound):
-        if format is not None:
-            raise
-        return look(url, step)
+        if format is None and _is_begun(url):
+            return look(url, step)
+        raise
+    if step is not None:
+        raise checkpoint.NoCheckpoint(f"{url} is no store of checkpoints, so it has no step {step}")
+    return found
 
 
 def _is_store(url: str) -> bool:
     """Whether there are checkpoints of ours; a single file is no store. Imports no framework to find out."""
     try:
         return bool(checkpoint.Catalog(checkpoint.open_store(url)).steps())
+    except checkpoint.StoreRefused:
+        return False
+
+
+def _is_begun(url: str) -> bool:
+    """Whether a store is there that waits for its first checkpoint, of a training or a conversion."""
+    try:
+        store = checkpoint.open_store(url)
+        return any(store.list(prefix) for prefix in _BEGUN)
     except checkpoint.StoreRefused:
         return False
 
@@ -111,7 +125,9 @@ class Extent(Enum):
 
 
 def choose_steps(url: str, steps: Sequence[int], extent: Extent) -> list[int]:
-    """Return the steps that are named, or all, or the newest. Raises NoCheckpoint."""
+    """Return the steps that are named, or all, or the newest. Raises NoCheckpoint, SpecError for both."""
+    if steps and extent is Extent.ALL:
+        raise SpecError("--all copies every checkpoint: give --step or --all, not both")
     there = checkpoint.Catalog(checkpoint.open_store(url)).steps()
     missing = sorted(set(steps) - set(there))
     if not there or missing:

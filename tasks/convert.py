@@ -22,10 +22,12 @@ class ConversionOrder(BaseModel):
     source: str = Field(description="URL or directory of a store, or of a foreign checkpoint.")
     target: str = Field(description="URL or directory of a store, or of a new foreign checkpoint.")
     source_format: str | None = Field(
-        None, description="hf, dcp, torch, megatron, deepspeed(-universal). Nothing: it is one of our stores."
+        None,
+        description="hf, dcp, torch, megatron, deepspeed or deepspeed-universal. Nothing: a store of ours.",
     )
     target_format: str | None = Field(
-        None, description="hf, dcp, torch, megatron, deepspeed(-universal). Nothing: it is one of our stores."
+        None,
+        description="hf, dcp, torch, megatron, deepspeed or deepspeed-universal. Nothing: a store of ours.",
     )
     step: int | None = Field(None, ge=0, description="Which checkpoint. Nothing: the newest.")
     to: str = Field("replica=1", description="The layout, such as replica=2,shard=4,tensor=2.")

@@ -43,6 +43,10 @@ LAYOUTS = {
     "EP2": "expert=2",
     "3 shards": "shard=3",
     "5 replicas": "replica=5,zero=1,align=4",
+    "ZeRO-1 x TP2": "replica=3,zero=1,tensor=2",
+    "ZeRO-2 x TP2 x PP2": "replica=5,zero=2,tensor=2,pipeline=2",
+    "ZeRO-1 x PP2": "pipeline=2,replica=5,zero=1",
+    "ZeRO-3 x TP2": "replica=3,zero=3,tensor=2",
 }
 _HEADS: dict[str, Size] = {
     "layers": 2,

@@ -7,12 +7,26 @@ share. (Rajbhandari et al., ZeRO, SC 2020.)
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from checkpoint.errors import FormatError
 from checkpoint.format.box import Box, boxes_of_run, runs_of
-from checkpoint.format.layout import FlatGroup, Layout, Part, Replicate, Spread, local_shape, parts_of
+from checkpoint.format.layout import (
+    FlatGroup,
+    Layout,
+    Only,
+    Part,
+    Partial,
+    Replicate,
+    SectionShard,
+    Shard,
+    Spread,
+    StridedShard,
+    local_shape,
+    parts_of,
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -73,20 +87,26 @@ def flat_plan_of(layout: Layout, group: FlatGroup, shapes: Shapes, rank: int) ->
     return plan_flat(group, numels, math.prod(sizes[axis] for axis in group.axes))
 
 
-def all_shares(layout: Layout, shapes: Shapes) -> Iterator[tuple[int, dict[str, tuple[Part, ...]]]]:
-    """Yield (rank, its share) for every rank of the world that is on the mesh."""
-    for rank in layout.mesh.members:
-        yield rank, share_of(layout, shapes, rank)
+def cover_in(layout: Layout, shapes: Shapes) -> Iterator[tuple[str, Box]]:
+    """Yield (name, box) for boxes that ranks hold and that cover every tensor of a layout exactly once.
 
-
-def holders_in(layout: Layout, shapes: Shapes) -> dict[str, dict[Box, tuple[int, ...]]]:
-    """Return for every tensor which ranks hold each box of it: any one of them can write it."""
-    holders: dict[str, dict[Box, list[int]]] = {name: {} for name in layout.placements}
-    for rank, share in all_shares(layout, shapes):
-        for name, parts in share.items():
-            for part in parts:
-                holders[name].setdefault(part.box, []).append(rank)
-    return {name: {box: tuple(ranks) for box, ranks in boxes.items()} for name, boxes in holders.items()}
+    Copies of a tensor may be cut at different places: it lies elsewhere in the flat buffer of another tensor
+    rank or pipeline stage, which holds other tensors too. So of the ranks that hold copies, those at the
+    first coordinates say where it is cut. Takes as long as there are boxes, however many the ranks.
+    """
+    _check_groups(layout, shapes)
+    group_of = {name: number for number, group in enumerate(layout.flats) for name in group.names}
+    plans: dict[tuple[int, int], FlatPlan] = {}
+    for name, placements in layout.placements.items():
+        spread, number = Spread(layout.mesh, placements), group_of.get(name)
+        for rank in _first_holders(spread, shapes[name]):
+            parts: Iterable[Part] = parts_of(spread, shapes[name], rank)
+            if number is not None:
+                if (number, rank) not in plans:
+                    plans[number, rank] = flat_plan_of(layout, layout.flats[number], shapes, rank)
+                local = local_shape(spread, shapes[name], rank)
+                parts = _parts_of_all(parts, local, plans[number, rank], name)
+            yield from ((name, part.box) for part in parts)
 
 
 def part_number(layout: Layout, axes: Sequence[str], rank: int) -> int:
@@ -112,8 +132,40 @@ def _flat_share(layout: Layout, group: FlatGroup, shapes: Shapes, rank: int) -> 
     return share
 
 
+def _first_holders(spread: Spread, shape: tuple[int, ...]) -> Iterator[int]:
+    """Yield one rank for each different share that placements make of a tensor.
+
+    No more ranks of an axis than a dim is long find something of it.
+    """
+    places: list[Iterable[int]] = []
+    for (_, ranks), placement in zip(spread.mesh.axes, spread.placements, strict=True):
+        match placement:
+            case Only(coordinates):
+                places.append(coordinates[:1])
+            case Shard(dim) | StridedShard(dim):
+                places.append(range(min(ranks, shape[dim])))
+            case SectionShard():
+                places.append(range(ranks))
+            case Replicate() | Partial():
+                places.append((0,))
+    for coordinates in product(*places):
+        yield spread.mesh.rank_at(coordinates)
+
+
+def _parts_of_all(
+    parts: Iterable[Part], local: tuple[int, ...] | None, plan: FlatPlan, name: str
+) -> Iterator[Part]:
+    """Yield what all ranks that divide a flat buffer hold of a tensor."""
+    if local is None or not math.prod(local):
+        return
+    start = plan.starts[name]
+    last = (start + math.prod(local) - 1) // plan.part_length
+    for number in range(start // plan.part_length, last + 1):
+        yield from _flat_parts(parts, local, start - number * plan.part_length, plan.part_length)
+
+
 def _flat_parts(
-    parts: tuple[Part, ...], local: tuple[int, ...], offset: int, part_length: int
+    parts: Iterable[Part], local: tuple[int, ...], offset: int, part_length: int
 ) -> Iterator[Part]:
     """Yield what the rank's part holds of a tensor that begins `offset` elements after the part does."""
     numel = math.prod(local)

@@ -89,6 +89,13 @@ class Mesh:
             coordinates.append(coordinate)
         return tuple(reversed(coordinates))
 
+    def rank_at(self, coordinates: Sequence[int]) -> int:
+        """Return the rank at a place on each axis."""
+        place = 0
+        for (_, size), coordinate in zip(self.axes, coordinates, strict=True):
+            place = place * size + coordinate
+        return self.members[place]
+
     def axis(self, name: str) -> int:
         """Return the number of the axis of this name. Raises FormatError."""
         for number, (axis, _) in enumerate(self.axes):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from checkpoint.errors import FormatError
+from checkpoint.errors import Misuse
 from checkpoint.format.layout import AXES
 from checkpoint.interop.document import Concat, Held, Numbering, RuleSet, Use
 from checkpoint.interop.expression import Expression, Scope, Size, evaluate, parse_expression
@@ -44,17 +44,17 @@ def read_size(entry: Marked, names: set[str]) -> Expression | Size | None:
 def resolve_sizes(rules: RuleSet, given: Mapping[str, Size]) -> dict[str, Size]:
     """Return the value of every size: what is given, else the document's default, worked out in order.
 
-    Raises FormatError for a size that is neither given nor has a default, or that the document does not know.
+    Raises Misuse for a size that is neither given nor has a default, or that the document does not know.
     """
     unknown = sorted(given.keys() - rules.sizes.keys())
     if unknown:
-        raise FormatError(f"{rules.name} knows no sizes {unknown}; it has {sorted(rules.sizes)}")
+        raise Misuse(f"{rules.name} knows no sizes {unknown}; it has {sorted(rules.sizes)}")
     sizes: dict[str, Size] = {}
     for name, default in rules.sizes.items():
         if name in given:
             sizes[name] = given[name]
         elif default is None:
-            raise FormatError(f"{rules.name} has to be told the size {name!r} of the model")
+            raise Misuse(f"{rules.name} has to be told the size {name!r} of the model")
         else:
             sizes[name] = (
                 evaluate(default, Scope(sizes, {}, {})) if isinstance(default, Expression) else default

@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import checkpoint
@@ -31,7 +31,7 @@ from tests.unit.test_interop_builtin import MATRIX, content
 
 SETTINGS = ConversionSettings()
 NUM_SPOILED = 4
-AXES = ("replica", "shard", "tensor", "context")
+AXES = ("replica", "shard", "tensor", "pipeline", "context")
 LAYOUTS = st.dictionaries(st.sampled_from(AXES), st.integers(1, 5), min_size=1, max_size=3).map(
     lambda axes: [f"{axis}={ranks}" for axis, ranks in axes.items()]
 )
@@ -175,19 +175,28 @@ def test_both_casts_agree_on_every_value(values, old, new):
     LAYOUTS,
     st.integers(0, 3),
 )
+@example([("float32", [7, 3]), ("float32", [8])], ["replica=3", "tensor=2"], 1)
+@example([("float32", [5, 3]), ("float32", [6]), ("float32", [4, 4])], ["replica=5", "pipeline=2"], 1)
 def test_a_random_state_survives_a_random_layout(kinds, axes, zero):
+    axes = [one if one[:-1] != "pipeline=" else f"pipeline={min(int(one[-1]), len(kinds))}" for one in axes]
     layout = ",".join(axes) + (
         f",zero={zero}" if zero and any(one.startswith("replica") for one in axes) else ""
     )
     torch.manual_seed(2)
     tensors = {
-        f"t{number}": torch.randint(0, 2, shape).to(getattr(torch, dtype))
+        f"layers.{number}.t{number}": torch.randint(0, 2, shape).to(getattr(torch, dtype))
         for number, (dtype, shape) in enumerate(kinds)
     }
+    moments = {
+        name: {"step": torch.tensor(3.0), "exp_avg": torch.randn(one.shape), "exp_avg_sq": one.clone()}
+        for name, one in tensors.items()
+    }
+    first, others = tensors["layers.0.t0"], [one for state in moments.values() for one in state.values()]
     source, target = MemoryStore("source"), MemoryStore("target")
-    save_state(source, {"model": tensors, "nested": [tensors["t0"], {"deep": (1, None, b"x")}]})
+    nested = [first, {"deep": (1, None, b"x")}]
+    save_state(source, {"model": tensors, "optimizer": {"state": moments}, "nested": nested})
     reshard(source, target, Change(to=layout))
     assert bits_of(target) == bits_of(source)
-    needed = sum(one.nbytes for one in tensors.values())
+    needed = sum(one.nbytes for one in [*tensors.values(), *others])
     assert share_of_rank(target, "replica=1", 0).num_bytes == needed
     assert checkpoint.load(target).state["nested"][1] == {"deep": (1, None, b"x")}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from checkpoint.errors import FormatError
 from checkpoint.format.box import boxes_of_run, runs_of
-from checkpoint.format.flat import flat_plan_of, holders_in, plan_flat, share_of
+from checkpoint.format.flat import cover_in, flat_plan_of, plan_flat, share_of
 from checkpoint.format.layout import (
     Box,
     FlatGroup,
@@ -180,13 +180,9 @@ def test_a_flat_plan_counts_its_padding():
 def test_parts_over_several_axes_are_numbered_row_major_and_other_axes_hold_copies():
     mesh = Mesh((("replica", 2), ("tensor", 2), ("expert", 2)))
     layout = Layout(mesh, {"w": (Replicate(),) * 3}, (FlatGroup(("w",), ("replica", "expert")),))
-    holders = holders_in(layout, {"w": (8,)})["w"]
-    assert holders == {
-        Box((0,), (2,)): (0, 2),
-        Box((2,), (2,)): (1, 3),
-        Box((4,), (2,)): (4, 6),
-        Box((6,), (2,)): (5, 7),
-    }
+    starts = [share_of(layout, {"w": (8,)}, rank)["w"][0].box.start for rank in mesh.members]
+    assert starts == [(0,), (2,), (0,), (2,), (4,), (6,), (4,), (6,)]
+    assert list(cover_in(layout, {"w": (8,)})) == [("w", Box((start,), (2,))) for start in (0, 2, 4, 6)]
 
 
 def test_flat_groups_that_cannot_be_are_refused():

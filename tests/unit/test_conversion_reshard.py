@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint.errors import AlreadyExists, Corrupt, FormatError, Mismatch, NoCheckpoint
+from checkpoint.errors import AlreadyExists, Corrupt, FormatError, Mismatch, Misuse, NoCheckpoint
 from checkpoint.format.layout import Shard, StridedShard
 from checkpoint.format.notation import layout_from_json
+from checkpoint.interop.conversion import roles
 from checkpoint.interop.conversion.contract import ConversionSettings
 from checkpoint.interop.conversion.resharding import Change, plan_reshard, reshard
 from checkpoint.interop.conversion.stored import Stored
@@ -26,6 +27,9 @@ LAYOUTS = [
     "replica=3,zero=1",
     "replica=5,zero=3",
     "pipeline=2,tensor=3",
+    "replica=5,zero=1,tensor=2",
+    "replica=3,zero=2,pipeline=2,tensor=2",
+    "tensor=3,replica=2,zero=1,shard=2",
     "shard=7",
 ]
 
@@ -37,6 +41,22 @@ def source():
         store, adam_state(block_weights()), meta={"data_cursor": {"sample": 9}, "metrics": {"loss": 2.5}}
     )
     return store
+
+
+def test_a_world_that_cannot_be_meant_is_refused_at_once_and_one_of_many_copies_is_no_work(source):
+    target = MemoryStore("target")
+    with pytest.raises(Misuse, match="at most 65536 ranks, and this layout has 1000000"):
+        plan_reshard(source, target, Change(to="shard=1000000"))
+    sizes = {spec.name: spec.shape for spec in Stored(source).tensors}
+    for layout in ("shard=65536", "replica=8192,shard=8", "replica=65536,zero=1"):
+        report = plan_reshard(source, target, Change(to=layout))
+        assert report.num_chunks <= sum(math.prod(shape) for shape in sizes.values())
+
+
+def test_more_chunks_than_an_index_should_list_are_refused(source, monkeypatch):
+    monkeypatch.setattr(roles, "MAX_BOXES", 100)
+    with pytest.raises(Misuse, match="more than 100 chunks"):
+        plan_reshard(source, MemoryStore("target"), Change(to="shard=64"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

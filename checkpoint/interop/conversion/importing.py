@@ -8,7 +8,7 @@ from typing import Any
 
 from checkpoint.engine.catalog import Catalog
 from checkpoint.engine.plan import TensorSpec
-from checkpoint.errors import AlreadyExists, FormatError, Mismatch
+from checkpoint.errors import AlreadyExists, FormatError, Mismatch, Misuse
 from checkpoint.format.codec import checksum
 from checkpoint.format.scheme import format_layout, parse_layout
 from checkpoint.format.tree import flatten
@@ -45,6 +45,7 @@ class Adoption:
     """What a foreign checkpoint is to become: of which run and step, by which rules, cut for which layout.
 
     Without a step it is the foreign one's own, or 0. `ties` say which names are other names of a weight.
+    Raises Misuse for a step below 0, and for a run that nobody would find again.
     """
 
     run: str = _DEFAULT_RUN
@@ -52,6 +53,16 @@ class Adoption:
     rules: RuleChoice | None = None
     to: str = ONE_RANK
     ties: Ties = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        parts = self.run.split("/")
+        if {"", ".", ".."} & set(parts) or not self.run.isprintable() or self.run != self.run.strip():
+            raise Misuse(
+                f"{self.run!r} cannot name a run: give the name that its Checkpointer has, with no space or "
+                "'/' at its ends and no '..' in it"
+            )
+        if self.step is not None and self.step < 0:
+            raise Misuse(f"a checkpoint's step cannot be {self.step}: steps begin with 0")
 
 
 @dataclass(frozen=True, slots=True)

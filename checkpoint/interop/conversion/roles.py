@@ -8,9 +8,11 @@ they are given, take the guess's place (`ruled.py`).
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from checkpoint.engine.plan import Piece, TensorSpec
-from checkpoint.format.flat import holders_in
+from checkpoint.errors import Misuse
+from checkpoint.format.flat import cover_in
 from checkpoint.format.layout import Layout, Placement, Shard
 from checkpoint.format.scheme import Role, Scheme, arrange
 from checkpoint.format.stages import ExpertMap, StageMap, deal_layers
@@ -24,6 +26,10 @@ _ROW_PARALLEL = re.compile(
     r".*[./](?:o_proj|down_proj|out_proj|c_proj|wo|w2|fc2|dense_4h_to_h|linear_proj|linear_fc2|row|proj|o|down)"
     r"(?:\.weight)?"
 )
+
+MAX_RANKS = 1 << 16
+MAX_BOXES = 1 << 20  # an index of about 100 MB
+_WRITER = (0,)
 
 OnAxes = Mapping[str, Mapping[str, Placement]]  # by parameter, then by axis
 
@@ -66,12 +72,24 @@ def lay_out(specs: Sequence[TensorSpec], scheme: Scheme, on: OnAxes | None = Non
 
 
 def pieces_of(layout: Layout, specs: Sequence[TensorSpec]) -> list[Piece]:
-    """Return the boxes that a layout's ranks hold, and which rank holds which."""
+    """Return the boxes that a layout's ranks hold, each element in one of them; a conversion writes them all.
+
+    Raises Misuse for a layout that has too many ranks or makes too many boxes to be meant.
+    """
+    if layout.mesh.size > MAX_RANKS:
+        raise Misuse(
+            f"a checkpoint is cut for at most {MAX_RANKS} ranks, and this layout has {layout.mesh.size}: "
+            "any layout restores from the chunks of any other, so cut it for fewer"
+        )
     numbers = {spec.name: number for number, spec in enumerate(specs)}
-    holders = holders_in(layout, {spec.name: spec.shape for spec in specs})
-    return [
-        Piece(numbers[name], box, ranks) for name, boxes in holders.items() for box, ranks in boxes.items()
-    ]
+    cover = islice(cover_in(layout, {spec.name: spec.shape for spec in specs}), MAX_BOXES + 1)
+    pieces = [Piece(numbers[name], box, _WRITER) for name, box in cover]
+    if len(pieces) > MAX_BOXES:
+        raise Misuse(
+            f"this layout of {layout.mesh.size} ranks cuts the tensors into more than {MAX_BOXES} chunks: "
+            "any layout restores from the chunks of any other, so cut it for fewer ranks"
+        )
+    return pieces
 
 
 def by_names(parameters: Iterable[str], shapes: Mapping[str, tuple[int, ...]], scheme: Scheme) -> OnAxes:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from checkpoint.engine.plan import TensorSpec, plan_copies
 from checkpoint.engine.reading import Span
 from checkpoint.engine.regions import Regions
-from checkpoint.errors import FormatError
+from checkpoint.errors import Misuse
 from checkpoint.format.dtypes import itemsize
 from checkpoint.format.flat import share_of
 from checkpoint.format.manifest import Manifest
@@ -57,10 +57,10 @@ class RankShare:
 def plan_rank(
     manifest: Manifest, table: ChunkTable, to: str, rank: int, rules: RuleChoice | None = None
 ) -> RankShare:
-    """Work out what a rank of a layout would read. Raises FormatError if the layout has no such rank."""
+    """Work out what a rank of a layout would read. Raises Misuse if the layout has no such rank."""
     scheme = parse_layout(to)
     if not 0 <= rank < scheme.mesh.size:
-        raise FormatError(f"the layout {to!r} has the ranks 0 to {scheme.mesh.size - 1}, not {rank}")
+        raise Misuse(f"the layout {to!r} has the ranks 0 to {scheme.mesh.size - 1}, not {rank}")
     specs = [TensorSpec(one.name, one.dtype, one.shape) for one in manifest.tensors]
     layout = lay_out(specs, scheme, None if rules is None else placements_by(rules, specs, scheme))
     share = share_of(layout, {spec.name: spec.shape for spec in specs}, rank)
