@@ -25,7 +25,7 @@ from checkpoint.checkpointer.objects import (
 )
 from checkpoint.checkpointer.optimizers import plan_optimizer
 from checkpoint.checkpointer.sharing import Ranks, Request
-from checkpoint.engine.leaves import describe, own_tensors
+from checkpoint.engine.leaves import describe, identity_of, own_tensors
 from checkpoint.engine.per_rank import PerRank, per_rank_values
 from checkpoint.engine.targets import Wanted
 from checkpoint.engine.tensors import identity, torch_dtype, unflatten_state
@@ -68,9 +68,11 @@ class Refill:
         own = own_tensors([path], [live])[0].detach()
         before = self.filled.setdefault((identity(own), leaf.spec.shape), record.name)
         if before != record.name:
+            if self.records[before].fingerprint == record.fingerprint:
+                return lambda: live  # other frameworks store it once for each name
             raise Mismatch(
                 f"{path} is one tensor here (tied weights) and two in the checkpoint, "
-                f"{before!r} and {record.name!r}"
+                f"{before!r} and {record.name!r}, whose contents differ"
             )
         mine = {part.box: part.local for part in leaf.parts(self.place[0])}
         for piece in leaf.pieces(0, self.place[1]):
@@ -190,6 +192,7 @@ def _sequence(refill: Refill, live: Any, node: Json, path: str) -> Later:
 
 def _module(refill: Refill, module: nn.Module, node: Json, path: str) -> Later:
     state, stored = module_state(module, path), entries(node, path)
+    state = _without_other_names(state, stored)
     _check_names(refill, path, set(state) - set(stored), set(stored) - set(state))
     extras: list[tuple[nn.Module, Later]] = []
     for name, value in state.items():
@@ -205,6 +208,15 @@ def _module(refill: Refill, module: nn.Module, node: Json, path: str) -> Later:
         return module
 
     return later
+
+
+def _without_other_names(state: Mapping[str, Any], stored: Mapping[Any, Json]) -> dict[str, Any]:
+    """Leave out names that are not stored of tensors that are, by another: a tied weight may be kept once."""
+    if set(state) <= set(stored):
+        return dict(state)
+    tensors = {name: identity_of(value) for name, value in state.items() if isinstance(value, torch.Tensor)}
+    there = {one for name, one in tensors.items() if name in stored}
+    return {name: value for name, value in state.items() if name in stored or tensors.get(name) not in there}
 
 
 def _optimizer(refill: Refill, optimizer: Optimizer, node: Json, path: str) -> Later:
