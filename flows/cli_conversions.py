@@ -119,7 +119,7 @@ def import_(
 
         chosen = conversions.rules_of(conversions.Rules(rules, sizes or ()))
         ties = conversions.ties_of(tie or ())
-        numbering = conversions.numbering_of(by_order=by_order)
+        numbering = checkpoint.Numbering.BY_ORDER if by_order else checkpoint.Numbering.TOLD
         adoption = checkpoint.Adoption(run, step, chosen, conversions.layout_of(to), ties, numbering)
         settings = conversions.settings_of(budget, threads)
         store = checkpoint.open_store(target)
@@ -184,7 +184,7 @@ def export(
             step,
             source_format,
             conversions.rules_of(named),
-            conversions.numbering_of(by_order=by_order),
+            checkpoint.Numbering.BY_ORDER if by_order else checkpoint.Numbering.TOLD,
         )
         if dry_run:
             report = checkpoint.plan_export_foreign(place, target, emigration)

@@ -66,11 +66,6 @@ def ties_of(texts: Sequence[str]) -> dict[str, str]:
         return checkpoint.parse_ties(texts)
 
 
-def numbering_of(*, by_order: bool) -> "checkpoint.Numbering":
-    """Return how numbered optimizer states find their parameters."""
-    return checkpoint.Numbering.BY_ORDER if by_order else checkpoint.Numbering.TOLD
-
-
 def describe_report(report: "checkpoint.ConversionReport") -> dict[str, Any]:
     """Return a report as plain data."""
     told = asdict(report)

@@ -60,10 +60,6 @@ class Side:
     fingerprints: Mapping[str, int]
     ties: Mapping[str, str] = field(default_factory=dict)
 
-    def fingerprint(self, number: int) -> int | None:
-        """Return the fingerprint of a tensor, if it is told."""
-        return self.fingerprints.get(self.contents.tensors[number].name)
-
     def numbers(self) -> dict[str, int]:
         """Return the number of each tensor by its name, and by its other names if it is tied."""
         named = {spec.name: number for number, spec in enumerate(self.contents.tensors)}
@@ -93,9 +89,7 @@ def compare(
     for name in [name for name in dict.fromkeys([*left, *right]) if name in own]:
         one = first.contents.tensors[left[name]] if name in left else None
         other = second.contents.tensors[right[name]] if name in right else None
-        known = (first.fingerprint(left[name]), second.fingerprint(right[name])) if one and other else ()
-        verdict = _verdict(one, other, is_proved=len(set(known)) == 1 and None not in known)
-        found[name] = Compared(name, verdict, one, other)
+        found[name] = Compared(name, _verdict(one, other, first, second), one, other)
         if one and other and found[name].verdict in (Verdict.DIFFERENT, Verdict.DTYPE):
             widest = max(itemsize(one.dtype), itemsize(other.dtype))
             boxes = split_box(Box.whole(one.shape), widest, _BAND_BYTES)
@@ -112,7 +106,7 @@ def is_equal(compared: Iterable[Compared]) -> bool:
     return all(one.verdict is Verdict.EQUAL for one in compared)
 
 
-def _verdict(one: TensorSpec | None, other: TensorSpec | None, *, is_proved: bool) -> Verdict:
+def _verdict(one: TensorSpec | None, other: TensorSpec | None, first: Side, second: Side) -> Verdict:
     """Return what can be said before anything is read; DIFFERENT still means that it has to be."""
     if one is None or other is None:
         return Verdict.EXTRA if one is None else Verdict.MISSING
@@ -120,7 +114,8 @@ def _verdict(one: TensorSpec | None, other: TensorSpec | None, *, is_proved: boo
         return Verdict.SHAPE
     if one.dtype != other.dtype:
         return Verdict.DTYPE
-    return Verdict.EQUAL if is_proved else Verdict.DIFFERENT
+    known = first.fingerprints.get(one.name), second.fingerprints.get(other.name)  # their own, if tied
+    return Verdict.EQUAL if None not in known and known[0] == known[1] else Verdict.DIFFERENT
 
 
 def _measured(
