@@ -80,7 +80,13 @@ if TYPE_CHECKING:
     from checkpoint.engine.tensors import fingerprint_tensor, flatten_state, specs_of, unflatten_state
     from checkpoint.interop.conversion.casting import parse_dtype
     from checkpoint.interop.conversion.comparing import Compared, Verdict
-    from checkpoint.interop.conversion.contract import ConversionReport, ConversionSettings, Progress, Proof
+    from checkpoint.interop.conversion.contract import (
+        ConversionReport,
+        ConversionSettings,
+        Numbering,
+        Progress,
+        Proof,
+    )
     from checkpoint.interop.conversion.exporting import Emigration
     from checkpoint.interop.conversion.foreign import (
         ForeignSummary,
@@ -140,6 +146,7 @@ __all__ = [
     "Misuse",
     "NoCheckpoint",
     "NotFound",
+    "Numbering",
     "OnRanks",
     "Options",
     "Outcome",
@@ -253,7 +260,9 @@ _CONVERSIONS = {
     "parse_dtype": f"{_ROOM}.casting",
     "parse_ties": f"{_ROOM}.tying",
     **dict.fromkeys(("Compared", "Verdict"), f"{_ROOM}.comparing"),
-    **dict.fromkeys(("ConversionReport", "ConversionSettings", "Progress", "Proof"), f"{_ROOM}.contract"),
+    **dict.fromkeys(
+        ("ConversionReport", "ConversionSettings", "Numbering", "Progress", "Proof"), f"{_ROOM}.contract"
+    ),
     **dict.fromkeys(
         (
             *("ForeignSummary", "Whereabouts", "compare_places", "export_foreign", "format_names"),

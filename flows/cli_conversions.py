@@ -27,6 +27,12 @@ _GO_ON = "What is finished is kept: the same command goes on from there."
 Target = Annotated[str, typer.Argument(metavar="DST", help="A store's URL or directory.")]
 Budget = Annotated[str, typer.Option("--memory-budget", help="The most memory that buffers take.")]
 Threads = Annotated[int, typer.Option(min=1, help="How many threads read and encode.")]
+ByOrder = Annotated[
+    bool,
+    typer.Option(
+        "--by-order", help="An optimizer without names numbers its parameters in the model's order."
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only tell what would be read and written.")]
 Only = Annotated[
     str | None,
@@ -106,6 +112,7 @@ def import_(
             metavar="OTHER=NAME", help="A weight's other name: lm_head.weight=wte.weight. Repeatable."
         ),
     ] = None,
+    by_order: ByOrder = False,
     run: Annotated[str, typer.Option(help="The name of its run; 'run' is a Checkpointer's default.")] = "run",
     budget: Budget = "1GiB",
     threads: Threads = 2,
@@ -115,8 +122,8 @@ def import_(
     """Take over another framework's checkpoint, so that a Checkpointer restores it like its own.
 
     Tensors keep their names, as model/NAME and optimizer/state/NAME/STATE, unless rules say otherwise; a
-    checkpoint that is spread over tensor or pipeline ranks needs rules; a tied weight, which frameworks keep
-    once or twice, is told by --tie. Nothing of it is ever executed.
+    checkpoint that is spread over tensor or pipeline ranks needs rules; a tied weight that its files do not
+    tell of, by --tie; the order of an optimizer without names, by --by-order. Nothing of it is ever executed.
     """
     with clear_errors(), resumable(_GO_ON):
         import checkpoint
@@ -124,7 +131,8 @@ def import_(
 
         chosen = conversions.rules_of(conversions.Rules(rules, sizes or ()))
         ties = conversions.ties_of(tie or ())
-        adoption = checkpoint.Adoption(run, step, chosen, conversions.layout_of(to), ties)
+        numbering = checkpoint.Numbering.BY_ORDER if by_order else checkpoint.Numbering.TOLD
+        adoption = checkpoint.Adoption(run, step, chosen, conversions.layout_of(to), ties, numbering)
         settings = conversions.settings_of(budget, threads)
         store = checkpoint.open_store(target)
         if dry_run:
@@ -159,6 +167,7 @@ def export(
     ] = None,
     rules: Rules = None,
     sizes: Sizes = None,
+    by_order: ByOrder = False,
     to: Layout = "replica=1",
     dtype: Dtype = None,
     only: Only = None,
@@ -187,7 +196,11 @@ def export(
         settings = conversions.settings_of(budget, threads)
         named = conversions.Rules(source_rules, (sizes or ()) if source_rules else ())
         place = checkpoint.Whereabouts(
-            stores.find(source, Path(runs_dir)), step, source_format, conversions.rules_of(named)
+            stores.find(source, Path(runs_dir)),
+            step,
+            source_format,
+            conversions.rules_of(named),
+            checkpoint.Numbering.BY_ORDER if by_order else checkpoint.Numbering.TOLD,
         )
         if dry_run:
             report = checkpoint.plan_export_foreign(place, target, emigration)

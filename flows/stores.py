@@ -1,6 +1,7 @@
 """What the command line does with stores: look, verify, prune, copy. Neither Prefect nor Ray is imported."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,6 +22,7 @@ def find(where: str, runs_dir: Path) -> str:
     """Find the store that a URL, a directory or a run's name means. Raises NoSuchRun if there is none."""
     if "://" in where:
         return where
+    where = os.path.expanduser(where)  # shells do not, within --option=~/x or quotes
     spec = runs_dir / where / "spec.json"
     if spec.is_file():
         return _store_of(spec)

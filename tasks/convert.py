@@ -39,6 +39,9 @@ class ConversionOrder(BaseModel):
         default_factory=list,
         description="Other names of tied weights, in an import: lm_head.weight=wte.weight.",
     )
+    by_order: bool = Field(
+        False, description="An optimizer without names numbers its parameters in the model's order."
+    )
     memory_budget_mib: int = Field(1024, ge=128, description="The most memory that buffers take.")
     threads: int = Field(2, ge=1, description="How many threads read and encode.")
 
@@ -81,16 +84,19 @@ def report_conversion(report: checkpoint.ConversionReport) -> None:
 def carry_out(order: ConversionOrder) -> checkpoint.ConversionReport:
     """Do what is ordered. Raises FormatError for what needs two conversions, and as they do."""
     settings = checkpoint.ConversionSettings(order.memory_budget_mib << 20, order.threads)
+    numbering = checkpoint.Numbering.BY_ORDER if order.by_order else checkpoint.Numbering.TOLD
     rules = None if order.rules is None else checkpoint.choose_rules(order.rules, order.sizes)
     if order.target_format is not None:
         emigration = checkpoint.Emigration(order.target_format, order.to, rules, order.dtype, order.only)
-        place = checkpoint.Whereabouts(order.source, order.step, order.source_format)
+        place = checkpoint.Whereabouts(order.source, order.step, order.source_format, numbering=numbering)
         return checkpoint.export_foreign(place, order.target, emigration, settings=settings)
     if order.source_format is not None:
         if order.dtype is not None or order.only is not None:
             raise checkpoint.FormatError("import it into a store first; from there it is cast and divided")
         ties = checkpoint.parse_ties(order.ties)
-        adoption = checkpoint.Adoption(step=order.step, rules=rules, to=order.to, ties=ties)
+        adoption = checkpoint.Adoption(
+            step=order.step, rules=rules, to=order.to, ties=ties, numbering=numbering
+        )
         target = checkpoint.open_store(order.target)
         return checkpoint.import_foreign(
             order.source, target, adoption, format=order.source_format, settings=settings

@@ -25,7 +25,7 @@ from checkpoint.checkpointer.objects import (
 )
 from checkpoint.checkpointer.optimizers import plan_optimizer
 from checkpoint.checkpointer.sharing import Ranks, Request
-from checkpoint.engine.leaves import describe, own_tensors
+from checkpoint.engine.leaves import describe, identity_of, own_tensors
 from checkpoint.engine.on_ranks import OnRanks
 from checkpoint.engine.per_rank import PerRank, per_rank_values
 from checkpoint.engine.targets import Wanted
@@ -67,8 +67,9 @@ class Refill:
                 "use the settings it was saved with"
             )
         own = own_tensors([path], [live])[0].detach()
-        if not isinstance(live, OnRanks) or live.tensor is not None:
-            self._note_filled(own, leaf.spec.shape, record.name, path)
+        holds = not isinstance(live, OnRanks) or live.tensor is not None
+        if holds and self._is_filled(own, leaf.spec.shape, record, path):
+            return lambda: live  # other frameworks store it once for each name
         mine = {part.box: part.local for part in leaf.parts(self.place[0])}
         for piece in leaf.pieces(0, self.place[1]):
             local = mine.get(piece.box)
@@ -76,12 +77,17 @@ class Refill:
             self.ask(record, piece.box, piece.holders, target)
         return lambda: live
 
-    def _note_filled(self, own: torch.Tensor, shape: tuple[int, ...], name: str, path: str) -> None:
-        before = self.filled.setdefault((identity(own), shape), name)
-        if before != name:
+    def _is_filled(self, own: torch.Tensor, shape: tuple[int, ...], record: TensorRecord, path: str) -> bool:
+        """Whether the same memory is filled already, from a tensor of equal content. Raises Mismatch."""
+        before = self.filled.setdefault((identity(own), shape), record.name)
+        if before == record.name:
+            return False
+        if self.records[before].fingerprint != record.fingerprint:
             raise Mismatch(
-                f"{path} is one tensor here (tied weights) and two in the checkpoint, {before!r} and {name!r}"
+                f"{path} is one tensor here (tied weights) and two in the checkpoint, "
+                f"{before!r} and {record.name!r}, whose contents differ"
             )
+        return True
 
     def value(self, node: Json, path: str) -> Later:
         """Read whatever there is at a place of the checkpoint, as plain data and new tensors on the CPU."""
@@ -194,6 +200,7 @@ def _sequence(refill: Refill, live: Any, node: Json, path: str) -> Later:
 
 def _module(refill: Refill, module: nn.Module, node: Json, path: str) -> Later:
     state, stored = module_state(module, path), entries(node, path)
+    state = _without_other_names(state, stored)
     _check_names(refill, path, set(state) - set(stored), set(stored) - set(state))
     extras: list[tuple[nn.Module, Later]] = []
     for name, value in state.items():
@@ -209,6 +216,15 @@ def _module(refill: Refill, module: nn.Module, node: Json, path: str) -> Later:
         return module
 
     return later
+
+
+def _without_other_names(state: Mapping[str, Any], stored: Mapping[Any, Json]) -> dict[str, Any]:
+    """Leave out names that are not stored of tensors that are, by another: a tied weight may be kept once."""
+    if set(state) <= set(stored):
+        return dict(state)
+    tensors = {name: identity_of(value) for name, value in state.items() if isinstance(value, torch.Tensor)}
+    there = {one for name, one in tensors.items() if name in stored}
+    return {name: value for name, value in state.items() if name in stored or tensors.get(name) not in there}
 
 
 def _optimizer(refill: Refill, optimizer: Optimizer, node: Json, path: str) -> Later:

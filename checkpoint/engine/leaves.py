@@ -78,8 +78,16 @@ def take_apart(state: Any) -> Leaves:
 
     Raises `FormatError` naming the path of what has no plain form.
     """
-    flat = flatten(state, is_leaf=_is_leaf, key=_identity)
+    flat = flatten(state, is_leaf=_is_leaf, key=identity_of)
     return Leaves(flat.skeleton, list(flat.leaves), list(flat.leaves.values()))
+
+
+def identity_of(leaf: Any) -> Hashable:
+    """Return what two leaves have in common if they are one (tied weights)."""
+    if is_dtensor(leaf):
+        with torch.no_grad():
+            return identity(leaf.to_local()), leaf.shape, leaf.placements, leaf.device_mesh
+    return id(leaf) if isinstance(leaf, (PerRank, OnRanks)) else identity(leaf)
 
 
 def signature_of(name: str, leaf: Any) -> Signature:
@@ -224,13 +232,6 @@ def _check_on_ranks(name: str, leaf: OnRanks, rank: int, size: int) -> None:
 
 def _is_leaf(value: object) -> TypeGuard[Any]:
     return isinstance(value, (torch.Tensor, PerRank, OnRanks))
-
-
-def _identity(leaf: Any) -> Hashable:
-    if is_dtensor(leaf):
-        with torch.no_grad():
-            return identity(leaf.to_local()), leaf.shape, leaf.placements, leaf.device_mesh
-    return id(leaf) if isinstance(leaf, (PerRank, OnRanks)) else identity(leaf)
 
 
 @lru_cache(maxsize=8)

@@ -204,14 +204,40 @@ def test_groups_that_are_divided_differently_are_refused(tmp_path):
             checkpointer.restore({"model": model, "optimizer": two})
 
 
-def test_weights_that_were_tied_when_saved_cannot_silently_take_two_values(tmp_path):
+def test_weights_that_are_tied_here_cannot_silently_take_two_values(tmp_path):
     tied, loose = Net(), Net()
-    loose.head.weight = nn.Parameter(loose.embed.weight.detach().clone())
+    loose.head.weight = nn.Parameter(loose.embed.weight.detach() + 1)
     with Checkpointer(f"memory://{tmp_path}", options=SMALL) as checkpointer:
         checkpointer.save(1, {"model": loose})
         assert checkpointer.wait()
         with pytest.raises(Mismatch, match=r"one tensor here \(tied weights\) and two in the checkpoint"):
             checkpointer.restore({"model": tied})
+
+
+def test_a_tied_weight_is_filled_from_two_that_are_equal_or_from_one_by_either_name(tmp_path):
+    saved = dict(Net().state_dict())
+    saved["head.weight"] = saved["embed.weight"].clone()
+    for number, left_out in enumerate((None, "head.weight", "embed.weight")):
+        model = {name: tensor for name, tensor in saved.items() if name != left_out}
+        tied = Net()
+        with torch.no_grad():
+            tied.embed.weight.zero_()
+        with Checkpointer(f"memory://{tmp_path}/{number}", options=SMALL) as checkpointer:
+            checkpointer.save(1, {"model": model})
+            assert checkpointer.wait()
+            checkpointer.restore({"model": tied})
+        assert torch.equal(tied.head.weight, saved["embed.weight"]) and tied.head.weight is tied.embed.weight
+
+
+def test_a_name_that_is_not_stored_is_absent_if_no_other_name_of_it_is(tmp_path):
+    loose = Net()
+    loose.head.weight = nn.Parameter(loose.embed.weight.detach().clone())
+    model = {name: one for name, one in loose.state_dict().items() if name != "head.weight"}
+    with Checkpointer(f"memory://{tmp_path}", options=SMALL) as checkpointer:
+        checkpointer.save(1, {"model": model})
+        assert checkpointer.wait()
+        with pytest.raises(Mismatch, match=r"absent: head\.weight"):
+            checkpointer.restore({"model": loose})
 
 
 def test_only_due_steps_are_saved_and_a_saving_tells_what_became_of_them(tmp_path):

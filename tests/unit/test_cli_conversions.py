@@ -214,6 +214,33 @@ def test_a_file_of_torch_save_is_imported_and_restored(tmp_path):
     assert fresh.param_groups[0]["lr"] == 0.25
 
 
+def test_an_order_of_parameters_that_no_file_tells_is_believed_if_it_is_said(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3, bias=False))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    source, store = str(tmp_path / "a.pt"), str(tmp_path / "store")
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, source)
+    refused = ask("import", source, store)
+    assert refused.exit_code == 1 and "--by-order" in refused.output
+    assert ask("export", source, str(tmp_path / "out"), "--format", "dcp").exit_code == 1
+    assert any("0.weight, 1.weight" in note for note in told("import", source, store, "--by-order")["notes"])
+    told("export", source, str(tmp_path / "out"), "--format", "dcp", "--by-order")
+
+
+def test_the_home_directory_is_found_by_every_verb(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    told("copy", source, str(tmp_path / "mine"))
+    told("inspect", "~/mine")
+    told("diff", "~/mine", source)
+    told("copy", "~/mine", "~/copied")
+    told("export", "~/mine", "~/exported", "--format", "dcp")
+    told("import", "~/exported", "~/imported")
+    told("reshard", "~/mine", "~/again")
+    there = {path.name for path in tmp_path.iterdir()}
+    assert {"copied", "exported", "imported", "again"} <= there
+
+
 # -------------------------------------------------------------------------------------------- mistakes
 
 

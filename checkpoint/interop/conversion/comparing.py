@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
@@ -54,10 +54,19 @@ class Compared:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One of the two: its tensors, and their fingerprints where it tells them."""
+    """One of the two: its tensors, their fingerprints where it tells them, and other names of weights."""
 
     contents: GlobalTensors
     fingerprints: Mapping[str, int]
+    ties: Mapping[str, str] = field(default_factory=dict)
+
+    def numbers(self) -> dict[str, int]:
+        """Return the number of each tensor by its name, and by its other names if it is tied."""
+        named = {spec.name: number for number, spec in enumerate(self.contents.tensors)}
+        for other, name in self.ties.items():
+            if f"model/{name}" in named:
+                named.setdefault(f"model/{other}", named[f"model/{name}"])
+        return named
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +82,11 @@ def compare(
     first: Side, second: Side, *, settings: ConversionSettings | None = None, listener: Listener = unheard
 ) -> list[Compared]:
     """Compare all tensors; names of both, in the first one's order. What is proved equal is not read."""
-    left = {spec.name: number for number, spec in enumerate(first.contents.tensors)}
-    right = {spec.name: number for number, spec in enumerate(second.contents.tensors)}
+    left, right = first.numbers(), second.numbers()
+    own = {spec.name for side in (first, second) for spec in side.contents.tensors}
     found: dict[str, Compared] = {}
     bands: list[_Band] = []
-    for name in [*left, *(name for name in right if name not in left)]:
+    for name in [name for name in dict.fromkeys([*left, *right]) if name in own]:
         one = first.contents.tensors[left[name]] if name in left else None
         other = second.contents.tensors[right[name]] if name in right else None
         found[name] = Compared(name, _verdict(one, other, first, second), one, other)
@@ -105,7 +114,7 @@ def _verdict(one: TensorSpec | None, other: TensorSpec | None, first: Side, seco
         return Verdict.SHAPE
     if one.dtype != other.dtype:
         return Verdict.DTYPE
-    known = first.fingerprints.get(one.name), second.fingerprints.get(one.name)
+    known = first.fingerprints.get(one.name), second.fingerprints.get(other.name)  # their own, if tied
     return Verdict.EQUAL if None not in known and known[0] == known[1] else Verdict.DIFFERENT
 
 

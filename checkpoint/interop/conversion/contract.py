@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -28,6 +29,13 @@ class GlobalTensors(Protocol):
 
     def read(self, wishes: Sequence[Wish]) -> list[Array]:
         """Return the bits of boxes, row by row, in their dtypes' carriers; best asked for together."""
+
+
+class Numbering(Enum):
+    """How it is told whose the states of an optimizer are that numbers its parameters."""
+
+    TOLD = "told"  # by names, or by shapes that leave no choice
+    BY_ORDER = "by order"  # people say that it numbers them in the model's order
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from checkpoint.interop.conversion.contract import (
     Proof,
     unheard,
 )
+from checkpoint.interop.conversion.importing import check_sure
 from checkpoint.interop.conversion.measuring import high_water_bytes
 from checkpoint.interop.conversion.moving import target_part, turned_back
 from checkpoint.interop.conversion.names import rule_name, to_foreign
@@ -42,6 +43,10 @@ from checkpoint.interop.moves import Foreign, Move, Plan
 from checkpoint.interop.writing import plan_export
 
 _BAND_BYTES = 8 << 20
+_AS_NAMED = (
+    "no rules are given, so names and shapes stay as they are: Megatron loads only what has its own names "
+    "(--rules; docs/rules.md)"
+)
 _LEFT_OUT = "the format {format} holds no optimizer: {number} of its tensors are left out"
 
 
@@ -148,6 +153,10 @@ def plan_emigration(source: Origin, emigration: Emigration, holds_optimizer: Hol
         if len(known) < len(names):
             notes.append(f"{len(names) - len(known)} tensors that the rules do not speak of are left out")
         names = known
+    if emigration.rules is None and emigration.format == "megatron":
+        notes.append(_AS_NAMED)
+    if any(owner_of(name) for name in names):
+        check_sure(source.doubts, source.url)
     if not names:
         raise FormatError(f"{source.url} holds nothing that {emigration.format} would hold")
     chosen = Chosen(source.contents, names)
@@ -293,4 +302,5 @@ class _Reordered:
 
 
 def _place(one: Foreign) -> tuple[str, tuple[tuple[str, int], ...]]:
-    return one.name, tuple(sorted((axis, rank) for axis, rank in one.at.items()))
+    """Return what identifies a tensor; files may number its ranks on axes that it is not spread over."""
+    return one.name, tuple(sorted((axis, rank) for axis, rank in one.at.items() if rank))

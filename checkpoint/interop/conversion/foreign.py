@@ -10,13 +10,20 @@ from checkpoint.engine.plan import TensorSpec
 from checkpoint.errors import NoCheckpoint, StoreRefused
 from checkpoint.interop.conversion.assembling import Assembled
 from checkpoint.interop.conversion.comparing import Compared, Side, compare
-from checkpoint.interop.conversion.contract import ConversionReport, ConversionSettings, Listener, unheard
+from checkpoint.interop.conversion.contract import (
+    ConversionReport,
+    ConversionSettings,
+    Listener,
+    Numbering,
+    unheard,
+)
 from checkpoint.interop.conversion.exporting import Emigration, export_checkpoint, plan_emigration
 from checkpoint.interop.conversion.importing import Adoption, import_checkpoint, plan_adoption, sight
 from checkpoint.interop.conversion.origins import Origin, foreign_origin, stored_origin
 from checkpoint.interop.conversion.resharding import num_bytes_of
 from checkpoint.interop.conversion.ruled import RuleChoice
 from checkpoint.interop.conversion.stored import Stored
+from checkpoint.interop.conversion.tying import ties_of
 from checkpoint.interop.drafts import drafting
 from checkpoint.interop.formats.contract import Contents, ForeignCheckpoint
 from checkpoint.interop.formats.known import FORMATS, open_foreign, open_place, write_foreign
@@ -35,6 +42,7 @@ class Whereabouts:
     step: int | None = None
     format: str | None = None
     rules: RuleChoice | None = None
+    numbering: Numbering = Numbering.TOLD
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +203,7 @@ def _origin(place: Whereabouts) -> Iterator[Origin]:
         return
     _check_stepless(place)
     with closing(open_foreign(place.url, place.format)) as foreign:
-        yield foreign_origin(foreign, place.url, place.rules)
+        yield foreign_origin(foreign, place.url, place.rules, place.numbering)
 
 
 def _check_stepless(place: Whereabouts) -> None:
@@ -207,11 +215,13 @@ def _check_stepless(place: Whereabouts) -> None:
 def _side(place: Whereabouts) -> Iterator[Side]:
     if place.format is None and is_store(place.url):
         stored = Stored(open_store(place.url), place.step)
-        yield Side(stored, {one.name: one.fingerprint for one in stored.manifest.tensors})
+        known = {one.name: one.fingerprint for one in stored.manifest.tensors}
+        yield Side(stored, known, ties_of(stored.manifest.skeleton))
         return
     _check_stepless(place)
     with closing(open_foreign(place.url, place.format)) as foreign:
-        yield Side(Assembled(foreign, sight(foreign, place.rules).plan), {})
+        sighted = sight(foreign, place.rules)
+        yield Side(Assembled(foreign, sighted.plan), {}, sighted.ties)
 
 
 def _holds_optimizer(format: str) -> bool:

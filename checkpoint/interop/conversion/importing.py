@@ -8,7 +8,7 @@ from typing import Any
 
 from checkpoint.engine.catalog import Catalog
 from checkpoint.engine.plan import TensorSpec
-from checkpoint.errors import AlreadyExists, FormatError, Mismatch, Misuse
+from checkpoint.errors import AlreadyExists, FormatError, Mismatch, Misuse, Unsupported
 from checkpoint.format.codec import checksum
 from checkpoint.format.scheme import format_layout, parse_layout
 from checkpoint.format.tree import flatten
@@ -17,6 +17,7 @@ from checkpoint.interop.conversion.contract import (
     ConversionReport,
     ConversionSettings,
     Listener,
+    Numbering,
     Progress,
     Proof,
     unheard,
@@ -26,10 +27,11 @@ from checkpoint.interop.conversion.names import from_foreign, from_rules
 from checkpoint.interop.conversion.resharding import ONE_RANK, layout_meta
 from checkpoint.interop.conversion.roles import lay_out, owner_of, pieces_of
 from checkpoint.interop.conversion.ruled import RuleChoice, placements_by
-from checkpoint.interop.conversion.tying import TIED, Ties, tie
+from checkpoint.interop.conversion.tying import TIED, Ties, merged, tie
 from checkpoint.interop.conversion.writing import Draft, write_checkpoint
 from checkpoint.interop.expression import Size
 from checkpoint.interop.formats.contract import ForeignCheckpoint
+from checkpoint.interop.formats.numbered import listed
 from checkpoint.interop.moves import Foreign, How, Plan
 from checkpoint.interop.rules import plan_import
 from checkpoint.store.contract import Store
@@ -44,7 +46,8 @@ _DEFAULT_RUN = "run"  # as a Checkpointer calls it
 class Adoption:
     """What a foreign checkpoint is to become: of which run and step, by which rules, cut for which layout.
 
-    Without a step it is the foreign one's own, or 0. `ties` say which names are other names of a weight.
+    Without a step it is the foreign one's own, or 0. `ties` say which names are other names of a weight,
+    `numbering` whether an optimizer that only counts its parameters is believed to count in their order.
     Raises Misuse for a step below 0, and for a run that nobody would find again.
     """
 
@@ -53,6 +56,7 @@ class Adoption:
     rules: RuleChoice | None = None
     to: str = ONE_RANK
     ties: Ties = field(default_factory=dict)
+    numbering: Numbering = Numbering.TOLD
 
     def __post_init__(self) -> None:
         parts = self.run.split("/")
@@ -72,6 +76,7 @@ class Sighted:
     plan: Plan
     skeleton: Any
     notes: tuple[str, ...] = ()
+    ties: Ties = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +156,8 @@ def prove(plan: Plan, foreign: Any, found: Mapping[str, int], settings: Conversi
 def plan_adoption(foreign: ForeignCheckpoint, origin: str, adoption: Adoption) -> tuple[Sighted, Draft]:
     """Work out what a foreign checkpoint becomes, before anything is read of its tensors."""
     about = foreign.about
+    if adoption.numbering is Numbering.TOLD:
+        check_sure(about.doubts, origin)
     sighted = sight(foreign, adoption.rules, adoption.ties)
     specs = sighted.plan.tensors
     scheme = parse_layout(adoption.to)
@@ -180,32 +187,45 @@ def plan_adoption(foreign: ForeignCheckpoint, origin: str, adoption: Adoption) -
     return sighted, draft
 
 
+def check_sure(doubts: Sequence[Sequence[str]], origin: str) -> None:
+    """Raise Unsupported if only an order of parameters that is in no file says whose states are."""
+    if doubts:
+        raise Unsupported(
+            f"the optimizer of {origin} numbers its parameters and does not name them. Of equal shape are "
+            f"{listed(doubts[0])}: another order would swap their states, and nothing would show it. Was it "
+            "made of model.parameters(), all in the model's order (within each group)? Then say --by-order "
+            "(Numbering.BY_ORDER). Else save it with names: torch.optim.X(model.named_parameters())"
+        )
+
+
 def sight(foreign: ForeignCheckpoint, choice: RuleChoice | None, ties: Ties | None = None) -> Sighted:
     """Return the universal tensors that a foreign checkpoint holds, by rules or by their own names.
 
-    Without `ties` they are those that the checkpoint tells of.
+    `ties` are added to those that the checkpoint tells of.
 
     Raises FormatError if its tensors are spread over ranks and no rules say how.
     """
     about = foreign.about
     extra = dict(about.extra)
-    known = extra.pop(TIED, None)
-    ties = ties or (known if isinstance(known, dict) else {})
+    said = extra.pop(TIED, None)
+    known = said if isinstance(said, dict) else {}
     if choice is None:
         if any(ranks > 1 for ranks in about.axes.values()):
             raise FormatError(
                 f"the tensors of this {about.format} checkpoint are spread over {dict(about.axes)}: "
                 "name the rules of its model (--rules, --set)"
             )
+        ties = merged({**about.ties, **known}, ties or {})
         plan = tie(_renamed(as_they_are(foreign.tensors), from_foreign), ties)
-        return Sighted(plan, _skeleton(plan.tensors, extra, ties))
+        return Sighted(plan, _skeleton(plan.tensors, extra, ties), ties=ties)
+    ties = merged(known, ties or {})  # what the files call tied, the rules speak of
     others = [number for number, one in enumerate(foreign.tensors) if one.name.startswith(_OTHER)]
     numbers = [number for number in range(len(foreign.tensors)) if number not in set(others)]
     sizes = {**_known_sizes(choice, about.sizes), **choice.sizes}
     plan = plan_import(choice.rules, sizes, about.axes, [foreign.tensors[number] for number in numbers])
     plan = tie(_renamed(_renumbered(plan, numbers, foreign.tensors), from_rules), ties)
     notes = [f"{len(others)} tensors that are neither weights nor optimizer states are left out"]
-    return Sighted(plan, _skeleton(plan.tensors, extra, ties), tuple(notes if others else []))
+    return Sighted(plan, _skeleton(plan.tensors, extra, ties), tuple(notes if others else []), ties)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from checkpoint.format.dtypes import itemsize
 from checkpoint.format.manifest import encode_manifest
 from checkpoint.format.tree import unflatten
 from checkpoint.interop.conversion.assembling import Assembled, prove_from_sources
-from checkpoint.interop.conversion.contract import ConversionSettings, GlobalTensors
+from checkpoint.interop.conversion.contract import ConversionSettings, GlobalTensors, Numbering
 from checkpoint.interop.conversion.importing import EXTRA, MODEL, sight
 from checkpoint.interop.conversion.ruled import RuleChoice
 from checkpoint.interop.conversion.stored import Stored
@@ -25,7 +25,8 @@ class Origin:
     """Global tensors by their universal names, and what is told besides.
 
     `digest` identifies it; `fingerprints` are those of its tensors, known or worked out from it;
-    `num_read_bytes` tells how much of it was read so far.
+    `num_read_bytes` tells how much of it was read so far; `doubts` are parameters whose optimizer states
+    could be another's.
     """
 
     url: str
@@ -37,6 +38,7 @@ class Origin:
     num_read_bytes: Callable[[], int]
     ties: Ties = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    doubts: tuple[tuple[str, ...], ...] = ()
 
 
 def stored_origin(stored: Stored) -> Origin:
@@ -55,7 +57,12 @@ def stored_origin(stored: Stored) -> Origin:
     )
 
 
-def foreign_origin(foreign: ForeignCheckpoint, url: str, rules: RuleChoice | None) -> Origin:
+def foreign_origin(
+    foreign: ForeignCheckpoint,
+    url: str,
+    rules: RuleChoice | None,
+    numbering: Numbering = Numbering.TOLD,
+) -> Origin:
     """Return an opened foreign checkpoint as what an export is made of; nothing is stored in between."""
     about = foreign.about
     sighted = sight(foreign, rules)
@@ -69,7 +76,9 @@ def foreign_origin(foreign: ForeignCheckpoint, url: str, rules: RuleChoice | Non
         extra=about.extra,
         fingerprints=lambda settings: prove_from_sources(sighted.plan, foreign, settings),
         num_read_bytes=lambda: counted.num_bytes,
+        ties=sighted.ties,
         notes=(*about.notes, *sighted.notes),
+        doubts=() if numbering is Numbering.BY_ORDER else about.doubts,
     )
 
 

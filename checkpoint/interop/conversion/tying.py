@@ -26,6 +26,12 @@ def parse_ties(texts: Sequence[str]) -> dict[str, str]:
     return ties
 
 
+def merged(known: Ties, told: Ties) -> dict[str, str]:
+    """Return ties that a checkpoint knows of together with what people tell, who are right if they differ."""
+    kept = {other: name for other, name in known.items() if other not in told and name not in told}
+    return {**kept, **{other: kept.get(name, name) for other, name in told.items()}}
+
+
 def ties_of(skeleton: Json) -> dict[str, str]:
     """Return the ties of a stored model: names that stand for a tensor of another name."""
     model = skeleton.get(_MODEL) if isinstance(skeleton, dict) else None

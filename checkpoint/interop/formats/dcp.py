@@ -52,7 +52,13 @@ def open_dcp(place: Place) -> Tiled:
             tensor, parts = held(name, leaf)
             tensors.append(tensor)
             tiles_of.append(parts)
-    about = About("dcp", step=states.step, extra=states.extra, notes=tuple(states.notes))
+    about = About(
+        "dcp",
+        step=states.step,
+        extra=states.extra,
+        notes=tuple(states.notes),
+        doubts=tuple(states.doubts),
+    )
     return Tiled(place, about, tensors, tiles_of)
 
 

@@ -10,7 +10,7 @@ from checkpoint.format.box import Box
 from checkpoint.interop.drafts import Draft
 from checkpoint.interop.formats.contract import About, Contents
 from checkpoint.interop.formats.extents import check_shape
-from checkpoint.interop.formats.hf_config import sizes_from
+from checkpoint.interop.formats.hf_config import sizes_from, ties_from
 from checkpoint.interop.formats.safetensors import Header, header_bytes, read_header, sort_key
 from checkpoint.interop.formats.streams import blocks_ahead, check_global, num_bytes_of
 from checkpoint.interop.formats.tiles import Tile, Tiled, found
@@ -55,7 +55,13 @@ def open_hf(place: Place) -> Tiled:
     config = _json(beside[_CONFIG], f"{_CONFIG} in {place}") if _CONFIG in beside else {}
     extra = {"config": config, "files": beside}
     is_parted = any(_SHARDING in header.metadata for header in headers.values())
-    about = About("hf", extra=extra, sizes=sizes_from(config), notes=_OF_RANKS if is_parted else ())
+    about = About(
+        "hf",
+        extra=extra,
+        sizes=sizes_from(config),
+        notes=_OF_RANKS if is_parted else (),
+        ties=ties_from(config, {one.name for one in tensors}),
+    )
     return Tiled(place, about, tensors, tiles)
 
 

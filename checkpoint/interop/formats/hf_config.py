@@ -1,6 +1,6 @@
 """What config.json of a Hugging Face model says to the rule language: sizes, and which rule set fits."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 _GPT = {
@@ -36,11 +36,28 @@ _RULES = {
     "mixtral": "mixtral-hf",
 }
 _TIED_BY_DEFAULT = {"gpt2"}
+_WITH_HEAD = ("ForCausalLM", "LMHeadModel")
+_HEAD = ("lm_head.weight", "model.embed_tokens.weight")
+_HEADS = {
+    "gpt2": ("lm_head.weight", "transformer.wte.weight"),
+    "gpt_neox": ("embed_out.weight", "gpt_neox.embed_in.weight"),
+}
 
 
 def rules_for(config: Mapping[str, Any]) -> str | None:
     """Return the name of the built-in rule set for a model's configuration, if there is one."""
     return _RULES.get(str(config.get("model_type")))
+
+
+def ties_from(config: Mapping[str, Any], names: Collection[str]) -> dict[str, str]:
+    """Return which output layer is the embedding's other name, if a model has one and the files do not."""
+    kind = str(config.get("model_type"))
+    told = config.get("architectures")
+    has_head = isinstance(told, list) and any(str(one).endswith(_WITH_HEAD) for one in told)
+    if not has_head or not config.get("tie_word_embeddings", kind in _TIED_BY_DEFAULT):
+        return {}
+    head, embedding = _HEADS.get(kind, _HEAD)
+    return {head: embedding} if embedding in names and head not in names else {}
 
 
 def sizes_from(config: Mapping[str, Any]) -> dict[str, int]:

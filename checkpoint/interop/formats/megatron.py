@@ -101,7 +101,7 @@ def _states(file: ShardFile, said: Mapping[str, Any], model: Mapping[str, Stored
     table = inner.get("state")
     if not isinstance(table, dict) or not table:
         return
-    names = names_of_numbered(table, groups, model, Stored, file.path)
+    names = names_of_numbered(table, groups, model, Stored, file.path).names
     masters = _masters(file, said, groups)
     for group in groups:
         for number in group["params"]:

@@ -5,6 +5,7 @@ moments of another, and nothing that looks at shapes or norms would notice.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from checkpoint.errors import Unsupported
@@ -16,32 +17,76 @@ _REMEDY = (
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "inv_freq", "masked_bias")
 _NO_PARAMETERS = {"bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"}
 
+_MAX_NAMED = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Numbered:
+    """The names of numbered parameters.
+
+    `doubts` are sets of names of which nothing but their order tells which is which; `unnumbered` are floats
+    of the model that the optimizer cannot have: buffers, or weights that it does not train.
+    """
+
+    names: Mapping[int, str]
+    doubts: tuple[tuple[str, ...], ...] = ()
+    unnumbered: tuple[str, ...] = ()
+
 
 def names_of_numbered(
     state: Mapping[Any, Any], groups: Sequence[Any], model: Mapping[str, Any], leaf: type, where: str
-) -> dict[int, str]:
-    """Return the names of the parameters that states are numbered for; `model` has its tensors in order.
+) -> Numbered:
+    """Tell whose numbered states are; `model` has its tensors in order.
 
-    They are taken from `param_names`; else parameters come in the model's order, group by group, which is
-    believed only where shapes agree and do not leave a choice. Raises Unsupported.
+    Names are taken from `param_names`; else parameters come in the model's order, group by group, as far as
+    shapes agree and leave no choice of which they are. Raises Unsupported.
     """
     told = _told(groups)
     if told is not None or not state:
-        return told or {}
+        return Numbered(told or {})
     ids = [number for group in groups for number in group["params"]]
     if len(set(ids)) != len(ids) or not set(state) <= set(ids):
         raise Unsupported(f"the optimizer of {where} has states of parameters that are in none of its groups")
     candidates = [name for name, item in model.items() if _is_parameter(name, item)]
     candidates = _without_twins(candidates, model)
-    if len(candidates) != len(ids):
+    if len(candidates) < len(ids):
         raise Unsupported(
             f"the optimizer of {where} numbers {len(ids)} parameters, and the model has {len(candidates)}: "
             f"it cannot be told whose they are; {_REMEDY}"
         )
     shapes = {number: _shape_of(state.get(number), leaf) for number in ids}
-    if len([group for group in groups if group["params"]]) == 1:
-        return _in_order(ids, candidates, shapes, model, where)
-    return _by_shape(groups, candidates, shapes, model, where)
+    is_one_group = len([group for group in groups if group["params"]]) == 1
+    if not is_one_group:
+        names = _by_shape(groups, candidates, shapes, model, where)
+    elif len(candidates) == len(ids):
+        names = _in_order(ids, candidates, shapes, model, where)
+    else:
+        names = _some_in_order(ids, candidates, shapes, model, where)
+    owners = set(names.values())
+    with_states = {names[number] for number in ids if _has_states(state.get(number))}
+    shapeless = [names[number] for number in ids if shapes[number] is None]
+    return Numbered(
+        names,
+        _alike(candidates, with_states, shapeless, model),
+        tuple(name for name in candidates if name not in owners),
+    )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return some names as a text."""
+    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return ", ".join(names[:_MAX_NAMED]) + more
+
+
+def _alike(
+    candidates: Sequence[str], with_states: set[str], shapeless: Sequence[str], model: Mapping[str, Any]
+) -> tuple[tuple[str, ...], ...]:
+    """Return the sets of names whose states could be swapped, and no shape would show it."""
+    by_shape: dict[Any, list[str]] = {}
+    for name in candidates:
+        by_shape.setdefault(model[name].shape, []).append(name)
+    sets = [*by_shape.values(), shapeless]
+    return tuple(dict.fromkeys(tuple(one) for one in sets if len(one) > 1 and with_states.intersection(one)))
 
 
 def _told(groups: Sequence[Any]) -> dict[int, str] | None:
@@ -70,6 +115,46 @@ def _in_order(
     return dict(zip(ids, candidates, strict=True))
 
 
+def _some_in_order(
+    ids: Sequence[int],
+    candidates: Sequence[str],
+    shapes: Mapping[int, tuple[int, ...] | None],
+    model: Mapping[str, Any],
+    where: str,
+) -> dict[int, str]:
+    """Choose the only names of more that fit in their order; the rest are none of the optimizer's."""
+    first = _aligned(ids, candidates, shapes, model)
+    last = _aligned(ids[::-1], candidates[::-1], shapes, model)
+    if first == last and first is not None:
+        return first
+    unsure = sorted({*(first or {}).values()} ^ {*(last or {}).values()}, key=list(candidates).index)
+    raise Unsupported(
+        f"the optimizer of {where} numbers {len(ids)} parameters, and the model has {len(candidates)} that "
+        "could be meant, buffers among them: "
+        + (
+            f"shapes do not tell whether it has {listed(unsure)}; {_REMEDY}"
+            if first
+            else f"in no choice of them do shapes agree; {_REMEDY}"
+        )
+    )
+
+
+def _aligned(
+    ids: Sequence[int],
+    names: Sequence[str],
+    shapes: Mapping[int, tuple[int, ...] | None],
+    model: Mapping[str, Any],
+) -> dict[int, str] | None:
+    """Give each number the next name that fits; None if names run out. From both ends, it tells all ways."""
+    left, found = iter(names), dict[int, str]()
+    for number in ids:
+        name = next((name for name in left if shapes[number] in (None, model[name].shape)), None)
+        if name is None:
+            return None
+        found[number] = name
+    return found
+
+
 def _by_shape(
     groups: Sequence[Any],
     candidates: Sequence[str],
@@ -93,7 +178,7 @@ def _by_shape(
         if len(ids) != len(found):
             raise Unsupported(
                 f"the optimizer of {where} numbers {len(ids)} parameters of shape {shape}, and the model has "
-                f"{len(found)}; {_REMEDY}"
+                f"{len(found)}, {listed(found)}; {_REMEDY}"
             )
         names |= dict(zip(ids, found, strict=True))
     return names
@@ -112,6 +197,10 @@ def _without_twins(names: Sequence[str], model: Mapping[str, Any]) -> list[str]:
             kept.append(name)
         seen.add(model[name])
     return kept
+
+
+def _has_states(entry: Any) -> bool:
+    return any(item is not None for item in entry.values()) if isinstance(entry, dict) else entry is not None
 
 
 def _shape_of(entry: Any, leaf: type[Any]) -> tuple[int, ...] | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from checkpoint.errors import Corrupt, Unsupported
 from checkpoint.interop.formats.inert import Dict, plain
-from checkpoint.interop.formats.numbered import names_of_numbered
+from checkpoint.interop.formats.numbered import listed, names_of_numbered
 
 Path = tuple[str, ...]
 
@@ -21,6 +21,7 @@ _STEPS = ("step", "global_step", "iteration", "num_steps", "train_step")
 _MAX_DEPTH = 60
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _DISTRIBUTED = "module."
+_MAX_SETS = 3
 
 
 @dataclass(slots=True)
@@ -34,6 +35,7 @@ class States:
     tensors: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    doubts: list[tuple[str, ...]] = field(default_factory=list)
 
     @property
     def step(self) -> int | None:
@@ -137,7 +139,7 @@ class _Naming:
         called: dict[Any, str] = dict(names)
         if any(type(each) is int for group in groups for each in _params(group)):
             state = {int(key) if str(key).isdecimal() else key: entries for key, entries in state.items()}
-            called |= names_of_numbered(state, groups, self._states.tensors, self._leaf, self._where)
+            called |= self._named(state, groups, names)
         for key, entries in state.items():
             owner = called.get(key, str(key))
             for kind, item in entries.items() if isinstance(entries, dict) else [("state", entries)]:
@@ -147,6 +149,25 @@ class _Naming:
             named = [called.get(each, each) for each in _params(group)]
             rest = {key: item for key, item in group.items() if key not in ("params", "param_names")}
             kept.append({**self._plain(rest), "params": named})
+
+    def _named(
+        self, state: Mapping[Any, Any], groups: list[Any], names: Mapping[str, str]
+    ) -> Mapping[int, str]:
+        """Return the names of numbered parameters, and note what was concluded."""
+        model = {name: self._states.tensors[name] for name in names.values()}
+        found = names_of_numbered(state, groups, model, self._leaf, self._where)
+        self._states.doubts += found.doubts
+        if found.unnumbered:
+            self._states.notes.append(
+                "taken for buffers, or weights that are not trained, as the optimizer has no place for them: "
+                + listed(found.unnumbered)
+            )
+        if found.doubts:
+            self._states.notes.append(
+                "optimizer states are given to parameters in the model's order; of equal shape, and not told "
+                f"apart by anything else, are {'; '.join(map(listed, found.doubts[:_MAX_SETS]))}"
+            )
+        return found.names
 
     def _put_state(self, kind: str, owner: str, item: Any) -> None:
         if isinstance(item, self._leaf | int | float) and not isinstance(item, bool):

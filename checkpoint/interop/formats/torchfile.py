@@ -14,6 +14,7 @@ from checkpoint.interop.moves import Foreign
 from checkpoint.interop.place import Place
 
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
+_BESIDE = ("optimizer.", "other.")  # what is no part of the model
 _INDEX = "pytorch_model.bin.index.json"
 
 
@@ -65,8 +66,27 @@ def _opened(place: Place, states: States, owners: Mapping[str, Archive]) -> Tile
         tensor, parts = _tensor(name, item, owners[name])
         tensors.append(tensor)
         tiles.append(parts)
-    about = About("torch", step=states.step, extra=states.extra, notes=tuple(states.notes))
+    about = About(
+        "torch",
+        step=states.step,
+        extra=states.extra,
+        notes=tuple(states.notes),
+        ties=_ties(states, owners),
+        doubts=tuple(states.doubts),
+    )
     return Tiled(place, about, tensors, tiles)
+
+
+def _ties(states: States, owners: Mapping[str, Archive]) -> dict[str, str]:
+    """Return the names of the model that are other names of the same memory, as tied weights are saved."""
+    firsts: dict[Any, str] = {}
+    ties = {}
+    for name, item in states.tensors.items():
+        if isinstance(item, Stored) and 0 not in item.shape and not name.startswith(_BESIDE):
+            first = firsts.setdefault((id(owners[name]), item), name)
+            if first != name:
+                ties[name] = first
+    return ties
 
 
 def _tensor(name: str, item: Any, archive: Archive) -> tuple[Foreign, list[Tile]]:
