@@ -32,8 +32,8 @@ class UpkeepPolicy:
     """Looks at the tiers after each commit, and every `poll_s` besides.
 
     A far store that fails is asked again as `retry` says, and anew at the next look. Prunes have this grace
-    and linger (see `lifecycle.prune`), or longer ones if saves are slow. With a `run` the checkpoints of others,
-    should there be any, are neither copied nor pruned.
+    and linger (see `lifecycle.prune`), or longer ones if saves are slow. With a `run` no other's
+    checkpoints are copied or pruned.
     """
 
     poll_s: float = 60.0
