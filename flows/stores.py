@@ -256,6 +256,7 @@ def verify(
             "chunks": each.num_chunks,
             "bytes": each.num_bytes,
             "bad": [f"{bad.item}: {bad.why}" for bad in each.bad],
+            "spare": [f"{bad.item}: {bad.why}" for bad in each.spare],
         }
         for each in sorted(found.checkpoints, key=lambda one: one.step)
     ]
@@ -269,7 +270,7 @@ def draw_verification(console: Console, results: list[dict[str, Any]]) -> None:
             "whole" if each["whole"] else "DAMAGED",
             each["chunks"],
             spell_bytes(each["bytes"]),
-            "\n".join(each["bad"]),
+            "\n".join([*each["bad"], *each["spare"]]),
         )
         for each in results
     ]
