@@ -26,7 +26,7 @@ from checkpoint.checkpointer.restoring import Restoration, restore_newest
 from checkpoint.checkpointer.saving import Saving
 from checkpoint.checkpointer.world import World, join_world
 from checkpoint.engine.catalog import Catalog
-from checkpoint.engine.contract import MEMORY, PARITY, Depth, Durable, Failed, Outcome
+from checkpoint.engine.contract import MEMORY, OVERTAKEN, PARITY, Depth, Durable, Failed, Outcome
 from checkpoint.engine.given import plain_metrics, plain_step
 from checkpoint.engine.quiet import no_collection
 from checkpoint.engine.restore import Fallback
@@ -289,4 +289,5 @@ class Checkpointer:
 def _tell(outcome: Outcome) -> None:
     if not isinstance(outcome, Durable):
         where = f" on {outcome.tier}" if isinstance(outcome, Failed) and outcome.tier else ""
-        log.error("step %d is not checkpointed%s: %s", outcome.step, where, outcome.why)
+        level = logging.INFO if OVERTAKEN in outcome.why else logging.ERROR
+        log.log(level, "step %d is not checkpointed%s: %s", outcome.step, where, outcome.why)

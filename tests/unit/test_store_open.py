@@ -57,6 +57,12 @@ def test_a_url_that_names_no_store_is_refused(url: str):
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("url", ["http://host/runs", "HTTPS://host/runs", "zip://a.zip"])
+def test_what_can_only_be_read_is_refused_when_it_is_opened_and_not_after_a_minute_of_trying(url: str):
+    with pytest.raises(StoreRefused, match=r"nothing can be written through (?i:https?|zip)://; give a path"):
+        open_store(url)
+
+
 def test_obstore_is_used_where_the_url_says_so():
     store = open_store("obstore+s3://bucket/prefix/")
     assert str(store) == "obstore+s3://bucket/prefix"
