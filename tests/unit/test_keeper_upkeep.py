@@ -12,8 +12,9 @@ from checkpoint.keeper.upkeep import Upkeep, UpkeepPolicy
 from checkpoint.lifecycle.policies import EverySteps
 from checkpoint.lifecycle.tiers import Tier
 from checkpoint.store.memory import MemoryStore
-from checkpoint.store.wrappers import Faulty, Lost, RetryPolicy
+from checkpoint.store.wrappers import RetryPolicy
 from tests.fault.checkpoint_worlds import MIB, QUICK, RAW, closing_all, same_bits, small_state
+from tests.wrapped_stores import Faulty, Lost
 
 pytestmark = pytest.mark.usefixtures("quiet_retries")
 

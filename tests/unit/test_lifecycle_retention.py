@@ -14,8 +14,8 @@ from checkpoint.lifecycle.retention import PruneReport, prune
 from checkpoint.lifecycle.scrub import verify
 from checkpoint.lifecycle.survey import digest_of, read_manifest
 from checkpoint.store.memory import MemoryStore
-from checkpoint.store.wrappers import Faulty, Lost
 from tests.format_samples import write_checkpoint
+from tests.wrapped_stores import Faulty, Lost
 
 GRACE_S, LINGER_S = 600.0, 60.0
 STEPS = (10, 20, 30, 40, 50, 60)

@@ -25,9 +25,9 @@ from checkpoint.lifecycle.scrub import verify
 from checkpoint.store.contract import Data
 from checkpoint.store.local import LocalStore
 from checkpoint.store.memory import MemoryStore
-from checkpoint.store.wrappers import Faulty, Lost
 from tests.format_samples import write_checkpoint
 from tests.lifecycle_worlds import save, write_chain
+from tests.wrapped_stores import Faulty, Lost
 
 
 @pytest.fixture(params=[Codec.RAW, Codec.ZSTD])

@@ -15,7 +15,7 @@ from checkpoint.store.memory import MemoryStore
 from checkpoint.store.objects import ObjectStore
 from checkpoint.store.obstore import ObStore
 from checkpoint.store.open import open_store, probe
-from checkpoint.store.wrappers import Faulty, Lost
+from tests.wrapped_stores import Faulty, Lost
 
 
 def test_a_path_and_its_url_name_the_same_directory(tmp_path, monkeypatch):
