@@ -274,6 +274,7 @@ def verify(
             "chunks": each.num_chunks,
             "bytes": each.num_bytes,
             "bad": [f"{bad.item}: {bad.why}" for bad in each.bad],
+            "spare": [f"{bad.item}: {bad.why}" for bad in each.spare],
         }
         for each in sorted(found.checkpoints, key=lambda one: one.step)
     ]
@@ -287,7 +288,7 @@ def draw_verification(console: Console, results: list[dict[str, Any]]) -> None:
             "whole" if each["whole"] else "DAMAGED",
             each["chunks"],
             spell_bytes(each["bytes"]),
-            "\n".join(each["bad"]),
+            "\n".join([*each["bad"], *each["spare"]]),
         )
         for each in results
     ]
@@ -311,6 +312,7 @@ def prune(
         "policies": list(map(str, policies)),
         "kept": list(pruned.kept),
         "deleted": list(pruned.expired),
+        "runs": {str(step): run for step, run in pruned.runs.items()},
         "reasons": {str(each.step): each.why for each in pruned.verdicts},
         "objects": [removed.key for removed in pruned.removed],
         "freed_bytes": pruned.num_bytes,
@@ -319,11 +321,21 @@ def prune(
     }
 
 
+def _whose(runs: dict[str, str]) -> str:
+    """Say whose the checkpoints of each step are, run by run."""
+    steps: dict[str, list[int]] = {}
+    for step, run in runs.items():
+        steps.setdefault(run, []).append(int(step))
+    return "; ".join(f"{run!r} has steps {_list(found)}" for run, found in sorted(steps.items()))
+
+
 def draw_pruning(console: Console, pruned: dict[str, Any]) -> None:
     """Draw what `prune` deleted."""
     console.print(f"kept, by {' and '.join(pruned['policies'])}: steps {_list(pruned['kept'])}", markup=False)
     for step in pruned["kept"]:
         console.print(f"  {step}: {pruned['reasons'][str(step)]}", markup=False, style="dim")
+    if len(set(pruned["runs"].values())) > 1:
+        console.print(f"they are of several runs: {_whose(pruned['runs'])}", markup=False, style="yellow")
     freed = spell_bytes(pruned["freed_bytes"])
     console.print(f"deleted: steps {_list(pruned['deleted'])}; {len(pruned['objects'])} objects, {freed}")
     for key in pruned["objects"]:

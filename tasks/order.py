@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 import elastic
-from checkpoint import Codec, LatestN, Parity, SavePolicy, Tier
+from checkpoint import Codec, LatestN, Parity, SavePolicy, Tier, check_tiers
+from tasks.errors import SpecError
 from tasks.runs import Run
 from tasks.spec import CheckpointSpec, FaultSpec, RunSpec, TierSpec
 
@@ -68,6 +69,11 @@ def spec_digest(spec: RunSpec) -> str:
 
 
 def _checkpoint_order(spec: CheckpointSpec, url: str, run: str) -> elastic.CheckpointOrder:
+    tiers = tuple(_tier(tier, run) for tier in spec.tiers)
+    try:
+        check_tiers((Tier(url, name="checkpoint.store"), *tiers))
+    except ValueError as error:
+        raise SpecError(f"checkpoint.tiers: {error}") from error
     return elastic.CheckpointOrder(
         store_url=url,
         every_steps=spec.every_steps,
@@ -82,7 +88,7 @@ def _checkpoint_order(spec: CheckpointSpec, url: str, run: str) -> elastic.Check
         arena_bytes=spec.arena_mib * _MIB,
         hold=spec.hold,
         parity=Parity(spec.parity_group, spec.parity_losses) if spec.parity_losses else None,
-        tiers=tuple(_tier(tier, run) for tier in spec.tiers),
+        tiers=tiers,
     )
 
 

@@ -49,7 +49,7 @@ def tend(run: Run) -> Tended:
         scrubbed = checkpoint.verify(store, newest)
         if not scrubbed.is_sound:
             return Tended(run.name, newest, (), f"step {newest} is damaged: {spell_damage(scrubbed)}")
-        pruned = checkpoint.prune(store, policies(run), now_s=time.time(), grace_s=GRACE_S)
+        pruned = checkpoint.prune(store, policies(run), now_s=time.time(), grace_s=GRACE_S, run=run.name)
     except checkpoint.CheckpointError as error:
         return Tended(run.name, None, (), str(error))
     return Tended(run.name, newest, pruned.expired, "; ".join(pruned.problems))

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from checkpoint.engine.catalog import Catalog
@@ -16,6 +17,35 @@ log = logging.getLogger("holdfast.checkpoint")
 Newer = Literal["keep", "set aside"]
 Stores = Mapping[str, Store]
 _MAX_NAMED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Newest:
+    """The newest checkpoint that stood in a store when it was opened, which nobody has asked for yet."""
+
+    step: int
+    run: str
+
+
+def newest_in(store: Store) -> Newest | None:
+    """Find the newest checkpoint of a store that can be read."""
+    manifest = Catalog(store).newest()
+    return None if manifest is None else Newest(manifest.step, manifest.run)
+
+
+def check_first(newest: Newest, store: Store, run: str, step: int) -> None:
+    """Raise Conflict if the first save of a run would come between another's checkpoints, or take a step."""
+    if newest.run != run:
+        raise Conflict(
+            f"{store} has checkpoints of run {newest.run!r} (the newest is step {newest.step}), and this is "
+            f"run {run!r}: give this one a store of its own, or restore(state, run={newest.run!r}) first, to "
+            "go on from there"
+        )
+    if step <= newest.step:
+        raise Conflict(
+            f"{store} has step {newest.step} already: restore(state) first, to go on from there, "
+            f"or give this training a store of its own; step {step} would be taken"
+        )
 
 
 def newer_steps(stores: Stores, step: int) -> tuple[int, ...]:

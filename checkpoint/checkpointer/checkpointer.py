@@ -9,7 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from checkpoint.checkpointer.branches import Newer, abandon, newer_steps, told_abandoned, told_kept
+from checkpoint.checkpointer.branches import (
+    Newer,
+    abandon,
+    check_first,
+    newer_steps,
+    newest_in,
+    told_abandoned,
+    told_kept,
+)
 from checkpoint.checkpointer.giving import to_tree
 from checkpoint.checkpointer.hosting import AnyHost, find_host, held_by, open_host
 from checkpoint.checkpointer.meeting import Meeting, Neighbours, check_neighbours, rebuilt_notes
@@ -18,7 +26,7 @@ from checkpoint.checkpointer.restoring import Restoration, restore_newest
 from checkpoint.checkpointer.saving import Saving
 from checkpoint.checkpointer.world import World, join_world
 from checkpoint.engine.catalog import Catalog
-from checkpoint.engine.contract import MEMORY, PARITY, Depth, Durable, Failed, Outcome
+from checkpoint.engine.contract import MEMORY, OVERTAKEN, PARITY, Depth, Durable, Failed, Outcome
 from checkpoint.engine.given import plain_metrics, plain_step
 from checkpoint.engine.quiet import no_collection
 from checkpoint.engine.restore import Fallback
@@ -75,7 +83,7 @@ class Checkpointer:
         self._saver: Saver | None = None
         self._damaged: tuple[Fallback, ...] = ()
         self._last = -1
-        self._newest = self._world.tell(self.latest)  # which nobody has asked for yet
+        self._newest = self._world.tell(lambda: newest_in(self._store))  # which nobody has asked for yet
         self._restored = -1
         self._in_the_way = ""
         self._savings: deque[Saving] = deque(maxlen=_MAX_REMEMBERED)
@@ -98,8 +106,8 @@ class Checkpointer:
 
         Raises `FormatError` for what cannot be stored, naming it; never for trouble with the store, which is
         logged, and told by the Saving. Raises ValueError for a step that is not newer than the last,
-        Conflict if checkpoints of the store are in its way: nobody restored them, or training went back (see
-        `restore`).
+        Conflict if checkpoints of the store are in its way: they are another run's, or nobody restored them,
+        or training went back (see `restore`).
         """
         step, metrics = plain_step(step), plain_metrics(metrics or {})
         self._check_way(step)
@@ -216,14 +224,11 @@ class Checkpointer:
         return (NEAREST, *(tier.label for tier in self._options.tiers if is_due(tier, step)), *memory)
 
     def _check_way(self, step: int) -> None:
-        """Raise Conflict if a step is taken, or could not be told from what another branch left."""
+        """Raise Conflict if a step is taken, or could not be told from what another branch or run left."""
         if self._in_the_way:
             raise Conflict(self._in_the_way)
-        if self._newest is not None and step <= self._newest:
-            raise Conflict(
-                f"{self._store} has step {self._newest} already: restore(state) first, to go on from there, "
-                f"or give this training a store of its own; step {step} would be taken"
-            )
+        if self._newest is not None:
+            check_first(self._newest, self._store, self._lodging.run, step)
         if step < self._restored:
             raise Conflict(f"step {step} is not newer than step {self._restored}, which was restored")
 
@@ -284,4 +289,5 @@ class Checkpointer:
 def _tell(outcome: Outcome) -> None:
     if not isinstance(outcome, Durable):
         where = f" on {outcome.tier}" if isinstance(outcome, Failed) and outcome.tier else ""
-        log.error("step %d is not checkpointed%s: %s", outcome.step, where, outcome.why)
+        level = logging.INFO if OVERTAKEN in outcome.why else logging.ERROR
+        log.log(level, "step %d is not checkpointed%s: %s", outcome.step, where, outcome.why)

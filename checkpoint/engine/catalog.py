@@ -36,10 +36,14 @@ class Catalog:
 
         Whether there are others, damaged or of a later version, `steps` tells.
         """
+        newest = self.newest()
+        return None if newest is None else newest.step
+
+    def newest(self) -> Manifest | None:
+        """Read the newest manifest that can be read, None when there is none."""
         for step in reversed(self.steps()):
             try:
-                self.manifest(step)
+                return self.manifest(step)
             except (FormatError, NoCheckpoint):
                 continue  # `load` names it among the fallbacks; `verify` says what is wrong with it
-            return step
         return None

@@ -115,6 +115,10 @@ class Skipped:
 Outcome = Durable | Failed | Skipped
 
 
+# Told across hosts as a part of the reason, and so a text: nothing is wrong, the next one has its turn.
+OVERTAKEN = "newer snapshots overtook it"
+
+
 def is_final(outcome: Outcome, depth: Depth) -> bool:
     """Whether an outcome is a snapshot's own; others tell of memory, of parity and of far tiers besides."""
     match outcome:

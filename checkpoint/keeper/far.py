@@ -24,16 +24,26 @@ class Graces:
 
     grace_s: float
     linger_s: float
+    run: str | None
 
 
 class FarTier:
-    """Brings checkpoints from the near store to a far one, and says so once for each."""
+    """Brings a run's checkpoints from the near store to a far one, and says so once for each."""
 
-    def __init__(self, near: Store, tier: Tier, store: Store, tell: Callable[[Outcome], None]) -> None:
+    def __init__(
+        self,
+        near: Store,
+        tier: Tier,
+        store: Store,
+        tell: Callable[[Outcome], None],
+        *,
+        run: str | None = None,
+    ) -> None:
         self._near = near
         self._tier = tier
         self._store = store
         self._tell = tell
+        self._run = run  # whose checkpoints are meant; None: all
         self._here: dict[int, Candidate] = {}
         self._failed: set[tuple[int, int]] = set()
         self._listed: dict[int, Entry] = {}
@@ -47,7 +57,9 @@ class FarTier:
     def look(self) -> None:
         """Find out what is here; the far store has to answer for that."""
         found = survey(self._store).standing
-        self._here = {step: _candidate(one.manifest) for step, one in found.items()}
+        self._here = {
+            step: _candidate(one.manifest) for step, one in found.items() if self._is_ours(one.manifest)
+        }
 
     def give_up(self, error: CheckpointError) -> None:
         """Say, if there is something to bring here, that the tier did not answer."""
@@ -62,8 +74,12 @@ class FarTier:
         hopeless = {step for step, entry in self._hopeless.items() if self._listed.get(step) == entry}
         if not due - self._here.keys() - hopeless:
             return []
-        near = survey(self._near).standing
-        found = {step: near[step].manifest for step in due & near.keys() - self._here.keys()}
+        near = {
+            step: one.manifest
+            for step, one in survey(self._near).standing.items()
+            if self._is_ours(one.manifest)
+        }
+        found = {step: near[step] for step in due & near.keys() - self._here.keys()}
         candidates = [*self._here.values(), *map(_candidate, found.values())]
         kept = {one.step for one in judge(candidates, self._tier.policies) if one.is_kept}
         return [found[step] for step in sorted(found.keys() & kept - hopeless, reverse=True)]
@@ -91,6 +107,9 @@ class FarTier:
         """Let go what the tier's policies do not keep."""
         prune_logged(self._store, self._tier.policies, graces, self.name)
 
+    def _is_ours(self, manifest: Manifest) -> bool:
+        return self._run in (None, manifest.run)
+
     def _fail(self, manifest: Manifest, error: CheckpointError) -> None:
         log.warning("step %d did not come to tier %s: %s", manifest.step, self.name, error)
         if (manifest.generation, manifest.step) not in self._failed:
@@ -102,7 +121,14 @@ class FarTier:
 def prune_logged(store: Store, policies: Sequence[Policy], graces: Graces, name: str) -> None:
     """Prune a store, and log what that did. Never raises what may happen to a store."""
     try:
-        report = prune(store, policies, now_s=time.time(), grace_s=graces.grace_s, linger_s=graces.linger_s)
+        report = prune(
+            store,
+            policies,
+            now_s=time.time(),
+            grace_s=graces.grace_s,
+            linger_s=graces.linger_s,
+            run=graces.run,
+        )
     except CheckpointError as error:
         log.warning("tier %s was not pruned: %s", name, error)
         return

@@ -34,7 +34,7 @@ from checkpoint.keeper.peering.neighbourhood import Neighbourhood
 from checkpoint.keeper.peering.policy import parse_policy
 from checkpoint.keeper.reception import Adopt, Guest, MakeWay, Refuse, receive_client
 from checkpoint.keeper.settings import KeeperConfig, parse_config
-from checkpoint.keeper.upkeep import Upkeep
+from checkpoint.keeper.upkeep import Upkeep, UpkeepPolicy
 from checkpoint.store.contract import Store
 
 log = logging.getLogger("holdfast.keeper")
@@ -57,7 +57,7 @@ class Server:
         self._listener = listener
         self._arena = Arena(config.arena_bytes, config.sizing)
         self._intake = Intake(config.host, self._arena, config.hold)
-        self._upkeep = Upkeep(store, self._intake, config.far, config.keep)
+        self._upkeep = self._upkeep_by(config)
         self._neighbourhood = Neighbourhood(self._intake)
         self._pipeline = Pipeline(store, self._intake, Tuning())
         self._lineage = Lineage(store)
@@ -177,12 +177,16 @@ class Server:
         self._intake.go_on()
         return True
 
+    def _upkeep_by(self, config: KeeperConfig) -> Upkeep:
+        policy = UpkeepPolicy(run=config.run)
+        return Upkeep(self._store, self._intake, config.far, config.keep, policy)
+
     def _adopt(self, config: KeeperConfig) -> None:
         """Go by other settings from now on."""
         self._intake.adopt(config.hold, config.arena_bytes, config.sizing)
         if (config.far, config.keep) != (self._config.far, self._config.keep):
             log.info("far tiers and retention are others from now on: %s, %s", config.far, config.keep)
-            before, self._upkeep = self._upkeep, Upkeep(self._store, self._intake, config.far, config.keep)
+            before, self._upkeep = self._upkeep, self._upkeep_by(config)
             before.close()
         self._lease = self._lease.renewed(config.lease_s, config.flush_s)
         self._config = replace(config, directory=self._config.directory)

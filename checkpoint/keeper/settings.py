@@ -12,6 +12,7 @@ from checkpoint.errors import StoreRefused
 from checkpoint.lifecycle.policies import Policy, parse_policies, parse_policy, policy_to_text
 from checkpoint.lifecycle.tiers import Tier, check_tiers, parse_tier, tier_to_json
 from checkpoint.store.open import open_store
+from checkpoint.store.places import check_apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class KeeperConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", parse_policies(self.keep))
         check_tiers(self.far)
+        check_apart([("the store", self.store_url), *((f"tier {far.label!r}", far.url) for far in self.far)])
 
     @property
     def home(self) -> Path:

@@ -32,12 +32,14 @@ class UpkeepPolicy:
     """Looks at the tiers after each commit, and every `poll_s` besides.
 
     A far store that fails is asked again as `retry` says, and anew at the next look. Prunes have this grace
-    and linger (see `lifecycle.prune`), or longer ones if saves are slow.
+    and linger (see `lifecycle.prune`), or longer ones if saves are slow. With a `run` no other's
+    checkpoints are copied or pruned.
     """
 
     poll_s: float = 60.0
     grace_s: float = 3600.0
     linger_s: float = 60.0
+    run: str | None = None
     retry: RetryPolicy = field(default_factory=lambda: RetryPolicy(600.0, 0.5, 30.0))
 
 
@@ -73,7 +75,8 @@ class Upkeep:
         self._slowest_s = 0.0
         self._began_s: dict[int, float] = {}
         self._far = [
-            FarTier(near, tier, self._patient(open_tier(tier.url)), intake.board.tell) for tier in tiers
+            FarTier(near, tier, self._patient(open_tier(tier.url)), intake.board.tell, run=self._policy.run)
+            for tier in tiers
         ]
         self._chores = [_Chore(far.name, partial(self._tend, far)) for far in self._far]
         if self._keep:
@@ -159,4 +162,5 @@ class Upkeep:
 
     def _graces(self) -> Graces:
         least_s = _SAVES_OF_GRACE * self._slowest_s
-        return Graces(max(self._policy.grace_s, least_s), max(self._policy.linger_s, least_s))
+        grace_s, linger_s = max(self._policy.grace_s, least_s), max(self._policy.linger_s, least_s)
+        return Graces(grace_s, linger_s, self._policy.run)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from checkpoint.engine.receipt import RECEIPT_SEQ
 from checkpoint.errors import AlreadyExists, NotFound
@@ -22,13 +22,15 @@ LINGER_S = 60.0
 class PruneReport:
     """What a prune decided of each checkpoint and why, what it deleted, and what it could not judge.
 
-    `num_waiting_bytes` belong to checkpoints that expired, and are freed by a prune after the linger.
+    `num_waiting_bytes` belong to checkpoints that expired, and are freed by a prune after the linger. `runs`
+    says whose each of them is or was, by step.
     """
 
     verdicts: tuple[Verdict, ...]
     removed: tuple[Removed, ...]
     problems: tuple[str, ...]
     num_waiting_bytes: int
+    runs: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -47,7 +49,13 @@ class PruneReport:
 
 
 def prune(
-    store: Store, policies: Sequence[Policy], *, now_s: float, grace_s: float, linger_s: float = LINGER_S
+    store: Store,
+    policies: Sequence[Policy],
+    *,
+    now_s: float,
+    grace_s: float,
+    linger_s: float = LINGER_S,
+    run: str | None = None,
 ) -> PruneReport:
     """Let the checkpoints expire that no policy keeps, and delete what nothing has needed for a while.
 
@@ -57,13 +65,17 @@ def prune(
     be longer than any save takes. Saves that build on what expires, promotions and other prunes may go on
     meanwhile; with a grace of 0 they may not. A prune may break off anywhere: the next one goes on.
 
+    With a `run` only its checkpoints are judged: another's stay, and no policy counts them.
+
     Never expire: the newest checkpoint, the newest that has all of its objects, the newest that was verified,
     and whatever is tagged. A manifest that cannot be read is left alone; while there is one, no pack or page
     is deleted, for it may need them; nor any orphan within `grace_s` of a checkpoint being set aside.
     """
     found = survey(store)
-    held = _protected(store, found.standing)
-    verdicts = judge(_candidates(store, found.standing, policies), policies, protected=held)
+    judged = {step: one for step, one in found.standing.items() if run in (None, one.manifest.run)}
+    held = _protected(store, judged)
+    verdicts = judge(_candidates(store, judged, policies), policies, protected=held)
+    verdicts += _left_alone(found.standing, judged)
     removed: list[Removed] = []
     gone = {one.step for one in verdicts if not one.is_kept}
     for verdict in verdicts:
@@ -79,8 +91,21 @@ def prune(
     swept = Swept() if found.problems else sweep(store, standing, patience)
     problems = [f"{one}; no pack or page was deleted: restore or remove this one" for one in found.problems]
     return PruneReport(
-        tuple(verdicts), (*removed, *swept.removed), (*problems, *swept.problems), swept.num_waiting_bytes
+        tuple(sorted(verdicts, key=lambda one: one.step)),
+        (*removed, *swept.removed),
+        (*problems, *swept.problems),
+        swept.num_waiting_bytes,
+        {step: one.manifest.run for step, one in found.standing.items()},
     )
+
+
+def _left_alone(standing: Mapping[int, Standing], judged: Mapping[int, Standing]) -> list[Verdict]:
+    """Say of the checkpoints that were not judged that they stay."""
+    return [
+        Verdict(step, is_kept=True, why=f"of another run, {one.manifest.run!r}")
+        for step, one in standing.items()
+        if step not in judged
+    ]
 
 
 def _candidates(

@@ -11,10 +11,12 @@ from checkpoint.errors import FormatError, Incomplete, NoCheckpoint, NotFound, S
 from checkpoint.format.keys import manifest_key
 from checkpoint.format.manifest import Manifest, chunks_of_page
 from checkpoint.format.table import ChunkTable
+from checkpoint.lifecycle.bad import Bad
 from checkpoint.lifecycle.contents import Contents, Identities, Places
 from checkpoint.lifecycle.marks import forget_verified, record_verified, verified
 from checkpoint.lifecycle.pace import Pace
 from checkpoint.lifecycle.proof import read_pack_index
+from checkpoint.lifecycle.receipts import damaged_receipts
 from checkpoint.lifecycle.survey import digest_of, read_manifest
 from checkpoint.store.contract import ByteRange, Store
 
@@ -23,23 +25,11 @@ _MAX_REMEMBERED = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Bad:
-    """Something that is not as it was written: a manifest, a page, a pack, a chunk or a tensor.
-
-    `key` is of the object that is to blame; empty if the objects are as they were, but do not add up.
-    """
-
-    step: int
-    item: str
-    why: str
-    key: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class Verified:
     """What was found of one checkpoint: `num_bad` items are bad, the first thousand of them listed.
 
-    `num_bytes` were read of it: what an earlier one shares with it was not read again.
+    `num_bytes` were read of it: what an earlier one shares with it was not read again. `spare` are damaged
+    receipts: what hosts told each other before the commit, which no restore reads.
     """
 
     step: int
@@ -48,10 +38,11 @@ class Verified:
     num_bytes: int
     num_bad: int
     bad: tuple[Bad, ...]
+    spare: tuple[Bad, ...] = ()
 
     @property
     def is_sound(self) -> bool:
-        """Whether everything is as it was written."""
+        """Whether everything that a restore needs is as it was written."""
         return self.num_bad == 0
 
 
@@ -99,8 +90,13 @@ class VerifyReport:
         return tuple(bad for one in self.checkpoints for bad in one.bad)
 
     @property
+    def spare(self) -> tuple[Bad, ...]:
+        """The damaged receipts, which no restore reads."""
+        return tuple(bad for one in self.checkpoints for bad in one.spare)
+
+    @property
     def is_sound(self) -> bool:
-        """Whether everything is as it was written."""
+        """Whether everything that a restore needs is as it was written."""
         return self.num_bad == 0
 
     @property
@@ -203,8 +199,15 @@ class _Scrub:
             if self._pace is not None:
                 self._pace.spend(batch.num_bytes)
         _check_tensors(manifest, table, tally)
-        num_tensors = len(manifest.tensors)
-        return Verified(manifest.step, num_tensors, len(table), num_bytes, tally.num_bad, tuple(tally.bad))
+        return Verified(
+            manifest.step,
+            len(manifest.tensors),
+            len(table),
+            num_bytes,
+            tally.num_bad,
+            tuple(tally.bad),
+            damaged_receipts(self._store, manifest),
+        )
 
     def _index(self, manifest: Manifest, tally: "_Tally") -> ChunkTable:
         tables = []

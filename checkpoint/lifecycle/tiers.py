@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from checkpoint.format.tree import Json
 from checkpoint.lifecycle.policies import LatestN, Policy, WithinBytes, parse_policies, policy_to_text
+from checkpoint.store.places import check_apart
 
 _FIELDS = {"url", "every", "keep", "name", "budget_bytes"}
 
@@ -51,10 +52,10 @@ def is_due(tier: Tier, step: int) -> bool:
 
 def check_tiers(tiers: Sequence[Tier]) -> None:
     """Hold tiers, the nearest first, against each other. Raises ValueError that names what does not fit."""
-    for attribute in ("label", "url"):
-        names = [getattr(tier, attribute) for tier in tiers]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two tiers are called {twice[0]!r}: give each its own name and URL")
+    names = [tier.label for tier in tiers]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two tiers are called {twice[0]!r}: give each its own name and URL")
+    check_apart([(f"tier {tier.label!r}", tier.url) for tier in tiers])
     for near, far in pairwise(tiers):
         if far.every % near.every:
             raise ValueError(

@@ -19,6 +19,7 @@ from checkpoint.store.wrappers import Retrying
 
 _lock = threading.Lock()
 _ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
+_READ_ONLY = ("http", "https", "data", "gist", "git", "github", "libarchive", "tar", "zip")  # in fsspec
 _FIRST, _SECOND = b"first", b"second"
 _memory: dict[str, MemoryStore] = {}
 
@@ -57,6 +58,11 @@ def open_store(url: str) -> Store:
     if not separator:
         return LocalStore(Path(url).expanduser())
     match scheme:
+        case _ if scheme.lower() in _READ_ONLY:
+            raise StoreRefused(
+                f"{url!r} names no store: nothing can be written through {scheme}://; give a path, or a URL "
+                "like s3://bucket/prefix (a server that speaks S3 is named by AWS_ENDPOINT_URL)"
+            )
         case "file":
             return LocalStore(_local_path(url))
         case "memory":

@@ -9,8 +9,9 @@ from checkpoint.store.contract import Store
 from checkpoint.store.memory import MemoryStore
 from checkpoint.store.objects import ObjectStore
 from checkpoint.store.open import open_store
-from checkpoint.store.wrappers import Faulty, Metered, Retrying
+from checkpoint.store.wrappers import Retrying
 from tests.contract.suite import StoreContract
+from tests.wrapped_stores import Faulty, Metered
 
 
 class TestMemoryStore(StoreContract):

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from checkpoint import Store, open_store
-from checkpoint.store.wrappers import Death, Fault, Faulty, Lost, Metered, Struck
 from tests.fault.checkpoint_scenarios import SCENARIOS, Stores
+from tests.wrapped_stores import Death, Fault, Faulty, Lost, Metered, Struck
 
 PLACES = ("near", "other", "far")
 STRUCK: tuple[Struck, ...] = ("write", "delete")

@@ -24,8 +24,8 @@ from checkpoint.format.codec import checksum
 from checkpoint.format.keys import DAMAGED, damaged_key, manifest_key
 from checkpoint.format.sealed import seal, unseal
 from checkpoint.store.memory import MemoryStore
-from checkpoint.store.wrappers import Faulty, Lost
 from tests.fault.checkpoint_worlds import MIB, QUICK, RAW, durable_steps, same_bits, save_alone, small_state
+from tests.wrapped_stores import Faulty, Lost
 
 NOW_S, GRACE_S = 10_000.0, 600.0
 

@@ -15,7 +15,6 @@ from checkpoint import Catalog, LatestN, LocalHost, Saver, Store, open_store, pr
 from checkpoint.format.keys import INDEX, PACKS, PROMOTING, SWEEPS
 from checkpoint.lifecycle.survey import objects_of
 from checkpoint.store.memory import MemoryStore
-from checkpoint.store.wrappers import Fault, Faulty, Lost, Metered, Short, Unanswered
 from tests.fault.checkpoint_scenarios import NUM_KEPT, NUM_STEPS, SCENARIOS, Stores
 from tests.fault.checkpoint_victims import (
     Acknowledged,
@@ -36,6 +35,7 @@ from tests.fault.checkpoint_worlds import (
     run_state,
     save_alone,
 )
+from tests.wrapped_stores import Fault, Faulty, Lost, Metered, Short, Unanswered
 
 STEPS = (1, 2, 3)
 NUM_WRITES = 4 * len(STEPS)  # each step: a pack, a page, a receipt, the manifest

@@ -11,8 +11,8 @@ from checkpoint import Catalog, Failed, LocalHost, Outcome, Saver, Share, Store,
 from checkpoint.errors import StoreRefused
 from checkpoint.lifecycle.promotion import promote
 from checkpoint.store.memory import MemoryStore
-from checkpoint.store.wrappers import Faulty, Full, Metered
 from tests.fault.checkpoint_worlds import MIB, QUICK, RAW, assert_whole, durable_steps, run_state
+from tests.wrapped_stores import Faulty, Full, Metered
 
 STEPS = range(1, 5)
 NUM_ROOMS = 24

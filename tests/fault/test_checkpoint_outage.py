@@ -33,10 +33,11 @@ from checkpoint.engine.source import HeldSource
 from checkpoint.lifecycle.promotion import promote
 from checkpoint.store.memory import MemoryStore
 from checkpoint.store.objects import ObjectStore
-from checkpoint.store.wrappers import Metered, Retrying, RetryPolicy
+from checkpoint.store.wrappers import Retrying, RetryPolicy
 from tests.contract.s3_suite import BUCKET, served
 from tests.fault.checkpoint_worlds import MIB, QUICK, RAW, assert_whole, durable_steps, run_state, same_bits
 from tests.s3_server import S3Server
+from tests.wrapped_stores import Metered
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quiet_retries")]
 

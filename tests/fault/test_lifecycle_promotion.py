@@ -18,9 +18,9 @@ from checkpoint.lifecycle.scrub import verify
 from checkpoint.lifecycle.survey import digest_of, read_manifest
 from checkpoint.store.local import LocalStore
 from checkpoint.store.memory import MemoryStore
-from checkpoint.store.wrappers import Faulty, Lost, Metered, Unanswered
 from tests.format_samples import write_checkpoint
 from tests.lifecycle_worlds import Clock, save
+from tests.wrapped_stores import Faulty, Lost, Metered, Unanswered
 
 GRACE_S = 600.0
 

@@ -10,8 +10,8 @@ from checkpoint.lifecycle.promotion import promote
 from checkpoint.lifecycle.repair import repair
 from checkpoint.lifecycle.scrub import verify
 from checkpoint.store.memory import MemoryStore
-from checkpoint.store.wrappers import Faulty, Lost
 from tests.lifecycle_worlds import save, write_chain
+from tests.wrapped_stores import Faulty, Lost
 
 STEP = 3
 

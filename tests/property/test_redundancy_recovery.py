@@ -14,9 +14,10 @@ from checkpoint.errors import CheckpointError, Corrupt, PeerLost, StoreError, Un
 from checkpoint.redundancy.fragment import Fragment, decode_fragment, encode_fragment, share_of, whole_of
 from checkpoint.redundancy.groups import Group
 from checkpoint.redundancy.parity import forget, offer, protect, recoverable
-from checkpoint.redundancy.peers import MemoryPeers, Place
+from checkpoint.redundancy.peers import Place
 from checkpoint.redundancy.recovery import Recovery, recover
 from checkpoint.redundancy.stripes import Stripes
+from tests.memory_peers import MemoryPeers
 
 SNAPSHOT = "000000000042.000007"
 

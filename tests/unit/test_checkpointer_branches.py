@@ -115,3 +115,19 @@ def test_a_store_that_has_newer_steps_is_told_at_the_first_save_and_not_after_it
         with pytest.raises(Conflict, match=r"step 3 is not newer than step 4, which was restored"):
             checkpointer.save(3, state)
         assert checkpointer.save(5, state) is not None
+
+
+def test_a_first_save_into_another_run_s_store_is_refused_and_both_ways_out_lead_out(tmp_path):
+    url = f"memory://{tmp_path}"
+    with Checkpointer(url, run="a", options=SMALL) as checkpointer:
+        state = saved(checkpointer, range(1, 4))
+    with Checkpointer(url, run="b", options=SMALL) as checkpointer:
+        refused = r"of run 'a' \(the newest is step 3\).*run 'b'.*store of its own.*restore\(state, run='a'\)"
+        for step in (2, 4):
+            with pytest.raises(Conflict, match=refused):
+                checkpointer.save(step, state)
+        assert checkpointer.restore(state, run="a") is not None
+        saved(checkpointer, range(4, 6))
+        assert checkpointer.latest() == 5
+    with Checkpointer(f"{url}-own", run="b", options=SMALL) as checkpointer:
+        assert checkpointer.save(1, state) is not None

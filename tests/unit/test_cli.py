@@ -129,6 +129,26 @@ def test_an_edited_manifest_is_shown_as_damaged(store):
     assert f"manifests/{3:012d}" in done.output
 
 
+def test_prune_says_whose_the_checkpoints_are_if_they_are_of_several_runs(store):
+    assert "several runs" not in ask("prune", store, "--keep", "latest:9").output
+    with checkpoint.Checkpointer(
+        store, run="other", options=checkpoint.Options(arena_mib=2, lease_s=0.2)
+    ) as own:
+        state = {"model": {"weight": torch.zeros(4, 3)}, "cursor": {"step": 0}}
+        assert own.restore(state, run="made") is not None
+        own.save(4, state)
+    done = ask("prune", store, "--keep", "latest:9")
+    assert "of several runs: 'made' has steps 1, 2, 3; 'other' has steps 4" in " ".join(done.output.split())
+
+
+def test_a_damaged_receipt_is_shown_and_is_no_failure(store):
+    receipt = next(Path(store).glob("index/*-0000"))
+    receipt.write_bytes(receipt.read_bytes()[:-1])
+    done = ask("verify", store, "--json")
+    assert done.exit_code == 0
+    assert [bool(each["spare"]) for each in json.loads(done.output)].count(True) == 1
+
+
 def test_prune_keeps_what_its_policies_keep(store):
     pruned = json.loads(ask("prune", store, "--keep", "latest:1", "--keep", "every:2", "--json").output)
     assert (pruned["kept"], pruned["deleted"]) == ([2, 3], [1])

@@ -29,9 +29,9 @@ from checkpoint.engine import known
 from checkpoint.engine.source import StoreSource
 from checkpoint.format.keys import manifest_key
 from checkpoint.store.memory import MemoryStore
-from checkpoint.store.wrappers import Metered
 from tests.fault.checkpoint_worlds import MIB, QUICK, RAW, at_once, closing_all, durable_steps, same_bits
 from tests.unit.test_engine_worlds import World
+from tests.wrapped_stores import Metered
 
 GRACE_S = 1000.0
 

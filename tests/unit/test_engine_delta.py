@@ -14,9 +14,9 @@ from checkpoint.format.codec import Codec
 from checkpoint.format.fingerprint import fingerprint
 from checkpoint.format.layout import Box
 from checkpoint.store.memory import MemoryStore
-from checkpoint.store.wrappers import Metered
 from tests.fault.checkpoint_shares import begin, handling, plan_of
 from tests.fault.checkpoint_worlds import MIB, QUICK, closing_all
+from tests.wrapped_stores import Metered
 
 CHAIN = 3
 

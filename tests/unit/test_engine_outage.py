@@ -8,8 +8,9 @@ import pytest
 
 from checkpoint import Failed, LocalHost, Saver, Share, StoreRefused, StoreUnavailable, load, verify
 from checkpoint.store.memory import MemoryStore
-from checkpoint.store.wrappers import Faulty, Lost, Retrying, RetryPolicy, Unanswered
+from checkpoint.store.wrappers import Retrying, RetryPolicy
 from tests.fault.checkpoint_worlds import MIB, QUICK, RAW, durable_steps, same_bits, save_alone, small_state
+from tests.wrapped_stores import Faulty, Lost, Unanswered
 
 pytestmark = pytest.mark.usefixtures("quiet_retries")
 

@@ -18,8 +18,8 @@ from checkpoint.format.keys import manifest_key
 from checkpoint.format.layout import Box, split_box
 from checkpoint.format.sealed import seal, unseal
 from checkpoint.store.memory import MemoryStore
-from checkpoint.store.wrappers import Metered
 from tests.restore_samples import Manner, Unsteady, Written, copy_store, write_cut
+from tests.wrapped_stores import Metered
 
 SIZE = 3
 

@@ -19,8 +19,8 @@ from checkpoint.errors import Corrupt, Mismatch, NotFound
 from checkpoint.format.codec import Codec
 from checkpoint.format.layout import Box, split_box
 from checkpoint.store.memory import MemoryStore
-from checkpoint.store.wrappers import Metered
 from tests.restore_samples import Manner, Unsteady, Written, write_cut
+from tests.wrapped_stores import Metered
 
 MIB = 1 << 20
 

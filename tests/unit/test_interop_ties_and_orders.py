@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
 import checkpoint
 from checkpoint import Adoption, Emigration, Numbering, Whereabouts
@@ -61,7 +61,7 @@ def as_torch(net: Net, optimizer: torch.optim.Optimizer, path: Path) -> str:
 
 def as_dcp(net: Net, optimizer: torch.optim.Optimizer, path: Path) -> str:
     model, states = get_state_dict(net, optimizer)
-    dcp.save({"model": model, "optimizer": states}, checkpoint_id=path)
+    save_dcp({"model": model, "optimizer": states}, checkpoint_id=path)
     return str(path)
 
 

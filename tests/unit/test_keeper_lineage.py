@@ -7,7 +7,7 @@ import pytest
 from checkpoint.engine.generations import claim_generation
 from checkpoint.keeper.lineage import Lineage
 from checkpoint.store.memory import MemoryStore
-from checkpoint.store.wrappers import Faulty, Lost, Metered
+from tests.wrapped_stores import Faulty, Lost, Metered
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from checkpoint.keeper.upkeep import Upkeep, UpkeepPolicy
 from checkpoint.lifecycle.policies import EverySteps
 from checkpoint.lifecycle.tiers import Tier
 from checkpoint.store.memory import MemoryStore
-from checkpoint.store.wrappers import Faulty, Lost, RetryPolicy
+from checkpoint.store.wrappers import RetryPolicy
 from tests.fault.checkpoint_worlds import MIB, QUICK, RAW, closing_all, same_bits, small_state
+from tests.wrapped_stores import Faulty, Lost
 
 pytestmark = pytest.mark.usefixtures("quiet_retries")
 
@@ -38,12 +39,12 @@ class Stalled(MemoryStore):
 class Run:
     """A run with a near store and far tiers, all in this process."""
 
-    def __init__(self, near, tiers, far, *, keep=(), policy=FAST):
+    def __init__(self, near, tiers, far, *, keep=(), policy=FAST, run="run"):
         self.near = near
         self.host = LocalHost(near, arena_bytes=MIB, tuning=QUICK)
         stores = {tier.url: store for tier, store in zip(tiers, far, strict=True)}
         self.upkeep = Upkeep(near, self.host.intake, tiers, keep, policy, stores.__getitem__)
-        self.saver = Saver(self.host, "run", RAW)
+        self.saver = Saver(self.host, run, RAW)
         self.seen = []
 
     def save(self, *steps):
@@ -229,3 +230,15 @@ def test_durable_news_of_far_tiers_end_no_snapshot_twice(run_of):
     run = run_of(near, [Tier("far", keep=KEEP_ALL)], [far]).save(1)
     run.settled()
     assert [type(one) for one in run.seen] == [Durable, Durable]
+
+
+def test_another_run_s_checkpoints_are_neither_pruned_nor_counted_nor_brought_far(run_of):
+    near, far = MemoryStore("near"), MemoryStore("far")
+    run_of(near, [], [], run="theirs").save(1, 2, 3).settled()
+    mine = replace(FAST, run="mine")
+    run_of(near, [Tier("far", keep=(LatestN(1),))], [far], keep=(LatestN(1),), policy=mine, run="mine").save(
+        4, 5, 6
+    ).settled()
+    assert Catalog(near).steps() == [1, 2, 3, 6]
+    assert Catalog(far).steps() == [6]
+    assert verify(near).is_sound

@@ -1,18 +1,21 @@
 """Retention: what no policy keeps goes, later its objects; what may still be needed never does."""
 
+from dataclasses import replace
+
 import pytest
 
 from checkpoint.engine.catalog import Catalog
 from checkpoint.errors import NoCheckpoint, StoreUnavailable
 from checkpoint.format.keys import EXPIRED, SCORES, SWEEPS, VERIFIED, manifest_key, pack_key, page_key
+from checkpoint.format.manifest import encode_manifest
 from checkpoint.lifecycle.marks import record_score, record_verified, scores, tag, tags, untag
 from checkpoint.lifecycle.policies import BestByMetric, EverySteps, LatestN, WithinBytes
 from checkpoint.lifecycle.retention import PruneReport, prune
 from checkpoint.lifecycle.scrub import verify
 from checkpoint.lifecycle.survey import digest_of, read_manifest
 from checkpoint.store.memory import MemoryStore
-from checkpoint.store.wrappers import Faulty, Lost
 from tests.format_samples import write_checkpoint
+from tests.wrapped_stores import Faulty, Lost
 
 GRACE_S, LINGER_S = 600.0, 60.0
 STEPS = (10, 20, 30, 40, 50, 60)
@@ -284,3 +287,13 @@ def test_a_prune_that_breaks_off_anywhere_destroys_nothing_and_is_finished_later
     assert num_objects(store)["packs"] == num_objects(store)["manifests"] == 3
     assert not store.list(EXPIRED) and not store.list(SWEEPS)
     assert verify(store).is_sound
+
+
+def test_a_prune_on_behalf_of_a_run_leaves_the_others_alone_and_says_whose_they_are(store, clock):
+    for step in (70, 80):
+        mine = replace(write_checkpoint(store, step), run="mine")
+        store.put(manifest_key(step), encode_manifest(mine))
+    report = prune(store, [LatestN(1)], now_s=clock.now_s, grace_s=GRACE_S, run="mine")
+    assert report.expired == (70,) and Catalog(store).steps() == [*STEPS, 80]
+    assert {run for step, run in report.runs.items() if step > 60} == {"mine"} and len(report.runs) == 8
+    assert report.verdicts[0].why == f"of another run, {report.runs[10]!r}"

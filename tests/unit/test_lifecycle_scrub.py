@@ -25,9 +25,9 @@ from checkpoint.lifecycle.scrub import verify
 from checkpoint.store.contract import Data
 from checkpoint.store.local import LocalStore
 from checkpoint.store.memory import MemoryStore
-from checkpoint.store.wrappers import Faulty, Lost
 from tests.format_samples import write_checkpoint
 from tests.lifecycle_worlds import save, write_chain
+from tests.wrapped_stores import Faulty, Lost
 
 
 @pytest.fixture(params=[Codec.RAW, Codec.ZSTD])
@@ -44,6 +44,20 @@ def test_a_sound_store_is_found_sound(sample):
     assert (report.steps, report.is_sound, report.num_tensors, report.num_chunks) == ((2, 1), True, 8, 10)
     assert report.num_bytes == sum(chunk.num_bytes for step in (1, 2) for chunk in _chunks(store, step))
     assert verify(store, 2).steps == (2,)
+
+
+def test_a_damaged_receipt_is_named_and_its_checkpoint_is_whole_all_the_same():
+    store = MemoryStore("receipts")
+    save(store, 1, [1, 2])
+    save(store, 2, [1, 3])
+    keys = [entry.key for entry in store.list("index/") if entry.key.endswith("-0000")]
+    assert len(keys) == 2 and verify(store).spare == ()
+    one, other = (bytes(store.read(key)[0]) for key in keys)
+    for damaged in (one[:-1], b"", one[:50] + bytes([one[50] ^ 1]) + one[51:], other):
+        store.put(keys[0], damaged)
+        report = verify(store)
+        assert report.is_sound and [(bad.step, bad.key) for bad in report.spare] == [(1, keys[0])]
+        assert "no restore reads a receipt" in report.spare[0].why
 
 
 def _chunks(store: MemoryStore, step: int):

@@ -1,8 +1,11 @@
 """Keepers among each other, piece by piece: values in parts, proofs of a token, budgets, marks, shares."""
 
 import gc
+import logging
 import socket
 import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -12,11 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoint import Checkpointer, LocalHost, Options, Parity
+from checkpoint.engine.contract import OVERTAKEN, PARITY, Failed, Outcome
 from checkpoint.errors import Corrupt, KeeperLost, PeerLost
+from checkpoint.keeper.peering.dialing import TcpPeers
 from checkpoint.keeper.peering.fragments import Fragments
 from checkpoint.keeper.peering.handshake import admit, introduce, new_token
 from checkpoint.keeper.peering.marks import Mark, mark_name, newest_order, older_than
 from checkpoint.keeper.peering.policy import Address, PeerPolicy, parse_policy, policy_to_json
+from checkpoint.keeper.peering.protector import Circle, Protector
 from checkpoint.keeper.peering.shares import decode_head, encode_head, merge, share_of
 from checkpoint.keeper.peering.shelf import Shelf
 from checkpoint.redundancy import scratch
@@ -102,6 +108,34 @@ def test_a_policy_survives_its_wire_and_an_address_keeps_its_token_to_itself():
 def test_parity_without_anything_held_is_refused(tmp_path):
     with pytest.raises(ValueError, match="memory"):
         Checkpointer(str(tmp_path / "store"), options=Options(parity=Parity()))
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_snapshot_that_newer_ones_overtook_is_told_as_that_and_not_as_an_error(caplog):
+    rows, fragments = rows_of(1), Fragments(1 << 20)
+    with LocalHost(MemoryStore("h0"), "h0", arena_bytes=4 << 20, hold=1) as host:
+        protector = Protector("h0", Shelf(host.intake), fragments)
+        for step in (3, 4):
+            host.seal(begin(host, step, rows, plan_of(rows, handling("memory"), hosts=("h0",))))
+        until(lambda: [id_[1] for id_ in Shelf(host.intake).entries()] == [4])
+        fragments.put(mark_name((0, 3), Mark.ORDERED, "h1"), [b""])
+        protector.meet(Circle(0, {"h1": "h1", "h0": "h0"}, TcpPeers({})))
+        told: list[Outcome] = []
+        host.intake.board.watch(told.append)
+        with caplog.at_level(logging.INFO):
+            protector.parity = Parity(2, 1)
+            until(lambda: bool(told))
+        protector.close()
+    assert [(one.step, one.tier) for one in told if isinstance(one, Failed)] == [(3, PARITY)]
+    assert isinstance(told[0], Failed) and OVERTAKEN in told[0].why
+    (line,) = [one for one in caplog.records if "not protected" in one.message]
+    assert line.levelno == logging.INFO
 
 
 @pytest.fixture

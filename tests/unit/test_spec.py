@@ -153,6 +153,12 @@ def test_what_hosts_hold_protect_and_bring_further_reaches_the_order(tmp_path):
     assert (default.hold, default.parity, default.tiers, default.save.delta_chain) == (0, None, (), 0)
 
 
+def test_a_tier_that_is_the_run_s_own_store_is_refused_before_anything_starts(tmp_path):
+    spec = load_spec(None, [f'checkpoint.tiers=[{{url="file://{tmp_path}/store/"}}]'])
+    with pytest.raises(SpecError, match=r"checkpoint\.tiers: .*are the same place"):
+        to_order(Run("mine", tmp_path, spec))
+
+
 def test_a_drill_without_faults_gets_one_it_can_survive():
     assert len(with_drill(RunSpec()).drill.faults) == 1
     RunSpec.model_validate(with_drill(RunSpec()).model_dump())

@@ -15,7 +15,7 @@ from checkpoint.store.memory import MemoryStore
 from checkpoint.store.objects import ObjectStore
 from checkpoint.store.obstore import ObStore
 from checkpoint.store.open import open_store, probe
-from checkpoint.store.wrappers import Faulty, Lost
+from tests.wrapped_stores import Faulty, Lost
 
 
 def test_a_path_and_its_url_name_the_same_directory(tmp_path, monkeypatch):
@@ -55,6 +55,12 @@ def test_a_url_that_names_no_store_is_refused(url: str):
     with pytest.raises(StoreRefused) as caught:
         open_store(url)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://host/runs", "HTTPS://host/runs", "zip://a.zip"])
+def test_what_can_only_be_read_is_refused_when_it_is_opened_and_not_after_a_minute_of_trying(url: str):
+    with pytest.raises(StoreRefused, match=r"nothing can be written through (?i:https?|zip)://; give a path"):
+        open_store(url)
 
 
 def test_obstore_is_used_where_the_url_says_so():

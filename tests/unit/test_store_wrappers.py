@@ -11,18 +11,8 @@ from checkpoint.errors import AlreadyExists, NotFound, StoreRefused, StoreUnavai
 from checkpoint.store.contract import ByteRange
 from checkpoint.store.local import LocalStore
 from checkpoint.store.memory import MemoryStore
-from checkpoint.store.wrappers import (
-    Fault,
-    Faulty,
-    Full,
-    Lost,
-    Metered,
-    Retrying,
-    RetryPolicy,
-    Short,
-    Slow,
-    Unanswered,
-)
+from checkpoint.store.wrappers import Retrying, RetryPolicy
+from tests.wrapped_stores import Fault, Faulty, Full, Lost, Metered, Short, Slow, Unanswered
 
 pytestmark = pytest.mark.usefixtures("quiet_retries")
 
@@ -141,7 +131,7 @@ _WRITE_UNTIL_DEATH = """
 import sys
 sys.path.insert(0, {root!r})
 from checkpoint.store.local import LocalStore
-from checkpoint.store.wrappers import Death, Faulty
+from tests.wrapped_stores import Death, Faulty
 store = Faulty(LocalStore({store!r}), [Death("put_new", 3)])
 for number in range(5):
     store.put_new(f"packs/{{number}}", b"abc")

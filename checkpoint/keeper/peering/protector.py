@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from checkpoint.engine.contract import PARITY, Durable, Failed
+from checkpoint.engine.contract import OVERTAKEN, PARITY, Durable, Failed
 from checkpoint.engine.ledger import SnapshotEntry, SnapshotId
 from checkpoint.errors import CheckpointError, PeerLost
 from checkpoint.keeper.peering.dialing import TcpPeers
@@ -198,7 +198,9 @@ class Protector:
         deadline = time.monotonic() + parity.patience_s
         while (volume := self._shelf.volume(id_)) is None:
             is_past = any(known > id_ for known in self._shelf.entries())
-            if is_past or time.monotonic() > deadline or self._circle is not circle or self._is_closed:
+            if is_past:
+                raise PeerLost(f"{OVERTAKEN}: {self._host} holds the snapshot of step {id_[1]} no longer")
+            if time.monotonic() > deadline or self._circle is not circle or self._is_closed:
                 raise PeerLost(f"{self._host} does not hold the snapshot of step {id_[1]}")
             time.sleep(_POLL_S)
         task = _Task(circle, Stripes(self._group(circle, parity)), volume, parity.patience_s)
@@ -267,7 +269,8 @@ class Protector:
     def _give_up(self, circle: Circle, id_: SnapshotId, why: str) -> None:
         """Say that a snapshot is not protected; what this host has not vouched for is of no use."""
         why = self._why_void(id_) or why  # the other's trouble is the cause of this one's
-        log.warning("step %d is not protected by parity: %s", id_[1], why)
+        level = logging.INFO if OVERTAKEN in why else logging.WARNING
+        log.log(level, "step %d is not protected by parity: %s", id_[1], why)
         own_mark = mark_name(id_, Mark.DONE, self._host)
         if own_mark not in self._fragments.keys(own_mark):
             task = self._kept.get(id_)
