@@ -1,18 +1,18 @@
 """Going back on purpose: what becomes of the checkpoints that are newer than the one that was restored."""
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from checkpoint.engine.asking import ask_for_steps
 from checkpoint.engine.catalog import Catalog
+from checkpoint.engine.reading import ReadPolicy
+from checkpoint.engine.source import StoreSource
 from checkpoint.errors import Conflict, StoreUnavailable
 from checkpoint.format.keys import ABANDONED
 from checkpoint.lifecycle.aside import set_aside
 from checkpoint.lifecycle.marks import tags
 from checkpoint.store.contract import Store
-
-log = logging.getLogger("holdfast.checkpoint")
 
 Newer = Literal["keep", "set aside"]
 Stores = Mapping[str, Store]
@@ -48,23 +48,42 @@ def check_first(newest: Newest, store: Store, run: str, step: int) -> None:
         )
 
 
-def newer_steps(stores: Stores, step: int) -> tuple[int, ...]:
-    """List the steps above one that any store has; one that does not answer is passed over, and told."""
-    found: set[int] = set()
-    for name, store in stores.items():
-        try:
-            found.update(Catalog(store).steps())
-        except StoreUnavailable as error:
-            log.warning("whether %s has checkpoints newer than step %d is unknown: %s", name, step, error)
-    return tuple(sorted(one for one in found if one > step))
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """The steps above one that any store has, and the names of the stores that did not answer."""
+
+    steps: tuple[int, ...]
+    unreached: tuple[str, ...]
 
 
-def abandon(stores: Stores, step: int) -> tuple[int, ...]:
+def newer_steps(stores: Stores, step: int, policy: ReadPolicy, unreached: Collection[str] = ()) -> Ahead:
+    """List the steps above one that any store has; those known to be out of reach are not asked again."""
+    names = [name for name in stores if name not in unreached]
+    silent = set(unreached) & set(stores)
+    try:
+        answers = ask_for_steps([StoreSource(stores[name], name) for name in names], policy)
+    except StoreUnavailable:  # what was restored was in memory, and in no store that answers
+        return Ahead((), tuple(stores))
+    silent.update(names[number] for number in answers.outages)
+    return Ahead(
+        tuple(one for one in reversed(answers.steps) if one > step),
+        tuple(name for name in stores if name in silent),
+    )
+
+
+def abandon(
+    stores: Stores, step: int, policy: ReadPolicy, unreached: Collection[str] = ()
+) -> tuple[int, ...]:
     """Set the checkpoints above a step aside, in every store, newest first; return their steps.
 
-    Broken off, it is called again. Raises Conflict, before anything is moved, if one of them has a tag;
-    StoreUnavailable.
+    Broken off, it is called again. Before anything is moved it raises Conflict if one of them has a tag;
+    StoreUnavailable if a store does not answer, from which they would come back.
     """
+    if silent := newer_steps(stores, step, policy, unreached).unreached:
+        raise StoreUnavailable(
+            f"{', '.join(silent)} did not answer, and so nothing was set aside: what is newer than step "
+            f"{step} there would be restored again one day. Try again later, or go on in another store"
+        )
     above = {name: [one for one in Catalog(store).steps() if one > step] for name, store in stores.items()}
     for name, store in stores.items():
         for tagged, at in tags(store).items():
@@ -80,10 +99,19 @@ def abandon(stores: Stores, step: int) -> tuple[int, ...]:
     return tuple(sorted({one for steps in above.values() for one in steps}))
 
 
-def told_kept(ahead: tuple[int, ...], step: int) -> str:
-    """Say that newer checkpoints stay, and what that means."""
+def told_unknown(unreached: tuple[str, ...], step: int) -> str:
+    """Say where nobody could look for newer checkpoints."""
     return (
-        f"checkpoints newer than the restored step {step} stay ({named(ahead)}): nothing can be saved after "
+        f"whether {', '.join(unreached)} has checkpoints newer than the restored step {step} is unknown: it "
+        "did not answer"
+    )
+
+
+def told_kept(step: int, ahead: tuple[int, ...] = ()) -> str:
+    """Say that newer checkpoints stay, and what that means."""
+    which = f" ({named(ahead)})" if ahead else ""
+    return (
+        f"checkpoints newer than the restored step {step} stay{which}: nothing can be saved after "
         f'it until restore(state, step={step}, newer="set aside") moved them; or go on in another store'
     )
 

@@ -17,14 +17,16 @@ from checkpoint.checkpointer.branches import (
     newest_in,
     told_abandoned,
     told_kept,
+    told_unknown,
 )
 from checkpoint.checkpointer.giving import to_tree
-from checkpoint.checkpointer.hosting import AnyHost, find_host, held_by, open_host
+from checkpoint.checkpointer.hosting import AnyHost, find_host, held_by, open_host, settle
 from checkpoint.checkpointer.meeting import Meeting, Neighbours, check_neighbours, rebuilt_notes
 from checkpoint.checkpointer.options import NEAREST, Options, lodging_of, place_of
 from checkpoint.checkpointer.restoring import Restoration, restore_newest
 from checkpoint.checkpointer.saving import Saving
 from checkpoint.checkpointer.world import World, join_world
+from checkpoint.engine.bounds import check_kind
 from checkpoint.engine.catalog import Catalog
 from checkpoint.engine.contract import MEMORY, OVERTAKEN, PARITY, Depth, Durable, Failed, Outcome
 from checkpoint.engine.given import plain_metrics, plain_step
@@ -70,7 +72,8 @@ class Checkpointer:
         `memory` all steps are captured, and that many of the newest held in the keeper's memory, from where
         a new process on this host restores. Raises StoreRefused, StoreUnavailable.
         """
-        self._options = options or Options()
+        self._options = Options() if options is None else options
+        check_kind("options", self._options, Options)
         place = place_of(url)
         self._store = open_store(place)
         self._lodging = lodging_of(place, run, keep, every, memory=memory, options=self._options)
@@ -140,10 +143,12 @@ class Checkpointer:
 
         With an older `step` the newer ones stay, and `save` is refused, unless `newer="set aside"` moves
         their manifests out of the way, on all tiers; `notes` names them. A checkpoint of another run is
-        refused unless `run` names it.
+        refused unless `run` names it. What a predecessor on this host captured is waited for, for `flush_s`
+        at most, until it is durable in the nearest store, unless memory has it.
 
         Raises Mismatch, naming what differs, for another model's checkpoint or another run's; NoCheckpoint if
-        none is whole; Conflict if a tagged one would be set aside.
+        none is whole; Conflict if a tagged one would be set aside; StoreUnavailable if there is nothing, and
+        what might have some does not answer, or cannot set it aside.
         """
         self.wait_captured()
         if step is not None:
@@ -154,8 +159,9 @@ class Checkpointer:
         with ExitStack() as pinned:
             held = pinned.enter_context(held_by(self._host))
             peers = pinned.enter_context(self._meeting.source(self._host))
-            own: list[Source] = [HeldSource(one, MEMORY) for one in held]
-            sources = [*own, *peers, *self._sources()]
+            own: list[Source] = [*(HeldSource(one, MEMORY) for one in held), *peers]
+            settle(self._host, own, self._world, self._options.flush_s)
+            sources = [*own, *self._sources()]
             restored = restore_newest(state, sources, self._world, step, policy, run=run)
             if restored is not None:
                 notes = rebuilt_notes(peers, restored.step)
@@ -240,18 +246,22 @@ class Checkpointer:
 
     def _branched(self, restored: Restoration, newer: Newer) -> Restoration:
         """Look for checkpoints newer than the one that was asked for, and do with them as was said."""
-        step, stores = restored.step, self._stores()
+        step, stores, policy = restored.step, self._stores(), self._options.reading
+        silent = restored.report.unreached
         if newer == "set aside":
+            self._in_the_way = told_kept(step)  # if that fails
             self._world.everybody(None)  # what other ranks have under way is over
-            gone = self._world.tell(lambda: abandon(stores, step))
-            note = told_abandoned(gone, step) if gone else ""
+            gone = self._world.tell(lambda: abandon(stores, step, policy, silent))
+            self._in_the_way = ""
+            notes = [told_abandoned(gone, step)] if gone else []
         else:
-            ahead = self._world.tell(lambda: newer_steps(stores, step))
-            note = self._in_the_way = told_kept(ahead, step) if ahead else ""
-        if not note:
-            return restored
-        log.warning("%s", note)
-        return replace(restored, notes=(*restored.notes, note))
+            ahead = self._world.tell(lambda: newer_steps(stores, step, policy, silent))
+            self._in_the_way = told_kept(step, ahead.steps) if ahead.steps else ""
+            notes = [self._in_the_way] if ahead.steps else []
+            notes += [told_unknown(ahead.unreached, step)] if ahead.unreached else []
+        for note in notes:
+            log.warning("%s", note)
+        return replace(restored, notes=(*restored.notes, *notes))
 
     def _saver_for(self, tree: Any) -> Saver:
         if self._saver is None:

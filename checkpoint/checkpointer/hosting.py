@@ -1,24 +1,31 @@
 """Who keeps this process's snapshots: the keeper of its host, or, for a store within this process, itself."""
 
+import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from checkpoint.checkpointer.branches import named
 from checkpoint.checkpointer.world import World
 from checkpoint.engine.arena import Sizing
 from checkpoint.engine.held import Held
 from checkpoint.engine.host import LocalHost
 from checkpoint.engine.leaves import describe, take_apart
+from checkpoint.engine.source import Source
 from checkpoint.engine.structure import host_bytes
+from checkpoint.errors import CheckpointError
 from checkpoint.keeper import KeeperConfig, KeeperHost, connect
 from checkpoint.keeper.home import is_free
 from checkpoint.lifecycle.policies import Policy
 from checkpoint.lifecycle.tiers import Tier
 from checkpoint.store.contract import Store
 
+log = logging.getLogger("holdfast.checkpoint")
+
 MIB = 1 << 20
+_SILENT_S = 2.0  # a restore that has to wait longer for what is under way says so
 _SLACK_BYTES = 1 * MIB
 _SPARE = 3.0  # a state before the optimizer's first step may grow to three times as much
 
@@ -105,6 +112,32 @@ def held_by(host: AnyHost | None) -> Iterator[Sequence[Held]]:
         return
     with host.held() as held:
         yield () if held is None else (held,)
+
+
+def settle(host: AnyHost | None, sources: Sequence[Source], world: World, timeout_s: float) -> None:
+    """Wait, on every rank, until what the hosts have captured is durable, unless memory has newer steps.
+
+    A step that a predecessor captured would otherwise come up under this process's feet: it would be restored
+    from an older one, and find the step taken when it saves it anew.
+    """
+    in_memory = -1 if host is None else _newest(sources)
+    left = () if host is None else host.settle(in_memory, min(timeout_s, _SILENT_S))
+    if host is not None and left and timeout_s > _SILENT_S:
+        log.warning("%s still being written: waiting for %.0f s at most", named(left), timeout_s)
+        left = host.settle(in_memory, timeout_s - _SILENT_S)
+    if unsettled := sorted({step for one in world.everybody(left) for step in one}):
+        log.error(
+            "%s captured and not durable after %g s: done without, and their steps may be taken later "
+            "(`Options(flush_s=)` waits longer)", named(tuple(unsettled)), timeout_s,
+        )  # fmt: skip
+
+
+def _newest(sources: Sequence[Source]) -> int:
+    found = -1
+    for source in sources:
+        with suppress(CheckpointError):  # who cannot tell is found out when it is read
+            found = max([found, *source.steps()])
+    return found
 
 
 def _is_young(tree: Any) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.checkpointer.hosting import Kept, Lodging
+from checkpoint.engine.bounds import check_kind, check_one_of, check_seconds, check_whole
 from checkpoint.engine.reading import ReadPolicy
 from checkpoint.engine.save import SavePolicy
 from checkpoint.keeper.peering.policy import Parity
@@ -44,6 +45,26 @@ class Options:
     address: str = ""
     host: str = ""
     domain: str = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tiers, Tier) or not all(isinstance(tier, Tier) for tier in self.tiers):
+            raise TypeError(f"`tiers` are several Tier(url), as a tuple, not {self.tiers!r}")
+        object.__setattr__(self, "tiers", tuple(self.tiers))
+        check_kind("saving", self.saving, SavePolicy)
+        check_kind("reading", self.reading, ReadPolicy)
+        if self.arena_mib is not None:
+            check_whole("arena_mib", self.arena_mib, 1)
+        if self.kept is not None:
+            check_one_of("kept", self.kept, ("by a keeper", "in this process"))
+        if self.directory is not None:
+            object.__setattr__(self, "directory", Path(self.directory))
+        if self.lease_s is not None:
+            check_seconds("lease_s", self.lease_s)
+        check_seconds("flush_s", self.flush_s)
+        if self.parity is not None:
+            check_kind("parity", self.parity, Parity)
+        for name in ("address", "host", "domain"):
+            check_kind(name, getattr(self, name), str)
 
 
 def place_of(url: Any) -> str:

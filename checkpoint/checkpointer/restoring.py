@@ -79,9 +79,9 @@ def restore_newest(
 ) -> Restoration | None:
     """Restore the newest step that all ranks can read, or exactly `step`. Returns None if there is none.
 
-    Raises Mismatch if it is another run's.
+    Raises Mismatch if it is another run's; StoreUnavailable if what did not answer may have what nobody has.
     """
-    found = _Found([step]) if step is not None else world.tell(lambda: _find(sources, policy))
+    found = world.tell(lambda: _find(sources, policy, step))
     sources = [one for one in sources if one.name not in found.unreached]
     passed: list[Fallback] = []
     for candidate in found.steps:
@@ -162,12 +162,20 @@ def _summed(reports: Sequence[RestoreReport]) -> RestoreReport:
     )
 
 
-def _find(sources: Sequence[Source], policy: ReadPolicy) -> _Found:
-    """Find the steps of all sources that answer. Raises StoreUnavailable if none does."""
-    answers = ask_for_steps(sources, policy.patience_s)
+def _find(sources: Sequence[Source], policy: ReadPolicy, step: int | None) -> _Found:
+    """Find the steps of all sources that answer, or of which the one that is wanted is to be tried."""
+    answers = ask_for_steps(sources, policy)
     for number, error in answers.outages.items():
         log.warning("%s is done without: %s", sources[number].name, error)
-    return _Found(answers.steps, tuple(sources[number].name for number in sorted(answers.outages)))
+    unreached = tuple(sources[number].name for number in sorted(answers.outages))
+    if step is None:
+        return _Found(answers.steps, unreached)
+    if unreached and step not in answers.steps:
+        why = answers.outages[min(answers.outages)]
+        raise StoreUnavailable(
+            f"step {step} is not where it could be asked for, and {', '.join(unreached)} may have it: {why}"
+        )
+    return _Found([step], unreached)
 
 
 def _manifest(sources: Sequence[Source], step: int) -> Manifest:

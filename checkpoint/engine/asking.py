@@ -7,7 +7,8 @@ from functools import partial
 from queue import Empty, SimpleQueue
 
 from checkpoint.engine.pipeline import apart
-from checkpoint.engine.source import Source
+from checkpoint.engine.reading import ReadPolicy
+from checkpoint.engine.source import Source, StoreSource
 from checkpoint.errors import StoreUnavailable
 
 
@@ -19,17 +20,20 @@ class Answers:
     outages: dict[int, StoreUnavailable]
 
 
-def ask_for_steps(sources: Sequence[Source], patience_s: float) -> Answers:
+def ask_for_steps(sources: Sequence[Source], policy: ReadPolicy) -> Answers:
     """Ask every source, the nearest first in the list, for its steps.
 
     What a far source has, the nearer ones had before it: once a nearer one has told of steps, the others are
-    waited for `patience_s` at most. Raises StoreUnavailable if no source can tell.
+    waited for `patience_s` at most; once a nearer store has told that it has none, for `empty_patience_s`.
+    Raises StoreUnavailable if no source can tell, or if those that can have nothing: what another one has
+    would be trained anew.
     """
     told: SimpleQueue[tuple[int, list[int] | BaseException]] = SimpleQueue()
     for number, source in enumerate(sources):
         apart(partial(_ask, number, source, told))
     pending, steps = set(range(len(sources))), set[int]()
     nearest, deadline = len(sources), float("inf")  # of those that told of steps
+    began_s, nearest_store = time.monotonic(), len(sources)  # of those that told
     outages: dict[int, StoreUnavailable] = {}
     while pending:
         try:
@@ -45,13 +49,31 @@ def ask_for_steps(sources: Sequence[Source], patience_s: float) -> Answers:
             case _:
                 steps.update(answer)
                 nearest = min(nearest, number) if answer else nearest
+                is_store = isinstance(sources[number], StoreSource)
+                nearest_store = min(nearest_store, number) if is_store else nearest_store
         if nearest < min(pending, default=0):
-            deadline = min(deadline, time.monotonic() + patience_s)
+            deadline = min(deadline, time.monotonic() + policy.patience_s)
+        elif nearest_store < min(pending, default=0):
+            deadline = min(deadline, time.monotonic() + policy.empty_patience_s)
     for number in pending:
-        outages[number] = StoreUnavailable(f"{sources[number].name} did not answer for {patience_s:g} s")
-    if sources and len(outages) == len(sources):
-        raise outages[min(outages)]
+        waited_s = time.monotonic() - began_s
+        outages[number] = StoreUnavailable(f"{sources[number].name} did not answer for {waited_s:.1f} s")
+    _check_some(sources, steps, outages)
     return Answers(sorted(steps, reverse=True), outages)
+
+
+def _check_some(sources: Sequence[Source], steps: set[int], outages: dict[int, StoreUnavailable]) -> None:
+    """Raise StoreUnavailable if nothing was found, and may be where nobody could look."""
+    if not outages or steps:
+        return
+    first = outages[min(outages)]
+    if len(outages) == len(sources):
+        raise first
+    names = ", ".join(sources[number].name for number in sorted(outages))
+    raise StoreUnavailable(
+        f"there is no checkpoint where it could be asked, and {names} may have some: {first}. Try again "
+        "later (`ReadPolicy(empty_patience_s=)` waits longer), or, to start from nothing, without that tier"
+    ) from first
 
 
 def _remaining(deadline: float) -> float | None:

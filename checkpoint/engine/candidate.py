@@ -33,9 +33,9 @@ class Sources:
         self._tally = tally
         self.outages: dict[int, StoreUnavailable] = {}
 
-    def steps(self, patience_s: float) -> list[int]:
-        """List the steps that any source has, newest first. Raises StoreUnavailable if none can tell."""
-        answers = ask_for_steps(self._all, patience_s)
+    def steps(self, policy: ReadPolicy) -> list[int]:
+        """List the steps that any source has, newest first. Raises StoreUnavailable as `ask_for_steps`."""
+        answers = ask_for_steps(self._all, policy)
         for number, error in answers.outages.items():
             self.lose(number, error)
         return answers.steps

@@ -83,6 +83,7 @@ class LocalHost:
         self.spoil = session.spoil
         self.outcomes = session.outcomes
         self.held = session.held
+        self.settle = self._intake.settle
 
     def session(self) -> LocalSession:
         """Return a host for one more saver (another rank) of this process."""

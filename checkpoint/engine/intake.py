@@ -25,6 +25,7 @@ from checkpoint.engine.news import Board
 from checkpoint.engine.register import Register, objection
 from checkpoint.engine.reign import Reign
 from checkpoint.engine.room import Room, choose_excess
+from checkpoint.engine.settling import await_end
 from checkpoint.engine.worklist import Work, Worklist
 from checkpoint.errors import ArenaFull, Mismatch
 
@@ -150,6 +151,11 @@ class Intake:
         """Wait until every captured snapshot has its outcome, or none will come; False if time ran out."""
         with self._changed:
             return self._changed.wait_for(lambda: self._is_closed or not self.num_unfinished, timeout_s)
+
+    def settle(self, above: int, timeout_s: float) -> tuple[int, ...]:
+        """Wait until what is under way above a step is over, as `await_end` says; return what is not."""
+        with self._changed:
+            return await_end(self._register.live(), above, self._changed, timeout_s)
 
     @property
     def num_unfinished(self) -> int:
@@ -306,14 +312,9 @@ class Intake:
         All living ranks are in the newer world; what is still owed to an older one is a last capture in hand,
         or a dead rank's.
         """
-        now = time.monotonic()
         with self._changed:
-            for entry in self._register.live():
-                is_old = entry.generation < self._reign.generation
-                limit_s = straggler_s if is_old else patience_s
-                since_s = self._reign.since_s if is_old else entry.started_s
-                if not entry.is_captured and now - since_s > limit_s:
-                    self._fail(entry, f"{entry.missing()} within {limit_s:.0f} s")
+            for entry, limit_s in self._register.overdue(self._reign, patience_s, straggler_s):
+                self._fail(entry, f"{entry.missing()} within {limit_s:.0f} s")
 
     def _is_newest_digested(self) -> bool:
         held = self._register.held()

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from checkpoint.engine.bounds import check_seconds, check_whole
 from checkpoint.engine.regions import Column, Regions
 from checkpoint.errors import Corrupt
 from checkpoint.format.records import MAX_CHUNK_BYTES
@@ -41,7 +42,9 @@ class ReadPolicy:
     What it holds at a time, besides the targets and the checkpoint's index, stays within `budget_bytes`. A
     request asks for about `request_bytes`; it reads over gaps of at most `gap_bytes`, as long as they stay
     below a twentieth of what is needed. With a `group`, replicas read each byte once, and broadcast it. When
-    a nearer source has said what it has, a farther one is waited for `patience_s` at most.
+    a nearer source has said what it has, a farther one is waited for `patience_s` at most; when a nearer
+    store has said that it has nothing, for `empty_patience_s`, and then the restore fails: a training that
+    starts anew beside a store it could not ask may lose all that is there.
     """
 
     num_threads: int = 2
@@ -50,10 +53,15 @@ class ReadPolicy:
     gap_bytes: int = GAP_BYTES
     group: Group | None = None
     patience_s: float = 5.0
+    empty_patience_s: float = 15.0
 
     def __post_init__(self) -> None:
-        if self.num_threads < 1 or self.request_bytes < 1 or self.gap_bytes < 0:
-            raise ValueError(f"a restore needs a thread and requests of at least a byte: {self}")
+        check_whole("num_threads", self.num_threads, 1)
+        check_whole("budget_bytes", self.budget_bytes, 0)
+        check_whole("request_bytes", self.request_bytes, 1)
+        check_whole("gap_bytes", self.gap_bytes, 0)
+        check_seconds("patience_s", self.patience_s)
+        check_seconds("empty_patience_s", self.empty_patience_s)
         if self.budget_bytes < _CHUNK_ROOM_BYTES:
             raise ValueError(
                 f"a restore needs a budget of at least {_CHUNK_ROOM_BYTES >> 20} MiB, "

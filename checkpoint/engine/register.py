@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from checkpoint.engine.contract import Durable, Failed, Outcome, Skipped, SnapshotPlan, Ticket
 from checkpoint.engine.ledger import ShareEntry, SnapshotEntry, SnapshotId
+from checkpoint.engine.reign import Reign
 from checkpoint.engine.room import in_order
 
 _MAX_REMEMBERED = 256
@@ -72,6 +73,19 @@ class Register:
         self._over[entry.id] = outcome
         while len(self._over) > _MAX_REMEMBERED:
             self._over.popitem(last=False)
+
+    def overdue(
+        self, reign: Reign, patience_s: float, straggler_s: float
+    ) -> list[tuple[SnapshotEntry, float]]:
+        """List what is not captured within its time, and that time, which is shorter for an older world's."""
+        now_s, found = time.monotonic(), []
+        for entry in self.live():
+            is_old = entry.generation < reign.generation
+            limit_s = straggler_s if is_old else patience_s
+            since_s = reign.since_s if is_old else entry.started_s
+            if not entry.is_captured and now_s - since_s > limit_s:
+                found.append((entry, limit_s))
+        return found
 
     def sweep(self) -> None:
         """Forget the snapshots of which nothing is left."""

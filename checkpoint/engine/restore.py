@@ -114,7 +114,7 @@ def restore_into(
     tally = Tally()
     sources = Sources(sources_of(given), tally)
     alone = _Alone(wanted, policy)
-    ask = partial(sources.steps, policy.patience_s)
+    ask = partial(sources.steps, policy)
     if policy.group is None:
         manifest, fallbacks = _first_whole(_steps(step, ask), sources, tally, alone.attempt)
     else:

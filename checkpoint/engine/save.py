@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import xxhash
 
+from checkpoint.engine.bounds import check_one_of, check_seconds, check_whole
 from checkpoint.engine.contract import (
     Content,
     Depth,
@@ -28,7 +29,8 @@ from checkpoint.engine.snapshot import Capturer, Snapshot, take
 from checkpoint.engine.staging import Staging
 from checkpoint.engine.structure import Structure, plan_structure
 from checkpoint.errors import Mismatch, Unsupported
-from checkpoint.format.codec import Codec
+from checkpoint.format.codec import Codec, codec_of
+from checkpoint.format.frames import MAX_LEVEL, MIN_LEVEL
 
 MAX_SKELETON_BYTES = 24 << 20  # of a state's plain values as JSON, so that every reader takes the manifest
 MAX_CONTAINERS = 1 << 21
@@ -70,6 +72,13 @@ class SavePolicy:
     when_full: Literal["wait", "skip"] = "wait"
     max_wait_s: float = 600.0
     delta_chain: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "codec", codec_of(self.codec))
+        check_whole("level", self.level, MIN_LEVEL, MAX_LEVEL)
+        check_one_of("when_full", self.when_full, ("wait", "skip"))
+        check_seconds("max_wait_s", self.max_wait_s)
+        check_whole("delta_chain", self.delta_chain, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """How a chunk's bytes are stored: as they are, or compressed. A decoder makes no more than was promised."""
 
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -20,6 +21,15 @@ class Codec(IntEnum):
     RAW = 0
     ZSTD = 1
     PLANES = 2
+
+
+def codec_of(given: Any) -> Codec:
+    """Return a codec, also of its name or its number. Raises ValueError that names those there are."""
+    try:
+        return Codec[given.upper()] if isinstance(given, str) else Codec(given)
+    except (KeyError, ValueError):
+        names = ", ".join(repr(one.name.lower()) for one in Codec)
+        raise ValueError(f"`codec` is one of {names}, not {given!r}") from None
 
 
 def checksum(data: Buffer) -> bytes:

@@ -10,6 +10,7 @@ from checkpoint.errors import Corrupt
 Buffer = bytes | bytearray | memoryview
 
 WORTH_IT = 0.97  # of the size: what shrinks less is stored as it is, which costs nothing to read
+MIN_LEVEL, MAX_LEVEL = -7, zstandard.MAX_COMPRESSION_LEVEL
 _SLICES = 4
 _SLICE_BYTES = 4096
 

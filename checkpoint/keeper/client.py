@@ -109,7 +109,10 @@ class KeeperHost:
         self._captured[key] = False  # its outcome may come before the reply
         if self._plan is not None and self._plan.handling.depth == "store":
             self._stored.add(key)
-        self._link.ask({"verb": "seal", "ticket": ticket_to_wire(ticket)})
+        reply = self._link.ask({"verb": "seal", "ticket": ticket_to_wire(ticket)})
+        if "error" in reply:
+            self._captured.pop(key, None)
+            raise Mismatch(f"the keeper refused step {ticket.step}: {reply['error']}")
         if key in self._captured:
             self._captured[key] = True
 
@@ -139,7 +142,7 @@ class KeeperHost:
         link, told = self._link, None
         with suppress(KeeperLost):
             told = link.ask({"verb": "held"})
-        if told is None or told["held"] is None:
+        if told is None or told.get("held") is None:
             yield None
             return
         try:
@@ -147,6 +150,16 @@ class KeeperHost:
         finally:
             with suppress(KeeperLost):
                 link.ask({"verb": "unheld"})
+
+    def settle(self, above: int, timeout_s: float) -> tuple[int, ...]:
+        """Wait until what the keeper has under way above a step is over, as `Intake.settle` says.
+
+        Returns nothing if the keeper is gone: then nobody writes.
+        """
+        with suppress(KeeperLost):
+            message = {"verb": "settle", "above": above, "timeout_s": timeout_s}
+            return tuple(self._link.ask(message).get("steps", ()))
+        return ()
 
     def pressure(self) -> Pressure:
         """Return how tight the keeper's memory has been so far. Raises KeeperLost."""

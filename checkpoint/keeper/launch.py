@@ -14,6 +14,7 @@ from checkpoint.errors import (
     CheckpointError,
     KeeperBusy,
     KeeperLost,
+    Mismatch,
     StoreRefused,
     StoreUnavailable,
 )
@@ -27,7 +28,8 @@ _FORK_AND_RUN = (
     "os.execv(sys.executable, [sys.executable, '-m', 'checkpoint.keeper', *sys.argv[1:]])\n"
 )
 _KINDS: dict[str, type[CheckpointError]] = {
-    kind.__name__: kind for kind in (StoreRefused, StoreUnavailable, ArenaFull, KeeperBusy, KeeperLost)
+    kind.__name__: kind
+    for kind in (Mismatch, StoreRefused, StoreUnavailable, ArenaFull, KeeperBusy, KeeperLost)
 }
 _LOG_TAIL_BYTES = 2000
 

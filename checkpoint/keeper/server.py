@@ -136,7 +136,11 @@ class Server:
 
     def _welcome(self, session: "_Session") -> bool:
         """Take a client in, on its terms; False if it is to look for another keeper."""
-        theirs = session.hear_out(self._config)
+        try:
+            theirs = session.hear_out(self._config)
+        except (KeyError, TypeError, ValueError) as error:
+            why = f"these settings are no keeper's: {type(error).__name__}: {error}"
+            return session.send_away({"kind": "Mismatch", "error": why})
         if self._lineage.look():
             return session.send_away({"leaving": "the store was deleted or replaced"})
         try:
@@ -242,6 +246,9 @@ class _Session:
                 raise
             except CheckpointError as error:
                 reply = {"error": f"{type(error).__name__}: {error}"}
+            except Exception as error:  # what one client says wrongly is told it, and costs no other one
+                log.exception("a message of process %d: %.200s", self.pid, message)
+                reply = {"error": f"the message makes no sense here: {type(error).__name__}: {error}"}
             self.is_busy = False
             if "id" in message:
                 self._send({**reply, "id": message["id"]})
@@ -262,6 +269,8 @@ class _Session:
             case "unheld":
                 self.intake.unpin(self.pinned.pop())
                 return {}
+            case "settle":
+                return {"steps": self.intake.settle(message["above"], message["timeout_s"])}
             case "pressure":
                 return {"pressure": asdict(self.intake.pressure)}
             case "listen":

@@ -1,10 +1,13 @@
 """Going back on purpose, and other runs: nothing is lost silently, and nothing is loaded by mistake."""
 
+import socket
+
 import pytest
 import torch
 
 from checkpoint.checkpointer import Checkpointer, Options
-from checkpoint.errors import Conflict, Mismatch, NoCheckpoint
+from checkpoint.engine.reading import ReadPolicy
+from checkpoint.errors import Conflict, Mismatch, NoCheckpoint, StoreUnavailable
 from checkpoint.format.keys import ABANDONED
 from checkpoint.lifecycle.marks import tag
 from checkpoint.lifecycle.tiers import Tier
@@ -131,3 +134,34 @@ def test_a_first_save_into_another_run_s_store_is_refused_and_both_ways_out_lead
         assert checkpointer.latest() == 5
     with Checkpointer(f"{url}-own", run="b", options=SMALL) as checkpointer:
         assert checkpointer.save(1, state) is not None
+
+
+def test_a_step_that_was_asked_for_is_restored_beside_a_tier_that_never_answers_and_nothing_is_set_aside(
+    tmp_path, monkeypatch
+):
+    url, near = str(tmp_path / "near"), Options(kept="in this process", arena_mib=8)
+    with Checkpointer(url, options=near) as checkpointer:
+        state = saved(checkpointer, range(1, 5))
+    reading = ReadPolicy(patience_s=0.1, empty_patience_s=0.2)
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        options = Options(tiers=(Tier("s3://bucket/far", name="far"),), reading=reading)
+        with Checkpointer(url, options=options) as checkpointer:
+            restored = checkpointer.restore(state, step=2)
+            assert restored is not None and (state["weight"] == 2).all()
+            assert restored.report.unreached == ("far",) and "steps 3, 4" in restored.notes[0]
+            assert "whether far has checkpoints newer than the restored step 2" in restored.notes[1]
+            with pytest.raises(StoreUnavailable, match="far did not answer, and so nothing was set aside"):
+                checkpointer.restore(state, step=2, newer="set aside")
+            with pytest.raises(Conflict, match="set aside"):
+                checkpointer.save(3, state)
+            with pytest.raises(StoreUnavailable, match=r"step 9 .* far may have it"):
+                checkpointer.restore(state, step=9)
+            assert checkpointer.latest() == 4
+        with (
+            Checkpointer(str(tmp_path / "empty"), options=options) as checkpointer,
+            pytest.raises(StoreUnavailable, match="far may have some"),
+        ):
+            checkpointer.restore(state)

@@ -122,6 +122,27 @@ def test_a_far_source_that_never_answers_costs_no_more_than_its_patience_and_is_
     never.set()
 
 
+def test_an_empty_store_beside_one_that_never_answers_is_no_fresh_start_and_says_so_soon():
+    never = threading.Event()
+
+    class Silent(MemoryStore):
+        def list(self, prefix: str) -> Any:
+            assert not never.wait(60), "nobody waits for this"
+
+    class Away(MemoryStore):
+        def list(self, prefix: str) -> Any:
+            raise StoreUnavailable("away")
+
+    policy = ReadPolicy(empty_patience_s=0.05)
+    for far in (Silent("s"), Away("a")):
+        sources = [StoreSource(MemoryStore()), StoreSource(far, "far")]
+        with pytest.raises(
+            StoreUnavailable, match=r"far may have some.*empty_patience_s.*start from nothing"
+        ):
+            load(sources, policy=policy)
+    never.set()
+
+
 def test_a_slow_near_source_is_waited_for_however_soon_a_far_one_answers():
     store, answered = two_steps(), threading.Event()
 
@@ -136,7 +157,7 @@ def test_a_slow_near_source_is_waited_for_however_soon_a_far_one_answers():
             return [1]
 
     far = Quick(store, "far")
-    asked = ask_for_steps([StoreSource(Slow("slow")), far], 0.01)
+    asked = ask_for_steps([StoreSource(Slow("slow")), far], ReadPolicy(patience_s=0.01))
     assert asked.steps == [2, 1] and asked.outages == {}
 
 

@@ -1,27 +1,30 @@
 """A keeper's server in this very process, over a store that hangs: who comes while it is ending is served."""
 
+import os
 import socket
 import threading
 import time
 from dataclasses import replace
 
 import pytest
+import torch
 
-from checkpoint import KeeperConfig, Saver, Share, connect, load
-from checkpoint.keeper.home import make_private
+from checkpoint import Checkpointer, KeeperConfig, Options, Saver, Share, connect, load
+from checkpoint.keeper.home import hold_life_lock, make_private
+from checkpoint.keeper.messages import receive, receive_with_fd, send
 from checkpoint.keeper.server import Server
 from checkpoint.keeper.settings import config_to_text, parse_config
-from checkpoint.store.memory import MemoryStore
+from checkpoint.store.local import LocalStore
 from tests.fault.checkpoint_worlds import MIB, durable_steps, same_bits, save_alone, small_state
 
 SHARE = Share.alone("h0")
 
 
-class Hanging(MemoryStore):
+class Hanging(LocalStore):
     """A store whose writes hang until it is let go."""
 
-    def __init__(self):
-        super().__init__("hanging")
+    def __init__(self, root):
+        super().__init__(root)
         self.go, self.asked = threading.Event(), threading.Event()
 
     def put_new(self, key, data):
@@ -34,13 +37,13 @@ class Hanging(MemoryStore):
 def config(tmp_path):
     tmp_path.chmod(0o700)
     return KeeperConfig(
-        "run", "h0", str(tmp_path), arena_bytes=MIB, lease_s=0.1, directory=tmp_path / "keeper"
+        "run", "h0", str(tmp_path / "store"), arena_bytes=MIB, lease_s=0.1, directory=tmp_path / "keeper"
     )
 
 
 @pytest.fixture
-def store():
-    store = Hanging()
+def store(tmp_path):
+    store = Hanging(tmp_path / "store")
     yield store
     store.go.set()
 
@@ -48,6 +51,7 @@ def store():
 @pytest.fixture
 def server(config, store):
     make_private(config.home)
+    life_lock = hold_life_lock(config)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(config.socket_path))
     listener.listen()
@@ -59,6 +63,7 @@ def server(config, store):
     yield server
     store.go.set()
     thread.join(20)
+    os.close(life_lock)
     assert ended == [True]
 
 
@@ -97,3 +102,85 @@ def test_a_keeper_whose_lease_is_over_while_its_store_hangs_is_joined_and_loses_
         assert 2 in durable_steps(save_alone(successor, 2, share=SHARE))
         successor.close()
     assert same_bits(load(store, 1).state, small_state(1))
+
+
+def test_who_restores_while_the_keeper_writes_waits_for_what_a_dead_trainer_captured(config, store, server):
+    with connect(config) as host:
+        saver = Saver(host, "run")
+        for step in (1, 2):
+            saver.save(step, small_state(step), SHARE, {})
+            saver.wait_captured()
+        assert store.asked.wait(20)
+        saver.close()
+    with connect(config) as second:
+        assert second.settle(-1, 0.05) == (1, 2)
+        assert second.settle(1, 0.05) == (2,)
+        assert second.settle(2, 20) == ()
+        threading.Timer(0.1, store.go.set).start()
+        assert second.settle(-1, 20) == ()
+    assert same_bits(load(store).state, small_state(2))
+
+
+def test_a_training_that_restarts_while_its_last_step_is_written_goes_on_from_that_one(config, store, server):
+    options = Options(directory=config.directory, host="h0", lease_s=0.1, arena_mib=1)
+    state = {"weight": torch.full((100,), 1.0)}
+    first = Checkpointer(config.store_url, options=options)  # and never closed, as if it had died
+    assert first.save(1, state) is not None
+    first.wait_captured()
+    assert store.asked.wait(20)
+    with Checkpointer(config.store_url, options=options) as second:
+        threading.Timer(0.3, store.go.set).start()
+        restored = second.restore(state)
+        assert restored is not None and restored.step == 1
+        saving = second.save(2, state)
+        assert saving is not None and saving.durable().result(20).step == 2
+    first.close()
+
+
+def test_a_restore_waits_for_what_hangs_no_longer_than_it_may_and_says_what_it_does_without(
+    config, store, server, caplog
+):
+    options = Options(directory=config.directory, host="h0", lease_s=0.1, arena_mib=1, flush_s=0.1)
+    state = {"weight": torch.full((100,), 1.0)}
+    first = Checkpointer(config.store_url, options=options)
+    first.save(1, state)
+    with Checkpointer(config.store_url, options=options) as second:
+        assert second.restore(state) is None
+    assert "step 1 captured and not durable after 0.1 s" in caplog.text
+    store.go.set()
+    first.close()
+
+
+def said_to(config, *messages):
+    """Say something to a keeper as no client of ours does; return what it answers."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
+        channel.settimeout(20)
+        channel.connect(str(config.socket_path))
+        send(channel, messages[0])
+        told = [receive_with_fd(channel)[0]]
+        for message in messages[1:]:
+            send(channel, message)
+            told.append(receive(channel))
+        return told
+
+
+def test_a_keeper_refuses_what_makes_no_sense_says_why_and_serves_on(config, store, server):
+    (told,) = said_to(config, {"hello": "{}"})
+    assert told["kind"] == "Mismatch" and "no keeper's" in told["error"]
+    hello, ticket = {"hello": config_to_text(config)}, ["run", 1, 1, 0]
+    _, *told = said_to(
+        config,
+        hello,
+        {"verb": "open", "id": 1, "ticket": ticket, "plan": {"handling": {"codec": "raw"}}},
+        {"verb": "open", "id": 2, "ticket": ["run"], "plan": {}},
+        {"verb": "settle", "id": 3},
+        {"id": 4},
+        {"verb": "pressure", "id": 5},
+    )
+    assert [one["id"] for one in told] == [1, 2, 3, 4, 5]
+    assert all("makes no sense" in one["error"] for one in told[:4]) and "pressure" in told[4]
+    store.go.set()
+    with connect(config) as host:
+        saver = Saver(host, "run")
+        assert durable_steps(save_alone(saver, 1, share=SHARE)) == [1]
+        saver.close()
