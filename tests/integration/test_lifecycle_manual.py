@@ -27,7 +27,7 @@ def test_the_manual_of_checkpoints_works_from_top_to_bottom(tmp_path):
         for line in block.splitlines():
             done = CliRunner().invoke(app, line.split()[1:])
             assert done.exit_code == 0, f"{line}: {done.output}"
-    assert kinds.count("sh") == 2 and kinds.count("python") == 7
+    assert kinds.count("sh") == 2 and kinds.count("python") == 8
     near, far = open_store(str(tmp_path / "near" / "mine")), open_store(str(tmp_path / "far" / "mine"))
     assert Catalog(near).steps() == [30, 40] and tags(near) == {"best": 40}
     assert set(Catalog(far).steps()) >= {30, 40} and verify(far).is_sound
