@@ -47,9 +47,7 @@ class Options:
     domain: str = ""
 
     def __post_init__(self) -> None:
-        if isinstance(self.tiers, Tier) or not all(isinstance(tier, Tier) for tier in self.tiers):
-            raise TypeError(f"`tiers` are several Tier(url), as a tuple, not {self.tiers!r}")
-        object.__setattr__(self, "tiers", tuple(self.tiers))
+        object.__setattr__(self, "tiers", _tiers(self.tiers))
         check_kind("saving", self.saving, SavePolicy)
         check_kind("reading", self.reading, ReadPolicy)
         if self.arena_mib is not None:
@@ -92,6 +90,12 @@ def lodging_of(place: str, run: str, keep: Any, every: int, *, memory: int, opti
         options.directory, _lease_s(options.lease_s, memory), options.flush_s,
         2 if options.parity is not None else 0,
     )  # fmt: skip
+
+
+def _tiers(given: Any) -> tuple[Tier, ...]:
+    if not isinstance(given, (tuple, list)) or not all(isinstance(one, Tier) for one in given):
+        raise TypeError(f"`tiers` are several Tier(url), as a tuple, not {given!r}")
+    return tuple(given)
 
 
 def _lease_s(wanted_s: float | None, num_held: int) -> float:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -261,35 +262,36 @@ def test_what_a_checkpointer_cannot_be_made_of_is_said_when_it_is_made(tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "wrong", "told"),
     [
-        (lambda: SavePolicy(codec="gzip"), r"`codec` is one of 'raw', 'zstd', 'planes', not 'gzip'"),
-        (lambda: SavePolicy(codec=7), "`codec`"),
-        (lambda: SavePolicy(when_full="maybe"), "`when_full` is 'wait' or 'skip', not 'maybe'"),
-        (lambda: SavePolicy(delta_chain=-1), "`delta_chain`"),
-        (lambda: SavePolicy(level=99), "`level`"),
-        (lambda: SavePolicy(level="1"), "`level`"),
-        (lambda: SavePolicy(max_wait_s=math.nan), "`max_wait_s`"),
-        (lambda: ReadPolicy(patience_s=-1), "`patience_s`"),
-        (lambda: ReadPolicy(empty_patience_s="15"), "`empty_patience_s`"),
-        (lambda: ReadPolicy(num_threads=0), "`num_threads`"),
-        (lambda: Options(arena_mib="4"), "`arena_mib`"),
-        (lambda: Options(arena_mib=0), "`arena_mib`"),
-        (lambda: Options(flush_s=-1), "`flush_s`"),
-        (lambda: Options(kept="somewhere"), "`kept`"),
-        (lambda: Options(tiers="s3://bucket/far"), "`tiers`"),
-        (lambda: Options(saving={"level": 1}), "`saving`"),
-        (lambda: Checkpointer("memory://never", options=3), "`options` is a Options, not 3"),
+        (SavePolicy, {"codec": "gzip"}, r"`codec` is one of 'raw', 'zstd', 'planes', not 'gzip'"),
+        (SavePolicy, {"codec": 7}, "`codec`"),
+        (SavePolicy, {"when_full": "maybe"}, "`when_full` is 'wait' or 'skip', not 'maybe'"),
+        (SavePolicy, {"delta_chain": -1}, "`delta_chain`"),
+        (SavePolicy, {"level": 99}, "`level`"),
+        (SavePolicy, {"level": "1"}, "`level`"),
+        (SavePolicy, {"max_wait_s": math.nan}, "`max_wait_s`"),
+        (ReadPolicy, {"patience_s": -1}, "`patience_s`"),
+        (ReadPolicy, {"empty_patience_s": "15"}, "`empty_patience_s`"),
+        (ReadPolicy, {"num_threads": 0}, "`num_threads`"),
+        (Options, {"arena_mib": "4"}, "`arena_mib`"),
+        (Options, {"arena_mib": 0}, "`arena_mib`"),
+        (Options, {"flush_s": -1}, "`flush_s`"),
+        (Options, {"kept": "somewhere"}, "`kept`"),
+        (Options, {"tiers": "s3://bucket/far"}, "`tiers`"),
+        (Options, {"saving": {"level": 1}}, "`saving`"),
+        (partial(Checkpointer, "memory://never"), {"options": 3}, "`options` is a Options, not 3"),
     ],
 )
-def test_a_setting_that_makes_no_sense_is_refused_by_name_when_it_is_made(make, told):
+def test_a_setting_that_makes_no_sense_is_refused_by_name_when_it_is_made(make, wrong, told):
     with pytest.raises((TypeError, ValueError), match=told):
-        make()
+        make(**wrong)
 
 
 def test_a_codec_may_be_given_by_its_name(tmp_path):
-    assert SavePolicy(codec="raw").codec is Codec.RAW
-    options = Options(saving=SavePolicy(codec="zstd"), arena_mib=8)
+    named: dict[str, Any] = {"codec": "zstd"}
+    assert SavePolicy(**named).codec is Codec.ZSTD
+    options = Options(saving=SavePolicy(**named), arena_mib=8)
     with Checkpointer(f"memory://{tmp_path}", options=options) as checkpointer:
         saving = checkpointer.save(1, {"w": torch.zeros(2)})
         assert saving is not None and saving.durable().result(20).step == 1
