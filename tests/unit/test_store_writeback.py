@@ -34,7 +34,7 @@ def test_parts_arrive_in_order_whatever_the_system_takes_at_a_time(sizes, stretc
         patch.setattr(writeback, "_STRETCH_BYTES", stretch)
         patch.setattr(writeback, "_STRETCH_PIECES", pieces)
         patch.setattr(writeback, "_reserve", lambda descriptor, num_bytes: None)
-        patch.setattr(writeback, "_begin_writing", lambda descriptor, *part: begun.append(part))
+        patch.setattr(writeback, "begin_writing", lambda descriptor, *part: begun.append(part))
         writeback.write_parts(-1, parts)
     assert written == b"".join(parts)
     if begun:
