@@ -4,6 +4,7 @@ python -m tests.integration.dcp_rank ROOT save 4      ROOT/<layout>, and ROOT/<l
 python -m tests.integration.dcp_rank ROOT load 2      ROOT/ours into FSDP2, compared with ROOT/fsdp2.pt
 """
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -163,8 +164,10 @@ def rank(number: int, size: int, root: str, verb: str) -> None:
     dist.init_process_group("gloo", store=store, rank=number, world_size=size, timeout=timedelta(seconds=60))
     try:
         {"save": save, "load": load}[verb](Path(root))
+        dist.barrier()
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # DDP's destructor may wait for a thread of gloo that waits for the interpreter's lock
 
 
 if __name__ == "__main__":
