@@ -39,6 +39,7 @@ def num_bytes() -> int:
     return metered.traffic().num_bytes["put_new"]
 
 
+@pytest.mark.slow
 def test_with_any_room_every_step_is_whole_or_reported_and_room_heals_it(num_bytes):
     nums_durable = set()
     for room in range(0, num_bytes, num_bytes // NUM_ROOMS):

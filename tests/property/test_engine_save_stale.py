@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -75,6 +76,7 @@ CHANGES = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.lists(st.tuples(CHANGES, NAMES, SIZES, DTYPES), min_size=1, max_size=6))
 def test_what_is_saved_is_what_the_state_holds_now(changes):

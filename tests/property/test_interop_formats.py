@@ -70,6 +70,7 @@ def states(draw: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return found, extra
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(state=states(), format=st.sampled_from(["dcp", "torch"]))
 def test_a_state_comes_back_from_a_training_format_as_it_was(state, format):
@@ -107,6 +108,7 @@ def test_plain_data_are_read_from_pickles_as_pickle_reads_them(value, protocol):
     assert plain(load_inert(pickle.dumps(value, protocol), "x", {}, print), "x") == value
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(
     state=states(), format=st.sampled_from(["dcp", "torch"]), where=st.floats(0, 1), what=st.integers(0, 255)

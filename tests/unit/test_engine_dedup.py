@@ -253,6 +253,7 @@ class Interrupted:
         return request
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("linger_s", [0.0, GRACE_S])
 def test_a_prune_at_any_moment_of_a_save_breaks_no_checkpoint(linger_s):
     num_shared = 0

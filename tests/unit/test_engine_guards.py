@@ -56,6 +56,7 @@ def test_a_run_of_16_kib_that_changes_after_it_was_copied_is_always_noticed(draw
     assert one.contradiction(copy) == "sampled elements changed after they were copied"
 
 
+@pytest.mark.slow
 def test_a_single_element_that_is_written_at_every_step_is_found_out_within_the_rotation():
     weight = torch.zeros(NUM_BYTES // 4)
     steps = 2 * AFTER_BYTES // LINE_BYTES

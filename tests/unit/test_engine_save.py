@@ -299,6 +299,7 @@ def _share_of(num_bytes: int, *, step: int, rank: int, size: int) -> Any:
     return Ticket("run", 0, step, rank), plan
 
 
+@pytest.mark.slow
 def test_a_save_is_not_interrupted_by_the_garbage_collector_and_leaves_it_as_it_was(store, host):
     state = {f"layer.{number}": torch.zeros(64) for number in range(4000)}
     saver = Saver(host, "run", RAW)
