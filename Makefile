@@ -2,7 +2,7 @@
 #
 #   make train [ARGS="--plain"]       train the first run: kills one of its own workers, recovers, publishes
 #   make serve                        Prefect server and deployments, for the UI and the schedules
-#   make check                        format, lint, types, import contracts, fast tests: under two minutes
+#   make check                        format, lint, types, import contracts, fast tests: two and a half minutes
 #   make test [TESTS=tests/unit]      the whole suite, as continuous integration runs it
 #   make soak                         the hours-long tests
 #   make bench [NAME=...] [QUICK=1]   benchmarks; bench-peers builds the peers' environment first
