@@ -82,13 +82,33 @@ class Cluster:
         self._seating = threading.Lock()
         self._news: SimpleQueue[News | _CutOff | Exception] = SimpleQueue()
         self._local = LocalRay(order) if order.cluster.address is None else None
-        _connect(order.cluster.address or (self._local.join_or_start() if self._local else ""), order)
-        self._lifelines = Lifelines(self.address, lambda member: self._news.put(_CutOff(member)))
-        self._draining = Draining() if order.cluster.address is not None else None
-        self._autopsies = ThreadPoolExecutor(MAX_AUTOPSIES, thread_name_prefix="autopsy")
         self._is_over = threading.Event()
+        self._join()
+        self._lifelines = Lifelines(self.address, lambda member: self._news.put(_CutOff(member)))
+
+    def _join(self) -> None:
+        """Join the cluster, and listen."""
+        _connect(
+            self._order.cluster.address or (self._local.join_or_start() if self._local else ""), self._order
+        )
+        self._autopsies = ThreadPoolExecutor(MAX_AUTOPSIES, thread_name_prefix="autopsy")
+        self._draining = Draining() if self._order.cluster.address is not None else None
+        self._is_over.clear()
         self._listener = threading.Thread(target=self._listen, name="listen", daemon=True)
         self._listener.start()
+
+    def _part(self) -> None:
+        """Listen no more, and leave the cluster.
+
+        Whichever thread drops a reference to an object while Ray shuts down ends the whole process, without a
+        word: so none may be left by then, also not in the cycles of errors and their tracebacks.
+        """
+        self._autopsies.shutdown()
+        self._is_over.set()
+        self._listener.join()
+        self._seats.clear()
+        gc.collect()
+        ray.shutdown()
 
     @property
     def address(self) -> str:
@@ -193,13 +213,25 @@ class Cluster:
         return str(ray.get(examined.remote(member, seat.pid), timeout=AUTOPSY_S))
 
     def renew(self) -> None:
-        """Keep the local Ray alive for another lease."""
-        if self._local is not None:
-            self._local.renew()
+        """Keep the local Ray alive for another lease; where it died, another takes its place."""
+        if self._local is None:
+            return
+        if self._local.is_dead():
+            log.warning("the local Ray died; starting another")
+            pids = {member: seat.pid for member, seat in self._seats.items()}
+            self._part()
+            self._join()
+            for member, pid in pids.items():
+                if pid:
+                    self._news.put(MemberLost(member, Cause.HOST_DIED, "the local Ray died"))
+                else:
+                    self.start(member)  # it was to be started when Ray died
+        self._local.renew()
 
     def detach(self) -> None:
         """Let go of the run without ending anything; the workers and the local Ray have their lease."""
-        self._close()
+        self._lifelines.close()
+        self._part()
         if self._local is not None:
             self._local.detach()
 
@@ -207,20 +239,10 @@ class Cluster:
         """End all members, and the local Ray if there is one."""
         for member in list(self._seats):
             self.kill(member)
-        self._close()
+        self._lifelines.close()
+        self._part()
         if self._local is not None:
             self._local.end()
-
-    def _close(self) -> None:
-        self._autopsies.shutdown()
-        self._lifelines.close()
-        self._is_over.set()
-        self._listener.join()
-        # Whichever thread drops a reference to an object while Ray shuts down ends the whole process, without
-        # a word: so none may be left, also not in the cycles of errors and their tracebacks.
-        self._seats.clear()
-        gc.collect()
-        ray.shutdown()
 
     def _seat(self, member: str, actor: Any) -> None:
         with self._seating:

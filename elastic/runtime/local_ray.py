@@ -46,6 +46,10 @@ class LocalRay:
         """Keep it alive for another lease."""
         (self._directory / warden.LEASE).touch()
 
+    def is_dead(self) -> bool:
+        """Whether it has ended: its warden does not outlive it."""
+        return not _is_warden(_warden_pid(self._directory), self._directory)
+
     def detach(self) -> None:
         """Let go of it; it lives on for its lease."""
         if self._warden is not None:

@@ -2,8 +2,8 @@
 never its lease.
 
 Run as a script, with DIR NUM_CPUS NUM_GPUS LEASE_S (so it imports nothing of ours, and is up soon). It writes
-DIR/address once Ray is up, and ends Ray and itself when DIR/lease has not been touched for LEASE_S, or at
-SIGTERM. Ray's own processes follow their driver, which is this process, into death.
+DIR/address once Ray is up, and ends Ray and itself when DIR/lease has not been touched for LEASE_S, when the
+node is dead, or at SIGTERM. Ray's own processes follow their driver, which is this process, into death.
 """
 
 import signal
@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -34,7 +35,8 @@ def keep(directory: Path, *, num_cpus: int, num_gpus: int, lease_s: float) -> No
     lease = directory / LEASE
     publish(directory / ADDRESS, ray.get_runtime_context().gcs_address)
     while not is_over.wait(CHECK_S):
-        if time.time() - lease.stat().st_mtime > lease_s:
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray has no types here
+        if time.time() - lease.stat().st_mtime > lease_s or not any(node["Alive"] for node in nodes):
             break
     (directory / ADDRESS).unlink(missing_ok=True)
     ray.shutdown()

@@ -1,4 +1,4 @@
-"""SIGKILL at every phase of a step, a join, a forming and a restore; of the keeper, of the driver, of all."""
+"""SIGKILL at every phase of a step, a join, a forming and a restore; of keeper, driver, raylet, of all."""
 
 import time
 from collections.abc import Callable
@@ -120,6 +120,17 @@ def kill_driver(victims: Victims) -> None:
     victims.until("steps under the new driver", lambda: victims.story.steps > step + 10)
 
 
+def kill_raylet(victims: Victims) -> None:
+    """SIGKILL the raylet of the driver's host, and with it all workers; the driver starts a Ray anew."""
+    victims.until("a full world before the raylet dies", victims.is_whole)
+    warden = psutil.Process(int((victims.order.run_dir / "ray" / "pid").read_text()))
+    (raylet,) = (one for one in warden.children(recursive=True) if one.name() == "raylet")
+    lost = set(victims.story.pids)
+    raylet.kill()
+    victims.until("all are lost", lambda: lost <= victims.story.gone)
+    victims.until("a full world after the raylet died", victims.is_whole, seconds=120)
+
+
 def raze(victims: Victims) -> None:
     """SIGKILL everything there is; then the first process that restores, too."""
     kill_group(victims.driver)
@@ -154,6 +165,19 @@ def test_a_kill_in_a_step_or_a_join_or_of_the_keeper_or_the_driver_changes_no_bi
         kill_driver(victims)
         report = victims.end()
     assert report.redone_steps == 0
+    assert_nobody_can_tell(tmp_path, report)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_after_the_raylet_of_the_drivers_host_was_killed_the_driver_goes_on_with_the_same_bits(
+    tmp_path: Path,
+) -> None:
+    with driving(tmp_path) as drive:
+        victims = Victims(tmp_path, drive, {})
+        victims.until("steps", lambda: victims.story.steps > 25, seconds=120)
+        kill_raylet(victims)
+        report = victims.end()
     assert_nobody_can_tell(tmp_path, report)
 
 
