@@ -1,5 +1,6 @@
 """Ray, and nothing else: join the cluster, start members as named actors, hear them, end them."""
 
+import gc
 import logging
 import os
 import signal
@@ -215,6 +216,10 @@ class Cluster:
         self._lifelines.close()
         self._is_over.set()
         self._listener.join()
+        # Whichever thread drops a reference to an object while Ray shuts down ends the whole process, without
+        # a word: so none may be left, also not in the cycles of errors and their tracebacks.
+        self._seats.clear()
+        gc.collect()
         ray.shutdown()
 
     def _seat(self, member: str, actor: Any) -> None:

@@ -4,19 +4,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import elastic
-from checkpoint import SavePolicy
 from tests.fault.elastic_job import Settings
+from tests.orders import local_order
 
 ROOT = Path(__file__).parents[2]
 
 
 def tiny_order(root: Path, name: str, settings: Settings, *, num_steps: int) -> elastic.TrainOrder:
     """A run of a tiny job, whose replicas are compared at every step."""
-    return elastic.TrainOrder(
-        run=name,
-        run_dir=root / name,
-        spec_digest="0" * 32,
-        job=elastic.JobOrder(
+    return local_order(
+        root / name,
+        elastic.JobOrder(
             path="tests.fault.elastic_job:DoomedJob", settings=asdict(settings), source="noise", code_dir=ROOT
         ),
         training=elastic.TrainingOrder(
@@ -29,16 +27,8 @@ def tiny_order(root: Path, name: str, settings: Settings, *, num_steps: int) -> 
             compare_every=1,
         ),
         world=elastic.WorldPolicy(workers=2, min_workers=1, max_failures=10_000),
-        cluster=elastic.ClusterOrder(),
-        checkpoint=elastic.CheckpointOrder(
-            store_url=f"file://{root / name / 'store'}",
-            every_steps=50,
-            keep_latest=2,
-            keep_every=None,
-            save=SavePolicy(),
-            arena_bytes=16 << 20,
-        ),
-        lease_s=20.0,
+        every_steps=50,
+        arena_mib=16,
     )
 
 

@@ -8,7 +8,7 @@ import elastic
 from tests.fault.elastic_churn import Churn
 from tests.fault.elastic_job import Settings
 from tests.fault.elastic_orders import sized, tiny_order
-from tests.integration.drivers import driving
+from tests.integration.drivers import driving, finish
 
 ENDLESS = 1_000_000
 
@@ -32,7 +32,7 @@ def churn(directory: Path, seed: int, seconds: float) -> None:
     assert max(world.size for world in report.worlds) > 2, told
     assert len(churn.struck) >= seconds / 15, told
     quiet = tiny_order(directory, "quiet", Settings(), num_steps=report.committed_steps)
-    assert elastic.train(sized(quiet, 1), lambda _: None).weights_sha256 == report.weights_sha256, told
+    assert finish(sized(quiet, 1)).weights_sha256 == report.weights_sha256, told
 
 
 @pytest.mark.slow

@@ -1,4 +1,7 @@
-"""Runs to kill: their drivers are processes in sessions of their own, and nothing of them is left behind."""
+"""Runs to kill: their drivers are processes in sessions of their own, and nothing of them is left behind.
+
+No test drives a run in its own process: Ray ends a process that loses it, and would take all tests along.
+"""
 
 import os
 import pickle
@@ -15,7 +18,7 @@ import pytest
 
 import elastic
 
-Drive = Callable[[elastic.TrainOrder], subprocess.Popen[bytes]]
+Drive = Callable[..., subprocess.Popen[bytes]]
 
 
 @contextmanager
@@ -23,10 +26,10 @@ def driving(directory: Path) -> Iterator[Drive]:
     """Give a function that starts a run's driver; what is left of the runs is killed in the end."""
     started: list[tuple[elastic.TrainOrder, subprocess.Popen[bytes]]] = []
 
-    def start(order: elastic.TrainOrder) -> subprocess.Popen[bytes]:
+    def start(order: elastic.TrainOrder, module: str = "drive") -> subprocess.Popen[bytes]:
         path = directory / f"{order.run}-{len(started)}.pickle"
         path.write_bytes(pickle.dumps(order))
-        command = [sys.executable, "-m", "tests.integration.drive", str(path)]
+        command = [sys.executable, "-m", f"tests.integration.{module}", str(path)]
         with path.with_suffix(".log").open("wb") as log:
             process = subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log)
         started.append((order, process))
@@ -38,6 +41,21 @@ def driving(directory: Path) -> Iterator[Drive]:
         for order, process in started:
             kill_group(process)
             kill_ray(order)
+
+
+def finish(order: elastic.TrainOrder) -> elastic.TrainReport:
+    """Drive a run to its end, and return what it reports; a driver that fails shows what it said."""
+    status, said = drive_to_its_end(order)
+    assert status == 0, said
+    return elastic.read_report(order.run_dir)
+
+
+def drive_to_its_end(order: elastic.TrainOrder, module: str = "drive") -> tuple[int, str]:
+    """Drive a run until its driver ends; return the driver's exit status and what it said."""
+    order.run_dir.mkdir(parents=True, exist_ok=True)
+    with driving(order.run_dir) as drive:
+        status = drive(order, module).wait()
+        return status, (order.run_dir / f"{order.run}-0.log").read_text()
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:

@@ -20,7 +20,7 @@ from tests.fault import elastic_job
 from tests.fault.elastic_churn import Story
 from tests.fault.elastic_job import Doom, Settings
 from tests.fault.elastic_orders import sized, tiny_order
-from tests.integration.drivers import Drive, driving
+from tests.integration.drivers import Drive, driving, finish
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 ENDLESS = 1_000_000
@@ -76,7 +76,7 @@ def test_a_sigterm_hands_over_hangs_leave_their_stacks_and_standbys_take_the_pla
     assert "in wait_for_ever" in (order.run_dir / f"stacks/{stuck.member}.txt").read_text()
     assert report.redone_steps == 0
     quiet = tiny_order(tmp_path, "quiet", Settings(), num_steps=report.committed_steps)
-    assert elastic.train(sized(quiet, 1), lambda _: None).weights_sha256 == report.weights_sha256
+    assert finish(sized(quiet, 1)).weights_sha256 == report.weights_sha256
 
 
 FAST = {"health_check_period_ms": 1000, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 3}
@@ -134,4 +134,4 @@ def test_neither_a_drained_node_nor_a_killed_raylet_leaves_a_trace_in_the_weight
     assert report.redone_steps == 0
     assert [failure.member for failure in report.failures] == [victim]
     quiet = tiny_order(tmp_path, "quiet", Settings(), num_steps=report.committed_steps)
-    assert elastic.train(sized(quiet, 1), lambda _: None).weights_sha256 == report.weights_sha256
+    assert finish(sized(quiet, 1)).weights_sha256 == report.weights_sha256

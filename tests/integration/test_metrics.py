@@ -1,35 +1,26 @@
 """Metrics as Prometheus reads them: from the endpoint of a real Ray node."""
 
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 
 import pytest
-import ray
-
-from elastic.control.events import Cause, CheckpointDurable, MemberLost, StepCommitted
-from elastic.control.instructions import FormWorld, Manner
-from elastic.runtime.metrics import Metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 
 @pytest.fixture
 def endpoint() -> Iterator[str]:
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    try:
-        yield f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
-    finally:
-        ray.shutdown()
+    command = [sys.executable, "-m", "tests.integration.metrics_node"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as node:
+        assert node.stdout is not None
+        yield next(line.strip() for line in node.stdout if line.startswith("http"))
+        node.communicate(timeout=60)
 
 
 def test_a_run_that_loses_a_worker_shows_in_the_metrics_of_its_node(endpoint: str) -> None:
-    metrics = Metrics("r")
-    metrics.see(FormWorld(7, ("a", "b"), ("here", "here"), Manner.AT_ONCE, "because"))
-    for member in ("a", "b"):
-        metrics.see(StepCommitted(member, 7, 3, 2.5, 0.5, 100, 0.01))
-    metrics.see(CheckpointDurable("a", 7, 3, "store", 10, 1.0))
-    metrics.see(MemberLost("b", Cause.PROCESS_DIED, "its lifeline"))
     wanted = {
         'holdfast_step{run="r"}': 3.0,
         'holdfast_tokens_per_s{run="r"}': 200.0,

@@ -12,8 +12,17 @@ import psutil
 import pytest
 
 import elastic
-from checkpoint import Catalog, SavePolicy, open_store
-from tests.integration.drivers import Drive, await_step, driving, kill_group, kill_ray
+from checkpoint import Catalog, open_store
+from tests.integration.drivers import (
+    Drive,
+    await_step,
+    drive_to_its_end,
+    driving,
+    finish,
+    kill_group,
+    kill_ray,
+)
+from tests.orders import local_order
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 NUM_STEPS = 120
@@ -22,11 +31,9 @@ SETTINGS = {"num_layers": 2, "width": 64, "num_heads": 2, "sequence": 64}
 
 def make_order(root: Path, name: str, *faults: elastic.Fault) -> elastic.TrainOrder:
     """A small run of three workers on a piece of the standard library's text."""
-    return elastic.TrainOrder(
-        run=name,
-        run_dir=root / name,
-        spec_digest="0" * 32,
-        job=elastic.JobOrder(
+    order = local_order(
+        root / name,
+        elastic.JobOrder(
             path="elastic.training.gpt:GPTJob",
             settings=SETTINGS,
             source=str(Path(json.__file__).parent),
@@ -41,24 +48,16 @@ def make_order(root: Path, name: str, *faults: elastic.Fault) -> elastic.TrainOr
             grad_clip=1.0,
         ),
         world=elastic.WorldPolicy(workers=3, min_workers=1),
-        cluster=elastic.ClusterOrder(),
-        checkpoint=elastic.CheckpointOrder(
-            store_url=f"file://{root / name / 'store'}",
-            every_steps=10,
-            keep_latest=3,
-            keep_every=None,
-            save=SavePolicy(),
-            arena_bytes=64 << 20,
-        ),
-        drill=faults,
-        lease_s=20.0,
+        every_steps=10,
+        arena_mib=64,
     )
+    return replace(order, drill=faults)
 
 
 @pytest.fixture(scope="module")
 def quiet(tmp_path_factory: pytest.TempPathFactory) -> elastic.TrainReport:
     """The report of the run that nothing happened to."""
-    return elastic.train(make_order(tmp_path_factory.mktemp("runs"), "quiet"), lambda _: None)
+    return finish(make_order(tmp_path_factory.mktemp("runs"), "quiet"))
 
 
 @pytest.fixture
@@ -71,7 +70,7 @@ def drive(tmp_path: Path) -> Iterator[Drive]:
 def test_a_killed_worker_changes_no_bit_and_no_step_is_redone(
     quiet: elastic.TrainReport, tmp_path: Path
 ) -> None:
-    report = elastic.train(make_order(tmp_path, "killed", elastic.Fault(at_step=15, rank=1)), lambda _: None)
+    report = finish(make_order(tmp_path, "killed", elastic.Fault(at_step=15, rank=1)))
     assert report.weights_sha256 == quiet.weights_sha256
     assert report.last_loss == quiet.last_loss
     (failure,) = report.failures
@@ -81,6 +80,16 @@ def test_a_killed_worker_changes_no_bit_and_no_step_is_redone(
     survivors = {"w0", "w2"}
     pids = ready_pids(tmp_path / "killed")
     assert survivors <= pids.keys(), "survivors said hello once, so they kept their processes"
+
+
+def test_no_reference_is_left_when_ray_shuts_down_for_whoever_drops_it_then_ends_the_driver(
+    tmp_path: Path,
+) -> None:
+    order = make_order(tmp_path, "counted", elastic.Fault(at_step=5, rank=1))
+    order = replace(order, training=replace(order.training, num_steps=20))
+    status, said = drive_to_its_end(order, "drive_counting")
+    assert status == 0, said
+    assert "references left: 0\n" in said, said
 
 
 def ready_pids(run_dir: Path) -> dict[str, int]:
@@ -102,7 +111,7 @@ def test_a_world_that_ends_smaller_than_it_began_ends_with_the_same_bits(
     quiet: elastic.TrainReport, tmp_path: Path
 ) -> None:
     faults = (elastic.Fault(at_step=NUM_STEPS - 4, rank=2), elastic.Fault(at_step=NUM_STEPS - 2, rank=0))
-    report = elastic.train(make_order(tmp_path, "shrunk", *faults), lambda _: None)
+    report = finish(make_order(tmp_path, "shrunk", *faults))
     assert report.weights_sha256 == quiet.weights_sha256
     assert report.worlds[-1].size < report.worlds[0].size
     assert report.redone_steps == 0
@@ -117,7 +126,7 @@ def test_a_killed_driver_is_succeeded_and_its_workers_go_on(
     kill_group(process)
     before = ready_pids(order.run_dir)
     told = elastic.read_report(order.run_dir).committed_steps
-    report = elastic.train(order, lambda _: None)
+    report = finish(order)
     assert report.weights_sha256 == quiet.weights_sha256
     assert report.segments == 2
     assert len(before) == 3 and ready_pids(order.run_dir) == before, "nobody was started anew"
@@ -139,7 +148,7 @@ def test_after_everything_was_killed_a_resumed_run_ends_with_the_same_bits(
     kill_ray(order)
     newest = Catalog(open_store(order.checkpoint.store_url)).latest()
     assert newest is not None
-    report = elastic.train(order, lambda _: None)
+    report = finish(order)
     assert report.weights_sha256 == quiet.weights_sha256
     drilled, razed = report.failures
     assert (drilled.cause, razed.cause) == ("process died", "driver lost"), "a drill is not repeated"
@@ -158,7 +167,7 @@ def test_a_signal_stops_after_a_final_checkpoint_and_a_later_call_goes_on(
     stopped = elastic.read_report(order.run_dir)
     assert stopped.status == "stopped"
     assert stopped.newest_durable_step == stopped.committed_steps < NUM_STEPS
-    report = elastic.train(order, lambda _: None)
+    report = finish(order)
     assert report.weights_sha256 == quiet.weights_sha256
     assert report.redone_steps == 0
 
@@ -210,7 +219,9 @@ def test_an_exception_in_the_job_ends_the_run_with_one_clear_error(tmp_path: Pat
     )
     order = make_order(tmp_path, "faulty")
     order = replace(order, job=replace(order.job, path="faulty_job:FaultyJob", code_dir=tmp_path))
-    with pytest.raises(elastic.TrainingFailed, match="the job divides by zero"):
-        elastic.train(order, lambda _: None)
+    status, said = drive_to_its_end(order)
+    assert status == 1
+    (line,) = (line for line in said.splitlines() if line.startswith("elastic.errors.TrainingFailed: "))
+    assert "the job divides by zero" in line
     assert elastic.read_report(order.run_dir).status == "failed"
     assert elastic.read_report(order.run_dir).failures == (), "a mistake in the job is no machine failure"
