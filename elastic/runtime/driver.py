@@ -41,6 +41,7 @@ from elastic.control.instructions import (
     FormWorld,
     Instruction,
     KillMember,
+    Manner,
     ReleaseMember,
     StartMember,
     Status,
@@ -192,8 +193,10 @@ class Driver:
                     self._cluster.end_silent(member)
                 case ReleaseMember(member):
                     self._cluster.kill(member)
-                case FormWorld(members=members):
-                    self._claim(instruction.generation)
+                case FormWorld(generation, members, _, manner):
+                    if manner is Manner.AT_ONCE:
+                        self._tell(members, "leave", generation)  # they need not wait for the store
+                    self._claim(generation)
                     self._tell(members, "form", WorldOrder(instruction, self._endpoint, self._cluster.anchor))
                 case StopWorld():
                     self._tell(self._controller.members.world, "stop", instruction)

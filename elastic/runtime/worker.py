@@ -41,6 +41,7 @@ from elastic.control.events import (
     Settled,
     UserFailed,
     WorldBroken,
+    WorldCalledOff,
     WorldFormed,
 )
 from elastic.control.instructions import FormWorld, Manner, StopWorld
@@ -88,6 +89,7 @@ class Mailbox:
         self._changed = threading.Condition()
         self._order: WorldOrder | None = None
         self._taken = 0
+        self._called_off = 0
         self._stop_generation = 0
         self._lease_s = lease_s
         self._heard_at = time.monotonic()
@@ -101,6 +103,13 @@ class Mailbox:
             self._order = order
             self._changed.notify_all()
             return True
+
+    def call_off(self, generation: int) -> bool:
+        """Take that all worlds before this generation are over; return whether that is new."""
+        with self._changed:
+            is_new = generation > self._called_off
+            self._called_off = max(self._called_off, generation)
+            return is_new
 
     def stop(self, generation: int) -> None:
         """Ask for a clean end of this generation's world."""
@@ -132,10 +141,9 @@ class Mailbox:
         return self._order is not None
 
     def check(self, generation: int) -> None:
-        """Raise Broken if a newer world than this one is to form at once."""
-        order = self._order
-        if order is not None and order.form.manner is Manner.AT_ONCE and order.form.generation > generation:
-            raise Broken(generation, f"world {order.form.generation} was ordered at once")
+        """Raise Broken if this generation's world was called off."""
+        if generation < self._called_off:
+            raise Broken(generation, f"it was called off: world {self._called_off} forms at once")
 
     def pending(self) -> Flags:
         """Tell the trainer what to propose at the next step boundary."""
@@ -212,8 +220,16 @@ class Member:
 
     def form(self, order: WorldOrder) -> None:
         """Take an order to form a world; an order at once also breaks the world the member is in."""
-        if self._mailbox.put(order) and order.form.manner is Manner.AT_ONCE and self._world is not None:
-            self._world.cut()
+        if self._mailbox.put(order) and order.form.manner is Manner.AT_ONCE:
+            self.leave(order.form.generation)
+
+    def leave(self, generation: int) -> None:
+        """Break the world the member is in, if it is older than this generation, which is to form at once."""
+        is_new, world = self._mailbox.call_off(generation), self._world
+        if world is not None and world.generation < generation:
+            if is_new:
+                self._outbox.put(WorldCalledOff(self._assignment.member, world.generation))
+            world.cut()
 
     def stop(self, instruction: StopWorld) -> None:
         """Take the request for a clean end."""

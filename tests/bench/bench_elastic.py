@@ -5,7 +5,7 @@ ONLY=killed,steady in the environment runs some of the figures.
 """
 
 from tests.bench.figures.chosen import Figures, measure
-from tests.bench.figures.recovery import killed, standby, stopped
+from tests.bench.figures.recovery import killed, node, standby, stopped
 from tests.bench.figures.steady import steady, straggler
 from tests.bench.harness import Effort, Row
 
@@ -13,6 +13,7 @@ FIGURES: Figures = {
     "killed": killed,
     "standby": standby,
     "stopped": stopped,
+    "node": node,
     "steady": steady,
     "straggler": straggler,
 }
