@@ -83,6 +83,9 @@ class Cluster:
         self._news: SimpleQueue[News | _CutOff | Exception] = SimpleQueue()
         self._local = LocalRay(order) if order.cluster.address is None else None
         _connect(order.cluster.address or (self._local.join_or_start() if self._local else ""), order)
+        self._actor: Any = ray.remote(
+            Actor
+        )  # once: each anew would be sent to Ray again, in a recovery's midst
         self._lifelines = Lifelines(self.address, lambda member: self._news.put(_CutOff(member)))
         self._draining = Draining() if order.cluster.address is not None else None
         self._autopsies = ThreadPoolExecutor(MAX_AUTOPSIES, thread_name_prefix="autopsy")
@@ -112,21 +115,17 @@ class Cluster:
     def start(self, member: str) -> None:
         """Start a member's process. Whether it came up is heard from its first news."""
         cluster = self._order.cluster
-        actor = (
-            ray.remote(Actor)
-            .options(
-                name=member,
-                lifetime="detached",
-                max_concurrency=8,
-                max_restarts=0,
-                # A local Ray is the run's own: counting its cores would only keep the run from growing.
-                num_cpus=cluster.threads_per_worker if cluster.address else 0,
-                num_gpus=cluster.gpus_per_worker,
-                scheduling_strategy="SPREAD",
-                runtime_env=_runtime_env(self._order),
-            )
-            .remote(member, self._order)
-        )
+        actor = self._actor.options(
+            name=member,
+            lifetime="detached",
+            max_concurrency=8,
+            max_restarts=0,
+            # A local Ray is the run's own: counting its cores would only keep the run from growing.
+            num_cpus=cluster.threads_per_worker if cluster.address else 0,
+            num_gpus=cluster.gpus_per_worker,
+            scheduling_strategy="SPREAD",
+            runtime_env=_runtime_env(self._order),
+        ).remote(member, self._order)
         self._seat(member, actor)
 
     def tell(self, member: str, method: str, *arguments: object) -> None:

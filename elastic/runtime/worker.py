@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ from elastic.runtime.order import TrainOrder
 from elastic.runtime.peers import Home, Neighbours
 from elastic.runtime.preemption import heed_sigterm
 from elastic.runtime.world import Endpoint, Former, Place, World
-from elastic.training.blame import UserFailure
+from elastic.training.blame import UserFailure, explain, is_out_of_memory
 from elastic.training.job import load_job, load_settings
 from elastic.training.ports import Broken, Flags
 from elastic.training.state import weights_sha256
@@ -247,13 +248,16 @@ class Member:
             self._blame(failure.step, str(failure), failure.traceback)
         except (JobRejected, Mismatch, NoCheckpoint) as error:
             self._blame(0, str(error), "")
-        except Exception as error:
-            log.exception("the worker failed")  # the border: another machine may do better
+        except Exception as error:  # the border: another machine may do better
+            if is_out_of_memory(error):  # elsewhere it would not fit either
+                self._blame(0, explain(error), traceback.format_exc())
+                return
+            log.exception("the worker failed")
             self._outbox.put(MemberFailed(self._assignment.member, f"{type(error).__name__}: {error}"))
 
-    def _blame(self, step: int, message: str, traceback: str) -> None:
+    def _blame(self, step: int, message: str, trace: str) -> None:
         """Tell what no other worker could do better."""
-        self._outbox.put(UserFailed(self._assignment.member, 0, step, message, traceback))
+        self._outbox.put(UserFailed(self._assignment.member, 0, step, message, trace))
 
     def _train_until_told(self) -> None:
         assignment = self._assignment
