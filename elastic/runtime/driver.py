@@ -51,12 +51,12 @@ from elastic.control.report import TrainReport
 from elastic.errors import Fenced, TrainingFailed
 from elastic.runtime.cluster import Cluster, check_portable
 from elastic.runtime.journal import Journal, read_moments, read_report
+from elastic.runtime.mailbox import WorldOrder
 from elastic.runtime.metrics import Metrics
 from elastic.runtime.notices import LogLine, Observer
 from elastic.runtime.order import Fault, TrainOrder
 from elastic.runtime.watch import Watch
 from elastic.runtime.wish import Wish
-from elastic.runtime.worker import WorldOrder
 from elastic.runtime.world import open_rendezvous
 
 log = logging.getLogger("holdfast.driver")

@@ -8,8 +8,8 @@ import pytest
 from elastic.control.events import WorldBroken
 from elastic.control.instructions import FormWorld, Manner
 from elastic.runtime.lifeline import Anchor
+from elastic.runtime.mailbox import Mailbox, Outbox, WorldOrder
 from elastic.runtime.notices import LogLine
-from elastic.runtime.worker import Mailbox, Outbox, WorldOrder
 from elastic.runtime.world import Endpoint
 from elastic.training.ports import Broken
 
