@@ -25,6 +25,7 @@ def killed(effort: Effort) -> list[Row]:
     return [
         row("step of the default job, world of 4 on Ray", "s", ours=_step_s(ours)),
         *_next_rows("kill -> next committed step", ours, theirs, _TIMES_FASTER),
+        row("kill -> first survivor's error", "s", ours=median(each.detect_s for each in ours)),
         row(
             "first survivor's error -> all survivors know",
             "s",

@@ -40,13 +40,14 @@ class Recovery:
     """A run with one failure, in seconds from the blow: to the next committed step, and to the first one of a
     world as large as before.
 
-    `know_s` and `leave_s` count from the first evidence of the failure, until all survivors knew of it and
+    `detect_s` is until the first evidence of the failure; `know_s` and `leave_s` count from there, until all survivors knew of it and
     until all had left the broken world; `regroup_s` from then to the new group. `step_s` is a step's usual
     time.
     """
 
     next_step_s: float
     full_strength_s: float
+    detect_s: float
     know_s: float
     leave_s: float
     regroup_s: float
@@ -107,6 +108,7 @@ def _measured(story: Story, struck_at: float) -> Recovery:
     return Recovery(
         next_step_s=_first_step_at(story, 1) - struck_at,
         full_strength_s=_first_step_at(story, WORKERS) - struck_at,
+        detect_s=first - struck_at,
         know_s=max(knew.values()) - first,
         leave_s=max(left.values()) - first,
         regroup_s=max(formed) - max(left.values()),
