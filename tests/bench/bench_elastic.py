@@ -1,7 +1,8 @@
 """The elastic engine beside what a user could pick instead: what a failure costs, and what elasticity costs
 while nothing fails.
 
-ONLY=killed,steady in the environment runs some of the figures.
+The peers that restart are installed by `make bench-peers`; without it they are missing, and the ratios to
+them count as missed. ONLY=killed,steady in the environment runs some of the figures.
 """
 
 from tests.bench.figures.chosen import Figures, measure

@@ -40,9 +40,9 @@ class Recovery:
     """A run with one failure, in seconds from the blow: to the next committed step, and to the first one of a
     world as large as before.
 
-    `detect_s` is until the first evidence of the failure; `know_s` and `leave_s` count from there, until all survivors knew of it and
-    until all had left the broken world; `regroup_s` from then to the new group. `step_s` is a step's usual
-    time.
+    `detect_s` is until the first evidence of the failure; `know_s` and `leave_s` count from there, until all
+    survivors knew of it and until all had left the broken world; `regroup_s` from then to the new group.
+    `step_s` is a step's usual time.
     """
 
     next_step_s: float

@@ -26,9 +26,9 @@ class Course:
     """Where a peer writes, how far it trains, how often it saves, after which step its last worker dies."""
 
     directory: Path
-    num_steps: int = 17
-    every: int = 10
-    kill_step: int = 15
+    num_steps: int = 13
+    every: int = 6
+    kill_step: int = 11
 
     def written(self) -> str:
         """Write it as an argument of a command."""
