@@ -6,7 +6,7 @@
 #   make test [TESTS=tests/unit]      the whole suite, as continuous integration runs it
 #   make soak                         the hours-long tests
 #   make bench [NAME=...] [QUICK=1]   benchmarks; bench-peers builds the peers' environment first
-#                                     (ONLY=blocked,codec: some figures of NAME=checkpoint)
+#                                     (ONLY=blocked,codec: some figures of checkpoint; killed,node: of elastic)
 #   make deepspeed                    build .venv-deepspeed: some tests then ask DeepSpeed itself
 #   make ratchets                     record the public names anew, after changing them on purpose
 #   make clean                        remove .venv and caches; runs/ stays

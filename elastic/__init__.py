@@ -1,7 +1,8 @@
 """The elastic trainer's face: order a run, watch it, read its report, evaluate its checkpoints."""
 
+from elastic.control.course import FailureSpan
 from elastic.control.policy import WorldPolicy
-from elastic.control.report import CheckpointCount, FailureSpan, TrainReport, WorldSpan
+from elastic.control.report import CheckpointCount, TrainReport, WorldSpan
 from elastic.control.standbys import num_standbys
 from elastic.errors import ElasticError, Fenced, JobRejected, RunGone, TrainingFailed
 from elastic.runtime.driver import train

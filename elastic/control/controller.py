@@ -44,6 +44,7 @@ from elastic.control.suspicion import Suspicion
 
 SUSPICION_S = 1.0
 FOUND_LIMIT_S = 10.0
+HASTE_S = 2.0  # a process that starts takes seconds of a core: survivors come first, for so long at most
 # Longer than a capture or a last drain may take (600 s each); who does not even answer is judged sooner.
 STALL_LIMIT_S = 900.0
 STALL_STEPS = 20
@@ -86,6 +87,7 @@ class Controller:
     _ended: dict[str, Ending] = field(default_factory=dict)
     _is_broken: bool = True
     _broken_at: float | None = None
+    _hurries_since: float | None = None  # survivors are on their way to their next step
     _idle_since: float = 0.0
     _progress_at: float = 0.0
     _step_s: float = 0.0
@@ -131,7 +133,7 @@ class Controller:
             case StopRequested(reason):
                 return self._stop(reason, now)
             case Tick():
-                return self._wait(event, now)
+                return [*self._relax(now - HASTE_S), *self._wait(event, now)]
             case WorldBroken() | Settled() | StepCommitted() | MemberEnded():
                 return self._handle_of_world(event, now) if event.generation == self.formed else []
             case _:
@@ -151,6 +153,7 @@ class Controller:
                 self._progress_at = now
                 self._losses_in_a_row = self._stalls_in_a_row = 0
                 self._step_s = seconds if self._step_s == 0.0 else 0.8 * self._step_s + 0.2 * seconds
+                return self._relax(now)
             case MemberEnded(member=member, ending=ending):
                 return self._end_member(member, ending)
         return []
@@ -191,7 +194,7 @@ class Controller:
 
     def _break(self, now: float) -> None:
         if not self._is_broken:
-            self._is_broken, self._idle_since = True, now
+            self._is_broken, self._idle_since, self._hurries_since = True, now, None
             self.phase = Phase.GATHERING
 
     def _consider(self, now: float) -> list[Instruction]:
@@ -250,6 +253,8 @@ class Controller:
         self.members.rank(members)
         self.phase = Phase.FORMING
         self._is_broken, self._broken_at = False, None
+        is_recovery = manner is Manner.AT_ONCE and self.members.has_state
+        self._hurries_since = now if is_recovery else None
         self._settled, self._ended = set(), {}
         self._progress_at = now
         hosts = tuple(self.members.hosts[member] for member in members)
@@ -371,9 +376,16 @@ class Controller:
             instructions.extend(self._lose(MemberLost(member, Cause.HUNG, evidence), now))
         return instructions
 
+    def _relax(self, by: float) -> list[Instruction]:
+        """Start what is lacking if the survivors, who hurried since before, have had their time."""
+        if self._hurries_since is None or self._hurries_since > by:
+            return []
+        self._hurries_since = None
+        return list(self._replenish())
+
     def _replenish(self) -> Iterable[Instruction]:
         """Start as many members as the policy's world lacks."""
-        if self.stopping or self.phase is Phase.ENDED:
+        if self.stopping or self.phase is Phase.ENDED or self._hurries_since is not None:
             return
         while self.members.num_lasting < self.policy.workers + self.policy.standbys:
             yield StartMember(self.members.name_next())

@@ -54,6 +54,14 @@ class WorldBroken:
 
 
 @dataclass(frozen=True, slots=True)
+class WorldCalledOff:
+    """A member knows that its world of this generation is over; it leaves once its micro-batch has ended."""
+
+    member: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class WorldFormed:
     """A member has joined the process group of this generation, `seconds` after it was told to."""
 
@@ -262,6 +270,7 @@ Event = (
     MemberReady
     | MemberLost
     | WorldBroken
+    | WorldCalledOff
     | WorldFormed
     | Settled
     | StepCommitted

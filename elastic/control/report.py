@@ -1,33 +1,24 @@
 """What a run's journal amounts to: the training part of report.json. Pure arithmetic over its moments."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import inf
 from statistics import median
 from typing import TypeVar
 
+from elastic.control.course import Course, FailureSpan, WorldCourse
 from elastic.control.events import (
-    Cause,
     CheckpointCaptured,
     CheckpointDurable,
     CheckpointLost,
     Entry,
-    FaultStruck,
     MemberEnded,
-    MemberLost,
     MemberReady,
     SegmentEnded,
     SegmentStarted,
-    Settled,
-    StacksKept,
-    StepCommitted,
-    WorldBroken,
-    WorldFormed,
 )
-from elastic.control.instructions import End, FormWorld, Instruction, KillMember, Manner
+from elastic.control.instructions import End, Instruction
 
-DRIVER_LOST = "driver lost"
-WORLD_BROKEN = "world broken"
 E = TypeVar("E")
 
 
@@ -48,40 +39,6 @@ class WorldSpan:
     from_step: int
     at_s: float
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class FailureSpan:
-    """One failure and its recovery.
-
-    Durations in seconds, from the kill where a drill knows it, else from the first evidence.
-
-    `detect_s` until the driver knew, `decide_s` until the next world was ordered, `form_s` until it had
-    formed, `restore_s` until all its ranks held the same state, `total_s` until the next step was committed;
-    `full_strength_s` until a world as large as the one before held its state. `step` is where the run stood;
-    `redone_steps` of its steps the recovery gave up, to compute them again; `dropped_attempts` counts the
-    uncommitted step that was begun and thrown away (0 or 1). Of several failures that one new world
-    recovers from, the last carries both. None: the run ended first.
-
-    A world that broke though no member was lost (its members formed the next one at once) is a failure too:
-    cause "world broken", member "world N". So are a member killed as "hung", and "driver lost": a segment
-    that begins though the one before did not end. `stacks` is the run's file on what a hung member did.
-    """
-
-    cause: str
-    member: str
-    step: int
-    at_s: float
-    detect_s: float | None = None
-    decide_s: float | None = None
-    form_s: float | None = None
-    restore_s: float | None = None
-    total_s: float | None = None
-    full_strength_s: float | None = None
-    redone_steps: int = 0
-    dropped_attempts: int = 0
-    state_source: str | None = None
-    stacks: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +94,7 @@ def build_report(run: str, moments: Sequence[Moment]) -> TrainReport:
     each other: the wall clock at each segment's start makes them one.
     """
     moments = list(_on_one_clock(moments))
-    course = _Course()
+    course = Course()
     for moment in moments:
         course.take(moment.at_s, moment.entry)
     steps = [course.steps[number] for number in sorted(course.steps)]
@@ -176,177 +133,6 @@ def build_report(run: str, moments: Sequence[Moment]) -> TrainReport:
     )
 
 
-@dataclass(slots=True)
-class _World:
-    """What became of one ordered world. `num_ends` segments had ended in good order before it."""
-
-    order: FormWorld
-    ordered_at: float
-    num_ends: int
-    formed: dict[str, float] = field(default_factory=dict)
-    settled: dict[str, float] = field(default_factory=dict)
-    sources: set[str] = field(default_factory=set)
-    step: int | None = None
-    resumed_at: float = inf
-    broken_at: float = inf
-    captured: dict[int, set[str]] = field(default_factory=dict)
-
-    def take(self, at: float, entry: Entry | Instruction) -> None:
-        """Take in an event of this generation."""
-        match entry:
-            case WorldFormed(member=member):
-                self.formed[member] = at
-            case Settled(member=member, step=step, source=source):
-                self.settled[member] = at
-                self.sources.add(source)
-                self.step = step if self.step is None else self.step
-            case StepCommitted():
-                self.resumed_at = min(self.resumed_at, at)
-            case WorldBroken():
-                self.broken_at = min(self.broken_at, at)
-            case CheckpointCaptured(member=member, step=step):
-                self.captured.setdefault(step, set()).add(member)
-
-    @property
-    def size(self) -> int:
-        return len(self.order.members)
-
-    def is_everyone(self, members: Iterable[str]) -> bool:
-        return set(self.order.members) <= set(members)
-
-    def all_at(self, told: dict[str, float]) -> float | None:
-        """When the last of its members told something; None: not all of them did."""
-        return max(told.values()) if self.is_everyone(told) else None
-
-
-@dataclass(slots=True)
-class _Blow:
-    """A failure as it was noticed, and the `world` ordered to recover from it and those before it."""
-
-    cause: str
-    member: str
-    step: int
-    struck_at: float
-    known_at: float
-    size_before: int
-    has_attempt: bool
-    world: _World | None = None
-    is_last: bool = False
-
-
-@dataclass(slots=True)
-class _Course:
-    """The run so far, folded over its moments.
-
-    `world` are the members of the present world that are not lost, `open_blows` the failures that no new
-    world was ordered for yet. `position` is (generation, committed step); steps told late, of an older
-    generation, do not move it. `attempt_in` is the generation in which a step is in progress (0: none is).
-    """
-
-    num_steps: int = 0
-    num_segments: int = 0
-    num_ends: int = 0
-    steps: dict[int, tuple[float, StepCommitted]] = field(default_factory=dict)
-    commits: set[tuple[int, int]] = field(default_factory=set)
-    worlds: dict[int, _World] = field(default_factory=dict)
-    blows: list[_Blow] = field(default_factory=list)
-    open_blows: list[_Blow] = field(default_factory=list)
-    world: set[str] = field(default_factory=set)
-    generation: int = 0
-    position: tuple[int, int] = (0, 0)
-    attempt_in: int = 0
-    struck: dict[str, float] = field(default_factory=dict)
-    stacks: dict[str, str] = field(default_factory=dict)
-    is_driven: bool = False
-    told_at: float = 0.0
-
-    def take(self, at: float, entry: Entry | Instruction) -> None:
-        """Take in the next moment."""
-        match entry:
-            case SegmentStarted(num_steps=num_steps):
-                if self.is_driven and self.world:
-                    self._fail(at, DRIVER_LOST, "driver", self.told_at)
-                self.is_driven, self.num_steps = True, num_steps
-                self.num_segments += 1
-            case SegmentEnded():
-                self.is_driven, self.world, self.open_blows, self.attempt_in = False, set(), [], 0
-                self.num_ends += 1
-            case FormWorld():
-                self._form(at, entry)
-            case Settled(generation=generation, step=step):
-                self.position = max(self.position, (generation, step))
-                self.attempt_in = max(self.attempt_in, generation)
-            case StepCommitted(generation=generation, step=step):
-                self.position = max(self.position, (generation, step))
-                self.steps.setdefault(step, (at, entry))
-                self.commits.add((generation, step))
-            case MemberEnded(generation=generation) if generation >= self.attempt_in:
-                self.attempt_in = 0
-            case FaultStruck(member=member):
-                self.struck[member] = at
-            case MemberLost(member=member, cause=cause):
-                self._lose(at, member, cause)
-            case KillMember(member=member):
-                self._lose(at, member, Cause.HUNG)
-            case StacksKept(member=member, file=file):
-                self.stacks[member] = file
-        if (world := self.worlds.get(getattr(entry, "generation", 0))) is not None:
-            world.take(at, entry)
-        self.told_at = at
-
-    def span(self, blow: _Blow, zero: float) -> FailureSpan:
-        """Measure a failure's recovery, once everything is taken in."""
-        detect_s = blow.known_at - blow.struck_at
-        bare = FailureSpan(blow.cause, blow.member, blow.step, blow.struck_at - zero, detect_s)
-        bare = replace(bare, stacks=self.stacks.get(blow.member))
-        if blow.world is None:
-            return bare
-        world, first = blow.world, blow.world.order.generation
-        later = [each for each in self.worlds.values() if each.order.generation >= first]
-        later = [each for each in later if each.num_ends == world.num_ends]
-        full = [each for each in later if each.size >= blow.size_before and each.is_everyone(each.settled)]
-        formed_at, settled_at = world.all_at(world.formed), world.all_at(world.settled)
-        resumed = [each.resumed_at for each in later if each.resumed_at < inf]
-        until = (full or [world])[0].order.generation
-        sources = {source for each in later if each.order.generation <= until for source in each.sources}
-        span = replace(
-            bare,
-            decide_s=world.ordered_at - blow.known_at,
-            form_s=_between(world.ordered_at, formed_at),
-            restore_s=_between(formed_at, settled_at),
-            total_s=_between(blow.struck_at, min(resumed, default=None)),
-            full_strength_s=_between(blow.struck_at, full[0].all_at(full[0].settled) if full else None),
-            state_source="+".join(sorted(sources)) or None,
-        )
-        if world.step is None or not blow.is_last:
-            return span
-        is_dropped = blow.has_attempt and world.step <= blow.step
-        return replace(span, redone_steps=max(0, blow.step - world.step), dropped_attempts=int(is_dropped))
-
-    def _form(self, at: float, order: FormWorld) -> None:
-        if self.world and not self.open_blows and order.manner is Manner.AT_ONCE:
-            self._fail(at, WORLD_BROKEN, f"world {self.generation}")
-        world = self.worlds[order.generation] = _World(order, at, self.num_ends)
-        for blow in self.open_blows:
-            blow.world, blow.is_last = world, blow is self.open_blows[-1]
-        self.open_blows = []
-        self.generation, self.world = order.generation, set(order.members)
-
-    def _lose(self, at: float, member: str, cause: Cause) -> None:
-        if member in self.world:
-            self.world.discard(member)
-            self._fail(at, cause.value, member, self.struck.get(member))
-
-    def _fail(self, at: float, cause: str, member: str, struck_at: float | None = None) -> None:
-        """Note a failure; not knowing when it struck, the first evidence in the present world counts."""
-        world, step = self.worlds[self.generation], self.position[1]
-        struck_at = min(at, world.broken_at) if struck_at is None else struck_at
-        has_attempt = self.attempt_in > 0 and step < self.num_steps
-        blow = _Blow(cause, member, step, struck_at, at, world.size, has_attempt)
-        self.blows.append(blow)
-        self.open_blows.append(blow)
-
-
 def _on_one_clock(moments: Iterable[Moment]) -> Iterator[Moment]:
     """Shift each segment's times by what the wall clock says, so that they run on and never back."""
     first: float | None = None
@@ -359,10 +145,6 @@ def _on_one_clock(moments: Iterable[Moment]) -> Iterator[Moment]:
         at = moment.at_s + offset
         latest = max(latest, at)
         yield Moment(at, moment.entry)
-
-
-def _between(begin: float | None, end: float | None) -> float | None:
-    return None if begin is None or end is None else end - begin
 
 
 def _entries(moments: Iterable[Moment], kind: type[E]) -> list[tuple[float, E]]:
@@ -381,7 +163,7 @@ def _durable_at(moments: Sequence[Moment], zero: float) -> tuple[tuple[int, floa
     return tuple(sorted(first.items()))
 
 
-def _checkpoints(moments: Sequence[Moment], worlds: Iterable[_World]) -> CheckpointCount:
+def _checkpoints(moments: Sequence[Moment], worlds: Iterable[WorldCourse]) -> CheckpointCount:
     captured = {
         step for world in worlds for step, members in world.captured.items() if world.is_everyone(members)
     }

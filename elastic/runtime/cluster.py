@@ -91,6 +91,8 @@ class Cluster:
         _connect(
             self._order.cluster.address or (self._local.join_or_start() if self._local else ""), self._order
         )
+        # Once: each anew would be sent to Ray again, in a recovery's midst.
+        self._actor: Any = ray.remote(Actor)
         self._autopsies = ThreadPoolExecutor(MAX_AUTOPSIES, thread_name_prefix="autopsy")
         self._draining = Draining() if self._order.cluster.address is not None else None
         self._is_over.clear()
@@ -132,21 +134,17 @@ class Cluster:
     def start(self, member: str) -> None:
         """Start a member's process. Whether it came up is heard from its first news."""
         cluster = self._order.cluster
-        actor = (
-            ray.remote(Actor)
-            .options(
-                name=member,
-                lifetime="detached",
-                max_concurrency=8,
-                max_restarts=0,
-                # A local Ray is the run's own: counting its cores would only keep the run from growing.
-                num_cpus=cluster.threads_per_worker if cluster.address else 0,
-                num_gpus=cluster.gpus_per_worker,
-                scheduling_strategy="SPREAD",
-                runtime_env=_runtime_env(self._order),
-            )
-            .remote(member, self._order)
-        )
+        actor = self._actor.options(
+            name=member,
+            lifetime="detached",
+            max_concurrency=8,
+            max_restarts=0,
+            # A local Ray is the run's own: counting its cores would only keep the run from growing.
+            num_cpus=cluster.threads_per_worker if cluster.address else 0,
+            num_gpus=cluster.gpus_per_worker,
+            scheduling_strategy="SPREAD",
+            runtime_env=_runtime_env(self._order),
+        ).remote(member, self._order)
         self._seat(member, actor)
 
     def tell(self, member: str, method: str, *arguments: object) -> None:

@@ -41,6 +41,7 @@ from elastic.control.instructions import (
     FormWorld,
     Instruction,
     KillMember,
+    Manner,
     ReleaseMember,
     StartMember,
     Status,
@@ -50,12 +51,12 @@ from elastic.control.report import TrainReport
 from elastic.errors import Fenced, TrainingFailed
 from elastic.runtime.cluster import Cluster, check_portable
 from elastic.runtime.journal import Journal, read_moments, read_report
+from elastic.runtime.mailbox import WorldOrder
 from elastic.runtime.metrics import Metrics
 from elastic.runtime.notices import LogLine, Observer
 from elastic.runtime.order import Fault, TrainOrder
 from elastic.runtime.watch import Watch
 from elastic.runtime.wish import Wish
-from elastic.runtime.worker import WorldOrder
 from elastic.runtime.world import open_rendezvous
 
 log = logging.getLogger("holdfast.driver")
@@ -192,8 +193,10 @@ class Driver:
                     self._cluster.end_silent(member)
                 case ReleaseMember(member):
                     self._cluster.kill(member)
-                case FormWorld(members=members):
-                    self._claim(instruction.generation)
+                case FormWorld(generation, members, _, manner):
+                    if manner is Manner.AT_ONCE:
+                        self._tell(members, "leave", generation)  # they need not wait for the store
+                    self._claim(generation)
                     self._tell(members, "form", WorldOrder(instruction, self._endpoint, self._cluster.anchor))
                 case StopWorld():
                     self._tell(self._controller.members.world, "stop", instruction)

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections import deque
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,7 +33,6 @@ from checkpoint import (
 )
 from elastic.control.events import (
     Ending,
-    Event,
     MemberEnded,
     MemberFailed,
     MemberLeaving,
@@ -41,25 +40,26 @@ from elastic.control.events import (
     Settled,
     UserFailed,
     WorldBroken,
+    WorldCalledOff,
     WorldFormed,
 )
-from elastic.control.instructions import FormWorld, Manner, StopWorld
+from elastic.control.instructions import Manner, StopWorld
 from elastic.errors import JobRejected
 from elastic.runtime import autopsy
-from elastic.runtime.lifeline import Anchor, Lifeline
-from elastic.runtime.notices import Answer, LogLine
+from elastic.runtime.lifeline import Lifeline
+from elastic.runtime.mailbox import Mailbox, Outbox, WorldOrder
+from elastic.runtime.notices import Answer
 from elastic.runtime.order import TrainOrder
 from elastic.runtime.peers import Home, Neighbours
 from elastic.runtime.preemption import heed_sigterm
-from elastic.runtime.world import Endpoint, Former, Place, World
-from elastic.training.blame import UserFailure
+from elastic.runtime.world import Former, Place, World
+from elastic.training.blame import UserFailure, explain, is_out_of_memory
 from elastic.training.job import load_job, load_settings
-from elastic.training.ports import Broken, Flags
+from elastic.training.ports import Broken
 from elastic.training.state import weights_sha256
 from elastic.training.trainer import Storage, Trainer, TrainPlan
 
 log = logging.getLogger("holdfast.worker")
-MAX_UNREAD = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,111 +70,6 @@ class Assignment:
     host: str
     address: str
     order: TrainOrder
-
-
-@dataclass(frozen=True, slots=True)
-class WorldOrder:
-    """An order to form a world, and where the driver that gave it has its rendezvous and its lifelines."""
-
-    form: FormWorld
-    endpoint: Endpoint
-    anchor: Anchor
-
-
-class Mailbox:
-    """What the driver told a member that it has not acted on: the newest world order, and whether to stop."""
-
-    def __init__(self, lease_s: float) -> None:
-        self._changed = threading.Condition()
-        self._order: WorldOrder | None = None
-        self._taken = 0
-        self._stop_generation = 0
-        self._lease_s = lease_s
-        self._heard_at = time.monotonic()
-
-    def put(self, order: WorldOrder) -> bool:
-        """Accept an order that is newer than any before; return whether it is."""
-        with self._changed:
-            known = max(self._taken, self._order.form.generation if self._order else 0)
-            if order.form.generation <= known:
-                return False
-            self._order = order
-            self._changed.notify_all()
-            return True
-
-    def stop(self, generation: int) -> None:
-        """Ask for a clean end of this generation's world."""
-        with self._changed:
-            self._stop_generation = max(self._stop_generation, generation)
-
-    def hear(self) -> None:
-        """Note that a driver is alive."""
-        self._heard_at = time.monotonic()
-
-    @property
-    def is_orphaned(self) -> bool:
-        """Whether no driver was heard of for the lease."""
-        return time.monotonic() - self._heard_at > self._lease_s
-
-    def next(self) -> WorldOrder | None:
-        """Wait for the next world order; None when the lease runs out first."""
-        with self._changed:
-            while self._order is None:
-                if self.is_orphaned:
-                    return None
-                self._changed.wait(timeout=1.0)
-            order, self._order = self._order, None
-            self._taken = order.form.generation
-            return order
-
-    def has_newer(self) -> bool:
-        """Whether a newer world was ordered than the one taken last."""
-        return self._order is not None
-
-    def check(self, generation: int) -> None:
-        """Raise Broken if a newer world than this one is to form at once."""
-        order = self._order
-        if order is not None and order.form.manner is Manner.AT_ONCE and order.form.generation > generation:
-            raise Broken(generation, f"world {order.form.generation} was ordered at once")
-
-    def pending(self) -> Flags:
-        """Tell the trainer what to propose at the next step boundary."""
-        with self._changed:
-            newer = self._order.form.generation if self._order else 0
-            wants_stop = self._stop_generation >= self._taken or self.is_orphaned
-            return Flags(next_generation=newer, stop=int(wants_stop))
-
-
-class Outbox(logging.Handler):
-    """What a member has to tell the driver, in order: events, and its log records.
-
-    Bounded; the oldest go first.
-    """
-
-    def __init__(self, member: str) -> None:
-        super().__init__(logging.INFO)
-        self._member = member
-        self._unread: deque[Event | LogLine] = deque(maxlen=MAX_UNREAD)
-        self._changed = threading.Condition()
-
-    def put(self, message: Event | LogLine) -> None:
-        """Queue a message."""
-        with self._changed:
-            self._unread.append(message)
-            self._changed.notify_all()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Queue a log record."""
-        self.put(LogLine(self._member, record.levelno, self.format(record)))
-
-    def take(self, timeout_s: float) -> list[Event | LogLine]:
-        """Return what is unread, waiting a while for something."""
-        with self._changed:
-            if not self._unread:
-                self._changed.wait(timeout=timeout_s)
-            taken = list(self._unread)
-            self._unread.clear()
-            return taken
 
 
 class Member:
@@ -212,8 +107,16 @@ class Member:
 
     def form(self, order: WorldOrder) -> None:
         """Take an order to form a world; an order at once also breaks the world the member is in."""
-        if self._mailbox.put(order) and order.form.manner is Manner.AT_ONCE and self._world is not None:
-            self._world.cut()
+        if self._mailbox.put(order) and order.form.manner is Manner.AT_ONCE:
+            self.leave(order.form.generation)
+
+    def leave(self, generation: int) -> None:
+        """Break the world the member is in, if it is older than this generation, which is to form at once."""
+        is_new, world = self._mailbox.call_off(generation), self._world
+        if world is not None and world.generation < generation:
+            if is_new:
+                self._outbox.put(WorldCalledOff(self._assignment.member, world.generation))
+            world.cut()
 
     def stop(self, instruction: StopWorld) -> None:
         """Take the request for a clean end."""
@@ -231,13 +134,16 @@ class Member:
             self._blame(failure.step, str(failure), failure.traceback)
         except (JobRejected, Mismatch, NoCheckpoint) as error:
             self._blame(0, str(error), "")
-        except Exception as error:
-            log.exception("the worker failed")  # the border: another machine may do better
+        except Exception as error:  # the border: another machine may do better
+            if is_out_of_memory(error):  # elsewhere it would not fit either
+                self._blame(0, explain(error), traceback.format_exc())
+                return
+            log.exception("the worker failed")
             self._outbox.put(MemberFailed(self._assignment.member, f"{type(error).__name__}: {error}"))
 
-    def _blame(self, step: int, message: str, traceback: str) -> None:
+    def _blame(self, step: int, message: str, trace: str) -> None:
         """Tell what no other worker could do better."""
-        self._outbox.put(UserFailed(self._assignment.member, 0, step, message, traceback))
+        self._outbox.put(UserFailed(self._assignment.member, 0, step, message, trace))
 
     def _train_until_told(self) -> None:
         assignment = self._assignment

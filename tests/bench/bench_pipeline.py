@@ -5,8 +5,6 @@ The peer is torchrun (an agent that restarts all workers from the newest file) o
 data, its last worker SIGKILLed at the same step. Rounds are interleaved; figures are medians.
 """
 
-import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,7 +14,9 @@ from pathlib import Path
 from statistics import median
 
 import elastic
+from tests.bench.figures.restarts import torchrun
 from tests.bench.harness import Effort, Goal, Row, row
+from tests.bench.peers.default_job import Course
 
 ROOT = Path(__file__).parents[2]
 NUM_STEPS, KILL_STEP, EVERY = 60, 25, 20
@@ -31,22 +31,13 @@ class Ours:
     report: elastic.TrainReport
 
 
-@dataclass(frozen=True, slots=True)
-class Torchrun:
-    """Kill to the first step after it, to the first step never made before, and how many were made twice."""
-
-    next_step_s: float
-    new_progress_s: float
-    redone_steps: int
-
-
 def run(effort: Effort) -> list[Row]:
     """Measure ours and torchrun in turn."""
     ours, peer = [], []
     for _ in range(1 if effort is Effort.QUICK else 3):
         with tempfile.TemporaryDirectory() as directory:
             ours.append(_ours(Path(directory)))
-            peer.append(torchrun(Path(directory)))
+            peer.append(torchrun(Course(Path(directory) / "torchrun", KILL_STEP + 2, EVERY, KILL_STEP)))
     failures = [each.report.failures[0] for each in ours]
     step_s = median(each.report.computing_s / each.report.committed_steps for each in ours)
     total_s = median(failure.total_s or float("inf") for failure in failures)
@@ -120,40 +111,3 @@ def _ours(directory: Path) -> Ours:
     command = [sys.executable, "-m", "flows.cli", "train", str(spec), "--name", "bench", "--plain"]
     subprocess.run(command, cwd=ROOT, check=True, timeout=TIMEOUT_S, stdout=subprocess.DEVNULL)
     return Ours(time.monotonic() - started, elastic.read_report(directory / "runs" / "bench"))
-
-
-def torchrun(directory: Path) -> Torchrun:
-    """Run the peer.
-
-    Without the variable its survivors never come back (the agent's store is shared with the dead rank).
-    """
-    log, checkpoint = directory / "torchrun.jsonl", directory / "torchrun.pt"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=4",
-        "--max-restarts=3",
-    ]
-    script = [str(Path(__file__).parent / "peers" / "torchrun_job.py"), str(log), str(checkpoint)]
-    numbers = [str(KILL_STEP + 15), str(EVERY), str(KILL_STEP)]
-    variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(
-        [*command, *script, *numbers],
-        env={**os.environ, **variables},
-        check=True,
-        timeout=TIMEOUT_S,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    killed_at = next(line["time"] for line in lines if line["what"] == "kill")
-    # By restart, not by time: a survivor may write down the step of the kill just after it.
-    after = [line for line in lines if line["what"] == "step" and line["restart"] > 0]
-    again = {line["step"] for line in after if line["step"] <= KILL_STEP}
-    return Torchrun(
-        next_step_s=min(line["time"] for line in after) - killed_at,
-        new_progress_s=min(line["time"] for line in after if line["step"] > KILL_STEP) - killed_at,
-        redone_steps=len(again),
-    )

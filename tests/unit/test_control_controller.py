@@ -1,5 +1,7 @@
 """The controller, case by case: what an earlier driver left, names, late stops, worlds that cannot form."""
 
+from dataclasses import replace
+
 from elastic.control.controller import SUSPICION_S, Controller, Phase
 from elastic.control.events import (
     Cause,
@@ -100,6 +102,7 @@ def test_a_joiner_that_cannot_start_is_replaced_and_the_others_train_on() -> Non
     controller.handle(MemberLost("w2", Cause.PROCESS_DIED, "test"), 3.0)
     for member in ("w0", "w1"):
         controller.handle(Settled(member, 2, 5, "self", 0.1), 3.5)
+    assert controller.handle(StepCommitted("w0", 2, 6, 1.0, 0.1, 1, 0.0), 3.8) == [StartMember("w3")]
     told = controller.handle(MemberFailed("w3", "OSError: no room"), 4.0)
     assert told == [KillMember("w3", "OSError: no room"), StartMember("w4")]
     assert controller.phase is Phase.TRAINING
@@ -181,9 +184,28 @@ def test_a_standby_takes_a_lost_members_place_at_once_and_another_one_is_started
         controller.handle(MemberReady(f"w{index}", "h", index), 1.0)
     for member in ("w0", "w1"):
         controller.handle(Settled(member, 1, 0, "fresh", 0.1), 2.0)
-    formed, started = controller.handle(MemberLost("w0", Cause.PROCESS_DIED, ""), 3.0)
+    (formed,) = controller.handle(MemberLost("w0", Cause.PROCESS_DIED, ""), 3.0)
     assert isinstance(formed, FormWorld) and formed.members == ("w1", "w2")
-    assert started == StartMember("w3")
+    assert controller.handle(StepCommitted("w1", 2, 6, 1.0, 0.1, 1, 0.0), 3.5) == [StartMember("w3")]
+
+
+def test_a_replacement_starts_once_the_survivors_made_a_step_or_had_two_seconds_for_one() -> None:
+    controller = training(3)
+    (formed,) = controller.handle(MemberLost("w2", Cause.PROCESS_DIED, ""), 3.0)
+    assert isinstance(formed, FormWorld)
+    for member in ("w0", "w1"):
+        assert controller.handle(Settled(member, 2, 5, "self", 0.1), 3.1) == []
+    assert controller.handle(Tick(), 4.9) == []
+    assert controller.handle(Tick(), 5.0) == [StartMember("w3")]
+    assert controller.handle(StepCommitted("w0", 2, 6, 1.0, 0.1, 1, 0.0), 5.1) == []
+
+
+def test_where_too_few_survive_for_a_world_the_replacements_start_at_once() -> None:
+    controller = training(3)
+    controller.policy = replace(controller.policy, min_workers=2)
+    controller.handle(MemberLost("w2", Cause.PROCESS_DIED, ""), 3.0)
+    started = controller.handle(MemberLost("w1", Cause.PROCESS_DIED, ""), 3.1)
+    assert started == [StartMember("w3"), StartMember("w4")]
 
 
 def test_a_member_that_answers_but_is_stuck_in_a_micro_batch_is_killed_while_others_wait_for_it() -> None:

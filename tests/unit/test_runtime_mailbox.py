@@ -8,8 +8,8 @@ import pytest
 from elastic.control.events import WorldBroken
 from elastic.control.instructions import FormWorld, Manner
 from elastic.runtime.lifeline import Anchor
+from elastic.runtime.mailbox import Mailbox, Outbox, WorldOrder
 from elastic.runtime.notices import LogLine
-from elastic.runtime.worker import Mailbox, Outbox, WorldOrder
 from elastic.runtime.world import Endpoint
 from elastic.training.ports import Broken
 
@@ -40,12 +40,15 @@ def test_a_pending_order_is_proposed_at_the_next_boundary() -> None:
     assert mailbox.has_newer()
 
 
-def test_an_order_at_once_breaks_the_older_world_and_one_at_a_boundary_does_not() -> None:
+def test_a_world_that_is_called_off_breaks_and_neither_a_newer_one_nor_a_polite_order_does() -> None:
     mailbox = Mailbox(lease_s=60.0)
-    mailbox.put(order(2))
-    with pytest.raises(Broken, match="at once"):
+    mailbox.check(1)
+    assert mailbox.call_off(2)
+    with pytest.raises(Broken, match="called off"):
         mailbox.check(1)
     mailbox.check(2)
+    assert not mailbox.call_off(2), "it is known"
+    assert not mailbox.call_off(1), "it is old"
     polite = WorldOrder(replace(order(3).form, manner=Manner.AT_BOUNDARY), order(3).endpoint, order(3).anchor)
     mailbox.put(polite)
     mailbox.check(2)
