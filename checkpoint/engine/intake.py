@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
+from uuid import uuid4
 
 from checkpoint.engine.arena import Arena, Region, Sizing
 from checkpoint.engine.contract import (
@@ -40,6 +41,7 @@ class Intake:
 
     def __init__(self, host: str, arena: Arena, hold: int = 0) -> None:
         self.host = host
+        self.life = uuid4().hex[:16]  # tells what is written for this host now from what was, or will be
         self.arena = arena
         self.hold = hold
         self.board = Board()
