@@ -51,13 +51,15 @@ def save(
     *,
     generation: int = 1,
     host: str = "h0",
+    life: str = "",
 ) -> Manifest | None:
     """Save a checkpoint as a keeper does: each value is a tensor with a pack of its own, or the known one's.
 
-    Returns None if what was known cannot be built on any more.
+    Its host lives anew each time, unless its `life` is named. Returns None if what was known cannot be built
+    on any more.
     """
     tensors, packs, chunks = [], [], []
-    names = PackNames(host, f"{next(_LIVES):016x}")
+    names = PackNames(host, life or f"{next(_LIVES):016x}")
     old = {} if known is None else _chunks_by_content(store, known)
     for number, value in enumerate(values):
         raw = np.full(SHAPE, value, "<i4").tobytes()

@@ -84,10 +84,9 @@ def find_host(lodging: Lodging, world: World) -> KeeperHost | None:
 
     Its arena is made to measure when the first state is saved.
     """
-    config = lodging.config(world.host, (lodging.arena_mib or 1) * MIB)
-    if lodging.kept == "in this process" or not config.life_lock_path.exists() or is_free(config):
+    if not has_keeper(lodging, world):
         return None
-    return connect(config)
+    return connect(lodging.config(world.host, (lodging.arena_mib or 1) * MIB))
 
 
 def arena_for(lodging: Lodging, world: World, tree: Any) -> int:
@@ -114,25 +113,31 @@ def held_by(host: AnyHost | None) -> Iterator[Sequence[Held]]:
         yield () if held is None else (held,)
 
 
-def settle(host: AnyHost | None, sources: Sequence[Source], world: World, timeout_s: float) -> None:
-    """Wait, on every rank, until what the hosts have captured is durable, unless memory has newer steps.
+def has_keeper(lodging: Lodging, world: World) -> bool:
+    """Whether a keeper of this host lives: a predecessor's, which may still write what that captured."""
+    config = lodging.config(world.host, MIB)
+    return lodging.kept == "by a keeper" and config.life_lock_path.exists() and not is_free(config)
+
+
+def settle(
+    host: AnyHost | None, above: int, world: World, *, timeout_s: float, patience_s: float
+) -> tuple[int, ...]:
+    """Wait, on every rank, until what the hosts have captured above a step is durable; return what is not.
 
     A step that a predecessor captured would otherwise come up under this process's feet: it would be restored
-    from an older one, and find the step taken when it saves it anew.
+    from an older one, and find the step taken when it saves it anew. A store that takes nothing for
+    `patience_s` is not waited for any longer.
     """
-    in_memory = -1 if host is None else _newest(sources)
-    left = () if host is None else host.settle(in_memory, min(timeout_s, _SILENT_S))
-    if host is not None and left and timeout_s > _SILENT_S:
+    first_s = min(timeout_s, _SILENT_S)
+    left = () if host is None else host.settle(above, first_s, patience_s=patience_s)
+    if host is not None and left and timeout_s > first_s:
         log.warning("%s still being written: waiting for %.0f s at most", named(left), timeout_s)
-        left = host.settle(in_memory, timeout_s - _SILENT_S)
-    if unsettled := sorted({step for one in world.everybody(left) for step in one}):
-        log.error(
-            "%s captured and not durable after %g s: done without, and their steps may be taken later "
-            "(`Options(flush_s=)` waits longer)", named(tuple(unsettled)), timeout_s,
-        )  # fmt: skip
+        left = host.settle(above, timeout_s - first_s, patience_s=patience_s)
+    return tuple(sorted({step for one in world.everybody(left) for step in one}))
 
 
-def _newest(sources: Sequence[Source]) -> int:
+def newest_of(sources: Sequence[Source]) -> int:
+    """Return the newest step of some sources, -1 if they have none."""
     found = -1
     for source in sources:
         with suppress(CheckpointError):  # who cannot tell is found out when it is read

@@ -151,14 +151,14 @@ class KeeperHost:
             with suppress(KeeperLost):
                 link.ask({"verb": "unheld"})
 
-    def settle(self, above: int, timeout_s: float) -> tuple[int, ...]:
+    def settle(self, above: int, timeout_s: float, *, patience_s: float) -> tuple[int, ...]:
         """Wait until what the keeper has under way above a step is over, as `Intake.settle` says.
 
         Returns nothing if the keeper is gone: then nobody writes.
         """
         with suppress(KeeperLost):
-            message = {"verb": "settle", "above": above, "timeout_s": timeout_s}
-            return tuple(self._link.ask(message).get("steps", ()))
+            told = {"verb": "settle", "above": above, "timeout_s": timeout_s, "patience_s": patience_s}
+            return tuple(self._link.ask(told).get("steps", ()))
         return ()
 
     def pressure(self) -> Pressure:

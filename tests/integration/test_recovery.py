@@ -13,7 +13,7 @@ import pytest
 
 import elastic
 from checkpoint import Catalog, SavePolicy, open_store
-from tests.integration.drivers import Drive, await_step, driving, kill_group, kill_ray
+from tests.integration.drivers import Drive, await_no_keeper, await_step, driving, kill_group, kill_ray
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 NUM_STEPS = 120
@@ -214,3 +214,4 @@ def test_an_exception_in_the_job_ends_the_run_with_one_clear_error(tmp_path: Pat
         elastic.train(order, lambda _: None)
     assert elastic.read_report(order.run_dir).status == "failed"
     assert elastic.read_report(order.run_dir).failures == (), "a mistake in the job is no machine failure"
+    await_no_keeper(order)
