@@ -32,7 +32,7 @@ from checkpoint.checkpointer.hosting import (
     settle,
 )
 from checkpoint.checkpointer.meeting import Meeting, Neighbours, check_neighbours, rebuilt_notes
-from checkpoint.checkpointer.options import NEAREST, Options, lodging_of, place_of
+from checkpoint.checkpointer.options import NEAREST, Options, host_policy_of, place_of
 from checkpoint.checkpointer.restoring import Restoration, restore_newest
 from checkpoint.checkpointer.saving import Saving
 from checkpoint.checkpointer.world import World, join_world
@@ -86,7 +86,7 @@ class Checkpointer:
         check_kind("options", self._options, Options)
         place = place_of(url)
         self._store = open_store(place)
-        self._lodging = lodging_of(place, run, keep, every, memory=memory, options=self._options)
+        self._host_policy = host_policy_of(place, run, keep, every, memory=memory, options=self._options)
         self._every = every
         neighbours = Neighbours(self._options.parity, self._options.address, self._options.domain)
         check_neighbours(neighbours, memory)
@@ -97,7 +97,7 @@ class Checkpointer:
         self._damaged: tuple[Fallback, ...] = ()
         self._last = -1
         self._newest = self._world.tell(lambda: newest_in(self._store))  # which nobody has asked for yet
-        self._may_inherit = has_keeper(self._lodging, self._world)
+        self._may_inherit = has_keeper(self._host_policy, self._world)
         self._restored = -1
         self._in_the_way = ""
         self._savings: deque[Saving] = deque(maxlen=_MAX_REMEMBERED)
@@ -139,7 +139,7 @@ class Checkpointer:
         self._last = step
         saving = Saving(step, self._world.generation, captured, self._tiers_of(step, depth), self._look)
         self._savings.append(saving)
-        if self._lodging.held:
+        if self._host_policy.hold:
             self._meeting.look(self._host)
         self._look()
         return saving
@@ -166,8 +166,8 @@ class Checkpointer:
         self.wait_captured()
         if step is not None:
             step = plain_step(step)
-        self._host = self._host or find_host(self._lodging, self._world)
-        policy, run = self._options.reading, run or self._lodging.run
+        self._host = self._host or find_host(self._host_policy, self._world)
+        policy, run = self._options.reading, run or self._host_policy.run
         with ExitStack() as pinned:
             held = pinned.enter_context(held_by(self._host))
             peers = pinned.enter_context(self._meeting.source(self._host))
@@ -225,16 +225,16 @@ class Checkpointer:
         return self._world
 
     def _join(self) -> World:
-        apart = "r" if self._lodging.kept == "in this process" else ""
+        apart = "r" if self._host_policy.kept == "in this process" else ""
         return join_world(self._store, apart=apart, host=self._options.host)
 
     def _due(self, step: int) -> Depth | None:
         if step % self._every == 0:
             return "store"
-        return "memory" if self._lodging.held else None
+        return "memory" if self._host_policy.hold else None
 
     def _tiers_of(self, step: int, depth: Depth) -> tuple[str, ...]:
-        memory: tuple[str, ...] = (MEMORY,) if self._lodging.held else ()
+        memory: tuple[str, ...] = (MEMORY,) if self._host_policy.hold else ()
         parity = self._options.parity
         if parity is not None and self._meeting.is_wanted and step % parity.every == 0:
             memory = (MEMORY, PARITY)
@@ -247,7 +247,7 @@ class Checkpointer:
         if self._in_the_way:
             raise Conflict(self._in_the_way)
         if self._newest is not None:
-            check_first(self._newest, self._store, self._lodging.run, step)
+            check_first(self._newest, self._store, self._host_policy.run, step)
         if step < self._restored:
             raise Conflict(f"step {step} is not newer than step {self._restored}, which was restored")
 
@@ -255,7 +255,7 @@ class Checkpointer:
         """Raise Conflict if the first save meets what a predecessor captured, wherever that has come to."""
         if not self._may_inherit:
             return
-        self._host = self._host or find_host(self._lodging, self._world)
+        self._host = self._host or find_host(self._host_policy, self._world)
         if self._host is not None:
             check_unfinished(self._host.settle(step - 1, 0.0, patience_s=0.0), step)
         try:
@@ -264,7 +264,7 @@ class Checkpointer:
             log.warning("whether a predecessor's last step is durable by now is unknown: %s", error)
         else:
             if newest is not None:
-                check_first(newest, self._store, self._lodging.run, step)
+                check_first(newest, self._store, self._host_policy.run, step)
         self._may_inherit = False
 
     def _settled(self, above: int) -> tuple[str, ...]:
@@ -303,8 +303,8 @@ class Checkpointer:
 
     def _saver_for(self, tree: Any) -> Saver:
         if self._saver is None:
-            self._host = self._host or open_host(self._lodging, self._store, self._world, tree)
-            self._saver = Saver(self._host, self._lodging.run, self._options.saving)
+            self._host = self._host or open_host(self._host_policy, self._store, self._world, tree)
+            self._saver = Saver(self._host, self._host_policy.run, self._options.saving)
         return self._saver
 
     def _begin(self, step: int, state: Any, meta: Mapping[str, Any], depth: Depth) -> "Future[None]":

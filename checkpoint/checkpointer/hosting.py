@@ -34,14 +34,14 @@ Kept = Literal["by a keeper", "in this process"]
 
 
 @dataclass(frozen=True, slots=True)
-class Lodging:
-    """Where snapshots are kept, and how many; `arena_mib` None asks for room for two, and those held."""
+class HostPolicy:
+    """Who keeps snapshots, where, how many; `arena_mib` None asks for room for two, and those it holds."""
 
     url: str
     run: str
     keep: tuple[Policy, ...]
     tiers: tuple[Tier, ...]
-    held: int
+    hold: int
     arena_mib: int | None
     kept: Kept
     directory: Path | None
@@ -58,7 +58,7 @@ class Lodging:
             arena_bytes=arena_bytes,
             lease_s=self.lease_s,
             flush_s=self.flush_s,
-            hold=self.held,
+            hold=self.hold,
             keep=self.keep,
             far=self.tiers,
             directory=self.directory,
@@ -71,28 +71,28 @@ class Lodging:
         return Sizing("as needed" if self.arena_mib is None else "fixed", "`Options(arena_mib=)`")
 
 
-def open_host(lodging: Lodging, store: Store, world: World, tree: Any) -> AnyHost:
+def open_host(policy: HostPolicy, store: Store, world: World, tree: Any) -> AnyHost:
     """Join the keeper of this host or start one, with room for a state like `tree`."""
-    arena_bytes = arena_for(lodging, world, tree)
-    if lodging.kept == "in this process":
-        return LocalHost(store, world.host, arena_bytes=arena_bytes, hold=lodging.held, sizing=lodging.sizing)
-    return connect(lodging.config(world.host, arena_bytes))
+    arena_bytes = arena_for(policy, world, tree)
+    if policy.kept == "in this process":
+        return LocalHost(store, world.host, arena_bytes=arena_bytes, hold=policy.hold, sizing=policy.sizing)
+    return connect(policy.config(world.host, arena_bytes))
 
 
-def find_host(lodging: Lodging, world: World) -> KeeperHost | None:
+def find_host(policy: HostPolicy, world: World) -> KeeperHost | None:
     """Join the keeper of this host if one lives: it may hold what its last trainer captured.
 
     Its arena is made to measure when the first state is saved.
     """
-    if not has_keeper(lodging, world):
+    if not has_keeper(policy, world):
         return None
-    return connect(lodging.config(world.host, (lodging.arena_mib or 1) * MIB))
+    return connect(policy.config(world.host, (policy.arena_mib or 1) * MIB))
 
 
-def arena_for(lodging: Lodging, world: World, tree: Any) -> int:
+def arena_for(policy: HostPolicy, world: World, tree: Any) -> int:
     """Return how large an arena is to be: as was said, else two snapshots of this host and those held."""
-    if lodging.arena_mib is not None:
-        return lodging.arena_mib * MIB
+    if policy.arena_mib is not None:
+        return policy.arena_mib * MIB
     taken = take_apart(tree)
     leaves = [
         describe(name, leaf, world.rank, world.size)
@@ -100,7 +100,7 @@ def arena_for(lodging: Lodging, world: World, tree: Any) -> int:
     ]
     one = host_bytes(leaves, world.hosts, world.host)
     spare = _SPARE if _is_young(tree) else 1.0
-    return int(one * (2 + lodging.held + lodging.num_guarded) * spare) + _SLACK_BYTES
+    return int(one * (2 + policy.hold + policy.num_guarded) * spare) + _SLACK_BYTES
 
 
 @contextmanager
@@ -113,10 +113,10 @@ def held_by(host: AnyHost | None) -> Iterator[Sequence[Held]]:
         yield () if held is None else (held,)
 
 
-def has_keeper(lodging: Lodging, world: World) -> bool:
+def has_keeper(policy: HostPolicy, world: World) -> bool:
     """Whether a keeper of this host lives: a predecessor's, which may still write what that captured."""
-    config = lodging.config(world.host, MIB)
-    return lodging.kept == "by a keeper" and config.life_lock_path.exists() and not is_free(config)
+    config = policy.config(world.host, MIB)
+    return policy.kept == "by a keeper" and config.life_lock_path.exists() and not is_free(config)
 
 
 def settle(

@@ -333,7 +333,7 @@ def _join_or_start(config: KeeperConfig) -> _Link:
             except KeeperBusy:
                 if time.monotonic() > began_s + min(_BUSY_S, config.start_s):
                     raise
-                time.sleep(_POLL_S)
+                time.sleep(_POLL_S)  # the trainer that was replaced is about to go
                 continue
             except (KeeperLost, OSError):
                 pass  # there is none, or it is about to end
@@ -350,7 +350,7 @@ def _join_or_start(config: KeeperConfig) -> _Link:
                     if num_failed == _MAX_FAILED:
                         raise
             else:
-                time.sleep(_POLL_S)
+                time.sleep(_POLL_S)  # one is about to listen, or to end
 
 
 def _dial(config: KeeperConfig) -> _Link:
