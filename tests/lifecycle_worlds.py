@@ -2,16 +2,18 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from itertools import count
 
 import numpy as np
 
-from checkpoint.engine.packing import PackNumbers
+from checkpoint.engine.packing import PackNames
 from checkpoint.engine.receipt import Receipt, write_receipt
 from checkpoint.engine.sweeps import look_up
 from checkpoint.errors import AlreadyExists, Conflict, NotFound
 from checkpoint.format.codec import Codec, checksum, encode, xor_bytes
 from checkpoint.format.fingerprint import fingerprint
-from checkpoint.format.keys import manifest_key, pack_key, page_key
+from checkpoint.format.keys import PackKey, manifest_key, pack_key, page_key
 from checkpoint.format.layout import Box
 from checkpoint.format.manifest import (
     ChunkRecord,
@@ -28,6 +30,7 @@ from checkpoint.store.contract import Buffer, ByteRange, Entry, Store
 from checkpoint.store.memory import MemoryStore
 
 SHAPE = (16,)
+_LIVES = count()
 
 
 class Clock:
@@ -48,13 +51,15 @@ def save(
     *,
     generation: int = 1,
     host: str = "h0",
+    life: str = "",
 ) -> Manifest | None:
     """Save a checkpoint as a keeper does: each value is a tensor with a pack of its own, or the known one's.
 
-    Returns None if what was known cannot be built on any more.
+    Its host lives anew each time, unless its `life` is named. Returns None if what was known cannot be built
+    on any more.
     """
     tensors, packs, chunks = [], [], []
-    numbers = PackNumbers(store, host)
+    names = PackNames(host, life or f"{next(_LIVES):016x}")
     old = {} if known is None else _chunks_by_content(store, known)
     for number, value in enumerate(values):
         raw = np.full(SHAPE, value, "<i4").tobytes()
@@ -63,7 +68,7 @@ def save(
         found = old.get((checksum(raw), mark))
         if found is None:
             chunk = ChunkRecord(number, Box.whole(SHAPE), Codec.RAW, 0, 0, 0, checksum(raw), mark)
-            chunk, pack = _write_pack(store, (generation, host, numbers.take(generation)), chunk, raw)
+            chunk, pack = _write_pack(store, names.take(generation), chunk, raw)
         else:
             chunk, pack = found
         if pack not in packs:
@@ -111,14 +116,13 @@ def _marks(chunk: ChunkRecord) -> tuple[bytes, int]:
     return chunk.checksum, chunk.fingerprint
 
 
-def _write_pack(
-    store: Store, place: tuple[int, str, int], chunk: ChunkRecord, raw: bytes
-) -> tuple[ChunkRecord, PackRef]:
-    builder = PackBuilder(*place)
+def _write_pack(store: Store, name: PackKey, chunk: ChunkRecord, raw: bytes) -> tuple[ChunkRecord, PackRef]:
+    builder = PackBuilder(name.generation, name.host, name.seq)
     placed = builder.add(chunk, raw)
     data = builder.seal([PackedTensor(f"t{n}", "int32", SHAPE) for n in range(chunk.tensor + 1)])
-    store.put_new(pack_key(*place), bytes(data))
-    return placed, PackRef(pack_key(*place), len(data))
+    key = pack_key(*astuple(name))
+    store.put_new(key, bytes(data))
+    return placed, PackRef(key, len(data))
 
 
 def _announced(store: Store, place: tuple[int, int, str], tensors, packs, chunks) -> Manifest:

@@ -48,6 +48,25 @@ def check_first(newest: Newest, store: Store, run: str, step: int) -> None:
         )
 
 
+def check_unfinished(steps: tuple[int, ...], step: int) -> None:
+    """Raise Conflict if what a predecessor captured, and its keeper still writes, takes a step."""
+    if steps:
+        raise Conflict(
+            f"the keeper of this host is still writing {named(steps)}, which nobody restored: restore(state) "
+            "first, which waits for that and goes on from there, or give this training a store of its own; "
+            f"step {step} would be taken"
+        )
+
+
+def told_unsettled(steps: tuple[int, ...]) -> str:
+    """Say what a restore did without."""
+    return (
+        f"{named(steps)} captured and not durable: the store took nothing for as long as a restore waits "
+        "(`ReadPolicy(empty_patience_s=)`, `Options(flush_s=)`). Done without; it may come to be durable "
+        "later, in the place of what is saved anew"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Ahead:
     """The steps above one that any store has, and the names of the stores that did not answer."""

@@ -13,16 +13,26 @@ from checkpoint.checkpointer.branches import (
     Newer,
     abandon,
     check_first,
+    check_unfinished,
     newer_steps,
     newest_in,
     told_abandoned,
     told_kept,
     told_unknown,
+    told_unsettled,
 )
 from checkpoint.checkpointer.giving import to_tree
-from checkpoint.checkpointer.hosting import AnyHost, find_host, held_by, open_host, settle
+from checkpoint.checkpointer.hosting import (
+    AnyHost,
+    find_host,
+    has_keeper,
+    held_by,
+    newest_of,
+    open_host,
+    settle,
+)
 from checkpoint.checkpointer.meeting import Meeting, Neighbours, check_neighbours, rebuilt_notes
-from checkpoint.checkpointer.options import NEAREST, Options, lodging_of, place_of
+from checkpoint.checkpointer.options import NEAREST, Options, host_policy_of, place_of
 from checkpoint.checkpointer.restoring import Restoration, restore_newest
 from checkpoint.checkpointer.saving import Saving
 from checkpoint.checkpointer.world import World, join_world
@@ -76,7 +86,7 @@ class Checkpointer:
         check_kind("options", self._options, Options)
         place = place_of(url)
         self._store = open_store(place)
-        self._lodging = lodging_of(place, run, keep, every, memory=memory, options=self._options)
+        self._host_policy = host_policy_of(place, run, keep, every, memory=memory, options=self._options)
         self._every = every
         neighbours = Neighbours(self._options.parity, self._options.address, self._options.domain)
         check_neighbours(neighbours, memory)
@@ -87,6 +97,7 @@ class Checkpointer:
         self._damaged: tuple[Fallback, ...] = ()
         self._last = -1
         self._newest = self._world.tell(lambda: newest_in(self._store))  # which nobody has asked for yet
+        self._may_inherit = has_keeper(self._host_policy, self._world)
         self._restored = -1
         self._in_the_way = ""
         self._savings: deque[Saving] = deque(maxlen=_MAX_REMEMBERED)
@@ -110,7 +121,7 @@ class Checkpointer:
         Raises `FormatError` for what cannot be stored, naming it; never for trouble with the store, which is
         logged, and told by the Saving. Raises ValueError for a step that is not newer than the last,
         Conflict if checkpoints of the store are in its way: they are another run's, or nobody restored them,
-        or training went back (see `restore`).
+        or training went back (see `restore`); so if the keeper still writes what a predecessor captured.
         """
         step, metrics = plain_step(step), plain_metrics(metrics or {})
         self._check_way(step)
@@ -122,12 +133,13 @@ class Checkpointer:
                 f"step {step} is not newer than step {self._last}, which was saved last: "
                 "to go back, restore an older step first, or make another Checkpointer"
             )
+        self._check_inheritance(step)
         with no_collection():
             captured = self._begin(step, state, {"metrics": metrics, "data_cursor": cursor}, depth)
         self._last = step
         saving = Saving(step, self._world.generation, captured, self._tiers_of(step, depth), self._look)
         self._savings.append(saving)
-        if self._lodging.held:
+        if self._host_policy.hold:
             self._meeting.look(self._host)
         self._look()
         return saving
@@ -144,7 +156,8 @@ class Checkpointer:
         With an older `step` the newer ones stay, and `save` is refused, unless `newer="set aside"` moves
         their manifests out of the way, on all tiers; `notes` names them. A checkpoint of another run is
         refused unless `run` names it. What a predecessor on this host captured is waited for, for `flush_s`
-        at most, until it is durable in the nearest store, unless memory has it.
+        at most, until it is durable in the nearest store, unless memory has it; but a store that takes
+        nothing any more only as long as a reader waits for one (`reading`), and `notes` says so.
 
         Raises Mismatch, naming what differs, for another model's checkpoint or another run's; NoCheckpoint if
         none is whole; Conflict if a tagged one would be set aside; StoreUnavailable if there is nothing, and
@@ -153,21 +166,21 @@ class Checkpointer:
         self.wait_captured()
         if step is not None:
             step = plain_step(step)
-            self.wait(self._options.flush_s)  # what is on its way is newer as well
-        self._host = self._host or find_host(self._lodging, self._world)
-        policy, run = self._options.reading, run or self._lodging.run
+        self._host = self._host or find_host(self._host_policy, self._world)
+        policy, run = self._options.reading, run or self._host_policy.run
         with ExitStack() as pinned:
             held = pinned.enter_context(held_by(self._host))
             peers = pinned.enter_context(self._meeting.source(self._host))
             own: list[Source] = [*(HeldSource(one, MEMORY) for one in held), *peers]
-            settle(self._host, own, self._world, self._options.flush_s)
+            above = newest_of(own) if step is None else step  # what is on its way is newer as well
+            left = self._settled(above)
             sources = [*own, *self._sources()]
             restored = restore_newest(state, sources, self._world, step, policy, run=run)
             if restored is not None:
-                notes = rebuilt_notes(peers, restored.step)
+                notes = (*left, *rebuilt_notes(peers, restored.step))
                 restored = replace(restored, notes=(*restored.notes, *notes))
         self._damaged = () if restored is None else restored.report.fallbacks
-        self._newest, self._in_the_way = None, ""
+        self._newest, self._may_inherit, self._in_the_way = None, False, ""
         self._restored = -1 if restored is None else restored.step
         if restored is not None and step is not None:
             restored = self._branched(restored, newer)
@@ -212,16 +225,16 @@ class Checkpointer:
         return self._world
 
     def _join(self) -> World:
-        apart = "r" if self._lodging.kept == "in this process" else ""
+        apart = "r" if self._host_policy.kept == "in this process" else ""
         return join_world(self._store, apart=apart, host=self._options.host)
 
     def _due(self, step: int) -> Depth | None:
         if step % self._every == 0:
             return "store"
-        return "memory" if self._lodging.held else None
+        return "memory" if self._host_policy.hold else None
 
     def _tiers_of(self, step: int, depth: Depth) -> tuple[str, ...]:
-        memory: tuple[str, ...] = (MEMORY,) if self._lodging.held else ()
+        memory: tuple[str, ...] = (MEMORY,) if self._host_policy.hold else ()
         parity = self._options.parity
         if parity is not None and self._meeting.is_wanted and step % parity.every == 0:
             memory = (MEMORY, PARITY)
@@ -234,9 +247,34 @@ class Checkpointer:
         if self._in_the_way:
             raise Conflict(self._in_the_way)
         if self._newest is not None:
-            check_first(self._newest, self._store, self._lodging.run, step)
+            check_first(self._newest, self._store, self._host_policy.run, step)
         if step < self._restored:
             raise Conflict(f"step {step} is not newer than step {self._restored}, which was restored")
+
+    def _check_inheritance(self, step: int) -> None:
+        """Raise Conflict if the first save meets what a predecessor captured, wherever that has come to."""
+        if not self._may_inherit:
+            return
+        self._host = self._host or find_host(self._host_policy, self._world)
+        if self._host is not None:
+            check_unfinished(self._host.settle(step - 1, 0.0, patience_s=0.0), step)
+        try:
+            newest = newest_in(self._store)  # it may have been finished since this was made
+        except StoreError as error:
+            log.warning("whether a predecessor's last step is durable by now is unknown: %s", error)
+        else:
+            if newest is not None:
+                check_first(newest, self._store, self._host_policy.run, step)
+        self._may_inherit = False
+
+    def _settled(self, above: int) -> tuple[str, ...]:
+        """Wait for what was captured before, here and on other hosts; note what is not durable after that."""
+        timeout_s, patience_s = self._options.flush_s, self._options.reading.empty_patience_s
+        left = settle(self._host, above, self._world, timeout_s=timeout_s, patience_s=patience_s)
+        if not left:
+            return ()
+        log.error("%s", told_unsettled(left))
+        return (told_unsettled(left),)
 
     def _stores(self) -> dict[str, Store]:
         return {NEAREST: self._store, **{tier.label: open_store(tier.url) for tier in self._options.tiers}}
@@ -265,8 +303,8 @@ class Checkpointer:
 
     def _saver_for(self, tree: Any) -> Saver:
         if self._saver is None:
-            self._host = self._host or open_host(self._lodging, self._store, self._world, tree)
-            self._saver = Saver(self._host, self._lodging.run, self._options.saving)
+            self._host = self._host or open_host(self._host_policy, self._store, self._world, tree)
+            self._saver = Saver(self._host, self._host_policy.run, self._options.saving)
         return self._saver
 
     def _begin(self, step: int, state: Any, meta: Mapping[str, Any], depth: Depth) -> "Future[None]":

@@ -34,14 +34,14 @@ Kept = Literal["by a keeper", "in this process"]
 
 
 @dataclass(frozen=True, slots=True)
-class Lodging:
-    """Where snapshots are kept, and how many; `arena_mib` None asks for room for two, and those held."""
+class HostPolicy:
+    """Who keeps snapshots, where, how many; `arena_mib` None asks for room for two, and those it holds."""
 
     url: str
     run: str
     keep: tuple[Policy, ...]
     tiers: tuple[Tier, ...]
-    held: int
+    hold: int
     arena_mib: int | None
     kept: Kept
     directory: Path | None
@@ -58,7 +58,7 @@ class Lodging:
             arena_bytes=arena_bytes,
             lease_s=self.lease_s,
             flush_s=self.flush_s,
-            hold=self.held,
+            hold=self.hold,
             keep=self.keep,
             far=self.tiers,
             directory=self.directory,
@@ -71,29 +71,28 @@ class Lodging:
         return Sizing("as needed" if self.arena_mib is None else "fixed", "`Options(arena_mib=)`")
 
 
-def open_host(lodging: Lodging, store: Store, world: World, tree: Any) -> AnyHost:
+def open_host(policy: HostPolicy, store: Store, world: World, tree: Any) -> AnyHost:
     """Join the keeper of this host or start one, with room for a state like `tree`."""
-    arena_bytes = arena_for(lodging, world, tree)
-    if lodging.kept == "in this process":
-        return LocalHost(store, world.host, arena_bytes=arena_bytes, hold=lodging.held, sizing=lodging.sizing)
-    return connect(lodging.config(world.host, arena_bytes))
+    arena_bytes = arena_for(policy, world, tree)
+    if policy.kept == "in this process":
+        return LocalHost(store, world.host, arena_bytes=arena_bytes, hold=policy.hold, sizing=policy.sizing)
+    return connect(policy.config(world.host, arena_bytes))
 
 
-def find_host(lodging: Lodging, world: World) -> KeeperHost | None:
+def find_host(policy: HostPolicy, world: World) -> KeeperHost | None:
     """Join the keeper of this host if one lives: it may hold what its last trainer captured.
 
     Its arena is made to measure when the first state is saved.
     """
-    config = lodging.config(world.host, (lodging.arena_mib or 1) * MIB)
-    if lodging.kept == "in this process" or not config.life_lock_path.exists() or is_free(config):
+    if not has_keeper(policy, world):
         return None
-    return connect(config)
+    return connect(policy.config(world.host, (policy.arena_mib or 1) * MIB))
 
 
-def arena_for(lodging: Lodging, world: World, tree: Any) -> int:
+def arena_for(policy: HostPolicy, world: World, tree: Any) -> int:
     """Return how large an arena is to be: as was said, else two snapshots of this host and those held."""
-    if lodging.arena_mib is not None:
-        return lodging.arena_mib * MIB
+    if policy.arena_mib is not None:
+        return policy.arena_mib * MIB
     taken = take_apart(tree)
     leaves = [
         describe(name, leaf, world.rank, world.size)
@@ -101,7 +100,7 @@ def arena_for(lodging: Lodging, world: World, tree: Any) -> int:
     ]
     one = host_bytes(leaves, world.hosts, world.host)
     spare = _SPARE if _is_young(tree) else 1.0
-    return int(one * (2 + lodging.held + lodging.num_guarded) * spare) + _SLACK_BYTES
+    return int(one * (2 + policy.hold + policy.num_guarded) * spare) + _SLACK_BYTES
 
 
 @contextmanager
@@ -114,25 +113,31 @@ def held_by(host: AnyHost | None) -> Iterator[Sequence[Held]]:
         yield () if held is None else (held,)
 
 
-def settle(host: AnyHost | None, sources: Sequence[Source], world: World, timeout_s: float) -> None:
-    """Wait, on every rank, until what the hosts have captured is durable, unless memory has newer steps.
+def has_keeper(policy: HostPolicy, world: World) -> bool:
+    """Whether a keeper of this host lives: a predecessor's, which may still write what that captured."""
+    config = policy.config(world.host, MIB)
+    return policy.kept == "by a keeper" and config.life_lock_path.exists() and not is_free(config)
+
+
+def settle(
+    host: AnyHost | None, above: int, world: World, *, timeout_s: float, patience_s: float
+) -> tuple[int, ...]:
+    """Wait, on every rank, until what the hosts have captured above a step is durable; return what is not.
 
     A step that a predecessor captured would otherwise come up under this process's feet: it would be restored
-    from an older one, and find the step taken when it saves it anew.
+    from an older one, and find the step taken when it saves it anew. A store that takes nothing for
+    `patience_s` is not waited for any longer.
     """
-    in_memory = -1 if host is None else _newest(sources)
-    left = () if host is None else host.settle(in_memory, min(timeout_s, _SILENT_S))
-    if host is not None and left and timeout_s > _SILENT_S:
+    first_s = min(timeout_s, _SILENT_S)
+    left = () if host is None else host.settle(above, first_s, patience_s=patience_s)
+    if host is not None and left and timeout_s > first_s:
         log.warning("%s still being written: waiting for %.0f s at most", named(left), timeout_s)
-        left = host.settle(in_memory, timeout_s - _SILENT_S)
-    if unsettled := sorted({step for one in world.everybody(left) for step in one}):
-        log.error(
-            "%s captured and not durable after %g s: done without, and their steps may be taken later "
-            "(`Options(flush_s=)` waits longer)", named(tuple(unsettled)), timeout_s,
-        )  # fmt: skip
+        left = host.settle(above, timeout_s - first_s, patience_s=patience_s)
+    return tuple(sorted({step for one in world.everybody(left) for step in one}))
 
 
-def _newest(sources: Sequence[Source]) -> int:
+def newest_of(sources: Sequence[Source]) -> int:
+    """Return the newest step of some sources, -1 if they have none."""
     found = -1
     for source in sources:
         with suppress(CheckpointError):  # who cannot tell is found out when it is read

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoint.checkpointer.hosting import Kept, Lodging
+from checkpoint.checkpointer.hosting import HostPolicy, Kept
 from checkpoint.engine.bounds import check_kind, check_one_of, check_seconds, check_whole
 from checkpoint.engine.reading import ReadPolicy
 from checkpoint.engine.save import SavePolicy
@@ -72,7 +72,9 @@ def place_of(url: Any) -> str:
     return os.fspath(url)
 
 
-def lodging_of(place: str, run: str, keep: Any, every: int, *, memory: int, options: Options) -> Lodging:
+def host_policy_of(
+    place: str, run: str, keep: Any, every: int, *, memory: int, options: Options
+) -> HostPolicy:
     """Return where snapshots are kept. Raises TypeError, ValueError for what makes no sense."""
     if not run:
         raise ValueError("a run has a name: leave it out, or give one that tells it from others")
@@ -85,7 +87,7 @@ def lodging_of(place: str, run: str, keep: Any, every: int, *, memory: int, opti
     kept = options.kept or ("in this process" if place.startswith("memory:") else "by a keeper")
     if kept == "in this process" and (keep or options.tiers):
         raise ValueError("retention and further tiers are a keeper's work: use a store that one can reach")
-    return Lodging(
+    return HostPolicy(
         place, run, policies, options.tiers, memory, options.arena_mib, kept,
         options.directory, _lease_s(options.lease_s, memory), options.flush_s,
         2 if options.parity is not None else 0,

@@ -38,7 +38,7 @@ class Fate(Future[Durable]):
         while not self.done():
             if deadline is not None and time.monotonic() >= deadline:
                 raise TimeoutError("the checkpoint is neither durable nor given up yet")
-            time.sleep(_POLL_S)
+            time.sleep(_POLL_S)  # outcomes come from a host, which is only ever asked
 
 
 @dataclass(slots=True)

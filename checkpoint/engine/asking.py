@@ -5,11 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
+from threading import Event
 
 from checkpoint.engine.pipeline import apart
 from checkpoint.engine.reading import ReadPolicy
 from checkpoint.engine.source import Source, StoreSource
 from checkpoint.errors import StoreUnavailable
+from checkpoint.store.wrappers import tried_while
+
+_Told = SimpleQueue[tuple[int, list[int] | BaseException]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +32,17 @@ def ask_for_steps(sources: Sequence[Source], policy: ReadPolicy) -> Answers:
     Raises StoreUnavailable if no source can tell, or if those that can have nothing: what another one has
     would be trained anew.
     """
-    told: SimpleQueue[tuple[int, list[int] | BaseException]] = SimpleQueue()
+    told, is_over = _Told(), Event()
     for number, source in enumerate(sources):
-        apart(partial(_ask, number, source, told))
+        apart(partial(_ask, number, source, told, is_over))
+    try:
+        return _heard(sources, policy, told)
+    finally:
+        is_over.set()
+
+
+def _heard(sources: Sequence[Source], policy: ReadPolicy, told: _Told) -> Answers:
+    """Collect what the sources tell."""
     pending, steps = set(range(len(sources))), set[int]()
     nearest, deadline = len(sources), float("inf")  # of those that told of steps
     began_s, nearest_store = time.monotonic(), len(sources)  # of those that told
@@ -80,8 +92,9 @@ def _remaining(deadline: float) -> float | None:
     return None if deadline == float("inf") else max(deadline - time.monotonic(), 0.0)
 
 
-def _ask(number: int, source: Source, told: "SimpleQueue[tuple[int, list[int] | BaseException]]") -> None:
+def _ask(number: int, source: Source, told: _Told, is_over: Event) -> None:
     try:
-        told.put((number, source.steps()))
+        with tried_while(lambda: not is_over.is_set()):
+            told.put((number, source.steps()))
     except Exception as error:  # noqa: BLE001 -- raised by who asked
         told.put((number, error))

@@ -39,16 +39,18 @@ from checkpoint.format.table import ChunkTable
 from checkpoint.store.contract import Store
 
 
-def write_pages(store: Store, place: tuple[int, int, str], chunks: Sequence[ChunkRecord]) -> list[PageRef]:
+def write_pages(
+    store: Store, place: tuple[int, int, str], chunks: Sequence[ChunkRecord], *, life: str = ""
+) -> list[PageRef]:
     """Write chunk records as index pages of `place` (generation, step, host); return what to call them.
 
-    Numbers that an earlier, dead writer used are left alone.
+    Numbers that this life of the host used before, or an earlier one without a name, are left alone.
     """
     pages = []
     seq = 1
     for data, num_chunks in encode_pages(chunks):
         while True:
-            key = page_key(*place, seq)
+            key = page_key(*place, seq, life)
             seq += 1
             try:
                 store.put_new(key, data)
@@ -81,11 +83,14 @@ def proof_of(chunks: ChunkTable) -> str:
     return checksum(json.dumps(sorted(chunks.fingerprint_sums().items())).encode()).hex()
 
 
-def try_commit(store: Store, own: Receipt, chunks: ChunkTable, created_utc: str) -> Manifest | None:
+def try_commit(
+    store: Store, own: Receipt, chunks: ChunkTable, created_utc: str, *, life: str = ""
+) -> Manifest | None:
     """Create the manifest if the receipts of all hosts are there; return it, or None to be asked again.
 
     None also while a prune is about to delete what an earlier checkpoint shares with this one: it finds the
-    receipts and spares it, or it is gone when asked again. `chunks` is what this host's own pages list.
+    receipts and spares it, or it is gone when asked again. `chunks` is what this host's own
+    pages list, `life` names new ones.
 
     Raises Conflict if the step exists with other content, Corrupt if what exists cannot be read, Mismatch if
     the hosts hold different states, Incomplete if the chunks do not cover a tensor, a host gave up, or what
@@ -106,7 +111,7 @@ def try_commit(store: Store, own: Receipt, chunks: ChunkTable, created_utc: str)
         return None
     receipts = {host: receipts[host] for host in sorted(set(own.hosts))}
     tables = [chunks if receipt is own else read_pages(store, receipt.pages) for receipt in receipts.values()]
-    manifest = _merge(store, own, receipts, tables, created_utc)
+    manifest = _merge(store, own, receipts, tables, created_utc, life=life)
     if not _is_firm(store, receipts.values()):
         return None
     return _create(store, manifest)
@@ -145,6 +150,8 @@ def _merge(
     receipts: Mapping[str, Receipt],
     tables: Sequence[ChunkTable],
     created_utc: str,
+    *,
+    life: str,
 ) -> Manifest:
     """Put the hosts' shares together; several hosts' pages are written anew, with common pack numbers."""
     lead = receipts[own.hosts[0]]
@@ -165,7 +172,7 @@ def _merge(
     manifest = describe(lead, chunks, packs, created_utc)
     check_chunks(manifest.tensors, chunks)
     place = (own.generation, own.step, own.host)
-    pages = lead.pages if len(receipts) == 1 else write_pages(store, place, chunks)
+    pages = lead.pages if len(receipts) == 1 else write_pages(store, place, chunks, life=life)
     return replace(manifest, pages=tuple(pages), token=_token(store, own.generation))
 
 

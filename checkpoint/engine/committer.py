@@ -73,7 +73,7 @@ class Committer:
             log.warning("the commit of step %d waits for the store: %s", one.entry.step, error)
 
     def _commit(self, one: Waiting) -> None:
-        manifest = try_commit(self._store, one.receipt, one.chunks, now_utc())
+        manifest = try_commit(self._store, one.receipt, one.chunks, now_utc(), life=self._intake.life)
         now = time.monotonic()
         if manifest is not None:
             self._learn(one, manifest)

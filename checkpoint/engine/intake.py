@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
+from uuid import uuid4
 
 from checkpoint.engine.arena import Arena, Region, Sizing
 from checkpoint.engine.contract import (
@@ -40,6 +41,7 @@ class Intake:
 
     def __init__(self, host: str, arena: Arena, hold: int = 0) -> None:
         self.host = host
+        self.life = uuid4().hex[:16]  # tells what is written for this host now from what was, or will be
         self.arena = arena
         self.hold = hold
         self.board = Board()
@@ -57,8 +59,7 @@ class Intake:
     def open(self, ticket: Ticket, plan: SnapshotPlan, owner: object) -> Region | Failed | None:
         """Lend a region for a share, waiting for room as the plan says.
 
-        None if its snapshot failed, which the board tells; Failed, for who asked alone, if that was over
-        before.
+        None if its snapshot failed, which the board tells; Failed, for who asked alone, if it was over.
         """
         if not ticket.rank < len(plan.hosts) or plan.hosts[ticket.rank] != self.host:
             raise Mismatch(f"rank {ticket.rank} of hosts {plan.hosts} does not live on {self.host!r}")
@@ -152,10 +153,11 @@ class Intake:
         with self._changed:
             return self._changed.wait_for(lambda: self._is_closed or not self.num_unfinished, timeout_s)
 
-    def settle(self, above: int, timeout_s: float) -> tuple[int, ...]:
+    def settle(self, above: int, timeout_s: float, *, patience_s: float) -> tuple[int, ...]:
         """Wait until what is under way above a step is over, as `await_end` says; return what is not."""
         with self._changed:
-            return await_end(self._register.live(), above, self._changed, timeout_s)
+            live = self._register.live()
+            return await_end(live, above, self._changed, timeout_s=timeout_s, patience_s=patience_s)
 
     @property
     def num_unfinished(self) -> int:
@@ -167,8 +169,7 @@ class Intake:
     def num_only_here(self) -> int:
         """How many snapshots would be lost with this memory: the newest one held, if no store has it."""
         with self._changed:
-            newest = self._register.held()[-1:]
-            return sum(not entry.is_durable for entry in newest)
+            return sum(not entry.is_durable for entry in self._register.held()[-1:])
 
     @property
     def is_closed(self) -> bool:
@@ -306,8 +307,7 @@ class Intake:
             return failed
 
     def expire(self, patience_s: float, straggler_s: float) -> None:
-        """Give up snapshots that a local rank owes for `patience_s`, or `straggler_s` after a newer world
-        saved.
+        """Give up what a local rank owes for `patience_s`, or for `straggler_s` since a newer world saved.
 
         All living ranks are in the newer world; what is still owed to an older one is a last capture in hand,
         or a dead rank's.

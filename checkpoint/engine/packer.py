@@ -12,7 +12,7 @@ from checkpoint.engine.encoding import Encoded, Job, work_on
 from checkpoint.engine.intake import Intake
 from checkpoint.engine.known import Recall
 from checkpoint.engine.ledger import ShareEntry, SnapshotId
-from checkpoint.engine.packing import Filing, OpenPack, PackLimits, PackNumbers
+from checkpoint.engine.packing import Filing, OpenPack, PackLimits, PackNames
 from checkpoint.engine.predecessors import Predecessors
 from checkpoint.engine.tuning import Tuning
 from checkpoint.engine.worklist import Work
@@ -52,7 +52,7 @@ class Packer:
         self._tuning = tuning
         self._outbox = outbox
         self._submit = submit
-        self._numbers = PackNumbers(store, intake.host)
+        self._names = PackNames(intake.host, intake.life)
         self._filings: dict[SnapshotId, Filing] = {}
         self._pack: OpenPack | None = None
 
@@ -110,8 +110,8 @@ class Packer:
         if self._pack is not None and self._pack.filing is not filing:
             self._hand_over_pack()  # a pack holds chunks of one snapshot, so that it lives and dies with it
         if self._pack is None:
-            seq = self._numbers.take(filing.entry.generation)
-            self._pack = OpenPack(filing, seq, self._limits(filing))
+            key = self._names.take(filing.entry.generation)
+            self._pack = OpenPack(filing, key, self._limits(filing))
         is_lent = encoded.is_in_arena and len(encoded.data) >= COPIED_BELOW
         self._pack.add(encoded.chunk, encoded.data, share if is_lent else None)
         if self._pack.is_full:

@@ -1,5 +1,6 @@
-"""Packs under way: chunks of one snapshot, collected until they are worth an object; and their numbers."""
+"""Packs under way: chunks of one snapshot, collected until they are worth an object; and their names."""
 
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -7,9 +8,8 @@ import numpy as np
 from checkpoint.engine.known import Known
 from checkpoint.engine.ledger import ShareEntry, SnapshotEntry
 from checkpoint.engine.predecessors import Predecessors
-from checkpoint.errors import AlreadyExists, Conflict
 from checkpoint.format.codec import Buffer
-from checkpoint.format.keys import PACKS, pack_key, parse_pack_key
+from checkpoint.format.keys import PackKey, pack_key
 from checkpoint.format.manifest import ChunkRecord, PackRef
 from checkpoint.format.pack import PackBuilder
 from checkpoint.format.records import MAX_CHAIN, MAX_CHUNKS_PER_PAGE
@@ -65,18 +65,17 @@ class PackLimits:
 
 
 class OpenPack:
-    """The pack that is being filled; `seq` is its number in its key."""
+    """The pack that is being filled; `key` is its name."""
 
-    def __init__(self, filing: Filing, seq: int, limits: PackLimits) -> None:
+    def __init__(self, filing: Filing, key: PackKey, limits: PackLimits) -> None:
         self.filing = filing
         self.lent: list[ShareEntry] = []  # once for each chunk that is read from the arena
-        entry = filing.entry
-        self.key = pack_key(entry.generation, entry.host, seq)
+        self.key = pack_key(key.generation, key.host, key.seq, key.life)
         self._limits = limits
         self._num_copied_bytes = 0
         self._place = len(filing.own)
         filing.own.append(None)
-        self._builder = PackBuilder(entry.generation, entry.host, seq)
+        self._builder = PackBuilder(key.generation, key.host, key.seq)
 
     def add(self, stored: ChunkRecord, data: Buffer, lent_by: ShareEntry | None) -> None:
         """Append a chunk. What a share lends is read from the arena when the pack is written."""
@@ -109,32 +108,20 @@ class OpenPack:
 
     def write(self, store: Store) -> None:
         """Write the pack; it is durable when this returns."""
-        entry = self.filing.entry
-        parts = self._builder.seal_parts(entry.content.tensors)
-        try:
-            store.put_new(self.key, parts)
-        except AlreadyExists as error:
-            raise Conflict(
-                f"{self.key} was written by somebody else: two keepers work for host {entry.host} "
-                f"in generation {entry.generation}; end one of them"
-            ) from error
+        store.put_new(self.key, self._builder.seal_parts(self.filing.entry.content.tensors))
         self.filing.own[self._place] = PackRef(self.key, self._builder.num_bytes)
 
 
-class PackNumbers:
-    """Numbers a host's packs within each generation, after those that an earlier keeper left."""
+class PackNames:
+    """Names the packs of one life of a host, numbered within each generation."""
 
-    def __init__(self, store: Store, host: str) -> None:
-        self._store = store
+    def __init__(self, host: str, life: str) -> None:
         self._host = host
-        self._next: dict[int, int] = {}
+        self._life = life
+        self._next: defaultdict[int, int] = defaultdict(int)
 
-    def take(self, generation: int) -> int:
-        """Return the next number that is free."""
-        if generation not in self._next:
-            prefix = f"{PACKS}{generation:06d}-{self._host}-"
-            used = (parse_pack_key(entry.key) for entry in self._store.list(prefix))
-            self._next[generation] = max((key.seq + 1 for key in used if key is not None), default=0)
-        number = self._next[generation]
-        self._next[generation] = number + 1
-        return number
+    def take(self, generation: int) -> PackKey:
+        """Return the next name, which nobody else ever takes."""
+        seq = self._next[generation]
+        self._next[generation] = seq + 1
+        return PackKey(generation, self._host, seq, self._life)

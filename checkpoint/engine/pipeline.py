@@ -102,7 +102,8 @@ class Pipeline:
     def _receipted(self, filing: Filing) -> Waiting:
         """Write the pages and the receipt of a snapshot whose packs are durable."""
         entry, chunks = filing.entry, filing.table()
-        pages = write_pages(self._patient_store, (entry.generation, entry.step, entry.host), chunks)
+        place = (entry.generation, entry.step, entry.host)
+        pages = write_pages(self._patient_store, place, chunks, life=self._intake.life)
         leads = entry.hosts[0] == entry.host
         share = receipt_of(entry)
         receipt = replace(

@@ -157,7 +157,7 @@ class Saver:
                 return True
             if time.monotonic() >= deadline:
                 return False
-            time.sleep(_POLL_S)
+            time.sleep(_POLL_S)  # outcomes come from a host, which is only ever asked
 
     def close(self) -> None:
         """End the capture thread, after the snapshot in hand. What was captured goes on to be durable."""

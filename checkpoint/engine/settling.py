@@ -1,6 +1,8 @@
 """Waiting for snapshots under way, before somebody looks which checkpoints there are."""
 
+import time
 from collections.abc import Sequence
+from functools import partial
 from threading import Condition
 
 from checkpoint.engine.ledger import SnapshotEntry
@@ -9,19 +11,33 @@ _CAPTURE_S = 3.0  # a capture in hand is over by then, or its rank is gone
 
 
 def await_end(
-    entries: Sequence[SnapshotEntry], above: int, changed: Condition, timeout_s: float
+    entries: Sequence[SnapshotEntry], above: int, changed: Condition, *, timeout_s: float, patience_s: float
 ) -> tuple[int, ...]:
     """Wait, holding `changed`, until snapshots above a step are over; return the captured steps that are not.
 
-    What is being captured now is waited for as well, but not for long.
+    Ends early once none of them has come any further for `patience_s`: the store is down, or hangs. What is
+    being captured now is waited for as well, but not for long.
     """
     found = [one for one in entries if one.step > above]
+    deadline_s = time.monotonic() + timeout_s
     changed.wait_for(
         lambda: all(one.is_captured or not one.is_live for one in found), min(timeout_s, _CAPTURE_S)
     )
-    changed.wait_for(lambda: not _under_way(found), timeout_s)
+    before: list[int] = []
+    while _under_way(found) and (now := _left(found)) != before:
+        before, left_s = now, max(deadline_s - time.monotonic(), 0.0)
+        changed.wait_for(partial(_has_moved, found, now), min(patience_s, left_s))
     return _under_way(found)
+
+
+def _has_moved(entries: Sequence[SnapshotEntry], left: Sequence[int]) -> bool:
+    return _left(entries) != left
 
 
 def _under_way(entries: Sequence[SnapshotEntry]) -> tuple[int, ...]:
     return tuple(one.step for one in entries if one.is_captured and one.is_live)
+
+
+def _left(entries: Sequence[SnapshotEntry]) -> list[int]:
+    """Tell how many chunks of each snapshot the pipeline still has to write; -1 once it is over."""
+    return [sum(share.num_needed for share in one.shares.values()) if one.is_live else -1 for one in entries]

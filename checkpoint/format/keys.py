@@ -23,9 +23,12 @@ MAX_GENERATION = 10**6 - 1
 _MAX_KEY_LENGTH = 512
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*", re.ASCII)
 _HOST = re.compile(r"[a-z0-9]{1,32}", re.ASCII)
+_LIFE = re.compile(r"[0-9a-f]{16}", re.ASCII)
 _MANIFEST_KEY = re.compile(r"manifests/([0-9]{12})", re.ASCII)
-_PACK_KEY = re.compile(r"packs/([0-9]{6})-([a-z0-9]{1,32})-([0-9]{6})", re.ASCII)
-_PAGE_KEY = re.compile(r"index/([0-9]{6})-([0-9]{12})-([a-z0-9]{1,32})-([0-9]{4})", re.ASCII)
+_PACK_KEY = re.compile(r"packs/([0-9]{6})-([a-z0-9]{1,32})(?:-([0-9a-f]{16}))?-([0-9]{6})", re.ASCII)
+_PAGE_KEY = re.compile(
+    r"index/([0-9]{6})-([0-9]{12})-([a-z0-9]{1,32})(?:-([0-9a-f]{16}))?-([0-9]{4})", re.ASCII
+)
 _TAG = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", re.ASCII)
 _STEP_AND_DIGEST = re.compile(r"([0-9]{12})-([0-9a-f]{16})", re.ASCII)
 _GENERATION_KEY = re.compile(r"control/generations/([0-9]{6})", re.ASCII)
@@ -38,6 +41,7 @@ class PackKey:
     generation: int
     host: str
     seq: int
+    life: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,7 @@ class PageKey:
     step: int
     host: str
     seq: int
+    life: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +68,18 @@ def manifest_key(step: int) -> str:
     return f"{MANIFESTS}{_number(step, 12, 'step')}"
 
 
-def pack_key(generation: int, host: str, seq: int) -> str:
-    """Return the key of the seq-th pack that a host writes in a generation."""
-    return f"{PACKS}{_number(generation, 6, 'generation')}-{_host(host)}-{_number(seq, 6, 'pack number')}"
+def pack_key(generation: int, host: str, seq: int, life: str = "") -> str:
+    """Return the key of the seq-th pack that a host writes in a generation and a life of its own.
+
+    No other life has its number, which is drawn: so no key is used again once its pack is gone.
+    """
+    number = _number(seq, 6, "pack number")
+    return f"{PACKS}{_number(generation, 6, 'generation')}-{_writer(host, life)}-{number}"
 
 
-def page_key(generation: int, step: int, host: str, seq: int) -> str:
-    """Return the key of the seq-th index page of a host for a step: its receipt."""
-    return f"{pages_prefix(generation, step)}{_host(host)}-{_number(seq, 4, 'page number')}"
+def page_key(generation: int, step: int, host: str, seq: int, life: str = "") -> str:
+    """Return the key of the seq-th index page of a host for a step; the receipt's has no life in it."""
+    return f"{pages_prefix(generation, step)}{_writer(host, life)}-{_number(seq, 4, 'page number')}"
 
 
 def pages_prefix(generation: int, step: int) -> str:
@@ -136,13 +145,15 @@ def parse_manifest_key(key: str) -> int | None:
 def parse_pack_key(key: str) -> PackKey | None:
     """Return what a pack's key says; None if it is no such key."""
     found = _PACK_KEY.fullmatch(key)
-    return PackKey(int(found[1]), found[2], int(found[3])) if found else None
+    return PackKey(int(found[1]), found[2], int(found[4]), found[3] or "") if found else None
 
 
 def parse_page_key(key: str) -> PageKey | None:
     """Return what a page's key says; None if it is no such key."""
     found = _PAGE_KEY.fullmatch(key)
-    return PageKey(int(found[1]), int(found[2]), found[3], int(found[4])) if found else None
+    if not found:
+        return None
+    return PageKey(int(found[1]), int(found[2]), found[3], int(found[5]), found[4] or "")
 
 
 def parse_generation_key(key: str) -> int | None:
@@ -193,7 +204,9 @@ def _number(value: int, digits: int, what: str) -> str:
     return f"{value:0{digits}d}"
 
 
-def _host(host: str) -> str:
+def _writer(host: str, life: str) -> str:
     if not _HOST.fullmatch(host):
         raise FormatError(f"a host is called [a-z0-9] with 1 to 32 letters in keys, not {host!r}")
-    return host
+    if life and not _LIFE.fullmatch(life):
+        raise FormatError(f"a life is called by 16 hex digits in keys, not {life!r}")
+    return f"{host}-{life}" if life else host

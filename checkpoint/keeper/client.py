@@ -151,14 +151,14 @@ class KeeperHost:
             with suppress(KeeperLost):
                 link.ask({"verb": "unheld"})
 
-    def settle(self, above: int, timeout_s: float) -> tuple[int, ...]:
+    def settle(self, above: int, timeout_s: float, *, patience_s: float) -> tuple[int, ...]:
         """Wait until what the keeper has under way above a step is over, as `Intake.settle` says.
 
         Returns nothing if the keeper is gone: then nobody writes.
         """
         with suppress(KeeperLost):
-            message = {"verb": "settle", "above": above, "timeout_s": timeout_s}
-            return tuple(self._link.ask(message).get("steps", ()))
+            told = {"verb": "settle", "above": above, "timeout_s": timeout_s, "patience_s": patience_s}
+            return tuple(self._link.ask(told).get("steps", ()))
         return ()
 
     def pressure(self) -> Pressure:
@@ -333,7 +333,7 @@ def _join_or_start(config: KeeperConfig) -> _Link:
             except KeeperBusy:
                 if time.monotonic() > began_s + min(_BUSY_S, config.start_s):
                     raise
-                time.sleep(_POLL_S)
+                time.sleep(_POLL_S)  # the trainer that was replaced is about to go
                 continue
             except (KeeperLost, OSError):
                 pass  # there is none, or it is about to end
@@ -350,7 +350,7 @@ def _join_or_start(config: KeeperConfig) -> _Link:
                     if num_failed == _MAX_FAILED:
                         raise
             else:
-                time.sleep(_POLL_S)
+                time.sleep(_POLL_S)  # one is about to listen, or to end
 
 
 def _dial(config: KeeperConfig) -> _Link:

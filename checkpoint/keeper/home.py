@@ -45,7 +45,7 @@ def start_locked(config: KeeperConfig, deadline: float) -> Iterator[None]:
     while (fd := _lock_start(config)) is None:
         if time.monotonic() > deadline:
             raise KeeperLost(f"somebody has been starting a keeper in {config.home} for too long")
-        time.sleep(_POLL_S)
+        time.sleep(_POLL_S)  # another client starts one, or looks for it
     try:
         yield
     finally:
@@ -60,7 +60,7 @@ def hold_life_lock(config: KeeperConfig) -> int:
         if time.monotonic() > deadline:
             os.close(fd)
             raise KeeperLost(f"another keeper still lives in {config.home}")
-        time.sleep(_POLL_S)
+        time.sleep(_POLL_S)  # somebody asks whether a keeper lives, with the lock in hand
     os.ftruncate(fd, 0)
     os.write(fd, str(os.getpid()).encode())
     return fd

@@ -270,7 +270,8 @@ class _Session:
                 self.intake.unpin(self.pinned.pop())
                 return {}
             case "settle":
-                return {"steps": self.intake.settle(message["above"], message["timeout_s"])}
+                above, timeout_s, patience_s = (message[one] for one in ("above", "timeout_s", "patience_s"))
+                return {"steps": self.intake.settle(above, timeout_s, patience_s=patience_s)}
             case "pressure":
                 return {"pressure": asdict(self.intake.pressure)}
             case "listen":

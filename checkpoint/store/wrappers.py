@@ -1,6 +1,8 @@
 """A store around a store: one that tries again."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,6 +12,7 @@ from checkpoint.errors import AlreadyExists, StoreRefused, StoreUnavailable
 from checkpoint.store.contract import Buffer, ByteRange, Data, Entry, Store, joined
 
 Answer = TypeVar("Answer")
+_is_wanted: ContextVar[Callable[[], bool]] = ContextVar("is_wanted", default=lambda: True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,7 @@ class Retrying:
     def _tried(self, request: Callable[[], Answer]) -> Answer:
         policy = self._policy
         for attempt in stamina.retry_context(
-            on=lambda error: _may_pass(error) and self._may_go_on(),
+            on=lambda error: _may_pass(error) and self._may_go_on() and _is_wanted.get()(),
             attempts=None if policy.deadline_s else 1,
             timeout=policy.deadline_s or None,
             wait_initial=policy.first_wait_s,
@@ -82,6 +85,16 @@ class Retrying:
             with attempt:
                 return request()
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+@contextmanager
+def tried_while(is_wanted: Callable[[], bool]) -> Iterator[None]:
+    """What this thread asks of any store within is tried again only while somebody wants the answer."""
+    token = _is_wanted.set(is_wanted)
+    try:
+        yield
+    finally:
+        _is_wanted.reset(token)
 
 
 def _may_pass(error: Exception) -> bool:

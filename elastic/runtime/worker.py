@@ -60,6 +60,7 @@ from elastic.training.state import weights_sha256
 from elastic.training.trainer import Storage, Trainer, TrainPlan
 
 log = logging.getLogger("holdfast.worker")
+IDLE_LEASE_S = 10.0  # of a keeper without workers that holds nothing: enough for a replaced one to find it
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +225,7 @@ def _keeper(assignment: Assignment) -> KeeperConfig:
         host=assignment.host,
         store_url=order.checkpoint.store_url,
         arena_bytes=order.checkpoint.arena_bytes,
-        lease_s=order.lease_s,
+        lease_s=order.lease_s if order.checkpoint.hold else min(order.lease_s, IDLE_LEASE_S),
         hold=order.checkpoint.hold,
         far=order.checkpoint.tiers,
     )

@@ -70,15 +70,22 @@ def _named(kind: str, key: str) -> Attack:
     return attack
 
 
+def _a_pack_as_a_page(store: Store, root: Path) -> None:
+    def edit(fields: Any) -> None:
+        fields["pages"][-1]["key"] = fields["packs"][-1]["key"]
+
+    _edit(store, edit)
+
+
 def _another_run_s(prefix: str) -> Attack:
-    """Put what another run has under the same keys in the place of what the newest step has."""
+    """Put what another run has in the place of what the newest step has."""
 
     def attack(store: Store, root: Path) -> None:
         other = write_run(root.parent / "other", "other", shift=100)
-        keys = [key for key in _own(store) if key.startswith(prefix)]
+        keys, others = ([key for key in _own(one) if key.startswith(prefix)] for one in (store, other))
         assert keys
-        for key in keys:
-            store.put(key, bytes(other.read(key)[0]))
+        for key, its in zip(keys, others, strict=True):
+            store.put(key, bytes(other.read(its)[0]))
 
     return attack
 
@@ -165,7 +172,7 @@ ATTACKS: Mapping[str, Attack] = {
     "a pack elsewhere": _named("packs", "s3://somewhere/else"),
     "a manifest as a pack": _named("packs", "manifests/000000000001"),
     "a page outside": _named("pages", "index/../../../../../etc/passwd"),
-    "a pack as a page": _named("pages", "packs/000000-local-000001"),
+    "a pack as a page": _a_pack_as_a_page,
     "another run's pack": _another_run_s("packs/"),
     "another run's page": _another_run_s("index/"),
     "another run's everything": _another_run_s(""),

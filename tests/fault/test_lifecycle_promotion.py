@@ -8,7 +8,7 @@ import pytest
 from checkpoint.engine.catalog import Catalog
 from checkpoint.errors import Conflict, Corrupt, NoCheckpoint, StoreUnavailable
 from checkpoint.format.codec import Codec
-from checkpoint.format.keys import PROMOTING, manifest_key
+from checkpoint.format.keys import PROMOTING, manifest_key, parse_pack_key
 from checkpoint.lifecycle import promotion
 from checkpoint.lifecycle.marks import record_score, scores
 from checkpoint.lifecycle.policies import LatestN
@@ -93,7 +93,9 @@ def test_another_checkpoint_of_that_step_is_a_conflict(near, far):
 
 
 def test_a_pack_of_another_run_under_the_same_key_is_a_conflict_though_it_is_as_long(near, far):
-    save(far, 9, [5, 6, 7])
+    named = parse_pack_key(Catalog(near).manifest(3).packs[0].key)
+    assert named is not None
+    save(far, 9, [5, 6, 7], life=named.life)
     with pytest.raises(Conflict, match="lists other chunks"):
         promote(near, far, 3)
     assert Catalog(far).steps() == [9] and verify(far).is_sound

@@ -97,8 +97,8 @@ def test_a_copy_that_is_damaged_as_well_replaces_nothing_and_is_named(near, far,
 
 def test_a_pack_of_another_run_replaces_nothing_however_sound_it_is():
     near, other = MemoryStore("near"), MemoryStore("other")
-    save(near, STEP, [1, 2])
-    save(other, STEP, [3, 4])
+    for store, values in ((near, [1, 2]), (other, [3, 4])):
+        save(store, STEP, values, life="0" * 16)
     key = Catalog(near).manifest(STEP).packs[0].key
     flip(near, key)
     report = repair(near, STEP, other)

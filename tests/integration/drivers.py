@@ -88,3 +88,16 @@ def await_step(
                 return
         time.sleep(0.05)
     pytest.fail(f"step {step} was not reached")
+
+
+def await_no_keeper(order: elastic.TrainOrder) -> None:
+    """Wait until the keepers of a run that is over have ended by themselves."""
+    deadline = time.monotonic() + 60
+    while living := [one.pid for one in psutil.process_iter(["cmdline"]) if _is_keeper(one, order)]:
+        assert time.monotonic() < deadline, f"keepers {living} outlive their run"
+        time.sleep(0.1)
+
+
+def _is_keeper(process: psutil.Process, order: elastic.TrainOrder) -> bool:
+    arguments = process.info["cmdline"] or []
+    return "checkpoint.keeper" in arguments and any(str(order.run_dir) in one for one in arguments)

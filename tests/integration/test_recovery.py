@@ -15,6 +15,7 @@ import elastic
 from checkpoint import Catalog, open_store
 from tests.integration.drivers import (
     Drive,
+    await_no_keeper,
     await_step,
     drive_to_its_end,
     driving,
@@ -225,3 +226,4 @@ def test_an_exception_in_the_job_ends_the_run_with_one_clear_error(tmp_path: Pat
     assert "the job divides by zero" in line
     assert elastic.read_report(order.run_dir).status == "failed"
     assert elastic.read_report(order.run_dir).failures == (), "a mistake in the job is no machine failure"
+    await_no_keeper(order)

@@ -22,6 +22,7 @@ from checkpoint.format.manifest import Manifest, encode_manifest, encode_page, p
 from checkpoint.format.sealed import seal, unseal
 from checkpoint.store.contract import ByteRange
 from checkpoint.store.memory import MemoryStore
+from checkpoint.store.wrappers import Retrying, RetryPolicy
 from tests.format_samples import sample_tensors, write_checkpoint
 from tests.restore_samples import Unsteady, copy_store
 
@@ -287,3 +288,17 @@ def test_an_index_that_leaves_a_chunk_out_is_refused():
     rewrite(store, replace(manifest, pages=(page_ref(manifest.pages[0].key, page, num_chunks),)))
     with pytest.raises(Incomplete, match="exactly once"):
         load(store, 2)
+
+
+def test_a_source_that_is_done_without_is_not_asked_again_behind_the_restore_s_back(quiet_retries):
+    class Down(MemoryStore):
+        def list(self, prefix):
+            raise StoreUnavailable("down")
+
+    far = Retrying(Down("far"), RetryPolicy(deadline_s=600.0, first_wait_s=0.01, longest_wait_s=0.01))
+    before = set(threading.enumerate())
+    answers = ask_for_steps([StoreSource(two_steps()), StoreSource(far, "far")], ReadPolicy(patience_s=0.05))
+    assert answers.steps == [2, 1] and "far" in str(answers.outages[1])
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20)
+        assert not thread.is_alive()

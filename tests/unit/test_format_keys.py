@@ -29,10 +29,14 @@ from checkpoint.format.keys import (
     verified_key,
 )
 
+LIFE = "0123456789abcdef"
+
 
 def test_keys_are_as_the_format_says():
     assert manifest_key(20) == "manifests/000000000020"
+    assert pack_key(3, "h0", 7, LIFE) == f"packs/000003-h0-{LIFE}-000007"
     assert pack_key(3, "h0", 7) == "packs/000003-h0-000007"
+    assert page_key(3, 20, "h0", 1, LIFE) == f"index/000003-000000000020-h0-{LIFE}-0001"
     assert page_key(3, 20, "h0", 1) == "index/000003-000000000020-h0-0001"
     assert generation_key(3) == "control/generations/000003"
     assert page_key(3, 20, "h0", 1).startswith(pages_prefix(3, 20))
@@ -44,8 +48,9 @@ def test_keys_are_as_the_format_says():
 
 def test_keys_are_read_back():
     assert parse_manifest_key(manifest_key(20)) == 20
-    assert parse_pack_key(pack_key(3, "h0", 7)) == PackKey(3, "h0", 7)
-    assert parse_page_key(page_key(3, 20, "h0", 1)) == PageKey(3, 20, "h0", 1)
+    for life in ("", LIFE):
+        assert parse_pack_key(pack_key(3, "h0", 7, life)) == PackKey(3, "h0", 7, life)
+        assert parse_page_key(page_key(3, 20, "h0", 1, life)) == PageKey(3, 20, "h0", 1, life)
     assert parse_generation_key(generation_key(3)) == 3
     digest = "0123456789abcdef"
     assert parse_expired_key(expired_key(20, digest)) == StepKey(20, digest)
@@ -57,6 +62,7 @@ NO_KEYS = [
     *("", "manifests/20", "manifests/0000000000200", "manifests/00000000002x", "manifests/٠٠٠٠٠٠٠٠٠٠٢٠"),
     *("control/expired/000000000020-XY", "control/scores/20-0123456789abcdef", "control/tags/"),
     *("control/tags/.x", "control/tags/a/b", "tags/a", "000000000020-0123456789abcdef"),
+    *("packs/000003-h0-0123-000007", "index/000003-000000000020-h0-0123456789ABCDEF-0001"),
     *("packs/000003-H0-000007", "index/3", "control/generations/000003.tmp", "manifests/000000000020\n"),
 ]
 
@@ -78,6 +84,7 @@ def test_numbers_and_hosts_that_do_not_fit_are_refused():
         lambda: generation_key(10**6),
         lambda: page_key(0, 0, "h0", 10**4),
         lambda: pack_key(0, "a/b", 0),
+        lambda: pack_key(0, "h0", 0, "another"),
         lambda: pack_key(0, "", 0),
         lambda: pack_key(0, "h" * 33, 0),
         lambda: pack_key(0, "Host", 0),

@@ -5,11 +5,24 @@ import socket
 import threading
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from checkpoint import Checkpointer, KeeperConfig, Options, Saver, Share, connect, load
+from checkpoint import (
+    Checkpointer,
+    Conflict,
+    KeeperConfig,
+    Options,
+    ReadPolicy,
+    Restoration,
+    Saver,
+    Saving,
+    Share,
+    connect,
+    load,
+)
 from checkpoint.keeper.home import hold_life_lock, make_private
 from checkpoint.keeper.messages import receive, receive_with_fd, send
 from checkpoint.keeper.server import Server
@@ -113,11 +126,11 @@ def test_who_restores_while_the_keeper_writes_waits_for_what_a_dead_trainer_capt
         assert store.asked.wait(20)
         saver.close()
     with connect(config) as second:
-        assert second.settle(-1, 0.05) == (1, 2)
-        assert second.settle(1, 0.05) == (2,)
-        assert second.settle(2, 20) == ()
+        assert second.settle(-1, 0.05, patience_s=20) == (1, 2)
+        assert second.settle(1, 20, patience_s=0.05) == (2,)
+        assert second.settle(2, 20, patience_s=20) == ()
         threading.Timer(0.1, store.go.set).start()
-        assert second.settle(-1, 20) == ()
+        assert second.settle(-1, 20, patience_s=20) == ()
     assert same_bits(load(store).state, small_state(2))
 
 
@@ -146,8 +159,82 @@ def test_a_restore_waits_for_what_hangs_no_longer_than_it_may_and_says_what_it_d
     first.save(1, state)
     with Checkpointer(config.store_url, options=options) as second:
         assert second.restore(state) is None
-    assert "step 1 captured and not durable after 0.1 s" in caplog.text
+    assert "step 1 captured and not durable" in caplog.text
     store.go.set()
+    first.close()
+
+
+def saved(checkpointer: Checkpointer, step: int, state: dict[str, Any]) -> Saving:
+    saving = checkpointer.save(step, state)
+    assert saving is not None
+    return saving
+
+
+def restored_by(checkpointer: Checkpointer, state: dict[str, Any], step: int | None = None) -> Restoration:
+    restored = checkpointer.restore(state, step)
+    assert restored is not None
+    return restored
+
+
+def test_a_restore_waits_for_a_store_that_hangs_no_longer_than_a_reader_and_its_report_names_the_step(
+    config, store, server
+):
+    reading = ReadPolicy(empty_patience_s=0.1)
+    options = Options(directory=config.directory, host="h0", lease_s=0.1, arena_mib=1, reading=reading)
+    state = {"weight": torch.full((100,), 1.0)}
+    store.go.set()
+    first = Checkpointer(config.store_url, options=options)
+    saved(first, 1, state).durable().result(20)
+    store.go.clear()
+    first.save(2, state)
+    first.wait_captured()
+    with Checkpointer(config.store_url, options=options) as second:
+        restored = restored_by(second, state)  # `flush_s` is 600 s
+        assert restored.step == 1 and any("step 2" in note for note in restored.notes)
+        assert any("step 2" in note for note in restored_by(second, state, step=1).notes)
+        store.go.set()
+        assert second.wait(20)
+        assert restored_by(second, state).step == 2
+    first.close()
+
+
+@pytest.mark.parametrize("is_committed", [False, True])
+def test_a_first_save_that_a_predecessor_s_unfinished_step_would_meet_is_refused_at_once(
+    config, store, server, is_committed
+):
+    options = Options(directory=config.directory, host="h0", lease_s=0.1, arena_mib=1)
+    state = {"weight": torch.full((100,), 1.0)}
+    first = Checkpointer(config.store_url, options=options)  # and never closed, as if it had died
+    saving = saved(first, 2, state)
+    first.wait_captured()
+    assert store.asked.wait(20)
+    with Checkpointer(config.store_url, options=options) as second:
+        if is_committed:  # when the next one saves; it was not when that one was made
+            store.go.set()
+            saving.durable().result(20)
+        for step in (1, 2):
+            with pytest.raises(Conflict, match=r"step 2\b.*restore\(state\) first"):
+                second.save(step, state)
+        store.go.set()
+        assert restored_by(second, state).step == 2
+        assert saved(second, 3, state).durable().result(20).step == 3
+    assert saving.durable().result(20).step == 2
+    first.close()
+
+
+def test_a_first_save_beyond_a_predecessor_s_unfinished_step_goes_on_and_nothing_is_lost(
+    config, store, server
+):
+    options = Options(directory=config.directory, host="h0", lease_s=0.1, arena_mib=1)
+    state = {"weight": torch.full((100,), 1.0)}
+    first = Checkpointer(config.store_url, options=options)
+    saving = saved(first, 2, state)
+    first.wait_captured()
+    assert store.asked.wait(20)
+    with Checkpointer(config.store_url, options=options) as second:
+        later = saved(second, 3, state)
+        store.go.set()
+        assert (saving.durable().result(20).step, later.durable().result(20).step) == (2, 3)
     first.close()
 
 

@@ -202,7 +202,7 @@ class Protector:
                 raise PeerLost(f"{OVERTAKEN}: {self._host} holds the snapshot of step {id_[1]} no longer")
             if time.monotonic() > deadline or self._circle is not circle or self._is_closed:
                 raise PeerLost(f"{self._host} does not hold the snapshot of step {id_[1]}")
-            time.sleep(_POLL_S)
+            time.sleep(_POLL_S)  # until this host has digested it as well
         task = _Task(circle, Stripes(self._group(circle, parity)), volume, parity.patience_s)
         self._shelf.intake.guard(volume.entry)
         with self._lock:

@@ -1,0 +1,101 @@
+"""What two lives of a host write in one generation never has one name: none is taken for the other."""
+
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoint import (
+    Durable,
+    LatestN,
+    LocalHost,
+    Saver,
+    Share,
+    Store,
+    load,
+    open_store,
+    promote,
+    prune,
+    verify,
+)
+from checkpoint.format.keys import INDEX, PACKS
+from checkpoint.lifecycle.aside import set_aside
+from tests.fault.checkpoint_worlds import MIB, QUICK, RAW, closing_all, same_bits
+
+GRACE_S = 1000.0
+
+
+class Life:
+    """One life of a host, of a training that claims no generation."""
+
+    def __init__(self, store: Store) -> None:
+        self._host = LocalHost(store, "local", arena_bytes=4 * MIB, tuning=QUICK)
+        self._saver = Saver(self._host, "run", RAW)
+
+    def save(self, step: int, seed: int) -> None:
+        self._saver.save(step, state(seed), Share.alone(), {})
+        assert self._saver.drain(20)
+        (outcome,) = self._saver.outcomes()
+        assert isinstance(outcome, Durable), outcome
+
+    def close(self) -> None:
+        self._saver.close()
+        self._host.close(flush_s=1.0)
+
+
+@pytest.fixture
+def begin():
+    with closing_all(Life) as make:
+        yield make
+
+
+def state(seed: int) -> dict[str, Any]:
+    return {"weight": torch.randn(17_000, generator=torch.Generator().manual_seed(seed))}
+
+
+def going_back(store: Store, step: int) -> None:
+    """Set a step aside and free its bytes."""
+    assert set_aside(store, step, "training went back", policy="abandoned")
+    prune(store, [LatestN(1)], now_s=time.time() + 2 * GRACE_S, grace_s=GRACE_S, linger_s=0.0)
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_what_was_saved_after_going_back_comes_to_a_tier_that_still_has_the_abandoned_bytes(
+    tmp_path, begin, step
+):
+    near, far = (open_store(str(tmp_path / name)) for name in ("near", "far"))
+    first = begin(near)
+    first.save(1, seed=1)
+    first.save(2, seed=2)
+    for one in (1, 2):
+        promote(near, far, one)
+    set_aside(far, 2, "training went back", policy="abandoned")
+    going_back(near, 2)
+    begin(near).save(step, seed=3)
+    assert promote(near, far, step).is_new
+    for store in (near, far):
+        assert same_bits(load(store, step).state, state(3)) and verify(store).is_sound
+
+
+def test_a_life_that_was_thought_dead_and_its_successor_write_packs_of_their_own(tmp_path, begin):
+    store = open_store(str(tmp_path))
+    slow, successor = begin(store), begin(store)
+    for step, life in enumerate((slow, successor, slow, successor), start=1):
+        life.save(step, seed=step)
+    assert verify(store).is_sound
+    for step in range(1, 5):
+        assert same_bits(load(store, step).state, state(step))
+
+
+def test_no_name_comes_again_although_all_that_had_one_is_gone(tmp_path, begin):
+    store = open_store(str(tmp_path))
+    seen: set[str] = set()
+    for _ in range(3):
+        begin(store).save(1, seed=1)
+        names = {entry.key for prefix in (PACKS, INDEX) for entry in store.list(prefix)}
+        written = {name for name in names if not name.endswith("-0000")}  # a receipt is a word, not content
+        assert not written & seen
+        seen |= written
+        going_back(store, 1)
+        assert not store.list(PACKS)
