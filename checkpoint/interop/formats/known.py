@@ -16,6 +16,7 @@ from checkpoint.interop.formats.deepspeed_universal import (
 )
 from checkpoint.interop.formats.hf import looks_like_hf, open_hf, write_hf
 from checkpoint.interop.formats.megatron import looks_like_megatron, open_megatron
+from checkpoint.interop.formats.megatron_dist import looks_like_megatron_dist, open_megatron_dist
 from checkpoint.interop.formats.torchfile import looks_like_torch, open_torch
 from checkpoint.interop.place import Place
 
@@ -55,6 +56,14 @@ _KNOWN = (
         open_megatron,
         _later("megatron_writing", "write_megatron"),
         holds_optimizer=False,
+    ),
+    Format(
+        "megatron-dist",
+        "Megatron-Core's distributed checkpoints (torch_dist)",
+        looks_like_megatron_dist,
+        open_megatron_dist,
+        _later("megatron_dist_writing", "write_megatron_dist"),
+        holds_optimizer=True,
     ),
     Format(
         "deepspeed-universal",

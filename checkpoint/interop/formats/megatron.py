@@ -13,12 +13,8 @@ from checkpoint.format.box import Box
 from checkpoint.interop.formats.archive import Stored
 from checkpoint.interop.formats.contract import About
 from checkpoint.interop.formats.inert import plain
-from checkpoint.interop.formats.megatron_files import (
-    ShardFile,
-    arguments_of,
-    find_files,
-    looks_like_megatron,
-)
+from checkpoint.interop.formats.megatron_arguments import arguments_of, sizes_of
+from checkpoint.interop.formats.megatron_files import ShardFile, find_files, looks_like_megatron
 from checkpoint.interop.formats.numbered import names_of_numbered
 from checkpoint.interop.formats.tiles import Tile, Tiled, held
 from checkpoint.interop.formats.twins import Samples, check_distinct
@@ -175,34 +171,6 @@ def _about(
         axes,
         step if type(step) is int else None,
         extra,
-        _sizes(arguments, {tensor.name for tensor in tensors}),
+        sizes_of(arguments, {tensor.name for tensor in tensors}),
         tuple(notes),
     )
-
-
-def _sizes(arguments: Mapping[str, Any], names: set[str]) -> dict[str, int]:
-    """Return the sizes that rule documents ask for, as far as the arguments say them."""
-    said = {key: value for key, value in arguments.items() if type(value) is int}
-    sizes = {
-        name: said[key]
-        for name, key in (
-            ("layers", "num_layers"),
-            ("heads", "num_attention_heads"),
-            ("head_dim", "kv_channels"),
-            ("hidden", "hidden_size"),
-            ("inner", "ffn_hidden_size"),
-            ("vocab", "vocab_size"),
-            ("padded_vocab", "padded_vocab_size"),
-            ("experts", "num_experts"),
-        )
-        if key in said
-    }
-    if arguments.get("group_query_attention") and "num_query_groups" in said:
-        sizes["kv_heads"] = said["num_query_groups"]
-    if "max_position_embeddings" in said and any(".position_embeddings." in name for name in names):
-        sizes["positions"] = said["max_position_embeddings"]
-    if "untie_embeddings_and_output_weights" in arguments:
-        sizes["tied"] = int(not arguments["untie_embeddings_and_output_weights"])
-    sizes["fused_norms"] = int(any(name.endswith(".linear_qkv.layer_norm_weight") for name in names))
-    sizes["qkv_bias"] = int(any(name.endswith(".linear_qkv.bias") for name in names))
-    return sizes
