@@ -167,7 +167,7 @@ def save(model: Any, optimizer: Any, options: argparse.Namespace) -> None:
     if options.save == "legacy":
         folder /= folder_of(options)
         folder.mkdir(parents=True, exist_ok=True)
-        if parallel_state.get_data_parallel_rank() == 0:
+        if parallel_state.get_expert_data_parallel_rank() == 0:
             whole = {
                 **state,
                 "model": model.state_dict_for_save_checkpoint(),

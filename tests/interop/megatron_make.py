@@ -102,7 +102,8 @@ def fill(model: Any, prefix: str) -> dict[str, np.ndarray]:
     """Give every part of the model its box of the whole tensor; return the whole tensors."""
     whole = {}
     for piece in pieces_of(model):
-        content = whole_of(prefix + piece.key, tuple(piece.global_shape))
+        # A weight is its master, rounded, as after any step.
+        content = whole_of((prefix or "master:") + piece.key, tuple(piece.global_shape))
         box = tuple(slice(a, a + 1) for a in piece.global_offset[: piece.prepend_axis_num])
         rest = zip(piece.global_offset[piece.prepend_axis_num :], piece.local_shape, strict=True)
         part = content[(*box, *(slice(a, a + n) for a, n in rest))]

@@ -4,14 +4,32 @@ Names, shapes and counts agree where states lie under another parameter's name, 
 buffer. Contents do not.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
 from checkpoint.errors import Corrupt
 from checkpoint.format.box import Box
-from checkpoint.interop.formats.contract import ForeignCheckpoint
+from checkpoint.interop.formats.contract import Array, ForeignCheckpoint
 from checkpoint.interop.formats.rounding import ROUNDED, round_bits
 
 _MASTER = "optimizer.master."
 _MAX_COMPARED = 64  # masters, evenly among all: each takes two requests
 _ELEMENTS = 1024
+
+Read = Callable[[Box], Array]
+
+
+class Weight(Protocol):
+    """What has a dtype and a shape."""
+
+    @property
+    def dtype(self) -> str:
+        """One of `ROUNDED`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As the master's."""
 
 
 def check_masters(opened: ForeignCheckpoint, where: str) -> None:
@@ -19,19 +37,25 @@ def check_masters(opened: ForeignCheckpoint, where: str) -> None:
     numbers = {(tensor.name, *tensor.at.items()): number for number, tensor in enumerate(opened.tensors)}
     pairs = []
     for number, tensor in enumerate(opened.tensors):
-        weight = numbers.get((tensor.name.removeprefix(_MASTER), *tensor.at.items()))
+        owner = numbers.get((tensor.name.removeprefix(_MASTER), *tensor.at.items()))
         is_master = tensor.name.startswith(_MASTER) and tensor.dtype == "float32"
-        if is_master and weight is not None and opened.tensors[weight].dtype in ROUNDED:
-            pairs.append((number, weight))
-    for number, weight in pairs[:: -(-len(pairs) // _MAX_COMPARED) or 1]:
-        master, rounded = opened.tensors[number], opened.tensors[weight]
-        for box in _samples(master.shape):
-            made = round_bits(opened.read(number, box), rounded.dtype)
-            if master.shape != rounded.shape or (made != opened.read(weight, box)).any():
-                raise Corrupt(
-                    f"{where}: {master} is not what {rounded} was rounded from: the optimizer's states lie "
-                    "under others' names, or are of another step, and its moments are not believed either"
-                )
+        if is_master and owner is not None and opened.tensors[owner].dtype in ROUNDED:
+            pairs.append((number, owner))
+    for number, other in pairs[:: -(-len(pairs) // _MAX_COMPARED) or 1]:
+        master, weight = opened.tensors[number], opened.tensors[other]
+        read, read_weight = partial(opened.read, number), partial(opened.read, other)
+        if master.shape != weight.shape or not is_rounded(read, read_weight, weight):
+            raise Corrupt(
+                f"{where}: {master} is not what {weight} was rounded from: the optimizer's states lie "
+                "under others' names, or are of another step, and its moments are not believed either"
+            )
+
+
+def is_rounded(master: Read, rounded: Read, weight: Weight) -> bool:
+    """Tell whether samples of an fp32 master, rounded, are those of its weight."""
+    return all(
+        (round_bits(master(box), weight.dtype) == rounded(box)).all() for box in _samples(weight.shape)
+    )
 
 
 def _samples(shape: tuple[int, ...]) -> list[Box]:
