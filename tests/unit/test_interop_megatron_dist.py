@@ -123,7 +123,12 @@ def test_megatron_loads_what_is_written_into_other_ranks(kind, layout, tmp_path)
     folder = through_a_store(kind, tmp_path)
     command = [str(PYTHON), "-m", "tests.interop.megatron_dist_load", str(folder), "--kind", kind]
     done = subprocess.run(
-        [*command, *layout.split()], cwd=PYTHON.parents[2], timeout=300, capture_output=True, text=True
+        [*command, *layout.split()],
+        cwd=PYTHON.parents[2],
+        timeout=300,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -131,11 +136,15 @@ def test_megatron_loads_what_is_written_into_other_ranks(kind, layout, tmp_path)
 # ------------------------------------------------------------------- missing, doubled, stale, and other bugs
 
 
+def look_through(folder: Path) -> None:
+    opened = open_foreign(str(folder), "megatron-dist")
+    plan_of("llama", opened)
+    contents_of(opened)
+
+
 def refuses(folder: Path, error: type[CheckpointError], match: str) -> None:
     with pytest.raises(error, match=match):
-        opened = open_foreign(str(folder), "megatron-dist")
-        plan_of("llama", opened)
-        contents_of(opened)
+        look_through(folder)
 
 
 def rewrite_metadata(folder: Path, change: Callable[[Any], None]) -> None:
@@ -174,19 +183,15 @@ def test_layers_that_change_places_are_caught_by_the_fingerprints(tmp_path):
     def swap(tree: Any) -> None:
         def other(index: Any) -> Any:
             offset = index.offset
-            if (
-                index.fqn.startswith(("decoder.layers.mlp.linear_fc2", "optimizer"))
-                and offset
-                and len(offset) == 3
-            ):
+            if index.fqn.endswith("decoder.layers.mlp.linear_fc2.weight"):
                 offset = type(offset)((offset[0] ^ 1, *offset[1:]))
             return type(index)(index.fqn, offset, index.index)
 
         tree.storage_data = {other(index): info for index, info in tree.storage_data.items()}
 
     rewrite_metadata(folder, swap)
-    with pytest.raises((Corrupt, Mismatch)):
-        wrong = open_foreign(str(folder))
+    wrong = open_foreign(str(folder))
+    with pytest.raises(Mismatch, match="the content of 16 of 195 tensors differs"):
         check_equal(sound, fingerprints_of_sources(plan_of("llama", wrong), reading(wrong)))
 
 
@@ -207,7 +212,7 @@ def test_a_file_that_is_missing_is_named(gone, match, tmp_path):
 def test_a_save_that_did_not_finish_is_taken_for_no_other_format(tmp_path):
     folder = made("llama", tmp_path)
     (folder / "metadata.json").unlink()
-    with pytest.raises(Incomplete, match="has no metadata.json: the save did not finish"):
+    with pytest.raises(Incomplete, match=r"has no metadata\.json: the save did not finish"):
         open_foreign(str(folder.parent))
 
 

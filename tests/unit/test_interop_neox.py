@@ -26,7 +26,8 @@ def rules() -> RuleChoice:
 def imported(folder: Path, store: str) -> Weights:
     report = import_foreign(str(folder), checkpoint.open_store(store), Adoption(rules=rules()))
     assert {proof.how for proof in report.proofs} == {"fingerprint"}
-    return checkpoint.load(checkpoint.open_store(store)).state["model"]
+    weights: Weights = checkpoint.load(checkpoint.open_store(store)).state["model"]
+    return weights
 
 
 def linear(weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:

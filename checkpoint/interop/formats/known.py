@@ -78,7 +78,7 @@ _KNOWN = (
         "DeepSpeed ZeRO",
         looks_like_deepspeed,
         open_deepspeed,
-        _later("deepspeed_partitions", "write_deepspeed"),
+        _later("deepspeed_zero_writing", "write_deepspeed"),
         holds_optimizer=True,
     ),
     Format(
