@@ -181,7 +181,8 @@ def export(
     """Write a checkpoint in another framework's format, and prove it by reading it back.
 
     Rules turn its tensors into what the framework calls them and how it cuts them; --to says over how many
-    tensor, pipeline and expert ranks. A foreign source goes straight into the other format.
+    tensor, pipeline and expert ranks, or at which stage of ZeRO (replica=4,zero=3). A foreign source goes
+    straight into the other format.
     """
     with clear_errors(), resumable(_GO_ON):
         import checkpoint

@@ -52,6 +52,19 @@ class Place:
         """
         return self._listed()[1]
 
+    def below(self, folder: str) -> "Place":
+        """Return a folder in this one as a place of its own; "" is this one."""
+        if not folder:
+            return self
+        found, (root, files) = Place(f"{self.url.rstrip('/')}/{folder}", self._draft), self._listed()
+        inner = {
+            path.removeprefix(f"{folder}/"): size
+            for path, size in files.items()
+            if path.startswith(f"{folder}/")
+        }
+        found._listing = f"{root}/{folder}", inner
+        return found
+
     def read(self, path: str, offset: int = 0, num_bytes: int | None = None) -> bytes:
         """Return a range of a file, or all from an offset on. Raises NotFound, Corrupt if it is too short."""
         wanted = self._size(path) - offset if num_bytes is None else num_bytes

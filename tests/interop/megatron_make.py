@@ -102,7 +102,8 @@ def fill(model: Any, prefix: str) -> dict[str, np.ndarray]:
     """Give every part of the model its box of the whole tensor; return the whole tensors."""
     whole = {}
     for piece in pieces_of(model):
-        content = whole_of(prefix + piece.key, tuple(piece.global_shape))
+        # A weight is its master, rounded, as after any step.
+        content = whole_of((prefix or "master:") + piece.key, tuple(piece.global_shape))
         box = tuple(slice(a, a + 1) for a in piece.global_offset[: piece.prepend_axis_num])
         rest = zip(piece.global_offset[piece.prepend_axis_num :], piece.local_shape, strict=True)
         part = content[(*box, *(slice(a, a + n) for a, n in rest))]
@@ -139,17 +140,38 @@ def run(rank: int, options: argparse.Namespace) -> None:
 
 
 def save(model: Any, states: dict[str, list[torch.Tensor]], options: argparse.Namespace) -> None:
+    if parallel_state.get_data_parallel_rank(with_context_parallel=True) and options.expert == 1:
+        return
+    tree = {
+        "args": arguments_of(options, is_distributed=False),
+        "checkpoint_version": 3.0,
+        "iteration": 7,
+        "model": model.state_dict_for_save_checkpoint(),
+        "optimizer": optimizer_of(model, states),
+        "opt_param_scheduler": {"max_lr": 0.1, "num_steps": 70},
+        "num_floating_point_operations_so_far": 1234,
+    }
+    path = os.path.join(options.out, "checkpoint", "iter_0000007", folder_of(options))
+    os.makedirs(path, exist_ok=True)
+    torch.save(tree, os.path.join(path, "model_optim_rng.pt"))
+    with open(os.path.join(options.out, "checkpoint", "latest_checkpointed_iteration.txt"), "w") as file:
+        file.write("7")
+
+
+def folder_of(options: argparse.Namespace) -> str:
     tensor, pipeline = (
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_rank(),
     )
-    if parallel_state.get_data_parallel_rank(with_context_parallel=True) and options.expert == 1:
-        return
     folder = f"mp_rank_{tensor:02d}" + (f"_{pipeline:03d}" if options.pipeline > 1 else "")
     if options.expert > 1:
         folder += f"_{parallel_state.get_expert_model_parallel_rank():03d}"
+    return folder
+
+
+def arguments_of(options: argparse.Namespace, *, is_distributed: bool) -> argparse.Namespace:
     is_gpt = options.kind == "gpt"
-    args = argparse.Namespace(
+    return argparse.Namespace(
         tensor_model_parallel_size=options.tensor,
         pipeline_model_parallel_size=options.pipeline,
         expert_model_parallel_size=options.expert,
@@ -167,23 +189,9 @@ def save(model: Any, states: dict[str, list[torch.Tensor]], options: argparse.Na
         position_embedding_type="learned_absolute" if is_gpt else "rope",
         untie_embeddings_and_output_weights=not is_gpt,
         num_experts=4 if options.kind == "moe" else None,
-        use_distributed_optimizer=False,
+        use_distributed_optimizer=is_distributed,
         params_dtype=torch.bfloat16,
     )
-    tree = {
-        "args": args,
-        "checkpoint_version": 3.0,
-        "iteration": 7,
-        "model": model.state_dict_for_save_checkpoint(),
-        "optimizer": optimizer_of(model, states),
-        "opt_param_scheduler": {"max_lr": 0.1, "num_steps": 70},
-        "num_floating_point_operations_so_far": 1234,
-    }
-    path = os.path.join(options.out, "checkpoint", "iter_0000007", folder)
-    os.makedirs(path, exist_ok=True)
-    torch.save(tree, os.path.join(path, "model_optim_rng.pt"))
-    with open(os.path.join(options.out, "checkpoint", "latest_checkpointed_iteration.txt"), "w") as file:
-        file.write("7")
 
 
 def optimizer_of(model: Any, states: dict[str, list[torch.Tensor]]) -> dict | list:

@@ -18,6 +18,7 @@ from flows import console, conversions
 from flows.cli import app
 from flows.tables import Leaf, draw_tree, parse_bytes
 from tests.conversion_samples import adam_state, bits_of, block_weights, save_state
+from tests.interop.unpacking import unpack
 from tests.resharding_matrix import MODELS, make_truth
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -192,6 +193,16 @@ def test_a_training_goes_out_to_a_format_and_comes_back(format, source, tmp_path
     told("import", out, back)
     compared = json.loads(ask("diff", source, back, "--json").stdout)
     assert {each["verdict"] for each in compared if not each["name"].endswith("/master")} == {"equal"}
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_zero_goes_to_another_stage_and_number_of_ranks(stage, tmp_path):
+    source, _ = unpack("zero2-bf16-3", tmp_path)
+    target = str(tmp_path / "out")
+    spread = ["--format", "deepspeed", "--to", f"replica=4,zero={stage}"]
+    assert told("export", str(source), target, *spread)["proved"]["reference"] == 0
+    assert told("inspect", target)["notes"] == [f"saved by 4 ranks with ZeRO stage {stage}"]
+    assert {each["verdict"] for each in told("diff", str(source), target)} == {"equal"}
 
 
 def test_a_file_of_torch_save_is_imported_and_restored(tmp_path):

@@ -15,7 +15,8 @@ from checkpoint.format.box import Box
 from checkpoint.format.flat import share_of
 from checkpoint.format.layout import FlatGroup, Layout, Mesh, Replicate
 from checkpoint.interop.builtin import builtin_rules
-from checkpoint.interop.moves import How, Move, Plan
+from checkpoint.interop.conversion.assembling import as_they_are
+from checkpoint.interop.moves import Foreign, How, Move, Plan
 from checkpoint.interop.proof import check_equal, fingerprints_of_sources
 from checkpoint.interop.rules import plan_import
 from checkpoint.interop.writing import plan_export
@@ -111,6 +112,19 @@ def test_experts_that_change_places_are_caught():
     wrong = assemble(with_moves(plan, swap_ranks), files)
     with pytest.raises(Mismatch, match="the content of 48 of"):
         check_equal(fingerprints_of_sources(plan, files.__getitem__), fingerprints(wrong))
+
+
+def test_random_streams_that_are_given_to_other_ranks_are_caught():
+    """Megatron-LM pull request 2658: keyed by a rank's number, which another layout counts otherwise."""
+    streams = {f"other.rng.expert_{rank}": np.arange(16, dtype=np.uint32) + 99 * rank for rank in range(4)}
+    plan = as_they_are([Foreign(name, "float32", bits.shape) for name, bits in streams.items()])
+    arrays = list(streams.values())
+    sound = fingerprints_of_sources(plan, arrays.__getitem__)
+    check_equal(sound, fingerprints(assemble(plan, arrays)))
+    turned = with_moves(plan, lambda move: replace(move, target=2 * move.target % 4 + move.target // 2))
+    found = fingerprints(assemble(turned, arrays))
+    with pytest.raises(Mismatch, match="the content of 2 of 4 tensors differs"):
+        check_equal(sound, found)
 
 
 def test_flat_parts_read_at_the_wrong_offset_are_caught():

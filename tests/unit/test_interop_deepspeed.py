@@ -18,12 +18,12 @@ from checkpoint.format.fingerprint import fingerprint
 from checkpoint.interop.drafts import drafting
 from checkpoint.interop.formats.contract import ForeignCheckpoint
 from checkpoint.interop.formats.deepspeed import looks_like_deepspeed, open_deepspeed
-from checkpoint.interop.formats.deepspeed_partitions import write_deepspeed
 from checkpoint.interop.formats.deepspeed_universal import (
     looks_like_deepspeed_universal,
     open_deepspeed_universal,
 )
 from checkpoint.interop.formats.deepspeed_writing import write_deepspeed_universal
+from checkpoint.interop.formats.deepspeed_zero_writing import write_deepspeed
 from checkpoint.interop.formats.rounding import round_bits, widen_bits
 from checkpoint.interop.place import Place
 from tests.interop.unpacking import unpack, values_of
@@ -161,15 +161,18 @@ class Relaid:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
-@pytest.mark.parametrize("made", ["zero1-bf16-2", "zero2-bf16-3", "zero2-fp32-2", "zero3-bf16-3"])
-def test_what_is_written_for_zero_2_of_any_world_comes_back_bit_by_bit(made, world, tmp_path):
+@pytest.mark.parametrize(
+    "made", ["zero1-bf16-2", "zero2-bf16-3", "zero2-fp32-2", "zero3-bf16-3", "zero3-groups-2"]
+)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_is_written_for_any_stage_and_world_comes_back_bit_by_bit(made, world, stage, tmp_path):
     folder, _ = unpack(made, tmp_path)
     opened = open_deepspeed(Place(str(folder)))
     target = str(tmp_path / "written")
     with drafting(target, "one") as draft:
-        write_deepspeed(draft, Relaid(opened, dp_world_size=world), 1 << 16)
+        write_deepspeed(draft, Relaid(opened, dp_world_size=world, zero_stage=stage), 1 << 16)
     back = open_deepspeed(Place(target))
-    assert back.about.notes == (f"saved by {world} ranks with ZeRO stage 2",)
+    assert back.about.notes == (f"saved by {world} ranks with ZeRO stage {stage}",)
     assert fingerprints(back) == fingerprints(opened)
 
 
@@ -251,12 +254,21 @@ def test_deepspeed_loads_our_universal_folders_in_another_stage_and_world(made, 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(not PYTHON.exists(), reason="needs DeepSpeed: see tests/interop/deepspeed.txt")
-def test_deepspeed_loads_the_partitions_that_we_write_for_another_world(tmp_path):
-    folder, golden = unpack("zero3-bf16-3", tmp_path / "made")
-    contents = Relaid(open_deepspeed(Place(str(folder))), dp_world_size=2)
+@pytest.mark.parametrize(
+    ("made", "stage", "world"),
+    [("zero3-bf16-3", 2, 2), ("zero3-groups-2", 1, 3), ("zero1-bf16-2", 3, 3), ("zero3-groups-2", 3, 3)],
+)
+def test_deepspeed_loads_the_partitions_that_we_write_for_another_stage_and_world(
+    made, stage, world, tmp_path
+):
+    folder, golden = unpack(made, tmp_path / "made")
+    config = {"zero_optimization": {"sub_group_size": 30}}
+    contents = Relaid(
+        open_deepspeed(Place(str(folder))), dp_world_size=world, zero_stage=stage, ds_config=config
+    )
     target = str(tmp_path / "written")
     with drafting(target, "one") as draft:
         write_deepspeed(draft, contents, 1 << 16)
-    found = load_in_deepspeed(target, tmp_path, "--stage", "2", "--world", "2")
+    found = load_in_deepspeed(target, tmp_path, "--stage", str(stage), "--world", str(world))
     assert found.keys() == golden.keys()
     assert all((found[name] == golden[name]).all() for name in golden)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from checkpoint.errors import CheckpointError, Corrupt, Incomplete, Mismatch, Unsupported
 from checkpoint.format.box import Box
@@ -23,16 +24,15 @@ from checkpoint.interop.moves import Plan
 from checkpoint.interop.place import Place
 from checkpoint.interop.proof import check_equal, fingerprints_of_sources
 from checkpoint.interop.rules import plan_import
+from tests.interop.megatron_expected import RULES, expected
 from tests.interop.unpacking import rewrite, unpack
 from tests.interop_samples import assemble, fingerprints
 
-RULES = {"llama": "llama-megatron", "gpt": "gpt-megatron", "moe": "mixtral-megatron"}
 AXES = {
     "llama": {"tensor": 2, "pipeline": 2},
     "gpt": {"tensor": 2, "pipeline": 2},
     "moe": {"tensor": 1, "pipeline": 2, "expert": 2},
 }
-Arrays = dict[str, np.ndarray]
 
 
 def plan_of(kind: str, opened: ForeignCheckpoint) -> Plan:
@@ -43,53 +43,6 @@ def plan_of(kind: str, opened: ForeignCheckpoint) -> Plan:
 
 def reading(opened: ForeignCheckpoint) -> Callable[[int], np.ndarray]:
     return lambda number: opened.read(number, Box.whole(opened.tensors[number].shape))
-
-
-def expected(kind: str, golden: Arrays, prefix: str) -> Arrays:
-    """Say, without any rule, which global tensors Megatron's own are."""
-    whole = {name.removeprefix(prefix): bits for name, bits in golden.items() if name.startswith(prefix)}
-    whole = {name: bits for name, bits in whole.items() if ":" not in name}
-    found = {"embedding.weight": whole["embedding.word_embeddings.weight"][:29]}
-    if kind == "gpt":
-        found["positions.weight"] = whole["embedding.position_embeddings.weight"]
-    else:
-        found["head.weight"] = whole["output_layer.weight"][:29]
-    for part in ("weight", "bias") if kind == "gpt" else ("weight",):
-        found[f"final_norm.{part}"] = whole[f"decoder.final_layernorm.{part}"]
-        for layer in range(2 if kind == "moe" else 4):
-            one = {
-                name.removeprefix("decoder.layers."): bits[layer]
-                for name, bits in whole.items()
-                if name.startswith("decoder.layers.") and "experts" not in name
-            }
-            to = f"layers.{layer}"
-            groups = 4 if kind == "gpt" else 2
-            qkv = one[f"self_attention.linear_qkv.{part}"]
-            qkv = qkv.reshape(groups, 4 // groups + 2, 2, *qkv.shape[1:])
-            found[f"{to}.attention.q.{part}"] = qkv[:, :-2].reshape(8, *qkv.shape[3:])
-            found[f"{to}.attention.k.{part}"] = qkv[:, -2].reshape(groups * 2, *qkv.shape[3:])
-            found[f"{to}.attention.v.{part}"] = qkv[:, -1].reshape(groups * 2, *qkv.shape[3:])
-            found[f"{to}.attention.out.{part}"] = one[f"self_attention.linear_proj.{part}"]
-            norms = [f"self_attention.linear_qkv.layer_norm_{part}", f"input_layernorm.{part}"]
-            found[f"{to}.attention_norm.{part}"] = next(one[name] for name in norms if name in one)
-            norms = [f"mlp.linear_fc1.layer_norm_{part}", f"pre_mlp_layernorm.{part}"]
-            found[f"{to}.mlp_norm.{part}"] = next(one[name] for name in norms if name in one)
-            if kind == "gpt":
-                found[f"{to}.mlp.up.{part}"] = one[f"mlp.linear_fc1.{part}"]
-                found[f"{to}.mlp.down.{part}"] = one[f"mlp.linear_fc2.{part}"]
-            elif kind == "llama":
-                gate, up = np.split(one["mlp.linear_fc1.weight"], 2)
-                found |= {f"{to}.mlp.gate.weight": gate, f"{to}.mlp.up.weight": up}
-                found[f"{to}.mlp.down.weight"] = one["mlp.linear_fc2.weight"]
-            else:
-                found[f"{to}.router.weight"] = one["mlp.router.weight"]
-                experts = "decoder.layers.mlp.experts.experts.linear_fc"
-                for expert in range(4):
-                    gate, up = np.split(whole[f"{experts}1.weight"][layer, expert], 2)
-                    head = f"{to}.experts.{expert}"
-                    found |= {f"{head}.gate.weight": gate, f"{head}.up.weight": up}
-                    found[f"{head}.down.weight"] = whole[f"{experts}2.weight"][layer, expert]
-    return found
 
 
 @pytest.mark.parametrize("kind", RULES)
@@ -249,8 +202,95 @@ def test_virtual_stages_and_other_files_are_refused_by_name(tmp_path):
     refuses(folder, Corrupt, "mp_rank_00_000/model_optim_rng.pt")
 
 
-def test_a_distributed_optimizer_s_states_are_left_out_and_that_is_said(tmp_path):
-    folder = made(tmp_path)
-    (folder / "mp_rank_00_000/distrib_optim.pt").write_bytes(b"")
+# ------------------------------------------------------------------------- the distributed optimizer's files
+
+
+def buffers_of(kind: str, tmp_path: Path) -> Path:
+    return unpack(f"megatron-buffers-{kind}", tmp_path)[0]
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_a_distributed_optimizer_s_masters_moments_and_step_are_what_megatron_was_given(kind, tmp_path):
+    folder, golden = unpack(f"megatron-buffers-{kind}", tmp_path)
     opened = open_megatron(Place(str(folder)))
-    assert any("distrib_optim.pt" in note and "left out" in note for note in opened.about.notes)
+    plan = plan_of(kind, opened)
+    read = reading(opened)
+    found = assemble(plan, [read(number) for number in range(len(plan.foreign))])
+    weights = expected(kind, golden, "master:")
+    for state in ("exp_avg", "exp_avg_sq", "master"):
+        for name, bits in expected(kind, golden, f"{state}:").items():
+            assert (found.pop(f"optimizer/{state}/{name}") == bits.view(np.uint32)).all(), name
+    assert {found.pop(f"optimizer/step/{name}").view(np.float32)[()] for name in weights} == {7.0}
+    for name, bits in weights.items():
+        assert (found.pop(name) == round_bits(bits.view(np.uint32), "bfloat16")).all(), name
+    assert not found
+
+
+def test_parameters_that_begin_a_bucket_are_found_by_their_masters(tmp_path):
+    """Gaps before a parameter are those of its bucket, and no file says where one ends."""
+    folder = buffers_of("llama", tmp_path)
+    opened = open_megatron(Place(str(folder)))
+    sound = {
+        (tensor.name, *tensor.at.items()): reading(opened)(number)
+        for number, tensor in enumerate(opened.tensors)
+    }
+
+    def close_a_gap(tree: Any) -> None:
+        for table in tree[0].values():
+            for key in ("param", "exp_avg", "exp_avg_sq"):  # 128 elements, then the 8 of a norm, then a gap
+                table[key] = torch.cat([table[key][:136], table[key][192:]])
+
+    for rank in ("mp_rank_00", "mp_rank_01"):
+        rewrite(folder / f"iter_0000007/{rank}/distrib_optim.pt", close_a_gap)
+    found = open_megatron(Place(str(folder)))
+    assert len(found.tensors) == len(sound)
+    for number, tensor in enumerate(found.tensors):
+        assert (reading(found)(number) == sound[tensor.name, *tensor.at.items()]).all(), tensor.name
+
+
+def test_two_parameters_of_one_shape_that_change_places_in_a_buffer_are_caught(tmp_path):
+    """Another order of the model's parameters: every shape, sum and norm is the same."""
+    folder = buffers_of("llama", tmp_path) / "iter_0000007"
+
+    def swap(tree: Any) -> None:
+        for table in tree[0].values():
+            for key in ("param", "exp_avg", "exp_avg_sq"):
+                one, other = table[key][192:240].clone(), table[key][640:688].clone()
+                table[key][192:240], table[key][640:688] = other, one
+
+    rewrite(folder / "mp_rank_00/distrib_optim.pt", swap)
+    refuses(folder, Corrupt, "mp_rank_00/distrib_optim.pt does not hold the master of")
+
+
+def test_buffers_that_are_missing_cut_another_rank_s_or_of_an_older_layout_are_refused(tmp_path):
+    folder = buffers_of("llama", tmp_path) / "iter_0000007"
+    one, other = (folder / f"{rank}/distrib_optim.pt" for rank in ("mp_rank_00", "mp_rank_01"))
+    kept = one.read_bytes()
+    shutil.copy(other, one)
+    refuses(folder, Corrupt, "mp_rank_00/distrib_optim.pt does not hold the master of")
+    one.write_bytes(kept[:-100])
+    refuses(folder, Corrupt, "mp_rank_00/distrib_optim.pt")
+    one.unlink()
+    refuses(folder, Incomplete, "mp_rank_00/distrib_optim.pt is missing")
+    one.write_bytes(kept)
+    rewrite(one, lambda tree: tree.pop("buckets_coalesced"))
+    refuses(folder, Unsupported, "mp_rank_00/distrib_optim.pt has its buffers in an older layout")
+    one.write_bytes(kept)
+
+    def shorten(tree: Any) -> None:
+        for table in tree[0].values():
+            table["exp_avg"] = table["exp_avg"][:-1]
+
+    rewrite(one, shorten)
+    refuses(folder, Corrupt, "has a buffer of states of the shapes")
+
+
+def test_an_order_of_numbered_states_that_was_another_is_caught_by_the_masters(tmp_path):
+    folder = made(tmp_path)
+
+    def swap(tree: Any) -> None:
+        masters = tree["optimizer"]["fp32_from_fp16_params"][1]
+        masters[0], masters[1] = masters[1], masters[0]
+
+    rewrite(folder / "mp_rank_01_000/model_optim_rng.pt", swap)
+    refuses(folder, Corrupt, "is not what .* was rounded from")

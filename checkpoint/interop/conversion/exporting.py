@@ -255,6 +255,9 @@ def _plan(specs: Sequence[TensorSpec], emigration: Emigration) -> Plan:
 def _about(origin: Origin, emigration: Emigration, plan: Plan) -> About:
     axes = {axis: 1 + max(one.at[axis] for one in plan.foreign) for axis in plan.foreign[0].at}
     told = {"step": origin.step, **({TIED: dict(origin.ties)} if origin.ties else {}), **origin.extra}
+    scheme = parse_layout(emigration.to)
+    if scheme.zero and emigration.format == "deepspeed":  # it names the ranks that its files are for
+        told |= {"zero_stage": scheme.zero, "dp_world_size": scheme.mesh.size}
     return About(emigration.format, axes, origin.step, told)
 
 

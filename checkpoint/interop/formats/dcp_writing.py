@@ -2,7 +2,7 @@
 
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -63,18 +63,40 @@ def write_dcp(draft: Draft, contents: Contents, budget_bytes: int) -> None:
     if len(names) != len(leaves):
         raise Unsupported("two things of the state would have one name, joined by dots")
     values = {".".join(map(str, path)): value for path, value in leaves}
-    parts = [part for name, value in values.items() for part in _parts(name, value)]
+    write_flat(draft, contents, Flat(values, names), budget_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """Tensors of the contents (`Later`) and objects by their flat names.
+
+    `names` say where in a nested state each belongs, if anywhere; `folder` where the files go, with its "/".
+    """
+
+    values: Mapping[str, Any]
+    names: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
+    folder: str = ""
+
+
+def write_flat(draft: Draft, contents: Contents, flat: Flat, budget_bytes: int) -> None:
+    """Write files of chunks and objects; the metadata come last."""
+    parts = [part for name, value in flat.values.items() for part in _parts(name, value)]
     storage: dict[MetadataIndex, _StorageInfo] = {}
     for number, file_parts in enumerate(_files(parts)):
-        storage |= _write_file(draft, f"__{number}_0.distcp", contents, file_parts, budget_bytes)
+        path = f"__{number}_0.distcp"
+        storage |= _places(path, file_parts)
+        if flat.folder + path not in draft.kept:
+            with draft.writing(flat.folder + path) as file:
+                for part, _ in file_parts:
+                    part.saving().write(file, part.blocks(contents, budget_bytes))
     metadata = Metadata(
-        state_dict_metadata=_described(values, parts),
-        planner_data=names,
+        state_dict_metadata=_described(flat.values, parts),
+        planner_data=dict(flat.names),
         storage_data=storage,
         storage_meta=StorageMeta(),
         version=_VERSION,
     )
-    with draft.writing(METADATA) as file:
+    with draft.writing(flat.folder + METADATA) as file:
         file.write(pickle.dumps(metadata))
 
 
@@ -101,20 +123,14 @@ def _files(parts: Sequence[_Part]) -> list[list[tuple[_Part, int]]]:
     return files
 
 
-def _write_file(
-    draft: Draft, path: str, contents: Contents, parts: Sequence[tuple[_Part, int]], budget_bytes: int
-) -> dict[MetadataIndex, _StorageInfo]:
-    """Write a file, unless an earlier attempt has. Returns where everything in it lies."""
+def _places(path: str, parts: Sequence[tuple[_Part, int]]) -> dict[MetadataIndex, _StorageInfo]:
+    """Return where everything in a file lies."""
     storage: dict[MetadataIndex, _StorageInfo] = {}
     offset = 0
     for part, num_bytes in parts:
         start = part.box.start if part.box is not None else None
         storage[MetadataIndex(part.name, start)] = _StorageInfo(path, offset, num_bytes)
         offset += num_bytes
-    if path not in draft.kept:
-        with draft.writing(path) as file:
-            for part, _ in parts:
-                part.saving().write(file, part.blocks(contents, budget_bytes))
     return storage
 
 

@@ -16,6 +16,7 @@ from checkpoint.interop.formats.deepspeed_universal import (
 )
 from checkpoint.interop.formats.hf import looks_like_hf, open_hf, write_hf
 from checkpoint.interop.formats.megatron import looks_like_megatron, open_megatron
+from checkpoint.interop.formats.megatron_dist import looks_like_megatron_dist, open_megatron_dist
 from checkpoint.interop.formats.torchfile import looks_like_torch, open_torch
 from checkpoint.interop.place import Place
 
@@ -57,6 +58,14 @@ _KNOWN = (
         holds_optimizer=False,
     ),
     Format(
+        "megatron-dist",
+        "Megatron-Core's distributed checkpoints (torch_dist)",
+        looks_like_megatron_dist,
+        open_megatron_dist,
+        _later("megatron_dist_writing", "write_megatron_dist"),
+        holds_optimizer=True,
+    ),
+    Format(
         "deepspeed-universal",
         "DeepSpeed's universal folders",
         looks_like_deepspeed_universal,
@@ -69,7 +78,7 @@ _KNOWN = (
         "DeepSpeed ZeRO",
         looks_like_deepspeed,
         open_deepspeed,
-        _later("deepspeed_partitions", "write_deepspeed"),
+        _later("deepspeed_zero_writing", "write_deepspeed"),
         holds_optimizer=True,
     ),
     Format(

@@ -1,7 +1,8 @@
 """Megatron-LM's legacy checkpoints: each rank's part of the model and its optimizer, as the ranks had them.
 
 Tensors keep Megatron's names and their places on the axes; the rule documents `*-megatron` say what they are.
-Optimizers number their parameters, group after group: whose each state is follows from the model's order.
+Optimizers number their parameters, group after group: whose each state is follows from the model's order, and
+is seen in the masters, which rounded are the weights. A distributed optimizer's are in `megatron_buffers`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,12 +14,10 @@ from checkpoint.format.box import Box
 from checkpoint.interop.formats.archive import Stored
 from checkpoint.interop.formats.contract import About
 from checkpoint.interop.formats.inert import plain
-from checkpoint.interop.formats.megatron_files import (
-    ShardFile,
-    arguments_of,
-    find_files,
-    looks_like_megatron,
-)
+from checkpoint.interop.formats.masters import check_masters
+from checkpoint.interop.formats.megatron_arguments import arguments_of, sizes_of
+from checkpoint.interop.formats.megatron_buffers import has_buffers, read_rank, states_of
+from checkpoint.interop.formats.megatron_files import ShardFile, find_files, looks_like_megatron
 from checkpoint.interop.formats.numbered import names_of_numbered
 from checkpoint.interop.formats.tiles import Tile, Tiled, held
 from checkpoint.interop.formats.twins import Samples, check_distinct
@@ -28,7 +27,6 @@ from checkpoint.interop.place import Place
 __all__ = ["looks_like_megatron", "open_megatron"]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_DISTRIBUTED = "distrib_optim.pt"
 _SKIPPED = ("model", "optimizer", "args", "rng_state", "rerun_state_machine")
 
 
@@ -41,18 +39,26 @@ def open_megatron(place: Place) -> Tiled:
     axes, files = find_files(place)
     tensors: list[Foreign] = []
     tiles: list[list[Tile]] = []
-    samples = []
+    samples, ranks = [], []
+    is_flat = has_buffers(place)
     for file in files:
         model = _flat(file.tree["model"], file.path)
         for name, stored in model.items():
             tensors.append(Foreign(name, stored.dtype, stored.shape, file.at))
             tiles.append([Tile(Box.whole(stored.shape), partial(file.archive.locate, stored))])
-        for tensor, parts in _optimizer(file, model):
+        for tensor, parts in _steps(file, model) if is_flat else _optimizer(file, model):
             tensors.append(tensor)
             tiles.append(parts)
         samples.append(Samples(file.path, file.archive, list(model.values())))
+        ranks += [read_rank(place, file, model)] if is_flat else []
     check_distinct(place, samples)
-    return Tiled(place, _about(place, axes, files, tensors), tensors, tiles)
+    for tensor, parts in states_of(place, ranks):
+        tensors.append(tensor)
+        tiles.append(parts)
+    opened = Tiled(place, _about(place, axes, files, tensors), tensors, tiles)
+    if not is_flat:
+        check_masters(opened, str(place))
+    return opened
 
 
 def _flat(node: Any, path: str) -> dict[str, Stored]:
@@ -91,6 +97,23 @@ def _optimizer(file: ShardFile, model: Mapping[str, Stored]) -> Iterator[Parts]:
                 if len(chained) == 1 or (".experts." in name) == (number == 1)
             }
             yield from _states(file, one, mine)
+
+
+def _steps(file: ShardFile, model: Mapping[str, Stored]) -> Iterator[Parts]:
+    """Yield the steps of a distributed optimizer, which its groups say: its states are in other files."""
+    said = file.tree.get("optimizer")
+    groups = [
+        group
+        for one in (said if isinstance(said, list) else [said])
+        if isinstance(one, dict) and isinstance(one.get("optimizer"), dict)
+        for group in one["optimizer"].get("param_groups") or ()
+        if isinstance(group, dict)
+    ]
+    steps = {group["step"] for group in groups if type(group.get("step")) in (int, float)}
+    if len(steps) > 1:
+        raise Corrupt(f"{file.path} has groups of parameters at the steps {sorted(steps)}")
+    for name in model:
+        yield _step(file, name, next(iter(steps), None))
 
 
 def _states(file: ShardFile, said: Mapping[str, Any], model: Mapping[str, Stored]) -> Iterator[Parts]:
@@ -164,45 +187,11 @@ def _about(
     extra = {str(key): plain(value, where) for key, value in tree.items() if key not in _SKIPPED}
     extra["args"] = {str(key): plain(value, where) for key, value in arguments.items()}
     notes = ["random states are each rank's own, and left out"] if "rng_state" in tree else []
-    distributed = [path for path in place.files if path.endswith(f"/{_DISTRIBUTED}")]
-    if distributed:
-        notes.append(
-            f"{distributed[0]} and {len(distributed) - 1} more hold a distributed optimizer's states, which "
-            "are left out: their order is in no file. Save with --ckpt-format torch_dist to have them"
-        )
     return About(
         "megatron",
         axes,
         step if type(step) is int else None,
         extra,
-        _sizes(arguments, {tensor.name for tensor in tensors}),
+        sizes_of(arguments, {tensor.name for tensor in tensors}),
         tuple(notes),
     )
-
-
-def _sizes(arguments: Mapping[str, Any], names: set[str]) -> dict[str, int]:
-    """Return the sizes that rule documents ask for, as far as the arguments say them."""
-    said = {key: value for key, value in arguments.items() if type(value) is int}
-    sizes = {
-        name: said[key]
-        for name, key in (
-            ("layers", "num_layers"),
-            ("heads", "num_attention_heads"),
-            ("head_dim", "kv_channels"),
-            ("hidden", "hidden_size"),
-            ("inner", "ffn_hidden_size"),
-            ("vocab", "vocab_size"),
-            ("padded_vocab", "padded_vocab_size"),
-            ("experts", "num_experts"),
-        )
-        if key in said
-    }
-    if arguments.get("group_query_attention") and "num_query_groups" in said:
-        sizes["kv_heads"] = said["num_query_groups"]
-    if "max_position_embeddings" in said and any(".position_embeddings." in name for name in names):
-        sizes["positions"] = said["max_position_embeddings"]
-    if "untie_embeddings_and_output_weights" in arguments:
-        sizes["tied"] = int(not arguments["untie_embeddings_and_output_weights"])
-    sizes["fused_norms"] = int(any(name.endswith(".linear_qkv.layer_norm_weight") for name in names))
-    sizes["qkv_bias"] = int(any(name.endswith(".linear_qkv.bias") for name in names))
-    return sizes

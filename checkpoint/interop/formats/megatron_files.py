@@ -11,7 +11,7 @@ from typing import Any
 
 from checkpoint.errors import Corrupt, Incomplete, Unsupported
 from checkpoint.interop.formats.archive import Archive, read_archive
-from checkpoint.interop.formats.inert import Record
+from checkpoint.interop.formats.megatron_arguments import arguments_of
 from checkpoint.interop.place import Place
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -74,13 +74,6 @@ def find_files(place: Place) -> tuple[dict[str, int], list[ShardFile]]:
     return axes, files
 
 
-def arguments_of(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the run that a file has."""
-    said = tree.get("args")
-    state = said.__dict__.get("state") if isinstance(said, Record) else said
-    return dict(state) if isinstance(state, dict) else {}
-
-
 def axes_of(tree: Mapping[str, Any], path: str) -> dict[str, int]:
     """Return how many ranks of each axis there are; the expert's only if there are several."""
     arguments = arguments_of(tree)
@@ -102,12 +95,20 @@ def _numbers(axes: Mapping[str, int], at: Mapping[str, int]) -> tuple[int, ...]:
     return (at.get("tensor", 0), *(at[axis] for axis in shown))
 
 
+def tracked_folder(place: Place) -> str | None:
+    """Return the folder of the iteration that a directory's tracker names. Raises Corrupt."""
+    if TRACKER not in place.files:
+        return None
+    text = place.read(TRACKER, 0, min(64, place.files[TRACKER])).decode("utf-8", "replace").strip()
+    if text != "release" and not (text.isascii() and text.isdecimal()):
+        raise Corrupt(f"{TRACKER} in {place} does not say an iteration, but {text!a}")
+    return text if text == "release" else f"iter_{int(text):07}"
+
+
 def _prefix(place: Place) -> str:
-    if TRACKER in place.files:
-        text = place.read(TRACKER, 0, min(64, place.files[TRACKER])).decode("utf-8", "replace").strip()
-        if text != "release" and not text.isdecimal():
-            raise Corrupt(f"{TRACKER} in {place} does not say an iteration, but {text!a}")
-        return "release/" if text == "release" else f"iter_{int(text):07}/"
+    folder = tracked_folder(place)
+    if folder is not None:
+        return f"{folder}/"
     prefixes = sorted({match[1] for path in place.files for match in [_PATH.fullmatch(path)] if match})
     if len(prefixes) > 1:
         raise Unsupported(f"{place} holds {prefixes[:5]} and no {TRACKER}: give the path of one of them")

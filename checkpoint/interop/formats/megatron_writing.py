@@ -8,23 +8,12 @@ from typing import Any
 from checkpoint.errors import Unsupported
 from checkpoint.interop.drafts import Draft
 from checkpoint.interop.formats.contract import About, Contents
+from checkpoint.interop.formats.megatron_arguments import said_by
 from checkpoint.interop.formats.megatron_files import AXES, FILE, TRACKER, folder_of
 from checkpoint.interop.formats.saving import Later, Saving
 from checkpoint.interop.formats.streams import blocks_of
 
 _VERSION = 3.0
-# What Megatron calls the sizes of a model, where a checkpoint of another format only has ours.
-_ARGUMENTS = {
-    "layers": "num_layers",
-    "heads": "num_attention_heads",
-    "head_dim": "kv_channels",
-    "hidden": "hidden_size",
-    "inner": "ffn_hidden_size",
-    "kv_heads": "num_query_groups",
-    "vocab": "vocab_size",
-    "padded_vocab": "padded_vocab_size",
-    "experts": "num_experts",
-}
 
 
 def write_megatron(draft: Draft, contents: Contents, budget_bytes: int) -> None:
@@ -66,10 +55,5 @@ def write_megatron(draft: Draft, contents: Contents, budget_bytes: int) -> None:
 
 def _arguments(about: About, axes: Mapping[str, int]) -> dict[str, Any]:
     said = about.extra.get("args")
-    sizes = {name: about.sizes[key] for key, name in _ARGUMENTS.items() if key in about.sizes}
-    if "tied" in about.sizes:
-        sizes["untie_embeddings_and_output_weights"] = not about.sizes["tied"]
-    if "kv_heads" in about.sizes:
-        sizes["group_query_attention"] = about.sizes["kv_heads"] != about.sizes.get("heads")
     ranks = {AXES[axis]: size for axis, size in axes.items()}
-    return {**sizes, **(said if isinstance(said, dict) else {}), **ranks}
+    return {**said_by(about.sizes), **(said if isinstance(said, dict) else {}), **ranks}

@@ -1,0 +1,175 @@
+"""Megatron-Core's distributed checkpoints (`torch_dist`): torch's own, with keys of Megatron's.
+
+Tensors are shown by the names, and in the shapes, that a world of one rank has them in: each layer and each
+expert by itself. So the same rule documents (`*-megatron`) read them and the legacy files of many ranks.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from checkpoint.errors import Corrupt, Incomplete, Unsupported
+from checkpoint.format.box import Box
+from checkpoint.interop.formats.archive import Archive, read_archive
+from checkpoint.interop.formats.contract import About, Array
+from checkpoint.interop.formats.dcp_files import Files
+from checkpoint.interop.formats.dcp_metadata import METADATA, read_directory
+from checkpoint.interop.formats.deepspeed_steps import read_step
+from checkpoint.interop.formats.inert import plain
+from checkpoint.interop.formats.masters import check_masters
+from checkpoint.interop.formats.megatron_arguments import arguments_of, sizes_of
+from checkpoint.interop.formats.megatron_dist_table import Table
+from checkpoint.interop.formats.megatron_files import tracked_folder
+from checkpoint.interop.formats.tiles import Tile, Tiled, found
+from checkpoint.interop.moves import Foreign
+from checkpoint.interop.place import Place
+
+CONFIG, COMMON = "metadata.json", "common.pt"
+BACKEND = "torch_dist"
+EMBEDDING = "embedding.word_embeddings.weight"
+HYPER = "megatron_optimizer"  # in `extra`: what is no tensor of the optimizer
+_BUCKETS = "optimizer.distributed."
+_SKIPPED = {"args", "optimizer", "content_metadata", "rng_state", "rerun_state_machine"}
+_MAX_CONFIG_BYTES = 1 << 20
+
+
+def looks_like_megatron_dist(files: Mapping[str, int]) -> bool:
+    """Tell whether a directory is a distributed checkpoint of Megatron-Core, or has iterations that are."""
+    return bool(_folders(files))
+
+
+def open_megatron_dist(place: Place) -> Tiled:
+    """Open the iteration that a directory's tracker names, or the directory of one. Executes nothing.
+
+    Raises Corrupt (masters that are not the weights' among them), Incomplete (a rank's file, or a layer, is
+    missing), Unsupported (another backend).
+    """
+    folder = place.below(_folder(place))
+    _check_backend(folder)
+    common = read_archive(folder, COMMON)
+    if not isinstance(common.tree, dict):
+        raise Corrupt(f"{COMMON} in {folder} is no state of Megatron's")
+    directory = read_directory(folder)
+    files, table = Files(folder, directory), Table(str(folder))
+    for key, one in directory.tensors.items():
+        if _BUCKETS not in key:
+            table.add(key, one, files)
+    tensors, tiles = table.tensors()
+    steps = list(_steps(folder, common, tensors))
+    opened = Tiled(
+        folder,
+        _about(folder, common.tree, tensors, [*directory.tensors, *directory.objects]),
+        [*tensors, *(tensor for tensor, _ in steps)],
+        [*tiles, *(tile for _, tile in steps)],
+    )
+    check_masters(opened, str(folder))
+    return opened
+
+
+def _folders(files: Mapping[str, int]) -> list[str]:
+    """Return the folders that Megatron saved to; one whose save did not finish has no config."""
+    above = [path.removesuffix(COMMON) for path in files if f"/{path}".endswith(f"/{COMMON}")]
+    return sorted(path.rstrip("/") for path in above if path + CONFIG in files or path + METADATA in files)
+
+
+def _folder(place: Place) -> str:
+    named = tracked_folder(place)
+    if named is not None:
+        return named
+    folders = _folders(place.files)
+    if len(folders) < 2 or "" in folders:
+        return folders[0] if folders else ""
+    raise Unsupported(f"{place} holds {folders[:5]} and no tracker that says which: give the path of one")
+
+
+def _check_backend(folder: Place) -> None:
+    for name in (CONFIG, COMMON):
+        if name not in folder.files:
+            raise Incomplete(
+                f"{folder} has no {name}: the save did not finish, or this is none of Megatron's"
+            )
+    try:
+        config = json.loads(folder.read(CONFIG, 0, min(_MAX_CONFIG_BYTES, folder.files[CONFIG])))
+    except (ValueError, RecursionError) as error:
+        raise Corrupt(f"{CONFIG} in {folder} is no JSON: {error}") from error
+    backend = config.get("sharded_backend") if isinstance(config, dict) else None
+    if backend != BACKEND:
+        raise Unsupported(
+            f"{folder} was saved by Megatron's backend {ascii(backend)[:80]}, and {BACKEND!r} is read: load "
+            "it with Megatron, and save it with --ckpt-format torch_dist"
+        )
+
+
+def _steps(
+    folder: Place, common: Archive, tensors: Sequence[Foreign]
+) -> Iterator[tuple[Foreign, list[Tile]]]:
+    """Yield the step of each parameter that has moments: they share one, which `common.pt` has."""
+    prefix = "optimizer.exp_avg."
+    owners = [tensor.name.removeprefix(prefix) for tensor in tensors if tensor.name.startswith(prefix)]
+    if not owners:
+        return
+    said = [read_step(folder, common, value, COMMON) for value in _said_steps(common.tree.get("optimizer"))]
+    said = said or [read_step(folder, common, common.tree.get("iteration"), COMMON)]
+    (tensor, bits), *others = said
+    if any(one.dtype != tensor.dtype or not _is_same(other, bits) for one, other in others):
+        raise Corrupt(
+            f"{COMMON} in {folder} has groups of parameters at different steps, which Megatron has not"
+        )
+    for owner in owners:
+        yield Foreign(f"optimizer.step.{owner}", tensor.dtype, ()), [found(Box((), ()), bits)]
+
+
+def _is_same(one: Array, other: Array) -> bool:
+    return one.tobytes() == other.tobytes()
+
+
+def _said_steps(node: Any) -> Iterator[Any]:
+    """Yield the steps that an optimizer's state, or one of several, says."""
+    if isinstance(node, dict):
+        yield from (node[key] for key in ("step", "common_step") if key in node)
+    for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ():
+        yield from _said_steps(inner)
+
+
+def _groups(node: Any) -> Iterator[dict[str, Any]]:
+    """Yield the groups of an optimizer's parameters, or of several optimizers'; the step is a tensor here."""
+    if isinstance(node, dict):
+        found = node.get("param_groups")
+        for group in found if isinstance(found, list) else ():
+            if isinstance(group, dict):
+                yield {key: value for key, value in group.items() if key != "step"}
+        for inner in node.values():
+            yield from _groups(inner)
+
+
+def _about(
+    folder: Place, common: Mapping[str, Any], tensors: Sequence[Foreign], keys: Sequence[str]
+) -> About:
+    where, arguments, step = str(folder), arguments_of(common), common.get("iteration")
+    extra = {str(key): plain(value, where) for key, value in common.items() if key not in _SKIPPED}
+    groups = [plain(group, where) for group in _groups(common.get("optimizer"))]
+    extra |= {HYPER: groups} if groups else {}
+    extra["args"] = {str(key): plain(value, where) for key, value in arguments.items()}
+    sizes = sizes_of(arguments, {tensor.name for tensor in tensors})
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    if len(shapes.get(EMBEDDING, ())) == 2:
+        sizes["padded_vocab"] = shapes[EMBEDDING][0]  # the arguments say it for the run's tensor ranks
+    return About(
+        "megatron-dist",
+        {},
+        step if type(step) is int else None,
+        extra,
+        sizes,
+        tuple(_notes(keys)),
+    )
+
+
+def _notes(keys: Sequence[str]) -> Iterator[str]:
+    if any(_BUCKETS in key for key in keys):
+        yield (
+            "the distributed optimizer's states are left out: they lie in buckets of each rank's own order. "
+            "Save with --dist-ckpt-optim-fully-reshardable to have them"
+        )
+    objects = sorted({key.partition("/")[0] for key in keys if "/" in key and _BUCKETS not in key})
+    if objects:
+        yield f"objects of each rank's modules (FP8 scales, random states) are left out, as {objects[0]!r}"
