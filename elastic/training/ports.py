@@ -41,6 +41,14 @@ class World(Protocol):
     def all_reduce(self, tensor: Tensor, op: Literal["sum", "max"]) -> None:
         """Reduce in place over all ranks."""
 
+    def beside(self, work: Callable[[], None]) -> None:
+        """Run this work, which uses collectives of this world, beside the caller, after what was put there
+        before. Until `join` the caller uses none itself. Raises nothing.
+        """
+
+    def join(self) -> None:
+        """Wait until all work beside is done."""
+
     def send(self, tensor: Tensor, to: int) -> None:
         """Send a tensor to a rank that receives one of this size."""
 

@@ -16,6 +16,7 @@ from elastic.control.guard import LossWatch, why_not_finite
 from elastic.control.standing import BLANK, Standing, settle
 from elastic.errors import JobRejected
 from elastic.training.blame import UserFailure, blaming_the_job
+from elastic.training.buckets import BUCKET_MIB
 from elastic.training.exchange import gather_standings
 from elastic.training.gradients import GradientRows
 from elastic.training.handover import Parcel, accept, hand_over
@@ -23,7 +24,7 @@ from elastic.training.job import Job, Split
 from elastic.training.pace import Pace
 from elastic.training.ports import Broken, Emit, Flags, Orders, World
 from elastic.training.randomness import keyed, make_deterministic, seed_for
-from elastic.training.reduction import PlainReduction, Reduction, TreeReduction
+from elastic.training.reduction import REDUCTIONS
 from elastic.training.replicas import compare
 from elastic.training.saving import Snapshots
 from elastic.training.sharding import ShardedLearner
@@ -42,7 +43,8 @@ class TrainPlan:
     (None: any); a checkpoint is taken every `save_every` steps and at the end. `source` names the data. Every
     `compare_every` steps (0: never) the replicas are compared. Each parameter's optimizer state is on
     `optimizer_copies` ranks (0: on all). A step whose loss or gradient is not finite fails the run or is
-    skipped; either way nothing of it is applied.
+    skipped; either way nothing of it is applied. Gradients are reduced in buckets of `bucket_mib` while
+    backward still runs (0: in one piece after it).
     """
 
     num_steps: int
@@ -58,6 +60,7 @@ class TrainPlan:
     compare_every: int = 0
     optimizer_copies: int = 0
     when_not_finite: Literal["fail", "skip"] = "fail"
+    bucket_mib: float = BUCKET_MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +112,7 @@ class Trainer:
         copies = plan.optimizer_copies
         self._learner = ShardedLearner(learner, copies, device) if copies else learner
         rows = GradientRows(learner.model, plan.virtual_ranks)
-        self._reduction: Reduction = (
-            TreeReduction(rows) if plan.determinism == "bitwise" else PlainReduction(rows)
-        )
+        self._reduction = REDUCTIONS[plan.determinism](rows, plan.bucket_mib)
         self._restore = storage.restore
         self._snapshots = Snapshots(storage.saver, member, _meta(job, plan))
         self._standing = Standing(BLANK)
@@ -198,8 +199,7 @@ class Trainer:
             with self._pace.measured():
                 return self._leaf(virtual_rank)
 
-        self._reduction.fold(dealt[world.rank], leaf)
-        loss = self._reduction.reduce(world, dealt)
+        loss = self._reduction.reduce(world, dealt, leaf)
         norm = self._reduction.clip(inf if self._plan.grad_clip is None else self._plan.grad_clip)
         is_refused = self._guard(world, loss, norm)
         # Capture ends before the agreement: after it, survivors may go past what a lost member still owes.
