@@ -48,7 +48,7 @@ class Buckets:
         unit = world_size * ALIGNMENT
         units = world_size * slice_length(self._rows.num_elements, world_size) // unit
         wanted = units * unit * _BYTES / self._bucket_bytes if self._bucket_bytes else 1
-        count = min(units, max(1, round(wanted)))
+        count = max(1, round(min(units, wanted)))
         cuts = [units * index // count * unit for index in range(count + 1)]
         return [slice(cuts[index], cuts[index + 1]) for index in reversed(range(count))]
 
