@@ -15,7 +15,8 @@ class Held:
 
 
 def test_work_runs_beside_the_caller_in_the_order_of_its_starts():
-    lane, may_go, done = ThreadLane(), threading.Event(), []
+    lane, may_go = ThreadLane(), threading.Event()
+    done: list[object] = []
     lane.start(lambda: done.append(may_go.wait(5)))
     lane.start(lambda: done.append(2))
     assert done == [], "the caller was not held up"

@@ -24,7 +24,7 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS))
 
     def loss(self, used: set[int]) -> Tensor:
-        x = torch.ones(WIDTH)
+        x: Tensor = torch.ones(WIDTH)
         for index, layer in enumerate(self.layers):
             x = layer(x) if index in used else x
         return x.sum()
@@ -37,8 +37,9 @@ class Watched:
         self.model = Stack()
         self.rows = GradientRows(self.model, VIRTUAL_RANKS)
         self.num_gradients = 0
-        for layer in self.model.layers:
-            layer.weight.register_post_accumulate_grad_hook(self._count)
+        for weight in self.model.parameters():
+            hook: Any = weight.register_post_accumulate_grad_hook
+            hook(self._count)
         self.buckets = Buckets(self.rows, bucket_mib)
         self.started: list[tuple[slice, int]] = []
 
