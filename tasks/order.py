@@ -38,6 +38,7 @@ def to_order(run: Run) -> elastic.TrainOrder:
             compare_every=spec.recovery.compare_every,
             optimizer_copies=spec.training.optimizer_copies,
             when_not_finite=spec.training.when_not_finite,
+            bucket_mib=spec.training.bucket_mib,
         ),
         world=elastic.WorldPolicy(
             workers=spec.world.workers,

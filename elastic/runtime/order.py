@@ -79,6 +79,7 @@ class TrainingOrder:
     compare_every: int = 0
     optimizer_copies: int = 0
     when_not_finite: Literal["fail", "skip"] = "fail"
+    bucket_mib: float = 4.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import Loaded, Saver, Share
-from elastic.control.dealing import Dealing, deal, deal_rest
+from elastic.control.dealing import Dealing, deal_rest
 from elastic.control.events import Ending, Event, LossJumped, ReplicaHealed, StepCommitted, StepSkipped
 from elastic.control.guard import LossWatch, why_not_finite
 from elastic.control.standing import BLANK, Standing, settle
 from elastic.errors import JobRejected
 from elastic.training.blame import UserFailure, blaming_the_job
+from elastic.training.buckets import BUCKET_MIB
 from elastic.training.exchange import gather_standings
 from elastic.training.gradients import GradientRows
 from elastic.training.handover import Parcel, accept, hand_over
@@ -23,7 +24,7 @@ from elastic.training.job import Job, Split
 from elastic.training.pace import Pace
 from elastic.training.ports import Broken, Emit, Flags, Orders, World
 from elastic.training.randomness import keyed, make_deterministic, seed_for
-from elastic.training.reduction import PlainReduction, Reduction, TreeReduction
+from elastic.training.reduction import REDUCTIONS
 from elastic.training.replicas import compare
 from elastic.training.saving import Snapshots
 from elastic.training.sharding import ShardedLearner
@@ -42,7 +43,8 @@ class TrainPlan:
     (None: any); a checkpoint is taken every `save_every` steps and at the end. `source` names the data. Every
     `compare_every` steps (0: never) the replicas are compared. Each parameter's optimizer state is on
     `optimizer_copies` ranks (0: on all). A step whose loss or gradient is not finite fails the run or is
-    skipped; either way nothing of it is applied.
+    skipped; either way nothing of it is applied. Gradients are reduced in buckets of `bucket_mib` while
+    backward still runs (0: in one piece after it).
     """
 
     num_steps: int
@@ -58,6 +60,7 @@ class TrainPlan:
     compare_every: int = 0
     optimizer_copies: int = 0
     when_not_finite: Literal["fail", "skip"] = "fail"
+    bucket_mib: float = BUCKET_MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +112,7 @@ class Trainer:
         copies = plan.optimizer_copies
         self._learner = ShardedLearner(learner, copies, device) if copies else learner
         rows = GradientRows(learner.model, plan.virtual_ranks)
-        self._reduction: Reduction = (
-            TreeReduction(rows) if plan.determinism == "bitwise" else PlainReduction(rows)
-        )
+        self._reduction = REDUCTIONS[plan.determinism](rows, plan.bucket_mib)
         self._restore = storage.restore
         self._snapshots = Snapshots(storage.saver, member, _meta(job, plan))
         self._standing = Standing(BLANK)
@@ -191,15 +192,14 @@ class Trainer:
         """Commit one step, on all ranks or on none; return what the ranks agreed to do after it."""
         started, step = time.perf_counter(), self._standing.committed
         self._standing = Standing(step)  # gradients still held from a lost attempt are given up now
-        dealt = self._dealing or deal(self._plan.virtual_ranks, self._pace.everyones(world.size))
+        dealt = self._dealing or self._pace.deal(self._plan.virtual_ranks, world.size)
 
         def leaf(virtual_rank: int) -> Tensor:
             orders.check(world.generation)  # what is held by now is still good in the world after it
             with self._pace.measured():
                 return self._leaf(virtual_rank)
 
-        self._reduction.fold(dealt[world.rank], leaf)
-        loss = self._reduction.reduce(world, dealt)
+        loss = self._reduction.reduce(world, dealt, leaf)
         norm = self._reduction.clip(inf if self._plan.grad_clip is None else self._plan.grad_clip)
         is_refused = self._guard(world, loss, norm)
         # Capture ends before the agreement: after it, survivors may go past what a lost member still owes.

@@ -48,6 +48,7 @@ class Props:
 
     source: str
     optimizer_copies: int = 0
+    bucket_mib: float = 0.02
     store: str | None = None
 
 
@@ -92,6 +93,12 @@ class DoomedWorld:
         self._world.all_reduce(tensor, op)
         self._is_agreed = True
         self._doom.comes("agreed")
+
+    def beside(self, work: Callable[[], None]) -> None:
+        self._world.beside(work)
+
+    def join(self) -> None:
+        self._world.join()
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
         self._world.send(tensor, to)
@@ -158,6 +165,7 @@ def live(
         plan = TrainPlan(
             *(NUM_STEPS, 8, 2, 7, "bitwise", 1.0, 2 if props.store else 5, props.source, "run", ""),
             compare_every=1,
+            bucket_mib=props.bucket_mib,
             optimizer_copies=props.optimizer_copies,
         )
         job, diary = DoomedJob(), Diary()
