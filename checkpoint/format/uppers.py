@@ -129,7 +129,7 @@ class UpperCoder:
 def take_bytes(numbers: Array, at: int, into: Array) -> None:
     """Take the bytes of numbers from `at` on, as many as there is room for.
 
-    In the same memory seen `at` bytes further on they come first, and the rest is cut off: faster than shifted.
+    In the same memory seen `at` bytes further on they come first; the rest is cut off: faster than a shift.
     """
     if at:
         into[-1] = numbers[-1] >> (8 * at)  # which would reach beyond the end
