@@ -10,7 +10,7 @@ from checkpoint.errors import Corrupt
 from checkpoint.format.frames import WORTH_IT, Buffer, compress, decompress, sample
 from checkpoint.format.planes import PLANE_WIDTHS, join_planes, split_planes
 
-__all__ = ["Buffer", "Codec", "checksum", "decode", "encode", "xor_bytes"]
+__all__ = ["Buffer", "Codec", "checksum", "codec_of", "decode", "encode", "xor_bytes"]
 
 _MIN_BYTES = 4096  # less is not worth the time that it takes to set up a compressor
 

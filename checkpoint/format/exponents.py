@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from checkpoint.errors import Corrupt
 from checkpoint.format.frames import compress_by_entropy, decompress
 from checkpoint.format.scratch import Scratch
-from checkpoint.format.uppers import flagged
+from checkpoint.format.uppers import flagged, take_bytes
 
 _HEAD = struct.Struct("<BI")  # highest exponent, bytes of the frame of codes
 _SPAN, _OTHER, _ZERO = 14, 14, 15
 _MAX_OTHERS = 1 / 16  # of the exponents: each of them takes a byte
 _MANY = 1 / 32  # of the exponents: to find them one by one takes longer than another pass
+_TOGETHER = np.uint16(0x110)  # c + 256 c', times this: the upper byte of the result is c + 16 c'
 _BLOCK = 1 << 16
 
 Plane = NDArray[np.uint8]
@@ -37,32 +38,32 @@ def highest_exponent(few: Plane) -> int | None:
 class ExponentCoder:
     """Turns exponents into codes, part by part, each a block at most; all but the last of an even length."""
 
-    def __init__(self, highest: int, count: int) -> None:
+    def __init__(self, highest: int, count: int, room: Scratch) -> None:
         self._highest = np.uint8(highest)
-        self._pairs = np.empty((count + 1) // 2, np.uint8)
+        self._flags = room.flags
+        self._pairs = room.packed((count + 1) // 2)
         self._others: list[bytes] = []
         self._at = 0
 
-    def add(self, part: Plane, room: Scratch) -> None:
-        """Code the next exponents."""
-        codes = np.subtract(self._highest, part, out=room.codes[: part.size])
-        beyond = np.greater_equal(codes, _SPAN, out=room.beyond[: part.size])
-        places = flagged(beyond)
-        if places.size > _MANY * part.size and (zero := part == 0).any():
+    def add(self, exponents: Plane) -> None:
+        """Code the next ones, which are not needed afterwards."""
+        beyond = self._flags[: exponents.size].view(np.bool_)
+        codes = np.subtract(self._highest, exponents, out=exponents)
+        np.greater_equal(codes, _SPAN, out=beyond)
+        if np.count_nonzero(beyond) > _MANY * codes.size and (zero := codes == self._highest).any():
             zero &= beyond
             beyond ^= zero
-            np.copyto(codes, _ZERO, where=zero)
-            places = np.flatnonzero(beyond)
+            codes += zero * np.uint8((_ZERO - int(self._highest)) % 256)  # faster than to copy to some
+        places = flagged(beyond.view(np.uint8))
         if places.size:
+            self._others.append((self._highest - codes[places]).tobytes())
             codes[places] = _OTHER
-            self._others.append(part[places].tobytes())
         if codes.size % 2:
             codes = np.append(codes, np.uint8(0))
-        wide = codes.view("<u2")
-        pairs = np.right_shift(wide, 4, out=room.pairs[: wide.size])
-        pairs |= wide
-        self._pairs[self._at : self._at + wide.size] = pairs
-        self._at += wide.size
+        pairs = codes.view("<u2")
+        pairs *= _TOGETHER
+        take_bytes(pairs, 1, self._pairs[self._at : self._at + pairs.size])
+        self._at += pairs.size
 
     def body(self) -> list[bytes]:
         """Return the codes, compressed, and the exponents that have none as they are."""

@@ -8,8 +8,7 @@ few values, the two are left as they are, which is faster. docs/format.md has th
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +16,8 @@ from numpy.typing import NDArray
 from checkpoint.errors import Corrupt
 from checkpoint.format.exponents import ExponentCoder, decode_exponents, highest_exponent
 from checkpoint.format.frames import WORTH_IT, Buffer, compress_by_entropy, decompress
-from checkpoint.format.scratch import BLOCK, Scratch, scratch
-from checkpoint.format.uppers import UpperCoder, decode_uppers, highest_upper
+from checkpoint.format.scratch import BLOCK, Scratch, lend, scratch
+from checkpoint.format.uppers import Packing, UpperCoder, choose_packing, decode_uppers, take_bytes
 
 PLANE_WIDTHS = {  # bytes of the numbers that elements of a dtype consist of
     **dict.fromkeys(("float16", "bfloat16", "complex32"), 2),
@@ -26,14 +25,16 @@ PLANE_WIDTHS = {  # bytes of the numbers that elements of a dtype consist of
     **dict.fromkeys(("float64", "complex128"), 8),
 }
 
-_RAW, _FRAME, _CODES, _UPPERS = range(4)
+_RAW, _FRAME, _CODES, _PAIRS, _TRIPLES = range(5)
+_KINDS = {Packing.PAIRS: _PAIRS, Packing.TRIPLES: _TRIPLES}
+_PACKINGS = {kind: packing for packing, kind in _KINDS.items()}  # of upper bytes, which are not rotated
 _LOWER = {2: [], 4: [(0, 2)], 8: [(0, 4), (4, 2)]}  # below the upper 16 bits: where fields begin; their sizes
-_DTYPES = {size: np.dtype(f"<u{size}") for size in (1, 2, 4)}
+_DTYPES = {size: np.dtype(f"<u{size}") for size in (1, 2, 4, 8)}
 _HEAD = struct.Struct("<BB")  # width, number of fields
 _FIELD = struct.Struct("<BBI")  # bytes of a number, how they are stored, stored bytes
 _DOUBLE = 8  # bytes: their exponents are longer, so that too much of them would stay with the mantissas
 _BLOCK = 1 << 16  # numbers that are joined at a time: they fit a core's cache, and malloc's free lists
-_SLICES, _SLICE = 16, 128  # of the numbers that are looked at to decide
+_SLICES, _SLICE = 16, 64  # of the numbers that are looked at to decide
 _WORTH_ENTROPY = 0.8  # of a plane: coding one takes longer than all the rest
 _FEW_EQUAL = 2 ** (-8 * _WORTH_ENTROPY)  # of all pairs: then the entropy (Renyi's, a lower bound) is too high
 
@@ -51,25 +52,22 @@ class _Field:
     body: Buffer
 
 
-class _Stored(NamedTuple):
-    """A field to be stored: as the parts, one after the other."""
-
-    size: int
-    kind: int
-    parts: Sequence[Buffer]
-
-
 def split_planes(data: Buffer, width: int) -> Buffer | None:
     """Return the fields of numbers of `width` bytes, one after the other; None if they would not shrink."""
-    numbers = np.frombuffer(data, f"<u{width}")
-    kinds, coder = _plan(_few(numbers), numbers.size)
-    head = _HEAD.size + len(kinds) * _FIELD.size
-    room = np.empty(head + numbers.nbytes, np.uint8)  # all fields as they are; most stay there
-    ends = list(accumulate((size * numbers.size for size, _ in kinds), initial=head))
-    planes = [room[start:end] for start, end in pairwise(ends)]
-    _cut(numbers, [plane.view(_DTYPES[size]) for plane, (size, _) in zip(planes, kinds, strict=True)], coder)
-    fields = [_stored(plane, size, kind, coder) for plane, (size, kind) in zip(planes, kinds, strict=True)]
-    return _assembled(room, width, fields)
+    numbers = np.frombuffer(data, _DTYPES[width])
+    with scratch() as room:
+        kinds, coder = _plan(_few(numbers), numbers.size, room)
+        at = _HEAD.size + len(kinds) * _FIELD.size
+        whole = lend(at + numbers.nbytes)
+        planes = []
+        for size, _ in kinds:  # as they are; most stay there
+            planes.append(np.ndarray(numbers.size, _DTYPES[size], whole, at))
+            at += size * numbers.size
+        for first in range(0, numbers.size, BLOCK):
+            here = slice(first, first + BLOCK)
+            _cut_block(numbers[here], [plane[here] for plane in planes], coder, room)
+        end = _assemble(whole, width, kinds, coder)
+    return whole[:end] if end else None
 
 
 def join_planes(stored: Buffer, num_raw_bytes: int) -> memoryview:
@@ -87,7 +85,7 @@ def join_planes(stored: Buffer, num_raw_bytes: int) -> memoryview:
         upper = parts[-1][here].astype("<u2")
         upper <<= 8
         upper |= parts[-2][here]
-        if fields[-1].kind != _UPPERS:
+        if fields[-1].kind not in _PACKINGS:
             upper = (upper >> 1) | (upper << 15)
         block = upper.astype(numbers.dtype)
         block <<= 8 * (width - 2)
@@ -101,62 +99,50 @@ def join_planes(stored: Buffer, num_raw_bytes: int) -> memoryview:
     return numbers.view(np.uint8).data
 
 
-def _plan(few: Array, count: int) -> tuple[list[tuple[int, int]], _Coder | None]:
+def _plan(few: Array, count: int, room: Scratch) -> tuple[list[tuple[int, int]], _Coder | None]:
     """Decide by a few of `count` numbers on the fields' sizes and kinds, and on the coder of the last."""
     width = few.itemsize
     lower = [kind for at, size in _LOWER[width] for kind in _kinds_of_lower(few, at, size)]
     upper = few if width == 2 else (few >> (8 * width - 16)).astype("<u2")
-    if width != _DOUBLE and (highest := highest_upper(upper)) is not None:
-        return [*lower, (1, _RAW), (1, _UPPERS)], UpperCoder(highest, count)
+    if width != _DOUBLE and (chosen := choose_packing(upper)):
+        return [*lower, (1, _RAW), (1, _KINDS[chosen[0]])], UpperCoder(*chosen, count, room)
     highest = highest_exponent((upper >> 7).astype(np.uint8))
-    coder = None if highest is None else ExponentCoder(highest, count)
+    coder = None if highest is None else ExponentCoder(highest, count, room)
     mantissas = (1, _FRAME if _shrinks((upper << 1) | (upper >> 15)) else _RAW)
     return [*lower, mantissas, (1, _CODES if coder else _FRAME)], coder
 
 
-def _cut(numbers: Array, planes: Sequence[Array], coder: _Coder | None) -> None:
-    """Fill the planes with the fields of the numbers; with a coder, the last goes there."""
-    with scratch() as room:
-        for first in range(0, numbers.size, BLOCK):
-            here = slice(first, first + BLOCK)
-            _cut_block(numbers[here], [plane[here] for plane in planes], coder, room)
-
-
 def _cut_block(block: Array, planes: Sequence[Array], coder: _Coder | None, room: Scratch) -> None:
+    """Fill the planes with the fields of numbers; with a coder, the last goes there."""
     at = 0
     for plane in planes[:-2]:
-        _shifted(block, 8 * at, plane)
+        take_bytes(block, at, plane)
         at += plane.itemsize
     if at:
-        block = _shifted(block, 8 * at, room.upper[: block.size])
+        upper = room.upper[: block.size]
+        take_bytes(block, at, upper)
+        block = upper
     if isinstance(coder, UpperCoder):
-        planes[-2][:] = block
-        coder.add(block, room)
+        take_bytes(block, 0, planes[-2])
+        uppers = room.bytes[: block.size]
+        take_bytes(block, 1, uppers)
+        coder.add(uppers)
     else:
         _cut_rotated(block, planes[-2:], coder, room)
 
 
 def _cut_rotated(block: Array, planes: Sequence[Array], coder: ExponentCoder | None, room: Scratch) -> None:
-    upper, rotated, exponents = (each[: block.size] for each in room[:3])
+    rotated, sign = room.rotated[: block.size], room.signs[: block.size]
     np.add(block, block, out=rotated)  # a shift by one, only faster
-    np.right_shift(block, 15, out=upper)
-    rotated |= upper
-    planes[0][:] = rotated
-    rotated >>= 8
+    np.right_shift(block, 15, out=sign)
+    rotated |= sign
+    take_bytes(rotated, 0, planes[0])
     if coder is None:
-        planes[1][:] = rotated
+        take_bytes(rotated, 1, planes[1])
     else:
-        exponents[:] = rotated
-        coder.add(exponents, room)
-
-
-def _shifted(block: Array, num_bits: int, into: Array) -> Array:
-    """Put the bits of numbers from `num_bits` on into narrower ones."""
-    if num_bits:
-        np.right_shift(block, num_bits, out=into, casting="unsafe")
-    else:
-        into[:] = block
-    return into
+        exponents = room.bytes[: block.size]
+        take_bytes(rotated, 1, exponents)
+        coder.add(exponents)
 
 
 def _few(numbers: Array) -> Array:
@@ -180,33 +166,39 @@ def _shrinks(few: Array) -> bool:
     return len(compress_by_entropy(plane.data)) < _WORTH_ENTROPY * few.size
 
 
-def _stored(plane: Plane, size: int, kind: int, coder: _Coder | None) -> _Stored:
-    if kind in (_CODES, _UPPERS) and coder:
-        return _Stored(1, kind, coder.body())
+def _assemble(whole: memoryview, width: int, kinds: Sequence[tuple[int, int]], coder: _Coder | None) -> int:
+    """Put heads and fields where they belong, from the first on; return their end, or 0 if not worth it."""
+    heads = [_HEAD.pack(width, len(kinds))]
+    end = at = _HEAD.size + len(kinds) * _FIELD.size
+    count = (len(whole) - at) // width
+    most = at + WORTH_IT * count * width
+    for size, planned in kinds:
+        plane = whole[at : at + size * count]
+        kind, parts = _stored(plane, planned, coder)
+        length = sum(map(len, parts))
+        if end + length > most:
+            return 0
+        heads.append(_FIELD.pack(size, kind, length))
+        if kind != _RAW or end != at:
+            for part in parts:
+                whole[end : end + len(part)] = part
+                end += len(part)
+        else:
+            end += length
+        at += size * count
+    whole[: sum(map(len, heads))] = b"".join(heads)
+    return end
+
+
+def _stored(plane: memoryview, kind: int, coder: _Coder | None) -> tuple[int, Sequence[Buffer]]:
+    """Return how a field that was cut is stored, and as what, in parts."""
+    if coder and kind >= _CODES:
+        return kind, coder.body()
     if kind == _FRAME:
-        frame = compress_by_entropy(plane.data)
-        if len(frame) < _WORTH_ENTROPY * plane.size:
-            return _Stored(1, _FRAME, [frame])
-    return _Stored(size, _RAW, [plane.data])
-
-
-def _assembled(room: Plane, width: int, fields: Sequence[_Stored]) -> Buffer | None:
-    """Put heads and stored fields where they belong, from the first on; None if they are not worth it."""
-    lengths = [sum(len(part) for part in field.parts) for field in fields]
-    at = _HEAD.size + len(fields) * _FIELD.size
-    if at + sum(lengths) > WORTH_IT * (room.size - at):
-        return None
-    heads = [_FIELD.pack(size, kind, length) for (size, kind, _), length in zip(fields, lengths, strict=True)]
-    whole = room.data
-    whole[:at] = b"".join([_HEAD.pack(width, len(fields)), *heads])
-    is_there = True  # as long as nothing before it shrank
-    for field, length in zip(fields, lengths, strict=True):
-        is_there = is_there and field.kind == _RAW
-        for part in () if is_there else field.parts:
-            whole[at : at + len(part)] = part
-            at += len(part)
-        at += length if is_there else 0
-    return whole[:at]
+        frame = compress_by_entropy(plane)
+        if len(frame) < _WORTH_ENTROPY * len(plane):
+            return _FRAME, [frame]
+    return _RAW, [plane]
 
 
 def _fields(view: memoryview, num_raw_bytes: int) -> tuple[int, list[_Field]]:
@@ -220,7 +212,7 @@ def _fields(view: memoryview, num_raw_bytes: int) -> tuple[int, list[_Field]]:
         size, kind, length = _FIELD.unpack_from(view, _HEAD.size + number * _FIELD.size)
         fields.append(_Field(size, kind, view[at : at + length]))
         at += length
-    if any(field.kind == _UPPERS for field in fields[:-1]):
+    if any(field.kind in _PACKINGS for field in fields[:-1]):
         raise Corrupt("upper bytes of numbers as codes can only be the last of their planes")
     sizes = [field.size for field in fields]
     if at != len(view) or sum(sizes) != width or sizes[-2:] != [1, 1] or not {1, 2, 4}.issuperset(sizes):
@@ -237,6 +229,6 @@ def _content(field: _Field, count: int) -> Buffer:
         return decompress(field.body, num_bytes)
     if field.kind == _CODES and field.size == 1:
         return decode_exponents(memoryview(field.body), count)
-    if field.kind == _UPPERS and field.size == 1:
-        return decode_uppers(memoryview(field.body), count)
+    if field.kind in _PACKINGS and field.size == 1:
+        return decode_uppers(memoryview(field.body), count, _PACKINGS[field.kind])
     raise Corrupt(f"a plane of kind {field.kind} cannot hold {num_bytes} bytes in {len(field.body)}")

@@ -1,27 +1,45 @@
 """Memory for a block of numbers, kept from chunk to chunk: fresh pages would take longer than the work."""
 
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 BLOCK = 1 << 19  # numbers: as few steps as what they need still fits a core's cache
+_LENT_BYTES = (4 << 20) + 64  # a chunk, and heads
+_PACKED_BYTES = 1 << 20  # codes of all numbers of a chunk, two in a byte
 
 
-class Scratch(NamedTuple):
+def _bytes() -> NDArray[np.uint8]:
+    return np.empty(BLOCK, np.uint8)
+
+
+def _halves() -> NDArray[Any]:
+    return np.empty(BLOCK, "<u2")
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
     """Room for intermediate results of BLOCK numbers."""
 
-    upper: NDArray[Any]
-    rotated: NDArray[Any]
-    exponents: NDArray[np.uint8]
-    codes: NDArray[np.uint8]
-    beyond: NDArray[np.bool_]
-    pairs: NDArray[Any]
+    upper: NDArray[Any] = field(default_factory=_halves)
+    rotated: NDArray[Any] = field(default_factory=_halves)
+    signs: NDArray[Any] = field(default_factory=_halves)
+    bytes: NDArray[np.uint8] = field(default_factory=_bytes)
+    flags: NDArray[np.uint8] = field(default_factory=_bytes)
+    codes: NDArray[np.uint8] = field(default_factory=lambda: np.empty(_PACKED_BYTES, np.uint8))
+
+    def packed(self, num_bytes: int) -> NDArray[np.uint8]:
+        """Return room for the codes of as many numbers as there are."""
+        return self.codes[:num_bytes] if num_bytes <= _PACKED_BYTES else np.empty(num_bytes, np.uint8)
 
 
+_kept: deque[NDArray[np.uint8]] = deque(maxlen=4)
 _idle: deque[Scratch] = deque()  # as many as were ever in use at once; taken and given back atomically
 
 
@@ -31,15 +49,18 @@ def scratch() -> Iterator[Scratch]:
     try:
         lent = _idle.pop()
     except IndexError:
-        lent = Scratch(
-            np.empty(BLOCK, "<u2"),
-            np.empty(BLOCK, "<u2"),
-            np.empty(BLOCK, np.uint8),
-            np.empty(BLOCK, np.uint8),
-            np.empty(BLOCK, np.bool_),
-            np.empty(BLOCK // 2, "<u2"),
-        )
+        lent = Scratch()
     try:
         yield lent
     finally:
         _idle.append(lent)
+
+
+def lend(num_bytes: int) -> memoryview:
+    """Return memory that is lent again once nothing refers to it any more."""
+    kept = _kept.pop() if _kept else None
+    if kept is None or kept.size < num_bytes:
+        kept = np.empty(max(num_bytes, _LENT_BYTES), np.uint8)
+    lent = kept[:num_bytes]
+    weakref.finalize(lent, _kept.append, kept).atexit = False
+    return lent.data  # whoever has a part of it has `lent`

@@ -14,7 +14,7 @@ from checkpoint.format.codec import Codec, decode, encode, xor_bytes
 from checkpoint.format.dtypes import DTYPES, itemsize
 from checkpoint.format.frames import compress_by_entropy
 from checkpoint.format.planes import PLANE_WIDTHS
-from checkpoint.format.uppers import decode_uppers
+from checkpoint.format.uppers import Packing, decode_uppers
 
 names = st.sampled_from(sorted(DTYPES))
 floats = st.sampled_from(sorted(PLANE_WIDTHS))
@@ -156,34 +156,40 @@ def test_damaged_planes_are_corrupt_or_other_numbers_but_never_break(name, place
             decode(used, bytes(stored) + b"\0", len(raw))
 
 
-@pytest.mark.parametrize("others", [b"", b"\x60\x61", b"\x60" * 200_000])
-def test_other_exponents_than_there_are_codes_for_are_corrupt(others: bytes):
-    sound = bytes.fromhex("800c000000 28b52ffd 2003190000 010fe1") + b"\x60"
-    head, mantissas = bytes.fromhex("0202 0100 06000000 0102"), bytes.fromhex("004100800000")
-
-    def stored(exponents: bytes) -> bytes:
-        return head + len(exponents).to_bytes(4, "little") + mantissas + exponents
-
-    assert len(decode(Codec.PLANES, stored(sound), 12)) == 12
-    with pytest.raises(Corrupt, match="without a code"):
-        decode(Codec.PLANES, stored(sound[:-1] + others), 12)
+EXPONENTS = ("0102", "004100800000", "800c000000 28b52ffd 2003190000 010fe1", "60")  # as in docs/format.md
+PAIRS = ("0103", "802000408000", "400c000000 28b52ffd 2003190000 900010", "02000000 05000000 0030")
+TRIPLES = ("0104", "802000408000", "400b000000 28b52ffd 2002110000 2500", "01000000 02000000 05000000 c00030")
 
 
-@pytest.mark.parametrize("others", [b"", b"\0", b"\0\x30\0", b"\0" * 200_000])
-def test_other_upper_bytes_than_there_are_codes_for_are_corrupt(others: bytes):
-    sound = bytes.fromhex("400c000000 28b52ffd 2003190000 907087") + b"\0\x30"
-    head, lower = bytes.fromhex("0202 0100 06000000 0103"), bytes.fromhex("802000408000")
+def planes_of(kind: str, lower: str, codes: str, others: bytes) -> bytes:
+    last = bytes.fromhex(codes) + others
+    heads = bytes.fromhex(f"0202 0100 06000000 {kind}") + len(last).to_bytes(4, "little")
+    return heads + bytes.fromhex(lower) + last
 
-    def stored(uppers: bytes) -> bytes:
-        return head + len(uppers).to_bytes(4, "little") + lower + uppers
 
-    assert len(decode(Codec.PLANES, stored(sound), 12)) == 12
-    with pytest.raises(Corrupt, match="without a code"):
-        decode(Codec.PLANES, stored(sound[:-2] + others), 12)
+@pytest.mark.parametrize("plane", [EXPONENTS, PAIRS, TRIPLES])
+@pytest.mark.parametrize("change", ["too few", "one more", "far too many"])
+def test_other_bytes_than_there_are_codes_for_are_corrupt(plane: tuple[str, str, str, str], change: str):
+    kind, lower, codes, others = *plane[:3], bytes.fromhex(plane[3])
+    assert len(decode(Codec.PLANES, planes_of(kind, lower, codes, others), 12)) == 12
+    broken = {"too few": others[:-1], "one more": others + b"\0", "far too many": others * 40_000}[change]
+    with pytest.raises(Corrupt, match=r"without a code|cannot be the patches"):
+        decode(Codec.PLANES, planes_of(kind, lower, codes, broken), 12)
+
+
+@pytest.mark.parametrize("places", [(5, 1), (1, 1), (1, 6), (1, 2**32 - 1)])
+@pytest.mark.parametrize("plane", [PAIRS, TRIPLES])
+def test_patches_out_of_order_or_beyond_the_numbers_are_corrupt(
+    plane: tuple[str, str, str, str], places: tuple[int, int]
+):
+    patches = b"".join(place.to_bytes(4, "little") for place in places) + b"\xc0\x30"
+    kind, lower, codes, _ = plane
+    with pytest.raises(Corrupt, match="out of order, or beyond"):
+        decode(Codec.PLANES, planes_of(kind, lower, codes, patches), 12)
 
 
 def test_upper_bytes_as_codes_anywhere_but_last_are_corrupt():
-    uppers = bytes.fromhex("400c000000 28b52ffd 2003190000 907087 0030")
+    uppers = bytes.fromhex(PAIRS[2] + PAIRS[3])
     head = bytes.fromhex("0202 0103") + len(uppers).to_bytes(4, "little") + bytes.fromhex("0100 06000000")
     with pytest.raises(Corrupt, match="only be the last"):
         decode(Codec.PLANES, head + uppers + bytes(6), 12)
@@ -203,28 +209,63 @@ def test_weights_with_some_far_from_the_rest_are_stored_by_their_upper_bytes(nam
     assert bytes(decode(used, stored, raw.nbytes)) == raw.tobytes()
 
 
+@pytest.mark.parametrize("count", [4096, 70_001, (1 << 19) + 12_345])
+def test_numbers_of_one_sign_are_stored_three_to_a_byte(count: int):
+    random = np.random.default_rng(count)
+    raw = (random.integers(0x3A, 0x40, count) << 8 | random.integers(0, 256, count)).astype("<u2")
+    raw[[200, 201, -1]] = 0x8123  # not in the sample
+    used, stored = encode(Codec.PLANES, raw.tobytes(), dtype="bfloat16")
+    assert memoryview(stored)[9] == 4
+    assert bytes(decode(used, stored, raw.nbytes)) == raw.tobytes()
+
+
+def values_by_the_book(packing: Packing, codes: bytes, count: int, highest: int) -> list[int]:
+    """Return the upper bytes that codes stand for, one by one as docs/format.md has it."""
+    if packing is Packing.TRIPLES:
+        digits = [code // 6**digit % 6 for digit in range(3) for code in codes]
+        return [(highest - digit) % 256 for digit in digits][:count]
+    apart = {
+        (16 * d + 8 * s + 17 * e + 128 * t) % 256: (d + 128 * s, e + 128 * t)
+        for d in range(8)
+        for s in range(2)
+        for e in range(8)
+        for t in range(2)
+    }
+    return [(highest - offset) % 256 for code in codes for offset in apart[code]][:count]
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 300), st.integers(0, 255), st.binary(min_size=1, max_size=40))
-def test_whatever_the_pairs_of_upper_bytes_say_is_read_as_the_format_document_says(count, highest, few):
-    pairs = (few * 300)[: (count + 1) // 2]
-    left = iter(np.random.default_rng(count).integers(0, 256, count).tolist())
-    uppers, others = list[int](), list[int]()
-    for pair in pairs:
-        d, s, more, sign = next(
-            (d, s, e, t)
-            for d in range(8)
-            for s in range(2)
-            for e in range(8)
-            for t in range(2)
-            if (16 * d + 8 * s + 17 * e + 128 * t) % 256 == pair
-        )
-        for low, high in ((d, s), (more, sign)):
-            if len(uppers) < count:
-                others += [next(left)] if low == 7 else []
-                uppers.append(others[-1] if low == 7 else (highest - low - 128 * high) % 256)
-    frame = compress_by_entropy(pairs)
-    body = bytes([highest]) + len(frame).to_bytes(4, "little") + frame + bytes(others)
-    assert bytes(decode_uppers(memoryview(body), count)) == bytes(uppers)
+@given(
+    st.sampled_from(Packing),
+    st.integers(1, 300),
+    st.integers(0, 255),
+    st.binary(min_size=1, max_size=40),
+    st.dictionaries(st.integers(0, 299), st.integers(0, 255), max_size=9),
+)
+def test_whatever_codes_of_upper_bytes_say_is_read_as_the_format_document_says(
+    packing, count, highest, few, patches
+):
+    few = bytes(code % 216 for code in few) if packing is Packing.TRIPLES else few
+    codes = (few * 300)[: -(-count // packing.value)]
+    patched = {place: patches[place] for place in sorted(patches) if place < count}
+    expected = dict(enumerate(values_by_the_book(packing, codes, count, highest))) | patched
+    frame = compress_by_entropy(codes)
+    body = bytes([highest]) + len(frame).to_bytes(4, "little") + frame
+    body += b"".join(place.to_bytes(4, "little") for place in patched) + bytes(patched.values())
+    assert list(decode_uppers(memoryview(body), count, packing)) == list(expected.values())
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float32"])
+def test_what_is_still_looked_at_is_not_overwritten_by_what_is_encoded_next(name: str):
+    raws = [random_floats(seed, 50_000, name) for seed in range(8)]
+    stored = [encode(Codec.PLANES, raw, dtype=name) for raw in raws]
+    part = memoryview(stored.pop()[1])[100:200]
+    before = bytes(part)
+    for raw in raws:
+        encode(Codec.PLANES, raw, dtype=name)
+    assert bytes(part) == before
+    for raw, (used, data) in zip(raws, stored, strict=False):
+        assert bytes(decode(used, data, len(raw))) == raw
 
 
 def bombs() -> dict[str, tuple[Codec, bytes]]:

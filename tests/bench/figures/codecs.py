@@ -23,6 +23,7 @@ _LEVEL = SavePolicy().level
 _NUM_STEPS, _STEPS = 240, (121, 201)  # in the middle of the schedule, and near its end
 _QUICK_STEPS = (24, (12, 24))
 _ZSTD = f"zstandard {_LEVEL}"
+_PASSES = 4  # in a turn: one takes a few milliseconds, and would mostly show how slowly anything begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +145,10 @@ def _timed(
     content: _Content, encoded: _Encoded, encode_one: Callable[[Buffer], tuple[Codec, Buffer]]
 ) -> None:
     """Encode chunk by chunk; as in a save, one is gone before the next is made."""
-    num_bytes, started = 0, time.thread_time()
-    for chunk in content.chunks:
-        num_bytes += len(encode_one(chunk.data)[1])
-    encoded.seconds.append(time.thread_time() - started)
-    encoded.num_bytes = num_bytes
+    started = time.thread_time()
+    for _ in range(_PASSES):
+        encoded.num_bytes = sum(len(encode_one(chunk.data)[1]) for chunk in content.chunks)
+    encoded.seconds.append((time.thread_time() - started) / _PASSES)
 
 
 def _half_bytes(content: _Content) -> list[bytes]:
@@ -165,10 +165,11 @@ def _half_bytes(content: _Content) -> list[bytes]:
 def _coding_s(content: _Content, half_bytes: Sequence[bytes]) -> float:
     """Return the seconds that no codec of this kind can do without."""
     started = time.thread_time()
-    for chunk, codes in zip(content.chunks, half_bytes, strict=True):
-        chunk.copy()
-        compress_by_entropy(codes)
-    return time.thread_time() - started
+    for _ in range(_PASSES):
+        for chunk, codes in zip(content.chunks, half_bytes, strict=True):
+            chunk.copy()
+            compress_by_entropy(codes)
+    return (time.thread_time() - started) / _PASSES
 
 
 def _decoding_s(content: _Content) -> float:
