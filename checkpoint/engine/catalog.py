@@ -3,7 +3,7 @@
 from checkpoint.errors import Corrupt, FormatError, NoCheckpoint, NotFound
 from checkpoint.format.keys import MANIFESTS, manifest_key, parse_manifest_key
 from checkpoint.format.manifest import Manifest, decode_manifest
-from checkpoint.store.contract import Store
+from checkpoint.store.contract import Buffer, Store
 
 
 class Catalog:
@@ -19,17 +19,7 @@ class Catalog:
 
     def manifest(self, step: int) -> Manifest:
         """Read one manifest. Raises NoCheckpoint if there is none of this step, Corrupt if it is damaged."""
-        key = manifest_key(step)
-        try:
-            data = self._store.read(key)[0]
-        except NotFound as error:
-            raise NoCheckpoint(f"there is no checkpoint of step {step}: no {key} in the store") from error
-        manifest = decode_manifest(data, key)
-        if manifest.step != step:
-            raise Corrupt(
-                f"{key} says it is of step {manifest.step}: it was moved or edited; delete or restore it"
-            )
-        return manifest
+        return read_manifest(self._store, step)[0]
 
     def latest(self) -> int | None:
         """Return the newest step whose manifest can be read, None when there is no such checkpoint.
@@ -47,3 +37,18 @@ class Catalog:
             except (FormatError, NoCheckpoint):
                 continue  # `load` names it among the fallbacks; `verify` says what is wrong with it
         return None
+
+
+def read_manifest(store: Store, step: int) -> tuple[Manifest, Buffer]:
+    """Read a step's manifest, and its bytes. Raises NoCheckpoint, Corrupt, Unsupported."""
+    key = manifest_key(step)
+    try:
+        data = store.read(key)[0]
+    except NotFound as error:
+        raise NoCheckpoint(f"there is no checkpoint of step {step} in {store}: no {key}") from error
+    manifest = decode_manifest(data, key)
+    if manifest.step != step:
+        raise Corrupt(
+            f"{key} says it is of step {manifest.step}: it was moved or edited; delete or restore it"
+        )
+    return manifest, data

@@ -1,6 +1,7 @@
 """The nearest tier: captured snapshots that stay in memory are digested there, whatever the store does."""
 
 import logging
+from collections.abc import Iterator, Sequence
 
 from checkpoint.engine.commit import describe
 from checkpoint.engine.encoding import digest_once
@@ -15,7 +16,7 @@ from checkpoint.format.table import ChunkTable
 
 log = logging.getLogger("holdfast.checkpoint")
 
-_BATCH_CHUNKS = 64  # small ones are digested together
+BATCH_BYTES = 1 << 20  # smaller chunks are digested together; of larger ones the packer may have the next
 
 
 class Digester:
@@ -45,7 +46,18 @@ class Digester:
 
     def _digests(self, share: ShareEntry) -> list[ChunkRecord]:
         """Digest a share from its end, while the packer, which needs the same, comes from its beginning."""
-        numbers, memory = range(len(share.plan.slots)), self._intake.arena.memory.toreadonly()
-        for last in range(len(numbers), 0, -_BATCH_CHUNKS):
-            digest_once(share, numbers[max(last - _BATCH_CHUNKS, 0) : last], memory)
-        return [share.digests[number] for number in numbers]
+        memory = self._intake.arena.memory.toreadonly()
+        for batch in batches([slot.num_bytes for slot in share.plan.slots]):
+            digest_once(share, batch, memory)
+        return [share.digests[number] for number in range(len(share.plan.slots))]
+
+
+def batches(sizes: Sequence[int]) -> Iterator[range]:
+    """Yield the numbers of all chunks, the last ones first: small ones together, a large one by itself."""
+    last = len(sizes)
+    while last:
+        first, num_bytes = last - 1, sizes[last - 1]
+        while first and num_bytes + sizes[first - 1] <= BATCH_BYTES:
+            first, num_bytes = first - 1, num_bytes + sizes[first - 1]
+        yield range(first, last)
+        last = first

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 
-from checkpoint.engine.catalog import Catalog
+from checkpoint.engine.catalog import Catalog, read_manifest
 from checkpoint.errors import NoCheckpoint, NotFound
 from checkpoint.format.json_fields import Fields, dump_json, parse_json
 from checkpoint.format.keys import (
@@ -17,7 +17,7 @@ from checkpoint.format.keys import (
     verified_key,
 )
 from checkpoint.format.manifest import metrics_from_json, metrics_to_json
-from checkpoint.lifecycle.survey import digest_of, read_manifest
+from checkpoint.lifecycle.survey import digest_of
 from checkpoint.store.contract import Store
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from checkpoint.engine.catalog import Catalog
+from checkpoint.engine.catalog import Catalog, read_manifest
 from checkpoint.engine.sweeps import look_up
 from checkpoint.errors import (
     AlreadyExists,
@@ -22,7 +22,7 @@ from checkpoint.format.keys import manifest_key, promoting_key
 from checkpoint.format.manifest import Manifest, PackRef, decode_manifest
 from checkpoint.lifecycle.marks import copy_score
 from checkpoint.lifecycle.proof import has_same_index, prove_object
-from checkpoint.lifecycle.survey import ObjectRef, digest_of, objects_of, read_manifest
+from checkpoint.lifecycle.survey import ObjectRef, digest_of, objects_of
 from checkpoint.store.contract import Buffer, ByteRange, Store
 
 MAX_HELD_BYTES = 128 << 20  # a larger object is not held in memory

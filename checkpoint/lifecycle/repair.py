@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from checkpoint.engine.catalog import read_manifest
 from checkpoint.engine.source import StoreSource
 from checkpoint.engine.sweeps import look_up
 from checkpoint.errors import Corrupt, FormatError, NoCheckpoint, StoreUnavailable
@@ -14,7 +15,7 @@ from checkpoint.lifecycle.aside import set_aside
 from checkpoint.lifecycle.promotion import fetched
 from checkpoint.lifecycle.proof import prove_object, prove_pack
 from checkpoint.lifecycle.scrub import Verified, VerifyReport, examine, verify
-from checkpoint.lifecycle.survey import ObjectRef, digest_of, objects_of, read_manifest
+from checkpoint.lifecycle.survey import ObjectRef, digest_of, objects_of
 from checkpoint.store.contract import Buffer, Store
 
 

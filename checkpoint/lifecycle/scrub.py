@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from checkpoint.engine.catalog import Catalog
+from checkpoint.engine.catalog import Catalog, read_manifest
 from checkpoint.engine.plan import check_chunks, check_cover
 from checkpoint.errors import FormatError, Incomplete, NoCheckpoint, NotFound, StoreRefused
 from checkpoint.format.keys import manifest_key
@@ -17,7 +17,7 @@ from checkpoint.lifecycle.marks import forget_verified, record_verified, verifie
 from checkpoint.lifecycle.pace import Pace
 from checkpoint.lifecycle.proof import read_pack_index
 from checkpoint.lifecycle.receipts import damaged_receipts
-from checkpoint.lifecycle.survey import digest_of, read_manifest
+from checkpoint.lifecycle.survey import digest_of
 from checkpoint.store.contract import ByteRange, Store
 
 _MAX_LISTED = 1000

@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from checkpoint.errors import Corrupt, FormatError, NoCheckpoint, NotFound
+from checkpoint.engine.catalog import read_manifest
+from checkpoint.errors import FormatError, NoCheckpoint
 from checkpoint.format.codec import checksum
-from checkpoint.format.keys import MANIFESTS, manifest_key, parse_manifest_key
-from checkpoint.format.manifest import Manifest, PackRef, PageRef, decode_manifest
+from checkpoint.format.keys import MANIFESTS, parse_manifest_key
+from checkpoint.format.manifest import Manifest, PackRef, PageRef
 from checkpoint.store.contract import Buffer, Entry, Store
 
 ObjectRef = PackRef | PageRef
@@ -48,21 +49,6 @@ def list_manifests(store: Store) -> dict[int, Entry]:
     """Return the entries of a store's manifests by step, oldest first."""
     found = ((parse_manifest_key(entry.key), entry) for entry in store.list(MANIFESTS))
     return dict(sorted((step, entry) for step, entry in found if step is not None))
-
-
-def read_manifest(store: Store, step: int) -> tuple[Manifest, Buffer]:
-    """Read a step's manifest, and its bytes. Raises NoCheckpoint, Corrupt, Unsupported."""
-    key = manifest_key(step)
-    try:
-        data = store.read(key)[0]
-    except NotFound as error:
-        raise NoCheckpoint(f"there is no checkpoint of step {step} in {store}: no {key}") from error
-    manifest = decode_manifest(data, key)
-    if manifest.step != step:
-        raise Corrupt(
-            f"{key} says it is of step {manifest.step}: it was moved or edited; delete or restore it"
-        )
-    return manifest, data
 
 
 def digest_of(data: Buffer) -> str:

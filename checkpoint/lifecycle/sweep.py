@@ -7,6 +7,7 @@ more who needs any of it; delete the rest. See `claims` for who says so, and how
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from checkpoint.engine.catalog import read_manifest
 from checkpoint.engine.receipt import RECEIPT_SEQ
 from checkpoint.engine.sweeps import announce_sweep
 from checkpoint.errors import AlreadyExists, FormatError, NoCheckpoint, NotFound
@@ -23,7 +24,7 @@ from checkpoint.format.keys import (
 )
 from checkpoint.format.manifest import Manifest, decode_manifest
 from checkpoint.lifecycle.claims import Claims, Patience
-from checkpoint.lifecycle.survey import Standing, list_manifests, named_by, objects_of, read_manifest
+from checkpoint.lifecycle.survey import Standing, list_manifests, named_by, objects_of
 from checkpoint.store.contract import Entry, Store
 
 

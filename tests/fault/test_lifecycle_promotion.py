@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from checkpoint.engine.catalog import Catalog
+from checkpoint.engine.catalog import Catalog, read_manifest
 from checkpoint.errors import Conflict, Corrupt, NoCheckpoint, StoreUnavailable
 from checkpoint.format.codec import Codec
 from checkpoint.format.keys import PROMOTING, manifest_key, parse_pack_key
@@ -15,7 +15,7 @@ from checkpoint.lifecycle.policies import LatestN
 from checkpoint.lifecycle.promotion import promote
 from checkpoint.lifecycle.retention import prune
 from checkpoint.lifecycle.scrub import verify
-from checkpoint.lifecycle.survey import digest_of, read_manifest
+from checkpoint.lifecycle.survey import digest_of
 from checkpoint.store.local import LocalStore
 from checkpoint.store.memory import MemoryStore
 from tests.format_samples import write_checkpoint

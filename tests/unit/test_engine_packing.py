@@ -4,9 +4,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from checkpoint import Catalog, LocalHost, verify
 from checkpoint.engine.arena import Region
+from checkpoint.engine.digester import BATCH_BYTES, batches
 from checkpoint.engine.encoding import Job, digest, digest_once, work_on
 from checkpoint.engine.ledger import ShareEntry, Writing
 from checkpoint.engine.pipeline import Tuning
@@ -74,6 +77,13 @@ def test_a_digest_is_the_same_however_many_chunks_are_digested_together():
     assert digest_once(job.share, (3, 5), job.memory) == [together[3], together[5]]
     job.memory[:] = bytes(len(job.memory))
     assert digest_once(job.share, (5,), job.memory) == [together[5]]
+
+
+@given(st.lists(st.integers(0, 3 * BATCH_BYTES) | st.integers(0, 2000), max_size=50))
+def test_what_is_held_is_digested_from_its_end_and_no_large_chunk_waits_for_another(sizes):
+    found = list(batches(sizes))
+    assert [number for batch in reversed(found) for number in batch] == list(range(len(sizes)))
+    assert all(len(batch) == 1 or sum(sizes[number] for number in batch) <= BATCH_BYTES for batch in found)
 
 
 def test_the_first_packs_are_small_and_raw_chunks_are_not_copied():

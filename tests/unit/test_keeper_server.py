@@ -186,15 +186,14 @@ def test_a_restore_waits_for_a_store_that_hangs_no_longer_than_a_reader_and_its_
     first = Checkpointer(config.store_url, options=options)
     saved(first, 1, state).durable().result(20)
     store.go.clear()
-    first.save(2, state)
+    late = saved(first, 2, state)
     first.wait_captured()
     with Checkpointer(config.store_url, options=options) as second:
         restored = restored_by(second, state)  # `flush_s` is 600 s
         assert restored.step == 1 and any("step 2" in note for note in restored.notes)
         assert any("step 2" in note for note in restored_by(second, state, step=1).notes)
         store.go.set()
-        assert second.wait(20)
-        assert restored_by(second, state).step == 2
+        assert late.durable().result(20).step == restored_by(second, state).step == 2
     first.close()
 
 

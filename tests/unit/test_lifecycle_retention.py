@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from checkpoint.engine.catalog import Catalog
+from checkpoint.engine.catalog import Catalog, read_manifest
 from checkpoint.errors import NoCheckpoint, StoreUnavailable
 from checkpoint.format.keys import EXPIRED, SCORES, SWEEPS, VERIFIED, manifest_key, pack_key, page_key
 from checkpoint.format.manifest import encode_manifest
@@ -12,7 +12,7 @@ from checkpoint.lifecycle.marks import record_score, record_verified, scores, ta
 from checkpoint.lifecycle.policies import BestByMetric, EverySteps, LatestN, WithinBytes
 from checkpoint.lifecycle.retention import PruneReport, prune
 from checkpoint.lifecycle.scrub import verify
-from checkpoint.lifecycle.survey import digest_of, read_manifest
+from checkpoint.lifecycle.survey import digest_of
 from checkpoint.store.memory import MemoryStore
 from tests.format_samples import write_checkpoint
 from tests.wrapped_stores import Faulty, Lost
