@@ -112,6 +112,35 @@ def test_a_training_goes_from_megatron_through_a_store_and_back(tmp_path):
     assert json.loads((folder / "metadata.json").read_text())["sharded_backend"] == "torch_dist"
 
 
+def test_a_legacy_checkpoint_and_a_distributed_one_of_the_same_training_differ_in_nothing(tmp_path):
+    legacy, _ = unpack("megatron-buffers-llama", tmp_path / "legacy")
+    choice = choose_rules("llama-megatron")
+    same = compare_places(
+        Whereabouts(str(legacy), rules=choice),
+        Whereabouts(str(made("llama", tmp_path / "dist")), rules=choice),
+    )
+    assert {one.verdict.value for one in same} == {"equal"}
+    assert len(same) == 195
+
+
+def test_states_in_buckets_are_left_out_and_that_is_said(tmp_path):
+    """As `dp_reshardable` keeps them: which ranks' parameters lie there in which order is in no file."""
+    folder = made("llama", tmp_path)
+
+    def put_into_buckets(tree: Any) -> None:
+        for table in (tree.state_dict_metadata, tree.storage_data):
+            for key in [key for key in table if str(getattr(key, "fqn", key)).startswith("optimizer.")]:
+                name = f"optimizer.distributed.dp_group_idx_0.{getattr(key, 'fqn', key)}"
+                moved = name if isinstance(key, str) else type(key)(name, key.offset, key.index)
+                table[moved] = table.pop(key)
+
+    rewrite_metadata(folder, put_into_buckets)
+    opened = open_foreign(str(folder))
+    assert not any(tensor.name.startswith("optimizer.") for tensor in opened.tensors)
+    assert any("--dist-ckpt-optim-fully-reshardable" in note for note in opened.about.notes)
+    assert len(plan_of("llama", opened).tensors) == 39
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(not PYTHON.exists(), reason="needs Megatron-Core: see tests/interop/deepspeed.txt")
