@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import checkpoint
 from checkpoint.errors import CheckpointError, Corrupt, Incomplete, Mismatch, Unsupported
@@ -257,6 +258,19 @@ def test_a_layer_that_is_missing_is_named(tmp_path):
     refuses(folder, Incomplete, refused)
 
 
+@pytest.mark.parametrize("size", [[1 << 40, 8], [1 << 20, 1 << 20, 8], [1 << 59, 0], [3, 8], [4]])
+def test_metadata_that_count_layers_beyond_reason_are_refused_at_once(size, tmp_path):
+    folder = made("llama", tmp_path)
+
+    def stretch(tree: Any) -> None:
+        for key, one in tree.state_dict_metadata.items():
+            if "layer_norm_weight" in key:
+                one.size = torch.Size(size)
+
+    rewrite_metadata(folder, stretch)
+    refuses(folder, CheckpointError, "no model has so many layers|outside of its shape|cannot have the shape")
+
+
 def test_a_rank_s_file_in_the_place_of_another_s_is_caught(tmp_path):
     folder = made("llama", tmp_path)
     shutil.copy(folder / "__0_0.distcp", folder / "__0_1.distcp")
@@ -264,8 +278,6 @@ def test_a_rank_s_file_in_the_place_of_another_s_is_caught(tmp_path):
 
 
 def test_groups_at_different_steps_are_caught(tmp_path):
-    import torch
-
     folder = made("llama", tmp_path)
     common = torch.load(folder / "common.pt", weights_only=False)
     common["optimizer"]["optimizer"]["param_groups"][1]["step"] = 8.0
@@ -275,7 +287,6 @@ def test_groups_at_different_steps_are_caught(tmp_path):
 
 def test_code_in_the_common_file_is_refused_and_not_executed(tmp_path):
     folder = made("llama", tmp_path)
-    import torch
 
     class Evil:
         def __reduce__(self) -> Any:
