@@ -53,9 +53,10 @@ def made(kind: str, to: Path) -> Path:
     return unpack(f"megatron-dist-{kind}", to)[0] / "iter_0000007"
 
 
-@pytest.mark.parametrize("kind", RULES)
-def test_weights_masters_moments_and_step_are_what_megatron_was_given(kind, tmp_path):
-    folder, golden = unpack(f"megatron-dist-{kind}", tmp_path)
+@pytest.mark.parametrize("fixture", [*RULES, "dp-llama", "dp-gpt"])  # dp: dp_reshardable, in buckets
+def test_weights_masters_moments_and_step_are_what_megatron_was_given(fixture, tmp_path):
+    folder, golden = unpack(f"megatron-dist-{fixture}", tmp_path)
+    kind = fixture.removeprefix("dp-")
     assert detect(Place(str(folder))).name == "megatron-dist"
     opened = open_foreign(str(folder))
     assert (opened.about.step, opened.about.axes) == (7, {})
@@ -124,22 +125,57 @@ def test_a_legacy_checkpoint_and_a_distributed_one_of_the_same_training_differ_i
     assert len(same) == 195
 
 
-def test_states_in_buckets_are_left_out_and_that_is_said(tmp_path):
-    """As `dp_reshardable` keeps them: which ranks' parameters lie there in which order is in no file."""
-    folder = made("llama", tmp_path)
+def test_buckets_of_several_optimizers_are_left_out_and_that_is_said(tmp_path):
+    folder = made("dp-llama", tmp_path)
 
-    def put_into_buckets(tree: Any) -> None:
-        for table in (tree.state_dict_metadata, tree.storage_data):
-            for key in [key for key in table if str(getattr(key, "fqn", key)).startswith("optimizer.")]:
-                name = f"optimizer.distributed.dp_group_idx_0.{getattr(key, 'fqn', key)}"
-                moved = name if isinstance(key, str) else type(key)(name, key.offset, key.index)
-                table[moved] = table.pop(key)
+    def chain(tree: Any) -> None:
+        tree.state_dict_metadata = {
+            key.replace("optimizer.distributed", "chained_0.optimizer.distributed"): one
+            for key, one in tree.state_dict_metadata.items()
+        }
+        tree.storage_data = {
+            type(index)(
+                index.fqn.replace("optimizer.distributed", "chained_0.optimizer.distributed"),
+                index.offset,
+                index.index,
+            ): info
+            for index, info in tree.storage_data.items()
+        }
 
-    rewrite_metadata(folder, put_into_buckets)
+    rewrite_metadata(folder, chain)
     opened = open_foreign(str(folder))
     assert not any(tensor.name.startswith("optimizer.") for tensor in opened.tensors)
     assert any("--dist-ckpt-optim-fully-reshardable" in note for note in opened.about.notes)
     assert len(plan_of("llama", opened).tensors) == 39
+
+
+def test_buckets_of_ranks_that_the_arguments_do_not_speak_of_are_left_out(tmp_path):
+    folder = made("dp-llama", tmp_path)
+    common = torch.load(folder / "common.pt", weights_only=False)
+    common["args"].pipeline_model_parallel_size = 2
+    torch.save(common, folder / "common.pt")
+    notes = open_foreign(str(folder)).about.notes
+    assert any(
+        "left out, as of its buckets there are buckets of the model ranks [0, 1]" in one for one in notes
+    )
+
+
+def test_buckets_that_change_places_are_caught(tmp_path):
+    """Each rank's are as long as the other's, and hold parameters of the same shapes."""
+    folder = made("dp-llama", tmp_path)
+
+    def swap(tree: Any) -> None:
+        def other(name: str) -> str:
+            names = {"idx_0.gbuf": "idx_1.gbuf", "idx_1.gbuf": "idx_0.gbuf"}
+            return next((name.replace(*each) for each in names.items() if each[0] in name), name)
+
+        tree.storage_data = {
+            type(index)(other(index.fqn), index.offset, index.index): info
+            for index, info in tree.storage_data.items()
+        }
+
+    rewrite_metadata(folder, swap)
+    refuses(folder, Corrupt, "bucket 0 of the model rank 0 does not hold at 0 what output_layer.weight was")
 
 
 @pytest.mark.slow
