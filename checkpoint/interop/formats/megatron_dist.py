@@ -187,7 +187,9 @@ def _about(
     where, arguments, step = str(folder), arguments_of(common), common.get("iteration")
     extra = {str(key): plain(value, where) for key, value in common.items() if key not in _SKIPPED}
     said, notes = told
-    groups = [plain(group, where) for group in _groups(said)]
+    groups: list[Any] = []
+    for group in (plain(each, where) for each in _groups(said)):
+        groups += [group] if group not in groups else []  # each model rank says them
     extra |= {HYPER: groups} if groups else {}
     extra["args"] = {str(key): plain(value, where) for key, value in arguments.items()}
     sizes = sizes_of(arguments, {tensor.name for tensor in tensors})
