@@ -57,7 +57,7 @@ def export(source: str, target: str, format: str = "hf", listener=unheard) -> ch
     return export_foreign(Whereabouts(source), target, Emigration(format), listener=listener)
 
 
-@pytest.mark.parametrize("format", ["hf", "dcp", "torch", "deepspeed-universal"])
+@pytest.mark.parametrize("format", ["hf", "dcp", "torch", "megatron-dist", "deepspeed-universal"])
 def test_an_export_that_is_damaged_on_the_way_never_appears_and_leaves_nothing(
     source, target, format, damaged, monkeypatch
 ):

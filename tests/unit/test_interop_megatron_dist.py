@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import checkpoint
 from checkpoint.errors import CheckpointError, Corrupt, Incomplete, Mismatch, Unsupported
@@ -52,9 +53,10 @@ def made(kind: str, to: Path) -> Path:
     return unpack(f"megatron-dist-{kind}", to)[0] / "iter_0000007"
 
 
-@pytest.mark.parametrize("kind", RULES)
-def test_weights_masters_moments_and_step_are_what_megatron_was_given(kind, tmp_path):
-    folder, golden = unpack(f"megatron-dist-{kind}", tmp_path)
+@pytest.mark.parametrize("fixture", [*RULES, "dp-llama", "dp-gpt"])  # dp: dp_reshardable, in buckets
+def test_weights_masters_moments_and_step_are_what_megatron_was_given(fixture, tmp_path):
+    folder, golden = unpack(f"megatron-dist-{fixture}", tmp_path)
+    kind = fixture.removeprefix("dp-")
     assert detect(Place(str(folder))).name == "megatron-dist"
     opened = open_foreign(str(folder))
     assert (opened.about.step, opened.about.axes) == (7, {})
@@ -110,6 +112,70 @@ def through_a_store(kind: str, tmp_path: Path) -> Path:
 def test_a_training_goes_from_megatron_through_a_store_and_back(tmp_path):
     folder = through_a_store("llama", tmp_path)
     assert json.loads((folder / "metadata.json").read_text())["sharded_backend"] == "torch_dist"
+
+
+def test_a_legacy_checkpoint_and_a_distributed_one_of_the_same_training_differ_in_nothing(tmp_path):
+    legacy, _ = unpack("megatron-buffers-llama", tmp_path / "legacy")
+    choice = choose_rules("llama-megatron")
+    same = compare_places(
+        Whereabouts(str(legacy), rules=choice),
+        Whereabouts(str(made("llama", tmp_path / "dist")), rules=choice),
+    )
+    assert {one.verdict.value for one in same} == {"equal"}
+    assert len(same) == 195
+
+
+def test_buckets_of_several_optimizers_are_left_out_and_that_is_said(tmp_path):
+    folder = made("dp-llama", tmp_path)
+
+    def chain(tree: Any) -> None:
+        tree.state_dict_metadata = {
+            key.replace("optimizer.distributed", "chained_0.optimizer.distributed"): one
+            for key, one in tree.state_dict_metadata.items()
+        }
+        tree.storage_data = {
+            type(index)(
+                index.fqn.replace("optimizer.distributed", "chained_0.optimizer.distributed"),
+                index.offset,
+                index.index,
+            ): info
+            for index, info in tree.storage_data.items()
+        }
+
+    rewrite_metadata(folder, chain)
+    opened = open_foreign(str(folder))
+    assert not any(tensor.name.startswith("optimizer.") for tensor in opened.tensors)
+    assert any("--dist-ckpt-optim-fully-reshardable" in note for note in opened.about.notes)
+    assert len(plan_of("llama", opened).tensors) == 39
+
+
+def test_buckets_of_ranks_that_the_arguments_do_not_speak_of_are_left_out(tmp_path):
+    folder = made("dp-llama", tmp_path)
+    common = torch.load(folder / "common.pt", weights_only=False)
+    common["args"].pipeline_model_parallel_size = 2
+    torch.save(common, folder / "common.pt")
+    notes = open_foreign(str(folder)).about.notes
+    assert any(
+        "left out, as of its buckets there are buckets of the model ranks [0, 1]" in one for one in notes
+    )
+
+
+def test_buckets_that_change_places_are_caught(tmp_path):
+    """Each rank's are as long as the other's, and hold parameters of the same shapes."""
+    folder = made("dp-llama", tmp_path)
+
+    def swap(tree: Any) -> None:
+        def other(name: str) -> str:
+            names = {"idx_0.gbuf": "idx_1.gbuf", "idx_1.gbuf": "idx_0.gbuf"}
+            return next((name.replace(*each) for each in names.items() if each[0] in name), name)
+
+        tree.storage_data = {
+            type(index)(other(index.fqn), index.offset, index.index): info
+            for index, info in tree.storage_data.items()
+        }
+
+    rewrite_metadata(folder, swap)
+    refuses(folder, Corrupt, "bucket 0 of the model rank 0 does not hold at 0 what output_layer.weight was")
 
 
 @pytest.mark.slow
@@ -228,6 +294,19 @@ def test_a_layer_that_is_missing_is_named(tmp_path):
     refuses(folder, Incomplete, refused)
 
 
+@pytest.mark.parametrize("size", [[1 << 40, 8], [1 << 20, 1 << 20, 8], [1 << 59, 0], [3, 8], [4]])
+def test_metadata_that_count_layers_beyond_reason_are_refused_at_once(size, tmp_path):
+    folder = made("llama", tmp_path)
+
+    def stretch(tree: Any) -> None:
+        for key, one in tree.state_dict_metadata.items():
+            if "layer_norm_weight" in key:
+                one.size = torch.Size(size)
+
+    rewrite_metadata(folder, stretch)
+    refuses(folder, CheckpointError, "no model has so many layers|outside of its shape|cannot have the shape")
+
+
 def test_a_rank_s_file_in_the_place_of_another_s_is_caught(tmp_path):
     folder = made("llama", tmp_path)
     shutil.copy(folder / "__0_0.distcp", folder / "__0_1.distcp")
@@ -235,8 +314,6 @@ def test_a_rank_s_file_in_the_place_of_another_s_is_caught(tmp_path):
 
 
 def test_groups_at_different_steps_are_caught(tmp_path):
-    import torch
-
     folder = made("llama", tmp_path)
     common = torch.load(folder / "common.pt", weights_only=False)
     common["optimizer"]["optimizer"]["param_groups"][1]["step"] = 8.0
@@ -246,7 +323,6 @@ def test_groups_at_different_steps_are_caught(tmp_path):
 
 def test_code_in_the_common_file_is_refused_and_not_executed(tmp_path):
     folder = made("llama", tmp_path)
-    import torch
 
     class Evil:
         def __reduce__(self) -> Any:

@@ -109,7 +109,8 @@ def _read_zip(window: Window, more: StandIns) -> Archive:
         with zipfile.ZipFile(cast(BinaryIO, window.as_file())) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
             _check_entries(archive, window)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, OSError) as error:
+    # Of a version that zipfile does not know: NotImplementedError; names that are no text: ValueError.
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise Corrupt(f"{where} is no sound zip of torch.save: {error}") from error
     root = _root(entries, where)
 

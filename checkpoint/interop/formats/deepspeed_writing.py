@@ -39,7 +39,7 @@ def write_deepspeed_universal(draft: Draft, contents: Contents, budget_bytes: in
     parts = parts_of(contents.tensors)
     tag = f"global_step{contents.about.step or 0}_universal"
     plainly = _plainly(contents, budget_bytes)
-    module = {name: _later(contents, number) for name, number in parts.weights.items()}
+    module = {name: later_of(contents, number) for name, number in parts.weights.items()}
     empty = {name: Later(-1, "float32", (0,)) for name in module}
     engine = engine_of(contents, parts)
     # The largest file first, so that no thread is left alone with it.
@@ -70,7 +70,7 @@ def _parameters(
     for name, states in parts.states.items():
         for state, number in states.items():
             if state == "step":
-                yield partial(_save, draft, f"{folder}/{name}/step.pt", _later(contents, number), plainly)
+                yield partial(_save, draft, f"{folder}/{name}/step.pt", later_of(contents, number), plainly)
             else:
                 path = f"{folder}/{name}/{STATES[state]}.pt"
                 yield partial(_save_wide, draft, path, (contents, number), budget_bytes)
@@ -137,7 +137,8 @@ def _nothing(_: int) -> list[memoryview]:
     return []
 
 
-def _later(contents: Contents, number: int) -> Later:
+def later_of(contents: Contents, number: int) -> Later:
+    """Return a tensor of the contents as one to write."""
     tensor = contents.tensors[number]
     return Later(number, tensor.dtype, tensor.shape)
 
@@ -148,7 +149,7 @@ def _common(contents: Contents, parts: Parts) -> dict[str, Any]:
     said: Mapping[str, Any] = zero if isinstance(zero, dict) else {}
     groups = [dict(group) for group in said.get("param_groups") or _groups(contents) or [{}]]
     steps = [states["step"] for states in parts.states.values() if "step" in states]
-    state = {0: {"step": _later(contents, steps[0])}} if steps else {}
+    state = {0: {"step": later_of(contents, steps[0])}} if steps else {}
     return {
         "zero_stage": 1,
         "clip_grad": said.get("clip_grad", 0.0),

@@ -17,7 +17,7 @@ from checkpoint.interop.formats.deepspeed_partitions import (
     frozen_partition,
 )
 from checkpoint.interop.formats.deepspeed_parts import FLAT, FLAT_3, Shape
-from checkpoint.interop.formats.deepspeed_writing import Parts, engine_of, parts_of
+from checkpoint.interop.formats.deepspeed_writing import Parts, engine_of, later_of, parts_of
 from checkpoint.interop.formats.extents import check_shape
 from checkpoint.interop.formats.rounding import ROUNDED
 from checkpoint.interop.formats.saving import Later, Saving
@@ -262,12 +262,6 @@ def _prefix(work: _Work) -> str:
     states, weights = work.parts.states, work.parts.weights
     dtypes = {work.contents.tensors[number].dtype for name, number in weights.items() if name in states}
     return "bf16_" if "bfloat16" in dtypes else ""
-
-
-def later_of(contents: Contents, number: int) -> Later:
-    """Return a tensor of the contents as one to write."""
-    tensor = contents.tensors[number]
-    return Later(number, tensor.dtype, tensor.shape)
 
 
 def _save(draft: Draft, path: str, tree: Any, partitions: Partitions) -> None:

@@ -51,11 +51,11 @@ def check_masters(opened: ForeignCheckpoint, where: str) -> None:
             )
 
 
-def is_rounded(master: Read, rounded: Read, weight: Weight) -> bool:
-    """Tell whether samples of an fp32 master, rounded, are those of its weight."""
-    return all(
-        (round_bits(master(box), weight.dtype) == rounded(box)).all() for box in _samples(weight.shape)
-    )
+def is_rounded(master: Read, rounded: Read, weight: Weight, part: Box | None = None) -> bool:
+    """Tell whether samples of an fp32 master, rounded, are those of its weight, or of a part of it."""
+    part = Box.whole(weight.shape) if part is None else part
+    samples = [box.moved((0,) * len(box.size), part.start) for box in _samples(part.size)]
+    return all((round_bits(master(box), weight.dtype) == rounded(box)).all() for box in samples)
 
 
 def _samples(shape: tuple[int, ...]) -> list[Box]:

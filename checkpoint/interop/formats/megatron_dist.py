@@ -5,6 +5,7 @@ expert by itself. So the same rule documents (`*-megatron`) read them and the le
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,13 +14,14 @@ from checkpoint.format.box import Box
 from checkpoint.interop.formats.archive import Archive, read_archive
 from checkpoint.interop.formats.contract import About, Array
 from checkpoint.interop.formats.dcp_files import Files
-from checkpoint.interop.formats.dcp_metadata import METADATA, read_directory
+from checkpoint.interop.formats.dcp_metadata import METADATA, Chunked, Directory, read_directory
 from checkpoint.interop.formats.deepspeed_steps import read_step
 from checkpoint.interop.formats.inert import plain
 from checkpoint.interop.formats.masters import check_masters
 from checkpoint.interop.formats.megatron_arguments import arguments_of, sizes_of
+from checkpoint.interop.formats.megatron_dist_buckets import Buckets, is_bucket
 from checkpoint.interop.formats.megatron_dist_table import Table
-from checkpoint.interop.formats.megatron_files import tracked_folder
+from checkpoint.interop.formats.megatron_files import AXES, tracked_folder
 from checkpoint.interop.formats.tiles import Tile, Tiled, found
 from checkpoint.interop.moves import Foreign
 from checkpoint.interop.place import Place
@@ -29,6 +31,8 @@ BACKEND = "torch_dist"
 EMBEDDING = "embedding.word_embeddings.weight"
 HYPER = "megatron_optimizer"  # in `extra`: what is no tensor of the optimizer
 _BUCKETS = "optimizer.distributed."
+_GROUPS = re.compile(r"optimizer\.distributed\.dp_group_idx_[0-9]+\.optimizer/shard_0_1")
+_MAX_RANKS = 1 << 16
 _SKIPPED = {"args", "optimizer", "content_metadata", "rng_state", "rerun_state_machine"}
 _MAX_CONFIG_BYTES = 1 << 20
 
@@ -55,15 +59,50 @@ def open_megatron_dist(place: Place) -> Tiled:
         if _BUCKETS not in key:
             table.add(key, one, files)
     tensors, tiles = table.tensors()
-    steps = list(_steps(folder, common, tensors))
+    notes, groups = list(_notes(directory)), common.tree.get("optimizer")
+    buckets = [key for key in directory.tensors if is_bucket(key)]
+    if buckets:
+        model = Tiled(folder, About(""), tuple(tensors), tuple(tiles))
+        flats = [_flat_tensor(key, directory.tensors[key], files) for key in buckets]
+        states, more = _in_buckets(model, tiles, flats, arguments_of(common.tree))
+        tensors, tiles = tensors + [one for one, _ in states], tiles + [parts for _, parts in states]
+        notes += more
+        groups = [item for key, item in files.objects().items() if _GROUPS.fullmatch(key)]
+    steps = list(_steps(folder, common, tensors, groups))
     opened = Tiled(
         folder,
-        _about(folder, common.tree, tensors, [*directory.tensors, *directory.objects]),
+        _about(folder, common.tree, tensors, (groups, notes)),
         [*tensors, *(tensor for tensor, _ in steps)],
         [*tiles, *(tile for _, tile in steps)],
     )
     check_masters(opened, str(folder))
     return opened
+
+
+def _flat_tensor(key: str, one: Chunked, files: Files) -> tuple[Foreign, list[Tile]]:
+    tiles = [files.tile(key, box, item, one.dtype) for box, item in one.chunks.items()]
+    return Foreign(key, one.dtype, one.shape), tiles
+
+
+def _in_buckets(
+    model: Tiled,
+    tiles: Sequence[Sequence[Tile]],
+    flats: Sequence[tuple[Foreign, list[Tile]]],
+    arguments: Mapping[str, Any],
+) -> tuple[list[tuple[Foreign, list[Tile]]], list[str]]:
+    """Return the states in buckets; or none, and a note, if they are of a kind that is not known."""
+    flat_tiles = [parts for _, parts in flats]
+    opened = Tiled(model.place, About(""), [one for one, _ in flats], flat_tiles)
+    ranks = [arguments.get(AXES[axis], 1) for axis in ("tensor", "pipeline")]
+    try:
+        if any(type(count) is not int or not 1 <= count <= _MAX_RANKS for count in ranks):
+            raise Unsupported(f"the arguments speak of {ranks} ranks")
+        return list(Buckets(model, tiles, opened, flat_tiles).states(*ranks)), []
+    except Unsupported as error:
+        return [], [
+            f"the distributed optimizer's states are left out, as of its buckets {error}. Save with "
+            "--dist-ckpt-optim-fully-reshardable to have them"
+        ]
 
 
 def _folders(files: Mapping[str, int]) -> list[str]:
@@ -101,14 +140,14 @@ def _check_backend(folder: Place) -> None:
 
 
 def _steps(
-    folder: Place, common: Archive, tensors: Sequence[Foreign]
+    folder: Place, common: Archive, tensors: Sequence[Foreign], groups: Any
 ) -> Iterator[tuple[Foreign, list[Tile]]]:
-    """Yield the step of each parameter that has moments: they share one, which `common.pt` has."""
+    """Yield the step of each parameter that has moments: they share one, which the groups say."""
     prefix = "optimizer.exp_avg."
     owners = [tensor.name.removeprefix(prefix) for tensor in tensors if tensor.name.startswith(prefix)]
     if not owners:
         return
-    said = [read_step(folder, common, value, COMMON) for value in _said_steps(common.tree.get("optimizer"))]
+    said = [read_step(folder, common, value, COMMON) for value in _said_steps(groups)]
     said = said or [read_step(folder, common, common.tree.get("iteration"), COMMON)]
     (tensor, bits), *others = said
     if any(one.dtype != tensor.dtype or not _is_same(other, bits) for one, other in others):
@@ -143,11 +182,14 @@ def _groups(node: Any) -> Iterator[dict[str, Any]]:
 
 
 def _about(
-    folder: Place, common: Mapping[str, Any], tensors: Sequence[Foreign], keys: Sequence[str]
+    folder: Place, common: Mapping[str, Any], tensors: Sequence[Foreign], told: tuple[Any, Sequence[str]]
 ) -> About:
     where, arguments, step = str(folder), arguments_of(common), common.get("iteration")
     extra = {str(key): plain(value, where) for key, value in common.items() if key not in _SKIPPED}
-    groups = [plain(group, where) for group in _groups(common.get("optimizer"))]
+    said, notes = told
+    groups: list[Any] = []
+    for group in (plain(each, where) for each in _groups(said)):
+        groups += [group] if group not in groups else []  # each model rank says them
     extra |= {HYPER: groups} if groups else {}
     extra["args"] = {str(key): plain(value, where) for key, value in arguments.items()}
     sizes = sizes_of(arguments, {tensor.name for tensor in tensors})
@@ -160,15 +202,16 @@ def _about(
         step if type(step) is int else None,
         extra,
         sizes,
-        tuple(_notes(keys)),
+        tuple(notes),
     )
 
 
-def _notes(keys: Sequence[str]) -> Iterator[str]:
-    if any(_BUCKETS in key for key in keys):
+def _notes(directory: Directory) -> Iterator[str]:
+    keys = [*directory.tensors, *directory.objects]
+    if any(_BUCKETS in key and not is_bucket(key) for key in directory.tensors):
         yield (
-            "the distributed optimizer's states are left out: they lie in buckets of each rank's own order. "
-            "Save with --dist-ckpt-optim-fully-reshardable to have them"
+            "the states of several distributed optimizers are left out: they lie in buckets of each rank's "
+            "own order. Save with --dist-ckpt-optim-fully-reshardable to have them"
         )
     objects = sorted({key.partition("/")[0] for key in keys if "/" in key and _BUCKETS not in key})
     if objects:

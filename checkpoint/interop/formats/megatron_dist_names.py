@@ -39,7 +39,7 @@ class Sharded:
 
 def take_apart(key: str) -> Sharded:
     """Return what a key of a tensor says."""
-    state, name, num_counted, half = "", key.replace("{", "("), 0, ""
+    state, name, num_counted, half = "", key.replace("{", "("), 0, ""  # braces mark places here
     if found := _STATE.fullmatch(name):
         state, name = "master" if found[1] in _MASTERS else found[1], found[2]
     if found := _LAYERS.fullmatch(name):

@@ -1,5 +1,6 @@
 """Tensors of a world of one rank, put together from the chunks of Megatron-Core's distributed checkpoints."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +16,8 @@ from checkpoint.interop.formats.extents import Extent
 from checkpoint.interop.formats.megatron_dist_names import Sharded, take_apart
 from checkpoint.interop.formats.tiles import Tile
 from checkpoint.interop.moves import Foreign
+
+_MAX_SLICES = 1 << 22  # layers and experts of all tensors, and of the parts that ranks wrote of them
 
 
 @dataclass(slots=True)
@@ -46,6 +49,7 @@ class Table:
 
     def __init__(self, where: str) -> None:
         self._where = where
+        self._num_slices = 0
         self._parts: dict[str, _Part] = {}
 
     def add(self, key: str, one: Chunked, files: Files) -> None:
@@ -54,6 +58,7 @@ class Table:
         depth = said.num_counted
         if len(one.shape) < depth:
             raise Corrupt(f"{self._where} has {key!r} of the shape {one.shape}, which counts no layers")
+        self._check(key, one, depth)
         for numbers in product(*(range(count) for count in one.shape[:depth])):
             self._declare(key, said, said.filled(numbers), (one.dtype, one.shape[depth:]))
         for box, item in one.chunks.items():
@@ -65,6 +70,17 @@ class Table:
         """Return all tensors and their tiles."""
         found = [part.whole(name, self._where) for name, part in self._parts.items()]
         return [tensor for tensor, _ in found], [tiles for _, tiles in found]
+
+    def _check(self, key: str, one: Chunked, depth: int) -> None:
+        """See that chunks lie within their tensor, and that it counts no more than a model can have."""
+        counted = [one.shape[:depth], *(box.size[:depth] for box in one.chunks)]
+        self._num_slices += sum(math.prod(counts) for counts in counted)
+        if self._num_slices > _MAX_SLICES:
+            raise Corrupt(f"{self._where} has {key!r} of the shape {one.shape}: no model has so many layers")
+        whole = Box.whole(one.shape)
+        for box in one.chunks:
+            if len(box.size) != len(one.shape) or whole.intersect(box) != box:
+                raise Corrupt(f"{self._where} has a part of {key!r} outside of its shape {one.shape}")
 
     def _declare(self, key: str, said: Sharded, name: str, kind: tuple[str, tuple[int, ...]]) -> None:
         dtype, shape = kind

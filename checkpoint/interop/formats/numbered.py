@@ -55,13 +55,13 @@ def names_of_numbered(
             f"it cannot be told whose they are; {_REMEDY}"
         )
     shapes = {number: _shape_of(state.get(number), leaf) for number in ids}
-    is_one_group = len([group for group in groups if group["params"]]) == 1
-    if not is_one_group:
-        names = _by_shape(groups, candidates, shapes, model, where)
+    asked = _Asked(candidates, shapes, model, where)
+    if len([group for group in groups if group["params"]]) != 1:
+        names = _by_shape(asked, groups)
     elif len(candidates) == len(ids):
-        names = _in_order(ids, candidates, shapes, model, where)
+        names = _in_order(asked, ids)
     else:
-        names = _some_in_order(ids, candidates, shapes, model, where)
+        names = _some_in_order(asked, ids)
     owners = set(names.values())
     with_states = {names[number] for number in ids if _has_states(state.get(number))}
     shapeless = [names[number] for number in ids if shapes[number] is None]
@@ -99,38 +99,40 @@ def _told(groups: Sequence[Any]) -> dict[int, str] | None:
     return names
 
 
-def _in_order(
-    ids: Sequence[int],
-    candidates: Sequence[str],
-    shapes: Mapping[int, tuple[int, ...] | None],
-    model: Mapping[str, Any],
-    where: str,
-) -> dict[int, str]:
-    for number, name in zip(ids, candidates, strict=True):
-        if shapes[number] not in (None, model[name].shape):
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is known: names that could be meant, and the shapes that the states of each number tell."""
+
+    candidates: Sequence[str]
+    shapes: Mapping[int, tuple[int, ...] | None]
+    model: Mapping[str, Any]
+    where: str
+
+    def fits(self, number: int, name: str) -> bool:
+        """Whether a numbered parameter can be the one of this name."""
+        return self.shapes[number] in (None, self.model[name].shape)
+
+
+def _in_order(asked: _Asked, ids: Sequence[int]) -> dict[int, str]:
+    for number, name in zip(ids, asked.candidates, strict=True):
+        if not asked.fits(number, name):
             raise Unsupported(
-                f"the optimizer of {where} has states of shape {shapes[number]} for its parameter {number}, "
-                f"which would be {name!r} of shape {model[name].shape}; {_REMEDY}"
+                f"the optimizer of {asked.where} has states of shape {asked.shapes[number]} for its "
+                f"parameter {number}, which would be {name!r} of shape {asked.model[name].shape}; {_REMEDY}"
             )
-    return dict(zip(ids, candidates, strict=True))
+    return dict(zip(ids, asked.candidates, strict=True))
 
 
-def _some_in_order(
-    ids: Sequence[int],
-    candidates: Sequence[str],
-    shapes: Mapping[int, tuple[int, ...] | None],
-    model: Mapping[str, Any],
-    where: str,
-) -> dict[int, str]:
+def _some_in_order(asked: _Asked, ids: Sequence[int]) -> dict[int, str]:
     """Choose the only names of more that fit in their order; the rest are none of the optimizer's."""
-    first = _aligned(ids, candidates, shapes, model)
-    last = _aligned(ids[::-1], candidates[::-1], shapes, model)
+    first = _aligned(asked, ids, asked.candidates)
+    last = _aligned(asked, ids[::-1], asked.candidates[::-1])
     if first == last and first is not None:
         return first
-    unsure = sorted({*(first or {}).values()} ^ {*(last or {}).values()}, key=list(candidates).index)
+    unsure = sorted({*(first or {}).values()} ^ {*(last or {}).values()}, key=list(asked.candidates).index)
     raise Unsupported(
-        f"the optimizer of {where} numbers {len(ids)} parameters, and the model has {len(candidates)} that "
-        "could be meant, buffers among them: "
+        f"the optimizer of {asked.where} numbers {len(ids)} parameters, and the model has "
+        f"{len(asked.candidates)} that could be meant, buffers among them: "
         + (
             f"shapes do not tell whether it has {listed(unsure)}; {_REMEDY}"
             if first
@@ -139,46 +141,35 @@ def _some_in_order(
     )
 
 
-def _aligned(
-    ids: Sequence[int],
-    names: Sequence[str],
-    shapes: Mapping[int, tuple[int, ...] | None],
-    model: Mapping[str, Any],
-) -> dict[int, str] | None:
+def _aligned(asked: _Asked, ids: Sequence[int], names: Sequence[str]) -> dict[int, str] | None:
     """Give each number the next name that fits; None if names run out. From both ends, it tells all ways."""
     left, found = iter(names), dict[int, str]()
     for number in ids:
-        name = next((name for name in left if shapes[number] in (None, model[name].shape)), None)
+        name = next((name for name in left if asked.fits(number, name)), None)
         if name is None:
             return None
         found[number] = name
     return found
 
 
-def _by_shape(
-    groups: Sequence[Any],
-    candidates: Sequence[str],
-    shapes: Mapping[int, tuple[int, ...] | None],
-    model: Mapping[str, Any],
-    where: str,
-) -> dict[int, str]:
+def _by_shape(asked: _Asked, groups: Sequence[Any]) -> dict[int, str]:
     """Give each group the parameters of its shapes, in the model's order, if no two groups share a shape."""
     names: dict[int, str] = {}
     owners: dict[Any, int] = {}
     for place, group in enumerate(groups):
-        for shape in {shapes[number] for number in group["params"]}:
+        for shape in {asked.shapes[number] for number in group["params"]}:
             if shape is None or owners.setdefault(shape, place) != place:
                 raise Unsupported(
-                    f"the optimizer of {where} has {len(groups)} groups of numbered parameters, which their "
-                    f"shapes do not tell apart ({shape}); {_REMEDY}"
+                    f"the optimizer of {asked.where} has {len(groups)} groups of numbered parameters, which "
+                    f"their shapes do not tell apart ({shape}); {_REMEDY}"
                 )
     for shape in owners:
-        ids = [number for number, each in shapes.items() if each == shape]
-        found = [name for name in candidates if model[name].shape == shape]
+        ids = [number for number, each in asked.shapes.items() if each == shape]
+        found = [name for name in asked.candidates if asked.model[name].shape == shape]
         if len(ids) != len(found):
             raise Unsupported(
-                f"the optimizer of {where} numbers {len(ids)} parameters of shape {shape}, and the model has "
-                f"{len(found)}, {listed(found)}; {_REMEDY}"
+                f"the optimizer of {asked.where} numbers {len(ids)} parameters of shape {shape}, and the "
+                f"model has {len(found)}, {listed(found)}; {_REMEDY}"
             )
         names |= dict(zip(ids, found, strict=True))
     return names

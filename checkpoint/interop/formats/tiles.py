@@ -35,11 +35,11 @@ class Tiled:
         check_tiles(tensors, tiles, str(place))
         self.about = about
         self.tensors = tuple(tensors)
-        self._place, self._tiles = place, tiles
+        self.place, self._tiles = place, tiles
 
     def read(self, number: int, box: Box) -> Array:
         """Return the bits of a box of a tensor, row by row, in its dtype's carrier type."""
-        return _read(self._place, self.tensors[number], self._tiles[number], box)
+        return _read(self.place, self.tensors[number], self._tiles[number], box)
 
     def close(self) -> None:
         """Do nothing: no file is kept open."""
