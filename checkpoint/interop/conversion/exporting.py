@@ -132,6 +132,12 @@ class Outward:
     notes: tuple[str, ...]
 
     @property
+    def uncast(self) -> set[str]:
+        """The names of the tensors that keep their values."""
+        pairs = zip(self.chosen.tensors, self.contents.tensors, strict=True)
+        return {new.name for old, new in pairs if old.dtype == new.dtype}
+
+    @property
     def attempt(self) -> str:
         """What identifies the export: the same one is resumed."""
         told = [str(self.plan), repr(self.outbound.about), self.source.digest]
@@ -187,7 +193,7 @@ def export_checkpoint(
     watched = _Watched(outward.outbound, listener)
     write(watched)
     listener(Progress("proving", watched.num_done_bytes, watched.num_bytes))
-    known = outward.source.fingerprints(settings)  # meanwhile files that were written go on to the disk
+    known = outward.source.fingerprints(outward.uncast, settings)
     proofs = _prove(outward, known, reopen(), url=url, settings=settings)
     return ConversionReport(
         source=outward.source.url,
@@ -274,8 +280,9 @@ def _prove(
     numbers = [places[_place(one)] for one in outward.plan.foreign]
     found = prove_from_sources(outward.plan, _Reordered(back, numbers), settings)
     proofs, wrong = [], []
-    for number, (old, new) in enumerate(zip(outward.chosen.tensors, outward.contents.tensors, strict=True)):
-        is_cast = old.dtype != new.dtype
+    uncast = outward.uncast
+    for number, new in enumerate(outward.contents.tensors):
+        is_cast = new.name not in uncast
         wanted = reference_fingerprint(outward.chosen, number, new.dtype) if is_cast else known[new.name]
         proofs.append(Proof(new.name, "reference" if is_cast else "fingerprint", found[new.name]))
         if found[new.name] != wanted:

@@ -1,5 +1,6 @@
 """Conversions between places: a store here, a directory in some framework's format there."""
 
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -32,6 +33,8 @@ from checkpoint.store.contract import Store
 from checkpoint.store.open import open_store
 
 _ATTEMPT_DIGITS = 24
+# A writer's budget for a source at hand: what it reads stays in a core's cache until it is written.
+_AT_HAND_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +130,11 @@ def export_foreign(
     began_s = time.monotonic()
     with _origin(source) as origin:
         outward = plan_emigration(origin, emigration, _holds_optimizer)
+        most_bytes = min(settings.budget_bytes, _AT_HAND_BYTES if origin.is_at_hand else sys.maxsize)
         with drafting(url, outward.attempt[:_ATTEMPT_DIGITS]) as draft, ExitStack() as opened:
 
             def write(contents: Contents) -> None:
-                write_foreign(emigration.format, draft, contents, settings.budget_bytes)
+                write_foreign(emigration.format, draft, contents, most_bytes)
 
             def reopen() -> ForeignCheckpoint:
                 place = opened.enter_context(draft.proving())
