@@ -1,5 +1,6 @@
 """Exporting: a universal checkpoint in another framework's names, shards and format."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -138,6 +139,26 @@ class Outward:
         return {new.name for old, new in pairs if old.dtype == new.dtype}
 
     @property
+    def written_bytes(self) -> int:
+        """How many bytes the tensors to write have."""
+        specs = (TensorSpec(one.name, one.dtype, one.shape) for one in self.plan.foreign)
+        return sum(map(num_bytes_of, specs))
+
+    @property
+    def planned_read_bytes(self) -> int:
+        """How many bytes are read: of the source, again of it for what is cast, and back what was written."""
+        names = {spec.name: number for number, spec in enumerate(self.source.contents.tensors)}
+        sizes = self.source.planned_bytes()
+        planned = [sizes[names[spec.name]] for spec in self.contents.tensors]
+        uncast = self.uncast
+        times = [float(spec.name not in uncast) for spec in self.contents.tensors]
+        for move in self.plan.moves:
+            spec = self.contents.tensors[move.target]
+            times[move.target] += move.target_box.numel / max(1, math.prod(spec.shape))
+        again = sum(size * often for size, often in zip(planned, times, strict=True))
+        return self.written_bytes + round(again)
+
+    @property
     def attempt(self) -> str:
         """What identifies the export: the same one is resumed."""
         told = [str(self.plan), repr(self.outbound.about), self.source.digest]
@@ -190,7 +211,7 @@ def export_checkpoint(
     """
     settings = settings or ConversionSettings()
     began_s, before = time.monotonic(), high_water_bytes()
-    watched = _Watched(outward.outbound, listener)
+    watched = _Watched(outward.outbound, outward.written_bytes, listener)
     write(watched)
     listener(Progress("proving", watched.num_done_bytes, watched.num_bytes))
     known = outward.source.fingerprints(outward.uncast, settings)
@@ -204,7 +225,7 @@ def export_checkpoint(
         num_tensors=len(outward.contents.tensors),
         num_chunks=len(outward.plan.foreign),
         num_bytes=sum(num_bytes_of(spec) for spec in outward.contents.tensors),
-        read_bytes=outward.source.num_read_bytes(),
+        read_bytes=outward.source.num_read_bytes() + watched.num_bytes,
         written_bytes=watched.num_bytes,
         peak_bytes=settings.peak_bytes,
         grown_bytes=high_water_bytes() - before,
@@ -217,12 +238,10 @@ def export_checkpoint(
 class _Watched:
     """What a writer reads, counted."""
 
-    def __init__(self, inner: Outbound, listener: Listener) -> None:
+    def __init__(self, inner: Outbound, num_bytes: int, listener: Listener) -> None:
         self.about = inner.about
         self.tensors: Sequence[Foreign] = inner.tensors
-        self.num_bytes = sum(
-            num_bytes_of(TensorSpec(one.name, one.dtype, one.shape)) for one in inner.tensors
-        )
+        self.num_bytes = num_bytes
         self.num_done_bytes = 0
         self._lock = threading.Lock()
         self._inner = inner

@@ -1,15 +1,17 @@
-"""Fingerprints of a foreign checkpoint, taken of what is read of it for something else: no second pass over it.
+"""Fingerprints of a foreign checkpoint, taken of what is read of it for something else, in the same pass.
 
 They are of the foreign tensors as their reader returns them, share by share as the plan places them: nothing
 that puts global tensors together has a part in it.
 """
 
+import threading
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from checkpoint.engine.regions import Regions, find_uncovered, padded
 from checkpoint.errors import Mismatch
 from checkpoint.format.box import Box
+from checkpoint.format.dtypes import itemsize
 from checkpoint.format.fingerprint import MODULUS, fingerprint
 from checkpoint.interop.conversion.assembling import prove_from_sources
 from checkpoint.interop.conversion.contract import Array, ConversionSettings
@@ -19,19 +21,28 @@ from checkpoint.interop.moves import Foreign, How, Move, Plan
 
 
 class Marked:
-    """A foreign checkpoint that is read, and remembers the fingerprint of every share that was. Thread-safe."""
+    """A foreign checkpoint that remembers the fingerprint of every share that was read. Thread-safe."""
 
     def __init__(self, foreign: Contents, plan: Plan) -> None:
         self.about = foreign.about
         self.tensors: Sequence[Foreign] = foreign.tensors
-        self._foreign = foreign
+        self._foreign = Counted(foreign)
         self._plan = plan
         self._moves: dict[int, list[Move]] = {}
-        changed = {move.target for move in plan.moves if not _keeps_values(plan, move)}
+        self._unmarked = {move.target for move in plan.moves if not _keeps_values(plan, move)}
         for move in plan.moves:
-            if move.target not in changed:
+            if move.target not in self._unmarked:
                 self._moves.setdefault(move.source, []).append(move)
         self._marks: dict[tuple[int, Box], int] = {}
+
+    @property
+    def num_read_bytes(self) -> int:
+        """How many bytes of tensors were read so far, for whatever reason."""
+        return self._foreign.num_bytes
+
+    def planned_bytes(self) -> list[int]:
+        """Return how many bytes are read for each global tensor; what is not marked is read twice."""
+        return planned_bytes(self._plan, self._unmarked)
 
     def read(self, number: int, box: Box) -> Array:
         """Return the bits of a box. Raises Mismatch if they are others than they were before."""
@@ -57,10 +68,12 @@ class Marked:
         spec, place = self._plan.tensors[move.target], target_part(move, part)
         mark = fingerprint(turned(move, bits, place), spec.dtype, spec.shape, place)
         if self._marks.setdefault((move.target, place), mark) != mark:
-            raise Mismatch(f"{self._plan.foreign[move.source]} changed while it was being read: is it in use?")
+            raise Mismatch(
+                f"{self._plan.foreign[move.source]} changed while it was being read: is it in use?"
+            )
 
     def _complete(self) -> dict[int, int]:
-        """Return the fingerprints of tensors, by number, each element of which was read in exactly one share."""
+        """Return the fingerprints of the tensors, by number, of which each element was read exactly once."""
         shares: dict[int, list[Box]] = {}
         sums: dict[int, int] = {}
         for (target, place), mark in self._marks.items():
@@ -76,6 +89,33 @@ class Marked:
                 break
             del shares[wrong]
         return {target: sums[target] for target in shares}
+
+
+class Counted:
+    """A foreign checkpoint, and how many bytes were read of it."""
+
+    def __init__(self, inner: Contents) -> None:
+        self.about = inner.about
+        self.tensors: Sequence[Foreign] = inner.tensors
+        self.num_bytes = 0
+        self._inner = inner
+        self._lock = threading.Lock()
+
+    def read(self, number: int, box: Box) -> Array:
+        """Return the bits of a box."""
+        bits = self._inner.read(number, box)
+        with self._lock:
+            self.num_bytes += bits.nbytes
+        return bits
+
+
+def planned_bytes(plan: Plan, twice: Collection[int]) -> list[int]:
+    """Return how many bytes are read for each global tensor, with the proof of those that take a pass more."""
+    found = [0] * len(plan.tensors)
+    for move in plan.moves:
+        times = (move.how is not How.SAME) + (move.target in twice)
+        found[move.target] += times * move.source_box.numel * itemsize(plan.foreign[move.source].dtype)
+    return found
 
 
 def _keeps_values(plan: Plan, move: Move) -> bool:

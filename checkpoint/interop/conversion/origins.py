@@ -1,12 +1,11 @@
 """What an export is made of: a stored checkpoint, or a foreign one that goes straight into another format."""
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from checkpoint.format.codec import checksum
-from checkpoint.format.dtypes import itemsize
 from checkpoint.format.manifest import encode_manifest
 from checkpoint.format.tree import unflatten
 from checkpoint.interop.conversion.assembling import Assembled
@@ -26,9 +25,10 @@ _TENSOR = object()
 class Origin:
     """Global tensors by their universal names, and what is told besides.
 
-    `digest` identifies it; `fingerprints` are those of the tensors named, known or worked out from it;
-    `num_read_bytes` tells how much of it was read so far; `doubts` are parameters whose optimizer states
-    could be another's. Of one that `is_at_hand` small parts are read as cheaply as large ones.
+    `digest` identifies it; `fingerprints` are those of the tensors named, known or worked out from it.
+    `num_read_bytes` tells how much of it was read so far, `planned_bytes` how much each tensor takes.
+    `doubts` are parameters whose optimizer states could be another's. Of one that `is_at_hand` small parts
+    are read as cheaply as large ones.
     """
 
     url: str
@@ -38,6 +38,7 @@ class Origin:
     extra: Mapping[str, Any]
     fingerprints: Callable[[Collection[str], ConversionSettings], Mapping[str, int]]
     num_read_bytes: Callable[[], int]
+    planned_bytes: Callable[[], Sequence[int]]
     ties: Ties = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     doubts: tuple[tuple[str, ...], ...] = ()
@@ -57,6 +58,7 @@ def stored_origin(stored: Stored) -> Origin:
         ties=ties_of(manifest.skeleton),
         fingerprints=lambda *_: known,
         num_read_bytes=lambda: stored.read_bytes,
+        planned_bytes=stored.bytes_by_tensor,
     )
 
 
@@ -71,34 +73,20 @@ def foreign_origin(
     sighted = sight(foreign, rules)
     told = [[one.name, one.dtype, list(one.shape), dict(one.at)] for one in foreign.tensors]
     marked = Marked(foreign, sighted.plan)
-    counted = _Counted(Assembled(marked, sighted.plan))
     return Origin(
         url=url,
         step=about.step or 0,
         digest=checksum(json.dumps([url, told]).encode()).hex(),
-        contents=counted,
+        contents=Assembled(marked, sighted.plan),
         extra=about.extra,
         fingerprints=marked.fingerprints,
-        num_read_bytes=lambda: counted.num_bytes,
+        num_read_bytes=lambda: marked.num_read_bytes,
+        planned_bytes=marked.planned_bytes,
         ties=sighted.ties,
         notes=(*about.notes, *sighted.notes),
         doubts=() if numbering is Numbering.BY_ORDER else about.doubts,
         is_at_hand=is_here(url),
     )
-
-
-class _Counted:
-    """Global tensors, and how many bytes of them were read."""
-
-    def __init__(self, inner: GlobalTensors) -> None:
-        self.tensors = inner.tensors
-        self.num_bytes = 0
-        self._inner = inner
-
-    def read(self, wishes: Any) -> list[Any]:
-        """Return the bits of boxes."""
-        self.num_bytes += sum(box.numel * itemsize(self.tensors[number].dtype) for number, box in wishes)
-        return self._inner.read(wishes)
 
 
 class _Tensors(dict[str, object]):
