@@ -110,7 +110,7 @@ class Counted:
 
 
 def planned_bytes(plan: Plan, twice: Collection[int]) -> list[int]:
-    """Return how many bytes are read for each global tensor, with the proof of those that take a pass more."""
+    """Return how many bytes are read for each global tensor, some with a second pass to prove them."""
     found = [0] * len(plan.tensors)
     for move in plan.moves:
         times = (move.how is not How.SAME) + (move.target in twice)
