@@ -165,6 +165,7 @@ class TestHere(PlaceContract):
             [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         with child:
+            assert child.stdout is not None
             assert child.stdout.readline() == b"in\n"
             with pytest.raises(Conflict), drafting(root, "another"):
                 raise AssertionError("it was let in")
