@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -16,10 +17,10 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.text import Text
 
-from flows.cli_checkpoints import RunsDir
+from flows.cli_checkpoints import AsJson, RunsDir
 from flows.cli_checkpoints import app as checkpoints
 from flows.cli_conversions import app as conversions
-from flows.console import EXIT_FAILED, clear_errors, mode, screen
+from flows.console import EXIT_FAILED, EXIT_WRONG, clear_errors, mode, screen, tell_failure
 
 if TYPE_CHECKING:
     from tasks.spec import RunSpec  # pydantic, which the core does without
@@ -63,7 +64,6 @@ Settings = Annotated[
 ]
 Name = Annotated[str | None, typer.Option(help="The run's name. Default: JOB-TIME-XXXX.", show_default=False)]
 Plain = Annotated[bool, typer.Option("--plain", help="Log lines instead of a live display.")]
-AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of tables.")]
 
 
 @app.callback()
@@ -72,7 +72,7 @@ def _options(
         bool, typer.Option("--debug", help="Show the traceback of an error, and the frameworks' logs.")
     ] = False,
 ) -> None:
-    mode.is_debugging = debug
+    mode.is_debugging, mode.is_json, mode.is_told = debug, False, False
 
 
 @app.command()
@@ -201,7 +201,13 @@ def doctor(
 
 def main() -> None:
     """Run the command line."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if end.code == EXIT_WRONG and "--json" in sys.argv:  # what was no verb or option, typer told people
+            mode.is_json = True
+            tell_failure("wrong usage: stderr says what is wrong", "UsageError", EXIT_WRONG)
+        raise
 
 
 def _load(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flows.console import EXIT_FAILED, clear_errors, followed, resumable, screen
+from flows.console import EXIT_FAILED, clear_errors, followed, mode, resumable, screen
 
 app = typer.Typer(rich_markup_mode="rich")
 
@@ -16,8 +16,18 @@ Where = Annotated[
     str, typer.Argument(metavar="URL|RUN", help="A store's URL or directory, or the name of a run.")
 ]
 RunsDir = Annotated[str, typer.Option(help="Where runs have their directories.")]
-AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of tables.")]
 FORMATS = ("hf", "dcp", "torch", "megatron", "deepspeed", "deepspeed-universal")
+
+
+def _note_json(is_json: bool) -> bool:
+    mode.is_json = is_json
+    return is_json
+
+
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="JSON instead of tables, errors too.", is_eager=True, callback=_note_json),
+]
 
 
 def format_names() -> list[str]:
@@ -246,9 +256,10 @@ def plan(
         import checkpoint
         from flows import conversions, stores
 
-        store = checkpoint.open_store(stores.find(source, Path(runs_dir)))
+        layout = conversions.layout_of(to)
         chosen = conversions.rules_of(conversions.Rules(rules, sizes or ()))
-        share = checkpoint.share_of_rank(store, conversions.layout_of(to), rank, step=step, rules=chosen)
+        store = checkpoint.open_store(stores.find(source, Path(runs_dir)))
+        share = checkpoint.share_of_rank(store, layout, rank, step=step, rules=chosen)
         if as_json:
             print(json.dumps(asdict(share), indent=2))
         else:

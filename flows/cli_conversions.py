@@ -136,7 +136,7 @@ def import_(
         settings = conversions.settings_of(budget, threads)
         store = checkpoint.open_store(target)
         if dry_run:
-            report = checkpoint.plan_import_foreign(source, store, adoption, format=format)
+            report = checkpoint.plan_import_foreign(source, store, adoption, format=format, settings=settings)
         else:
             with followed() as listener:
                 report = checkpoint.import_foreign(
@@ -204,7 +204,7 @@ def export(
             checkpoint.Numbering.BY_ORDER if by_order else checkpoint.Numbering.TOLD,
         )
         if dry_run:
-            report = checkpoint.plan_export_foreign(place, target, emigration)
+            report = checkpoint.plan_export_foreign(place, target, emigration, settings=settings)
         else:
             with followed() as listener:
                 report = checkpoint.export_foreign(

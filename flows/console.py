@@ -4,6 +4,7 @@
 128 and a signal's number: interrupted.
 """
 
+import json
 import os
 import signal
 import sys
@@ -38,6 +39,8 @@ class Mode:
     """What all verbs share."""
 
     is_debugging: bool = False
+    is_json: bool = False  # then an error is one, too
+    is_told: bool = False  # as JSON, what went wrong
 
 
 mode = Mode()
@@ -74,7 +77,15 @@ def clear_errors() -> Iterator[None]:
             raise
         code = EXIT_WRONG if _is_wrong_usage(error) else EXIT_FAILED
         complaints.print(f"[bold red]error:[/] {escape(_spell(error))}", highlight=False, soft_wrap=True)
+        tell_failure(_spell(error), type(error).__name__, code)
         raise typer.Exit(code) from None
+
+
+def tell_failure(text: str, kind: str, code: int) -> None:
+    """Print what went wrong for a program that reads our JSON."""
+    if mode.is_json and not mode.is_told:
+        mode.is_told = True
+        typer.echo(json.dumps({"error": text, "kind": kind, "exit_code": code}, indent=2))
 
 
 @contextmanager
@@ -84,6 +95,7 @@ def resumable(what: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         complaints.print(f"interrupted. {what}")
+        tell_failure(f"interrupted. {what}", "Interrupted", EXIT_INTERRUPTED)
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 

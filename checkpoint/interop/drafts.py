@@ -1,5 +1,7 @@
 """Directories of foreign files being written: whole and durable before they are seen, or never seen."""
 
+import errno
+import fcntl
 import glob
 import os
 import re
@@ -14,7 +16,15 @@ from typing import Any, BinaryIO, cast
 from fsspec.implementations.local import LocalFileSystem
 
 from checkpoint.engine.pipeline import Crew
-from checkpoint.errors import AlreadyExists, FormatError, Incomplete, Mismatch, NotFound, StoreRefused
+from checkpoint.errors import (
+    AlreadyExists,
+    Conflict,
+    FormatError,
+    Incomplete,
+    Mismatch,
+    NotFound,
+    StoreRefused,
+)
 from checkpoint.interop.place import DRAFT, Place, filesystem, told
 from checkpoint.store.writeback import begin_writing
 
@@ -26,6 +36,8 @@ _NUM_SYNCERS = 8
 _MOST_UNSYNCED = 64  # files: each holds a descriptor
 # Their objects are there whole or not at all, and renaming one is copying it.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci"}
+_BUSY = "another conversion is just writing {}: let it finish or end it, or give another target"
+_LOCKLESS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 _DISPROVED = (FormatError, Incomplete, Mismatch, NotFound)
 
 
@@ -155,7 +167,7 @@ def drafting(url: str, attempt: str) -> Iterator[Draft]:
     each file lies where it belongs at once, and until the end an object says that they are a draft, which no
     reader then believes. Where an error or a kill left a draft of the same attempt, its files are kept.
 
-    Raises AlreadyExists if something else is there.
+    Raises AlreadyExists if something else is there, Conflict if another conversion is just writing it here.
     """
     if not _ATTEMPT.fullmatch(attempt):
         raise StoreRefused(f"an attempt is called by letters and digits, not {attempt!r}")
@@ -175,22 +187,47 @@ def _drafting_here(fs: Any, root: str, url: str, attempt: str) -> Iterator[Draft
     with told(url):
         for stale in path.parent.glob(f"{glob.escape(path.name)}{DRAFT}-*"):
             if stale != folder:
-                shutil.rmtree(stale)
+                with _held(stale, url):
+                    shutil.rmtree(stale)
         folder.mkdir(parents=True, exist_ok=True)
-        for partial in folder.rglob(f"*{_PARTIAL}"):
-            partial.unlink()
-        files = [one for one in folder.rglob("*") if one.is_file()]
-    kept = frozenset(one.relative_to(folder).as_posix() for one in files)
-    draft = Draft(fs, str(folder), url=str(folder), kept=kept, attempt=attempt)
-    with _settled(draft):
-        yield draft
-    with told(url):
-        for directory in (folder, *(one for one in folder.rglob("*") if one.is_dir())):
-            _sync(directory)
-        if path.exists():
-            path.rmdir()
-        os.rename(folder, path)
-        _sync(path.parent)
+    with _held(folder, url):
+        with told(url):
+            for partial in folder.rglob(f"*{_PARTIAL}"):
+                partial.unlink()
+            files = [one for one in folder.rglob("*") if one.is_file()]
+        kept = frozenset(one.relative_to(folder).as_posix() for one in files)
+        draft = Draft(fs, str(folder), url=str(folder), kept=kept, attempt=attempt)
+        with _settled(draft):
+            yield draft
+        with told(url):
+            for directory in (folder, *(one for one in folder.rglob("*") if one.is_dir())):
+                _sync(directory)
+            if path.exists():
+                path.rmdir()
+            os.rename(folder, path)
+            _sync(path.parent)
+
+
+@contextmanager
+def _held(folder: Path, url: str) -> Iterator[None]:
+    """Keep others from a draft, as long as this process lives. Raises Conflict if somebody else has it."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        raise Conflict(_BUSY.format(url)) from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Conflict(_BUSY.format(url)) from None
+        except OSError as error:  # file systems that cannot lock a directory leave it to people
+            if error.errno not in _LOCKLESS:
+                raise
+        if not folder.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            raise Conflict(_BUSY.format(url))  # it was finished or swept away before it was locked
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -163,13 +163,22 @@ def filesystem(url: str) -> tuple[Any, str]:
     return fs, root.rstrip("/")
 
 
+def is_here(url: str) -> bool:
+    """Whether a URL is of this machine's file systems."""
+    with told(url):
+        return isinstance(filesystem(url)[0], LocalFileSystem)
+
+
 def _read_local(path: Path, offset: int, row: memoryview) -> None:
-    with open(path, "rb", buffering=0) as file:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
         while len(row):
-            num_bytes = os.preadv(file.fileno(), [row], offset)
+            num_bytes = os.preadv(descriptor, [row], offset)
             if not num_bytes:
                 raise Corrupt(f"{path} ended at {offset}, with {len(row)} bytes to come: it was cut short")
             row, offset = row[num_bytes:], offset + num_bytes
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

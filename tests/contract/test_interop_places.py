@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,7 +12,15 @@ import fsspec
 import numpy as np
 import pytest
 
-from checkpoint.errors import AlreadyExists, Corrupt, Incomplete, NotFound, StoreRefused, StoreUnavailable
+from checkpoint.errors import (
+    AlreadyExists,
+    Conflict,
+    Corrupt,
+    Incomplete,
+    NotFound,
+    StoreRefused,
+    StoreUnavailable,
+)
 from checkpoint.interop.drafts import drafting
 from checkpoint.interop.place import Place
 from tests.contract.s3_suite import BUCKET, credentials
@@ -135,6 +145,33 @@ class TestHere(PlaceContract):
             assert draft.kept == {"one.bin"}
         assert sorted(path.name for path in tmp_path.iterdir()) == ["other.holdfast-draft-old", "out [1]"]
         assert Place(root).read("one.bin") == b"new"
+
+    @pytest.mark.parametrize("attempt", ["mine", "another"])
+    def test_while_one_writes_no_other_takes_its_draft_away(self, root, tmp_path, attempt):
+        with drafting(root, "mine") as draft:
+            with draft.writing("x") as file:
+                file.write(b"x")
+            with pytest.raises(Conflict, match="just writing"), drafting(root, attempt):
+                raise AssertionError("it was let in")
+            assert [path.name for path in tmp_path.iterdir()] == ["out [1].holdfast-draft-mine"]
+        assert Place(root).read("x") == b"x"
+
+    def test_whoever_is_killed_lets_go_of_the_draft(self, root):
+        program = (
+            "import sys\nfrom checkpoint.interop.drafts import drafting\n"
+            f"with drafting({root!r}, 'mine'):\n    print('in', flush=True)\n    sys.stdin.read()"
+        )
+        child = subprocess.Popen(
+            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        with child:
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"in\n"
+            with pytest.raises(Conflict), drafting(root, "another"):
+                raise AssertionError("it was let in")
+            child.kill()
+        with drafting(root, "another") as draft:
+            assert not draft.kept
 
     def test_an_empty_directory_may_be_written_to(self, root):
         Path(root).mkdir()

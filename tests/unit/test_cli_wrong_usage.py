@@ -1,5 +1,6 @@
 """What no checkpoint could be asked, and what is no checkpoint: which exit code, and one clear error."""
 
+import json
 import os
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 import checkpoint
-from flows.cli import app
+from flows.cli import app, main
 from flows.cli_checkpoints import FORMATS
 from tests.conversion_samples import adam_state, block_weights, save_state
 
@@ -49,6 +50,26 @@ def test_what_no_checkpoint_could_be_asked_is_wrong_usage(source, tmp_path, argu
     shown = " ".join(done.output.replace("│", " ").split())
     assert all(word in shown for word in words), done.output
     assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "code"),
+    [
+        (["reshard", "missing", "target", "--json"], "NoSuchRun", 1),
+        (["import", "missing", "target", "--json"], "NotFound", 1),
+        (["plan", "missing", "--to", "shrd=2", "--json"], "SpecError", 2),
+        (["plan", "missing", "--json", "--to", "shard=2", "--rank", "-1"], "UsageError", 2),
+        (["diff", "--json", "--no-such-option"], "UsageError", 2),
+    ],
+)
+def test_what_reads_json_reads_the_error_as_json(tmp_path, monkeypatch, capsys, arguments, kind, code):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["holdfast", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    told = json.loads(capsys.readouterr().out)
+    assert (told["kind"], told["exit_code"], end.value.code) == (kind, code, code)
+    assert told["error"]
 
 
 @pytest.mark.parametrize("verb", ["inspect", "import", "export", "diff"])

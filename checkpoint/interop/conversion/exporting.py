@@ -1,5 +1,6 @@
 """Exporting: a universal checkpoint in another framework's names, shards and format."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -132,6 +133,32 @@ class Outward:
     notes: tuple[str, ...]
 
     @property
+    def uncast(self) -> set[str]:
+        """The names of the tensors that keep their values."""
+        pairs = zip(self.chosen.tensors, self.contents.tensors, strict=True)
+        return {new.name for old, new in pairs if old.dtype == new.dtype}
+
+    @property
+    def written_bytes(self) -> int:
+        """How many bytes the tensors to write have."""
+        specs = (TensorSpec(one.name, one.dtype, one.shape) for one in self.plan.foreign)
+        return sum(map(num_bytes_of, specs))
+
+    @property
+    def planned_read_bytes(self) -> int:
+        """How many bytes are read: of the source, again of it for what is cast, and back what was written."""
+        names = {spec.name: number for number, spec in enumerate(self.source.contents.tensors)}
+        sizes = self.source.planned_bytes()
+        planned = [sizes[names[spec.name]] for spec in self.contents.tensors]
+        uncast = self.uncast
+        times = [float(spec.name not in uncast) for spec in self.contents.tensors]
+        for move in self.plan.moves:
+            spec = self.contents.tensors[move.target]
+            times[move.target] += move.target_box.numel / max(1, math.prod(spec.shape))
+        again = sum(size * often for size, often in zip(planned, times, strict=True))
+        return self.written_bytes + round(again)
+
+    @property
     def attempt(self) -> str:
         """What identifies the export: the same one is resumed."""
         told = [str(self.plan), repr(self.outbound.about), self.source.digest]
@@ -184,10 +211,10 @@ def export_checkpoint(
     """
     settings = settings or ConversionSettings()
     began_s, before = time.monotonic(), high_water_bytes()
-    watched = _Watched(outward.outbound, listener)
+    watched = _Watched(outward.outbound, outward.written_bytes, listener)
     write(watched)
     listener(Progress("proving", watched.num_done_bytes, watched.num_bytes))
-    known = outward.source.fingerprints(settings)  # meanwhile files that were written go on to the disk
+    known = outward.source.fingerprints(outward.uncast, settings)
     proofs = _prove(outward, known, reopen(), url=url, settings=settings)
     return ConversionReport(
         source=outward.source.url,
@@ -198,7 +225,7 @@ def export_checkpoint(
         num_tensors=len(outward.contents.tensors),
         num_chunks=len(outward.plan.foreign),
         num_bytes=sum(num_bytes_of(spec) for spec in outward.contents.tensors),
-        read_bytes=outward.source.num_read_bytes(),
+        read_bytes=outward.source.num_read_bytes() + watched.num_bytes,
         written_bytes=watched.num_bytes,
         peak_bytes=settings.peak_bytes,
         grown_bytes=high_water_bytes() - before,
@@ -211,12 +238,10 @@ def export_checkpoint(
 class _Watched:
     """What a writer reads, counted."""
 
-    def __init__(self, inner: Outbound, listener: Listener) -> None:
+    def __init__(self, inner: Outbound, num_bytes: int, listener: Listener) -> None:
         self.about = inner.about
         self.tensors: Sequence[Foreign] = inner.tensors
-        self.num_bytes = sum(
-            num_bytes_of(TensorSpec(one.name, one.dtype, one.shape)) for one in inner.tensors
-        )
+        self.num_bytes = num_bytes
         self.num_done_bytes = 0
         self._lock = threading.Lock()
         self._inner = inner
@@ -277,8 +302,9 @@ def _prove(
     numbers = [places[_place(one)] for one in outward.plan.foreign]
     found = prove_from_sources(outward.plan, _Reordered(back, numbers), settings)
     proofs, wrong = [], []
-    for number, (old, new) in enumerate(zip(outward.chosen.tensors, outward.contents.tensors, strict=True)):
-        is_cast = old.dtype != new.dtype
+    uncast = outward.uncast
+    for number, new in enumerate(outward.contents.tensors):
+        is_cast = new.name not in uncast
         wanted = reference_fingerprint(outward.chosen, number, new.dtype) if is_cast else known[new.name]
         proofs.append(Proof(new.name, "reference" if is_cast else "fingerprint", found[new.name]))
         if found[new.name] != wanted:

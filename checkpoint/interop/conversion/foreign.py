@@ -1,5 +1,6 @@
 """Conversions between places: a store here, a directory in some framework's format there."""
 
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -19,6 +20,7 @@ from checkpoint.interop.conversion.contract import (
 )
 from checkpoint.interop.conversion.exporting import Emigration, export_checkpoint, plan_emigration
 from checkpoint.interop.conversion.importing import Adoption, import_checkpoint, plan_adoption, sight
+from checkpoint.interop.conversion.marking import planned_bytes
 from checkpoint.interop.conversion.origins import Origin, foreign_origin, stored_origin
 from checkpoint.interop.conversion.resharding import num_bytes_of
 from checkpoint.interop.conversion.ruled import RuleChoice
@@ -32,6 +34,8 @@ from checkpoint.store.contract import Store
 from checkpoint.store.open import open_store
 
 _ATTEMPT_DIGITS = 24
+# A writer's budget for a source at hand: what it reads stays in a core's cache until it is written.
+_AT_HAND_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +93,15 @@ def import_foreign(
 
 
 def plan_import_foreign(
-    url: str, target: Store, adoption: Adoption, *, format: str | None = None
+    url: str,
+    target: Store,
+    adoption: Adoption,
+    *,
+    format: str | None = None,
+    settings: ConversionSettings | None = None,
 ) -> ConversionReport:
     """Tell what an import would read and write, without reading any tensor."""
+    settings = settings or ConversionSettings()
     with closing(open_foreign(url, format)) as foreign:
         sighted, draft = plan_adoption(foreign, url, adoption)
         num_bytes = sum(map(num_bytes_of, draft.tensors))
@@ -103,9 +113,9 @@ def plan_import_foreign(
             num_tensors=len(draft.tensors),
             num_chunks=len(draft.pieces),
             num_bytes=num_bytes,
-            read_bytes=2 * num_bytes,
+            read_bytes=sum(planned_bytes(sighted.plan, range(len(draft.tensors)))),
             written_bytes=num_bytes,
-            peak_bytes=ConversionSettings().peak_bytes,
+            peak_bytes=settings.peak_bytes,
             is_dry=True,
             notes=(*foreign.about.notes, *sighted.notes),
         )
@@ -127,10 +137,11 @@ def export_foreign(
     began_s = time.monotonic()
     with _origin(source) as origin:
         outward = plan_emigration(origin, emigration, _holds_optimizer)
+        most_bytes = min(settings.budget_bytes, _AT_HAND_BYTES if origin.is_at_hand else sys.maxsize)
         with drafting(url, outward.attempt[:_ATTEMPT_DIGITS]) as draft, ExitStack() as opened:
 
             def write(contents: Contents) -> None:
-                write_foreign(emigration.format, draft, contents, settings.budget_bytes)
+                write_foreign(emigration.format, draft, contents, most_bytes)
 
             def reopen() -> ForeignCheckpoint:
                 place = opened.enter_context(draft.proving())
@@ -140,8 +151,11 @@ def export_foreign(
     return replace(report, seconds=time.monotonic() - began_s)
 
 
-def plan_export_foreign(source: Whereabouts, url: str, emigration: Emigration) -> ConversionReport:
+def plan_export_foreign(
+    source: Whereabouts, url: str, emigration: Emigration, *, settings: ConversionSettings | None = None
+) -> ConversionReport:
     """Tell what an export would read and write."""
+    settings = settings or ConversionSettings()
     with _origin(source) as origin:
         outward = plan_emigration(origin, emigration, _holds_optimizer)
     num_bytes = sum(num_bytes_of(one) for one in outward.contents.tensors)
@@ -153,11 +167,9 @@ def plan_export_foreign(source: Whereabouts, url: str, emigration: Emigration) -
         num_tensors=len(outward.contents.tensors),
         num_chunks=len(outward.plan.foreign),
         num_bytes=num_bytes,
-        read_bytes=2 * num_bytes,
-        written_bytes=sum(
-            num_bytes_of(TensorSpec(one.name, one.dtype, one.shape)) for one in outward.plan.foreign
-        ),
-        peak_bytes=ConversionSettings().peak_bytes,
+        read_bytes=outward.planned_read_bytes,
+        written_bytes=outward.written_bytes,
+        peak_bytes=settings.peak_bytes,
         is_dry=True,
         notes=outward.notes,
     )

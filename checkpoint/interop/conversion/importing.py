@@ -22,6 +22,7 @@ from checkpoint.interop.conversion.contract import (
     Proof,
     unheard,
 )
+from checkpoint.interop.conversion.marking import Counted
 from checkpoint.interop.conversion.measuring import high_water_bytes
 from checkpoint.interop.conversion.names import from_foreign, from_rules
 from checkpoint.interop.conversion.resharding import ONE_RANK, layout_meta
@@ -110,9 +111,10 @@ def import_checkpoint(
 
     def check(found: Mapping[str, int]) -> None:
         listener(Progress("proving", 0, 0))
-        proofs.extend(prove(sighted.plan, foreign, found, settings))
+        proofs.extend(prove(sighted.plan, counted, found, settings))
 
-    contents = Assembled(foreign, sighted.plan)
+    counted = Counted(foreign)
+    contents = Assembled(counted, sighted.plan)
     written = write_checkpoint(target, draft, contents, settings=settings, check=check, listener=listener)
     return ConversionReport(
         source=origin,
@@ -122,7 +124,7 @@ def import_checkpoint(
         num_tensors=len(draft.tensors),
         num_chunks=written.num_chunks,
         num_bytes=written.num_bytes,
-        read_bytes=written.num_bytes - written.num_resumed_bytes,
+        read_bytes=counted.num_bytes,
         written_bytes=written.stored_bytes,
         peak_bytes=settings.peak_bytes,
         grown_bytes=high_water_bytes() - before,

@@ -1,21 +1,22 @@
 """What an export is made of: a stored checkpoint, or a foreign one that goes straight into another format."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from checkpoint.format.codec import checksum
-from checkpoint.format.dtypes import itemsize
 from checkpoint.format.manifest import encode_manifest
 from checkpoint.format.tree import unflatten
-from checkpoint.interop.conversion.assembling import Assembled, prove_from_sources
+from checkpoint.interop.conversion.assembling import Assembled
 from checkpoint.interop.conversion.contract import ConversionSettings, GlobalTensors, Numbering
 from checkpoint.interop.conversion.importing import EXTRA, MODEL, sight
+from checkpoint.interop.conversion.marking import Marked
 from checkpoint.interop.conversion.ruled import RuleChoice
 from checkpoint.interop.conversion.stored import Stored
 from checkpoint.interop.conversion.tying import Ties, ties_of
 from checkpoint.interop.formats.contract import ForeignCheckpoint
+from checkpoint.interop.place import is_here
 
 _TENSOR = object()
 
@@ -24,9 +25,10 @@ _TENSOR = object()
 class Origin:
     """Global tensors by their universal names, and what is told besides.
 
-    `digest` identifies it; `fingerprints` are those of its tensors, known or worked out from it;
-    `num_read_bytes` tells how much of it was read so far; `doubts` are parameters whose optimizer states
-    could be another's.
+    `digest` identifies it; `fingerprints` are those of the tensors named, known or worked out from it.
+    `num_read_bytes` tells how much of it was read so far, `planned_bytes` how much each tensor takes.
+    `doubts` are parameters whose optimizer states could be another's. Of one that `is_at_hand` small parts
+    are read as cheaply as large ones.
     """
 
     url: str
@@ -34,11 +36,13 @@ class Origin:
     digest: str
     contents: GlobalTensors
     extra: Mapping[str, Any]
-    fingerprints: Callable[[ConversionSettings], Mapping[str, int]]
+    fingerprints: Callable[[Collection[str], ConversionSettings], Mapping[str, int]]
     num_read_bytes: Callable[[], int]
+    planned_bytes: Callable[[], Sequence[int]]
     ties: Ties = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     doubts: tuple[tuple[str, ...], ...] = ()
+    is_at_hand: bool = False
 
 
 def stored_origin(stored: Stored) -> Origin:
@@ -52,8 +56,9 @@ def stored_origin(stored: Stored) -> Origin:
         contents=stored,
         extra=_plain_parts(unflatten(manifest.skeleton, _Tensors())),
         ties=ties_of(manifest.skeleton),
-        fingerprints=lambda _: known,
+        fingerprints=lambda *_: known,
         num_read_bytes=lambda: stored.read_bytes,
+        planned_bytes=stored.bytes_by_tensor,
     )
 
 
@@ -67,33 +72,21 @@ def foreign_origin(
     about = foreign.about
     sighted = sight(foreign, rules)
     told = [[one.name, one.dtype, list(one.shape), dict(one.at)] for one in foreign.tensors]
-    counted = _Counted(Assembled(foreign, sighted.plan))
+    marked = Marked(foreign, sighted.plan)
     return Origin(
         url=url,
         step=about.step or 0,
         digest=checksum(json.dumps([url, told]).encode()).hex(),
-        contents=counted,
+        contents=Assembled(marked, sighted.plan),
         extra=about.extra,
-        fingerprints=lambda settings: prove_from_sources(sighted.plan, foreign, settings),
-        num_read_bytes=lambda: counted.num_bytes,
+        fingerprints=marked.fingerprints,
+        num_read_bytes=lambda: marked.num_read_bytes,
+        planned_bytes=marked.planned_bytes,
         ties=sighted.ties,
         notes=(*about.notes, *sighted.notes),
         doubts=() if numbering is Numbering.BY_ORDER else about.doubts,
+        is_at_hand=is_here(url),
     )
-
-
-class _Counted:
-    """Global tensors, and how many bytes of them were read."""
-
-    def __init__(self, inner: GlobalTensors) -> None:
-        self.tensors = inner.tensors
-        self.num_bytes = 0
-        self._inner = inner
-
-    def read(self, wishes: Any) -> list[Any]:
-        """Return the bits of boxes."""
-        self.num_bytes += sum(box.numel * itemsize(self.tensors[number].dtype) for number, box in wishes)
-        return self._inner.read(wishes)
 
 
 class _Tensors(dict[str, object]):

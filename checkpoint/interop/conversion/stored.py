@@ -39,6 +39,12 @@ class Stored:
         """The manifest's tensors."""
         return [TensorSpec(one.name, one.dtype, one.shape) for one in self.manifest.tensors]
 
+    def bytes_by_tensor(self) -> list[int]:
+        """Return how many bytes of packs the chunks of each tensor take, with the bases that deltas need."""
+        owners = self.table.tensor[self.table.owners()]
+        sizes = self.table.rows["num_bytes"]
+        return [int(one) for one in np.bincount(owners, sizes, len(self.manifest.tensors))]
+
     @property
     def read_bytes(self) -> int:
         """How many bytes were read of packs so far."""
