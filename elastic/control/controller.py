@@ -194,7 +194,7 @@ class Controller:
 
     def _break(self, now: float) -> None:
         if not self._is_broken:
-            self._is_broken, self._idle_since, self._hurries_since = True, now, None
+            self._is_broken, self._idle_since = True, now
             self.phase = Phase.GATHERING
 
     def _consider(self, now: float) -> list[Instruction]:
@@ -253,8 +253,8 @@ class Controller:
         self.members.rank(members)
         self.phase = Phase.FORMING
         self._is_broken, self._broken_at = False, None
-        is_recovery = manner is Manner.AT_ONCE and self.members.has_state
-        self._hurries_since = now if is_recovery else None
+        if manner is Manner.AT_ONCE and self.members.has_state and self._hurries_since is None:
+            self._hurries_since = now
         self._settled, self._ended = set(), {}
         self._progress_at = now
         hosts = tuple(self.members.hosts[member] for member in members)
@@ -385,7 +385,8 @@ class Controller:
 
     def _replenish(self) -> Iterable[Instruction]:
         """Start as many members as the policy's world lacks."""
-        if self.stopping or self.phase is Phase.ENDED or self._hurries_since is not None:
+        is_hurrying = self._hurries_since is not None and not self._is_broken
+        if self.stopping or self.phase is Phase.ENDED or is_hurrying:
             return
         while self.members.num_lasting < self.policy.workers + self.policy.standbys:
             yield StartMember(self.members.name_next())

@@ -200,6 +200,15 @@ def test_a_replacement_starts_once_the_survivors_made_a_step_or_had_two_seconds_
     assert controller.handle(StepCommitted("w0", 2, 6, 1.0, 0.1, 1, 0.0), 5.1) == []
 
 
+def test_losses_that_come_quickly_one_after_another_do_not_keep_the_replacements_waiting() -> None:
+    controller = training(4)
+    controller.handle(MemberLost("w3", Cause.PROCESS_DIED, ""), 3.0)
+    controller.handle(Tick(), 4.9)
+    (formed,) = controller.handle(MemberLost("w2", Cause.PROCESS_DIED, ""), 4.9)
+    assert isinstance(formed, FormWorld)
+    assert controller.handle(Tick(), 5.0) == [StartMember("w4"), StartMember("w5")]
+
+
 def test_where_too_few_survive_for_a_world_the_replacements_start_at_once() -> None:
     controller = training(3)
     controller.policy = replace(controller.policy, min_workers=2)
