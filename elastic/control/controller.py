@@ -118,10 +118,7 @@ class Controller:
             case MemberLost():
                 return self._lose(event, now)
             case MemberFailed(member, evidence):
-                return [
-                    KillMember(member, evidence),
-                    *self._lose(MemberLost(member, Cause.FAILED, evidence), now),
-                ]
+                return self._evict(member, Cause.FAILED, evidence, now)
             case ReplicaHealed(member):
                 return self._distrust(member, now)
             case UserFailed():
@@ -164,7 +161,11 @@ class Controller:
         if self._num_healed[member] < HEALINGS_TO_EVICT or not self.members.knows(member):
             return []
         evidence = f"{member} held corrupt state {self._num_healed[member]} times"
-        return [KillMember(member, evidence), *self._lose(MemberLost(member, Cause.FAILED, evidence), now)]
+        return self._evict(member, Cause.FAILED, evidence, now)
+
+    def _evict(self, member: str, cause: Cause, evidence: str, now: float) -> list[Instruction]:
+        """End a member, and go on as if it had died."""
+        return [KillMember(member, evidence, cause), *self._lose(MemberLost(member, cause, evidence), now)]
 
     def _lose(self, lost: MemberLost, now: float) -> list[Instruction]:
         if not self.members.knows(lost.member):
@@ -372,8 +373,7 @@ class Controller:
         instructions: list[Instruction] = []
         for member in hung:
             evidence = f"{member} {what}, and no step was committed for {now - self._progress_at:.0f} s"
-            instructions.append(KillMember(member, evidence))
-            instructions.extend(self._lose(MemberLost(member, Cause.HUNG, evidence), now))
+            instructions.extend(self._evict(member, Cause.HUNG, evidence, now))
         return instructions
 
     def _relax(self, by: float) -> list[Instruction]:

@@ -104,7 +104,7 @@ def test_a_joiner_that_cannot_start_is_replaced_and_the_others_train_on() -> Non
         controller.handle(Settled(member, 2, 5, "self", 0.1), 3.5)
     assert controller.handle(StepCommitted("w0", 2, 6, 1.0, 0.1, 1, 0.0), 3.8) == [StartMember("w3")]
     told = controller.handle(MemberFailed("w3", "OSError: no room"), 4.0)
-    assert told == [KillMember("w3", "OSError: no room"), StartMember("w4")]
+    assert told == [KillMember("w3", "OSError: no room", Cause.FAILED), StartMember("w4")]
     assert controller.phase is Phase.TRAINING
 
 
