@@ -118,10 +118,7 @@ class Controller:
             case MemberLost():
                 return self._lose(event, now)
             case MemberFailed(member, evidence):
-                return [
-                    KillMember(member, evidence),
-                    *self._lose(MemberLost(member, Cause.FAILED, evidence), now),
-                ]
+                return self._evict(member, Cause.FAILED, evidence, now)
             case ReplicaHealed(member):
                 return self._distrust(member, now)
             case UserFailed():
@@ -164,7 +161,11 @@ class Controller:
         if self._num_healed[member] < HEALINGS_TO_EVICT or not self.members.knows(member):
             return []
         evidence = f"{member} held corrupt state {self._num_healed[member]} times"
-        return [KillMember(member, evidence), *self._lose(MemberLost(member, Cause.FAILED, evidence), now)]
+        return self._evict(member, Cause.FAILED, evidence, now)
+
+    def _evict(self, member: str, cause: Cause, evidence: str, now: float) -> list[Instruction]:
+        """End a member, and go on as if it had died."""
+        return [KillMember(member, evidence, cause), *self._lose(MemberLost(member, cause, evidence), now)]
 
     def _lose(self, lost: MemberLost, now: float) -> list[Instruction]:
         if not self.members.knows(lost.member):
@@ -194,7 +195,7 @@ class Controller:
 
     def _break(self, now: float) -> None:
         if not self._is_broken:
-            self._is_broken, self._idle_since, self._hurries_since = True, now, None
+            self._is_broken, self._idle_since = True, now
             self.phase = Phase.GATHERING
 
     def _consider(self, now: float) -> list[Instruction]:
@@ -253,8 +254,8 @@ class Controller:
         self.members.rank(members)
         self.phase = Phase.FORMING
         self._is_broken, self._broken_at = False, None
-        is_recovery = manner is Manner.AT_ONCE and self.members.has_state
-        self._hurries_since = now if is_recovery else None
+        if manner is Manner.AT_ONCE and self.members.has_state and self._hurries_since is None:
+            self._hurries_since = now
         self._settled, self._ended = set(), {}
         self._progress_at = now
         hosts = tuple(self.members.hosts[member] for member in members)
@@ -372,8 +373,7 @@ class Controller:
         instructions: list[Instruction] = []
         for member in hung:
             evidence = f"{member} {what}, and no step was committed for {now - self._progress_at:.0f} s"
-            instructions.append(KillMember(member, evidence))
-            instructions.extend(self._lose(MemberLost(member, Cause.HUNG, evidence), now))
+            instructions.extend(self._evict(member, Cause.HUNG, evidence, now))
         return instructions
 
     def _relax(self, by: float) -> list[Instruction]:
@@ -385,7 +385,8 @@ class Controller:
 
     def _replenish(self) -> Iterable[Instruction]:
         """Start as many members as the policy's world lacks."""
-        if self.stopping or self.phase is Phase.ENDED or self._hurries_since is not None:
+        is_hurrying = self._hurries_since is not None and not self._is_broken
+        if self.stopping or self.phase is Phase.ENDED or is_hurrying:
             return
         while self.members.num_lasting < self.policy.workers + self.policy.standbys:
             yield StartMember(self.members.name_next())

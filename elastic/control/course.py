@@ -170,8 +170,8 @@ class Course:
                 self.struck[member] = at
             case MemberLost(member=member, cause=cause):
                 self._lose(at, member, cause)
-            case KillMember(member=member):
-                self._lose(at, member, Cause.HUNG)
+            case KillMember(member=member, cause=cause):
+                self._lose(at, member, cause)
             case StacksKept(member=member, file=file):
                 self.stacks[member] = file
         if (world := self.worlds.get(getattr(entry, "generation", 0))) is not None:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 
+from elastic.control.events import Cause
+
 
 class Manner(Enum):
     """How members leave the world they are in."""
@@ -28,10 +30,11 @@ class StartMember:
 
 @dataclass(frozen=True, slots=True)
 class KillMember:
-    """End a member that does not answer."""
+    """End a member that hangs, or whose machine or memory cannot be trusted; `cause` says which."""
 
     member: str
     reason: str
+    cause: Cause = Cause.HUNG
 
 
 @dataclass(frozen=True, slots=True)

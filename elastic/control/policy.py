@@ -11,13 +11,12 @@ class WorldPolicy:
     """How large a world may be and how patient its forming is.
 
     Besides the `workers` of a world, `standbys` are kept ready: started, and idle until somebody is lost.
-    The first world waits `gather_s` for all `workers`; after a failure the survivors go on at once if
-    they are at least `min_workers`, and otherwise wait `wait_s` for replacements. More than
-    `max_failures` member losses end the run, and so do more than twice as many as it has workers, and
-    three, in a row without a committed step between them. While a world trains, a member hangs if it is
-    silent for `hang_floor_s` (longer where longer pauses are usual) and no step was committed for
-    `hang_factor` times what one takes; while a world forms, after `reforming_s`, or `forming_s` as long
-    as nobody holds any state.
+    The first world waits `gather_s` for all `workers`; after a failure the survivors go on at once if they
+    are at least `min_workers`, and otherwise wait `wait_s` for replacements. More than `max_failures` member
+    losses end the run, and so do more than twice as many as it has workers, and three, in a row without a
+    committed step between them. While a world trains, a member hangs if it is silent for `hang_floor_s`
+    (longer where longer pauses are usual) and no step was committed for `hang_factor` times what one takes;
+    while a world forms, after `reforming_s`, or `forming_s` as long as nobody holds any state.
     """
 
     workers: int

@@ -211,19 +211,49 @@ def test_when_a_worker_dies_without_a_driver_the_others_save_their_state_at_the_
     assert newest >= elastic.read_report(order.run_dir).committed_steps
 
 
-def test_an_exception_in_the_job_ends_the_run_with_one_clear_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("statement", "told"),
+    [
+        ("raise ZeroDivisionError('the job divides by zero')", "the job divides by zero"),
+        ("torch.empty(1 << 50)", "take smaller micro-batches"),
+    ],
+)
+def test_a_mistake_in_the_job_ends_the_run_with_one_clear_error(
+    tmp_path: Path, statement: str, told: str
+) -> None:
     (tmp_path / "faulty_job.py").write_text(
-        "from elastic.training.gpt import GPTJob\n\n\n"
+        "import torch\n\nfrom elastic.training.gpt import GPTJob\n\n\n"
         "class FaultyJob(GPTJob):\n"
         "    def loss(self, model, batch, rng):\n"
-        "        raise ZeroDivisionError('the job divides by zero')\n"
+        f"        {statement}\n"
     )
     order = make_order(tmp_path, "faulty")
     order = replace(order, job=replace(order.job, path="faulty_job:FaultyJob", code_dir=tmp_path))
     status, said = drive_to_its_end(order)
     assert status == 1
     (line,) = (line for line in said.splitlines() if line.startswith("elastic.errors.TrainingFailed: "))
-    assert "the job divides by zero" in line
+    assert told in line
     assert elastic.read_report(order.run_dir).status == "failed"
     assert elastic.read_report(order.run_dir).failures == (), "a mistake in the job is no machine failure"
     await_no_keeper(order)
+
+
+def test_a_fault_of_hardware_that_the_job_meets_costs_its_worker_and_changes_no_bit(
+    quiet: elastic.TrainReport, tmp_path: Path
+) -> None:
+    (tmp_path / "unlucky_job.py").write_text(
+        "from pathlib import Path\n\nfrom elastic.training.gpt import GPTJob\n\n\n"
+        "class UnluckyJob(GPTJob):\n"
+        "    def batch(self, dataset, step, virtual_rank):\n"
+        f"        met = Path({str(tmp_path / 'met')!r})\n"
+        "        if (step, virtual_rank) == (15, 2) and not met.exists():\n"
+        "            met.touch()\n"
+        "            raise RuntimeError('CUDA error: uncorrectable ECC error encountered')\n"
+        "        return super().batch(dataset, step, virtual_rank)\n"
+    )
+    order = make_order(tmp_path, "unlucky")
+    order = replace(order, job=replace(order.job, path="unlucky_job:UnluckyJob", code_dir=tmp_path))
+    report = finish(order)
+    (failure,) = report.failures
+    assert (failure.cause, failure.redone_steps) == ("worker failed", 0)
+    assert report.weights_sha256 == quiet.weights_sha256

@@ -104,7 +104,7 @@ def test_a_joiner_that_cannot_start_is_replaced_and_the_others_train_on() -> Non
         controller.handle(Settled(member, 2, 5, "self", 0.1), 3.5)
     assert controller.handle(StepCommitted("w0", 2, 6, 1.0, 0.1, 1, 0.0), 3.8) == [StartMember("w3")]
     told = controller.handle(MemberFailed("w3", "OSError: no room"), 4.0)
-    assert told == [KillMember("w3", "OSError: no room"), StartMember("w4")]
+    assert told == [KillMember("w3", "OSError: no room", Cause.FAILED), StartMember("w4")]
     assert controller.phase is Phase.TRAINING
 
 
@@ -198,6 +198,15 @@ def test_a_replacement_starts_once_the_survivors_made_a_step_or_had_two_seconds_
     assert controller.handle(Tick(), 4.9) == []
     assert controller.handle(Tick(), 5.0) == [StartMember("w3")]
     assert controller.handle(StepCommitted("w0", 2, 6, 1.0, 0.1, 1, 0.0), 5.1) == []
+
+
+def test_losses_that_come_quickly_one_after_another_do_not_keep_the_replacements_waiting() -> None:
+    controller = training(4)
+    controller.handle(MemberLost("w3", Cause.PROCESS_DIED, ""), 3.0)
+    controller.handle(Tick(), 4.9)
+    (formed,) = controller.handle(MemberLost("w2", Cause.PROCESS_DIED, ""), 4.9)
+    assert isinstance(formed, FormWorld)
+    assert controller.handle(Tick(), 5.0) == [StartMember("w4"), StartMember("w5")]
 
 
 def test_where_too_few_survive_for_a_world_the_replacements_start_at_once() -> None:

@@ -302,15 +302,16 @@ def test_a_world_broken_without_a_loss_is_a_failure_of_its_own() -> None:
     assert (report.redone_steps, report.dropped_attempts) == (0, 1)
 
 
-def test_a_worker_killed_because_it_hung_is_a_failure() -> None:
+@pytest.mark.parametrize("cause", [Cause.HUNG, Cause.FAILED])
+def test_a_worker_that_was_killed_is_a_failure_of_the_cause_it_was_killed_for(cause: Cause) -> None:
     report = report_of(
         two_workers(10),
-        [(40.0, KillMember("w1", "silent"))],
+        [(40.0, KillMember("w1", "silent", cause))],
         formed(2, 10, "self", 40.0, "w0"),
         steps(2, 11, 12, 41.0),
     )
     (failure,) = report.failures
-    assert (failure.cause, failure.member, failure.dropped_attempts) == ("hung", "w1", 1)
+    assert (failure.cause, failure.member, failure.dropped_attempts) == (cause, "w1", 1)
 
 
 def test_a_failure_that_ended_the_run_has_no_recovery_in_the_resumed_one() -> None:

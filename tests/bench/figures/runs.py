@@ -72,7 +72,7 @@ def recover(run_dir: Path, blow: Blow) -> Recovery:
         driver.terminate()
         driver.wait(timeout=TIMEOUT_S)
         story.update()
-        return _measured(story, struck_at)
+        return measured(story, struck_at)
 
 
 def _wait(story: Story, driver: Popen[bytes]) -> None:
@@ -95,7 +95,8 @@ def _strike(pid: int, blow: Blow) -> float:
     return struck_at
 
 
-def _measured(story: Story, struck_at: float) -> Recovery:
+def measured(story: Story, struck_at: float) -> Recovery:
+    """Read from a run's journal how it went on after its first world was struck."""
     survivors = set(_of(story, "FormWorld")[0]["members"]) & set(_of(story, "FormWorld")[1]["members"])
     knew, left = (
         _first(story, survivors, "WorldBroken", "WorldCalledOff"),
