@@ -7,7 +7,7 @@ from tests.bench.elastic_steady import SIZE, Plan, Way, step_times
 from tests.bench.elastic_waiting import SMALL, Computing, Waiting, WaitingLayers
 from tests.bench.harness import Effort, Goal, Row, row
 
-V, WAIT_S, LAYER_WAIT_S = 28, 0.1, 0.008
+V, WAIT_S, LAYER_WAIT_S = 28, 0.2, 0.008
 _BOUNDS: Mapping[Way, float] = {"bitwise": 1.10, "fast": 1.03}
 
 
@@ -46,7 +46,7 @@ def overlap(effort: Effort) -> list[Row]:
 
 def straggler(effort: Effort) -> list[Row]:
     """One worker at half speed; a timed wait stands in for computing."""
-    rounds, steps = (1, 3) if effort is Effort.QUICK else (5, 4)
+    rounds, steps = (1, 3) if effort is Effort.QUICK else (5, 3)
     waits = step_times(Plan(rounds, steps, ("bitwise", "DDP"), V, Waiting, SMALL, WAIT_S, slowness=2.0))
     ideal_s = V * WAIT_S / (SIZE - 0.5)
     return [
@@ -63,7 +63,7 @@ def straggler(effort: Effort) -> list[Row]:
 
 def shrunken(effort: Effort) -> list[Row]:
     """Survivors while a replacement starts. Ideal is what whole virtual ranks allow: the most of one rank."""
-    rounds, steps = (1, 3) if effort is Effort.QUICK else (5, 4)
+    rounds, steps = (1, 3) if effort is Effort.QUICK else (5, 3)
     waits = step_times(Plan(rounds, steps, ("bitwise", "shrunken"), V, Waiting, SMALL, WAIT_S))
     sizes: Mapping[Way, int] = {"bitwise": SIZE, "shrunken": SIZE - 1}
     shares = {way: -(-V // size) * WAIT_S / waits[way] for way, size in sizes.items()}
