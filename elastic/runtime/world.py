@@ -66,13 +66,21 @@ class World:
 
     def exchange(self, send: Sequence[torch.Tensor | None], receive: Sequence[torch.Tensor | None]) -> None:
         """Swap tensors with every other rank; index is the peer, None means nothing."""
-        posted = []
-        for peer, tensor in enumerate(receive):
-            if tensor is not None and tensor.numel():
-                posted.append(self._call(lambda group, t, p: group.recv([t], p, 0), tensor, peer))
-        for peer, tensor in enumerate(send):
-            if tensor is not None and tensor.numel():
-                posted.append(self._call(lambda group, t, p: group.send([t], p, 0), tensor, peer))
+        received = [(peer, each) for peer, each in enumerate(receive) if each is not None and each.numel()]
+        sent = [(peer, each) for peer, each in enumerate(send) if each is not None and each.numel()]
+        if not received and not sent:
+            return
+        (_, any_of_them), *_ = *received, *sent
+        # nccl queues the calls: a send behind a receive that waits for the peer's own would wait for ever.
+        is_joint = any_of_them.device.type == "cuda"
+        if is_joint:
+            self._call(lambda group, *_: group._start_coalescing(), any_of_them, None)
+        posted = [
+            *(self._call(lambda group, t, p: group.recv([t], p, 0), each, peer) for peer, each in received),
+            *(self._call(lambda group, t, p: group.send([t], p, 0), each, peer) for peer, each in sent),
+        ]
+        if is_joint:
+            posted = [self._call(lambda group, *_: group._end_coalescing(), any_of_them, None)]
         for work in posted:
             self._wait(work)
 

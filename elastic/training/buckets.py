@@ -5,8 +5,9 @@ its start, so that their collectives meet. Where to cut changes no bit of a sum 
 element.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 
@@ -21,6 +22,17 @@ BUCKET_MIB = 4.0
 _BYTES = 4  # of an element
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A row's buckets in the order of their starts; `of[i]` are those that have some of gradient `i`, and
+    `awaited[bucket]` is how much has to be complete before it starts.
+    """
+
+    buckets: tuple[slice, ...]
+    of: tuple[tuple[int, ...], ...]
+    awaited: tuple[int, ...]
+
+
 class Buckets:
     """Watches the model's gradients come, micro-batch by micro-batch.
 
@@ -33,6 +45,8 @@ class Buckets:
     def __init__(self, rows: GradientRows, bucket_mib: float) -> None:
         self._rows = rows
         self._bucket_bytes = bucket_mib * 2**20
+        self._cuts: dict[int, Cut] = {}
+        self.whole = _cut(rows, 1, 1)
         self._usual = [0] * len(rows.parameters)
         self._seen = [0] * len(rows.parameters)
         self._starting: _Starting | None = None
@@ -40,29 +54,28 @@ class Buckets:
             hook = partial(self._add, index)
             parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # torch's
 
-    def cut(self, world_size: int) -> list[slice]:
+    def cut(self, world_size: int) -> Cut:
         """Cut a row into buckets of about the wanted size, each of equal aligned slices for every rank.
 
-        In the order in which they are to be started. No size means one bucket.
+        No size means one bucket.
         """
-        unit = world_size * ALIGNMENT
-        units = world_size * slice_length(self._rows.num_elements, world_size) // unit
-        wanted = units * unit * _BYTES / self._bucket_bytes if self._bucket_bytes else 1
-        count = max(1, round(min(units, wanted)))
-        cuts = [units * index // count * unit for index in range(count + 1)]
-        return [slice(cuts[index], cuts[index + 1]) for index in reversed(range(count))]
+        if world_size not in self._cuts:
+            num_bytes = self._rows.num_elements * _BYTES
+            wanted = num_bytes / self._bucket_bytes if self._bucket_bytes else 1
+            self._cuts[world_size] = _cut(self._rows, world_size, wanted)
+        return self._cuts[world_size]
 
     @contextmanager
-    def watch(self, buckets: Sequence[slice], start: Start) -> Iterator[None]:
+    def watch(self, cut: Cut, start: Start) -> Iterator[None]:
         """Watch one micro-batch; start buckets as they are completed, and after it those that are left."""
         self._seen = [0] * len(self._seen)
-        self._starting = starting = _Starting(self._rows, buckets, start)
+        self._starting = starting = _Starting(cut, start)
         try:
             yield
         finally:
             self._starting = None
         self._usual = list(map(max, self._usual, self._seen))
-        for bucket in buckets[starting.num_started :]:
+        for bucket in cut.buckets[starting.num_started :]:
             start(bucket)
 
     def _add(self, index: int, _: object) -> None:
@@ -82,33 +95,40 @@ class Buckets:
 class _Starting:
     """Which buckets still wait for which gradients, during one backward."""
 
-    def __init__(self, rows: GradientRows, buckets: Sequence[slice], start: Start) -> None:
-        self._buckets, self._start = buckets, start
-        self._of = [_meeting(buckets, place) for place in rows.places]
-        self._missing = [0] * len(buckets)
-        # The losses are complete after backward only.
-        for number in [*chain.from_iterable(self._of), *_meeting(buckets, slice(0, rows.places[0].start))]:
-            self._missing[number] += 1
+    def __init__(self, cut: Cut, start: Start) -> None:
+        self._cut, self._start = cut, start
+        self._awaited = list(cut.awaited)
         self.num_started = 0
 
     def is_started(self, index: int) -> bool:
         """Return whether some of a parameter's gradient is on its way already."""
-        return any(number < self.num_started for number in self._of[index])
+        return any(number < self.num_started for number in self._cut.of[index])
 
     def complete(self, index: int) -> None:
         """Take note that a parameter's gradient is complete; start what is next while it is whole."""
-        for number in self._of[index]:
-            self._missing[number] -= 1
-        while not self._missing[self.num_started]:
-            bucket = self._buckets[self.num_started]
+        for number in self._cut.of[index]:
+            self._awaited[number] -= 1
+        while not self._awaited[self.num_started]:
+            bucket = self._cut.buckets[self.num_started]
             self.num_started += 1
             self._start(bucket)
 
 
-def _meeting(buckets: Sequence[slice], place: slice) -> list[int]:
-    """List the buckets that have something in common with a place."""
-    return [
-        number
-        for number, bucket in enumerate(buckets)
-        if bucket.start < place.stop and place.start < bucket.stop
-    ]
+def _cut(rows: GradientRows, world_size: int, wanted: float) -> Cut:
+    unit = world_size * ALIGNMENT
+    units = slice_length(rows.num_elements, world_size) // ALIGNMENT
+    count = max(1, round(min(units, wanted)))
+    ends = [units * index // count * unit for index in range(count + 1)]
+    buckets = tuple(slice(ends[index], ends[index + 1]) for index in reversed(range(count)))
+
+    def meeting(place: slice) -> tuple[int, ...]:
+        return tuple(
+            n for n, each in enumerate(buckets) if each.start < place.stop and place.start < each.stop
+        )
+
+    of = tuple(map(meeting, rows.places))
+    awaited = [0] * count
+    # The losses, before the gradients, are complete after backward only.
+    for number in chain(meeting(slice(0, rows.places[0].start)), *of):
+        awaited[number] += 1
+    return Cut(buckets, of, tuple(awaited))

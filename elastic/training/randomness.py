@@ -37,7 +37,10 @@ def keyed(key: int, device: torch.device) -> Iterator[torch.Generator]:
     """
     devices = [device] if device.type != "cpu" else []
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
-        torch.manual_seed(mix(key, 1) >> 1)
+        # Not torch.manual_seed: it formats a stack trace for each kind of device that is not there.
+        torch.default_generator.manual_seed(mix(key, 1) >> 1)
+        if devices:
+            torch.get_device_module(device).manual_seed_all(mix(key, 1) >> 1)
         yield torch.Generator(device=device).manual_seed(mix(key, 2) >> 1)
 
 

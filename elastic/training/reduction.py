@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from elastic.training.buckets import Buckets
+from elastic.training.buckets import Buckets, Cut
 from elastic.training.gradients import GradientRows
 from elastic.training.ports import World
 from elastic.training.tree import Node, grow, joins, leaves_of, partial_sums
@@ -65,8 +65,8 @@ class TreeReduction:
         self._keep_within(set(dealt[world.rank]))
         self._drop_result()
         nodes = [partial_sums(leaves, self._rows.virtual_ranks) for leaves in dealt]
-        buckets = self._buckets.cut(world.size)
-        self._make_room(sum(map(len, nodes)) * max(map(_length, buckets)) // world.size)
+        cut = self._buckets.cut(world.size)
+        self._make_room(sum(map(len, nodes)) * max(map(_length, cut.buckets)) // world.size)
         result = self._result = self._rows.take()
 
         def start(sums: Mapping[Node, Tensor], bucket: slice) -> None:
@@ -76,11 +76,11 @@ class TreeReduction:
         held = set(self.held())
         left = [leaf for leaf in dealt[world.rank] if leaf not in held]
         for leaf in left[:-1]:
-            self._fold(leaf, compute, self._buckets.cut(1), _start_nothing)
+            self._fold(leaf, compute, self._buckets.whole, _start_nothing)
         if left:
-            self._fold(left[-1], compute, buckets, start)
+            self._fold(left[-1], compute, cut, start)
         else:
-            for bucket in buckets:
+            for bucket in cut.buckets:
                 start(self._sums, bucket)
         world.join()
         return _mean_loss(self._rows, result)
@@ -102,7 +102,7 @@ class TreeReduction:
         self,
         leaf: int,
         compute: Compute,
-        buckets: Sequence[slice],
+        cut: Cut,
         start: Callable[[Mapping[Node, Tensor], slice], None],
     ) -> None:
         """Compute a leaf and join it to its siblings, bucket by bucket; they stay as they are until it is
@@ -118,7 +118,7 @@ class TreeReduction:
             start({**self._sums, node: row}, bucket)
 
         try:
-            with self._buckets.watch(buckets, join):
+            with self._buckets.watch(cut, join):
                 self._rows.losses(row)[leaf] = compute(leaf)
         except BaseException:
             self._rows.give_back(row)
@@ -194,13 +194,13 @@ class PlainReduction:
         self._rows.bind(self._row)
         left = [leaf for leaf in dealt[world.rank] if leaf not in self._held]
         for leaf in left[:-1]:
-            self._fold(leaf, compute, self._buckets.cut(1), _start_nothing)
+            self._fold(leaf, compute, self._buckets.whole, _start_nothing)
             self._held.append(leaf)
-        start = partial(self._start, world)
+        cut, start = self._buckets.cut(world.size), partial(self._start, world)
         if left:
-            self._fold(left[-1], compute, self._buckets.cut(world.size), start)
+            self._fold(left[-1], compute, cut, start)
         else:
-            for bucket in self._buckets.cut(world.size):
+            for bucket in cut.buckets:
                 start(bucket)
         world.join()
         return _mean_loss(self._rows, self._row)
@@ -217,10 +217,8 @@ class PlainReduction:
         """Scale the reduced gradient down."""
         return _clip(self._rows, self._row, largest_norm)
 
-    def _fold(
-        self, leaf: int, compute: Compute, buckets: Sequence[slice], start: Callable[[slice], None]
-    ) -> None:
-        with self._buckets.watch(buckets, start):
+    def _fold(self, leaf: int, compute: Compute, cut: Cut, start: Callable[[slice], None]) -> None:
+        with self._buckets.watch(cut, start):
             self._rows.losses(self._row)[leaf] = compute(leaf)
 
     def _start(self, world: World, bucket: slice) -> None:

@@ -7,7 +7,7 @@ them count as missed. ONLY=killed,steady in the environment runs some of the fig
 
 from tests.bench.figures.chosen import Figures, measure
 from tests.bench.figures.recovery import killed, node, standby, stopped
-from tests.bench.figures.steady import steady, straggler
+from tests.bench.figures.steady import overlap, shrunken, steady, straggler
 from tests.bench.harness import Effort, Row
 
 FIGURES: Figures = {
@@ -16,7 +16,9 @@ FIGURES: Figures = {
     "stopped": stopped,
     "node": node,
     "steady": steady,
+    "overlap": overlap,
     "straggler": straggler,
+    "shrunken": shrunken,
 }
 
 

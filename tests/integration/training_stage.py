@@ -23,6 +23,8 @@ from elastic.training.trainer import Storage, Trainer, TrainPlan
 LOOPBACK, CPU = "127.0.0.1", torch.device("cpu")
 NUM_STEPS, NUM_MEMBERS = 14, 7
 SETTINGS = GPTSettings(num_layers=2, num_heads=2, width=32, sequence=32, dropout=0.2)
+BUCKETS_MIB = (0.02, 0.0, 4.0)  # stories take turns: their bits must not tell
+SLOW_S = 0.15
 Phase = Literal["leaf", "exchange", "all_gather", "agreement", "agreed", "sharing", "send"]
 
 
@@ -37,6 +39,7 @@ class Chapter:
     phase: Phase = "leaf"
     flipped: int = -1
     flips_at: int = -1
+    slow: int = -1
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,6 @@ class Props:
 
     source: str
     optimizer_copies: int = 0
-    bucket_mib: float = 0.02
     store: str | None = None
 
 
@@ -112,10 +114,14 @@ class DoomedJob(GPTJob):
     """The shipped job, whose process may die in the middle of a micro-batch."""
 
     doom: Doom | None = None
+    wait_s = 0.0
+    num_losses = 0
 
     def loss(self, model: Any, batch: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
         if self.doom is not None:
             self.doom.comes("leaf")
+        time.sleep(self.wait_s)
+        self.num_losses += 1
         return super().loss(model, batch, rng)
 
 
@@ -127,6 +133,7 @@ class Diary:
     steps: list[tuple[int, float]] = field(default_factory=list)
     sha256: str = ""
     state_bytes: int = 0
+    num_losses: int = 0
     healed: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
 
     def write(self, event: Event) -> None:
@@ -165,7 +172,7 @@ def live(
         plan = TrainPlan(
             *(NUM_STEPS, 8, 2, 7, "bitwise", 1.0, 2 if props.store else 5, props.source, "run", ""),
             compare_every=1,
-            bucket_mib=props.bucket_mib,
+            bucket_mib=BUCKETS_MIB[first_generation % len(BUCKETS_MIB)],
             optimizer_copies=props.optimizer_copies,
         )
         job, diary = DoomedJob(), Diary()
@@ -207,6 +214,7 @@ def play(
             weight[3, 5] ^= 1 << 20
 
     world = former.form(place, endpoint, lambda: True, time.sleep)
+    job.wait_s = SLOW_S if member == chapter.slow else 0.0
     job.doom = Doom(chapter, committed, member == chapter.victim)
     doomed = DoomedWorld(world, job.doom)
     try:
@@ -217,6 +225,7 @@ def play(
         ):
             diary.sha256 = weights_sha256(trainer.model)
             diary.state_bytes = _state_bytes(trainer)
+            diary.num_losses = job.num_losses
     except Broken as broken:
         broken.__traceback__ = None
     finally:

@@ -161,9 +161,10 @@ def test_worlds_of_one_to_five_agree_bit_for_bit_at_eight_virtual_ranks():
 
 def test_the_plain_reduction_gives_the_same_mean_but_for_rounding():
     ((loss, tree),) = reduced(TreeReduction, even(8, 1), 8)
-    for plain_loss, plain in reduced(PlainReduction, even(8, 3), 8):
-        assert plain_loss == loss
-        torch.testing.assert_close(plain, tree, rtol=1e-4, atol=1e-4 * float(tree.abs().max()))
+    for bucket_mib in (0.0, 256 / 2**20):
+        for plain_loss, plain in reduced(PlainReduction, even(8, 3), 8, bucket_mib):
+            assert plain_loss == loss
+            torch.testing.assert_close(plain, tree, rtol=1e-4, atol=1e-4 * float(tree.abs().max()))
 
 
 @given(st.integers(1, 300), st.data())
