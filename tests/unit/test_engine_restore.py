@@ -122,12 +122,14 @@ class Direct(MemoryStore):
 
     num_plain = 0
 
-    def read_into(self, key: str, offset: int, memory: memoryview) -> None:
+    def read_into(self, key: str, offset: int, pieces: Any) -> None:
         """Fill memory."""
         value = bytes(super().read(key)[0])
-        if offset + len(memory) > len(value):
-            raise NotFound(f"{key} is too short")
-        memory[:] = value[offset : offset + len(memory)]
+        for memory in pieces:
+            if offset + len(memory) > len(value):
+                raise NotFound(f"{key} is too short")
+            memory[:] = value[offset : offset + len(memory)]
+            offset += len(memory)
 
     def read(self, key: str, ranges: Any = None) -> Any:
         self.num_plain += bool(ranges) and key.startswith("packs/")
