@@ -12,9 +12,10 @@ from checkpoint.engine.plan import plan_copies
 from checkpoint.engine.proving import Expected, cut_pieces
 from checkpoint.engine.reading import DECODING, WASTE, Holes, ReadPolicy, Span, Tally
 from checkpoint.engine.regions import Column, Regions
-from checkpoint.engine.source import DirectSource, Source, origin_of
+from checkpoint.engine.source import DirectSource, Source, origins_of
 from checkpoint.engine.targets import Target
 from checkpoint.errors import Corrupt, FormatError, StoreUnavailable
+from checkpoint.format.blocks import Blocks, blocks_of
 from checkpoint.format.codec import Buffer, Codec, decode, xor_bytes
 from checkpoint.format.dtypes import dtype_of, itemsize
 from checkpoint.format.fingerprint import start_of_run
@@ -53,12 +54,26 @@ class _Link:
     above: Buffer | None = None  # the XOR of what was stored for the chunk so far
 
 
+@dataclass(slots=True)
+class _Received:
+    """Pieces on their way to whoever fills them; counts their bytes."""
+
+    pieces: Iterator[memoryview]
+    num_bytes: int = 0
+
+    def __iter__(self) -> Iterator[memoryview]:
+        for piece in self.pieces:
+            self.num_bytes += piece.nbytes
+            yield piece
+
+
 class Filling:
     """What one source has to say about some holes."""
 
     def __init__(self, opened: Opened, targets: Sequence[Target], policy: ReadPolicy, tally: Tally) -> None:
         self._opened = opened
         self._direct = opened.source if isinstance(opened.source, DirectSource) else None
+        self._origin = origins_of(opened.source)
         self._targets = targets
         self._policy = policy
         self._tally = tally
@@ -155,7 +170,7 @@ class Filling:
                     for place in run.places:
                         self._tally.note(self._opened.source.name, self._described(level[place].chunk), error)
                 continue
-            self._tally.count(origin_of(self._opened.source, pack), ranges)
+            self._tally.count(self._origin(pack), ranges)
             for run, data in zip(runs, found, strict=True):
                 view = memoryview(data).cast("B")
                 for place in run.places:
@@ -197,38 +212,52 @@ class Filling:
         if row["codec"] != Codec.RAW or row["base"] != NO_BASE or not source.can_read_into(pack):
             return False
         first, last = self._copies_of(chunk)
-        expected = self._expected(chunk)
-        pieces = None if last != first + 1 else self._pieces(first, expected, source.piece_bytes)
+        pieces = self._pieces(chunk, first, source.piece_bytes) if last == first + 1 else None
         if pieces is None:
             return False
-        wanted = ByteRange(int(row["offset"]), int(row["num_bytes"]))
+        received = _Received(pieces)
         try:
-            source.read_into(self._opened.manifest, pack, wanted.offset, pieces)
+            source.read_into(self._opened.manifest, pack, int(row["offset"]), received)
             if next(pieces, None) is not None:
                 return False  # it stopped early
         except FormatError:
             return False
-        self._tally.count(origin_of(self._opened.source, pack), [wanted])
+        wanted = ByteRange(int(row["offset"]), received.num_bytes)
+        self._tally.count(self._origin(pack), [wanted])
         self._is_done[first] = True
         return True
 
-    def _pieces(self, copy: int, expected: Expected, piece_bytes: int) -> Iterator[memoryview] | None:
+    def _pieces(self, chunk: int, copy: int, piece_bytes: int) -> Iterator[memoryview] | None:
         """Return the memory that a chunk goes to, piece by piece: that of a copy, and some for what nobody wants.
 
         None if what is wanted does not lie side by side, in the chunk or in its target.
         """
+        expected = self._expected(chunk)
         box = expected.box
         part = self._copies.common.box(copy, len(box.size))
-        begin = start_of_run(expected.dtype, box.size, part.moved(box.start, (0,) * len(box.start)))
         memory = self._targets[int(self._wanted[copy])].memory(part)
-        first = expected.first
-        if begin is None or memory is None:
+        if memory is None:
             return None
-        if first is None:
+        if part == box and (blocks := self._sampled_blocks(chunk, expected)) is not None:
+            return expected.prove_by_sample(memory, piece_bytes, blocks)
+        begin = start_of_run(expected.dtype, box.size, part.moved(box.start, (0,) * len(box.start)))
+        first = expected.first
+        if begin is None or first is None:
             return expected.prove_whole(memory) if part == box else None
         end = box.numel * itemsize(expected.dtype) - begin - memory.nbytes
         stretches = [memoryview(bytearray(begin)), memory, memoryview(bytearray(end))]
         return expected.prove_coming(cut_pieces(stretches, first, piece_bytes), first)
+
+    def _sampled_blocks(self, chunk: int, expected: Expected) -> Blocks | None:
+        """Return the blocks of a whole chunk of which one is enough, if their sums may be there."""
+        row, packs = self._stock.rows[chunk], self._opened.manifest.packs
+        if self._policy.fingerprints == "all" or self._stock.is_part[chunk] or not packs:
+            return None
+        blocks = blocks_of(expected.box, expected.dtype)
+        end = int(row["offset"]) + int(row["num_bytes"])
+        if blocks is None or end + blocks.sums_bytes > packs[int(row["pack"])].num_bytes:
+            return None
+        return blocks
 
     def _finish(self, chunk: int, raw: Buffer) -> None:
         """Prove a chunk, and copy what is wanted of it."""

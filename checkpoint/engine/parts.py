@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from checkpoint.engine.reading import Tally
 from checkpoint.engine.regions import Column, Meetings, Regions
-from checkpoint.engine.source import Source, origin_of
+from checkpoint.engine.source import Source, origins_of
 from checkpoint.errors import FormatError
 from checkpoint.format.blocks import BLOCK_BYTES, Blocks, Sums, blocks_of, read_sums, total_of
 from checkpoint.format.codec import Codec
@@ -119,7 +119,7 @@ def _read_sums(
     stock: Stock, parts: Sequence[Part], source: Source, manifest: Manifest, tally: Tally
 ) -> Iterator[tuple[Part, Sums]]:
     """Yield the parts whose sums are there."""
-    placed = []
+    placed, origin = [], origins_of(source)
     for part in parts:
         row = stock.rows[part.chunk]
         pack = int(row["pack"])
@@ -134,7 +134,8 @@ def _read_sums(
             read: Sequence[Buffer] = source.read(manifest, pack, ranges)
         except FormatError:
             continue  # reading the chunks will tell
-        tally.count(origin_of(source, pack), ranges)
+        tally.count(origin(pack), ranges)
         for (_, _, part), data in zip(some, read, strict=True):
-            if total_of(data) == int(stock.rows[part.chunk]["fingerprint"]):
-                yield part, read_sums(data)
+            sums = read_sums(data)
+            if total_of(sums) == int(stock.rows[part.chunk]["fingerprint"]):
+                yield part, sums

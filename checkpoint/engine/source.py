@@ -1,6 +1,6 @@
 """Where checkpoints can be read from: a store, or the memory of the host that took them."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 from checkpoint.engine.catalog import Catalog
@@ -11,7 +11,7 @@ from checkpoint.format.manifest import Manifest, chunks_of_page, pages_with
 from checkpoint.format.table import ChunkTable
 from checkpoint.store.contract import ByteRange, Store, check_ranges
 
-_PIECE_BYTES = 256 << 10
+_PIECE_BYTES = 1 << 20
 
 
 @runtime_checkable
@@ -72,9 +72,9 @@ class ManyPlaces(Protocol):
         """What reports call the place of a pack."""
 
 
-def origin_of(source: Source, pack: int) -> str:
-    """Return what reports call the place that a pack of a source was read from."""
-    return source.origin(pack) if isinstance(source, ManyPlaces) else source.name
+def origins_of(source: Source) -> Callable[[int], str]:
+    """Return what tells, by a pack of a source, what reports call the place that it was read from."""
+    return source.origin if isinstance(source, ManyPlaces) else lambda _: source.name
 
 
 class StoreSource:
@@ -82,6 +82,7 @@ class StoreSource:
 
     def __init__(self, store: Store, name: str = "store") -> None:
         self._store = store
+        self._direct = store if isinstance(store, ReadsInto) else None
         self._name = name
 
     @property
@@ -125,15 +126,15 @@ class StoreSource:
 
     def can_read_into(self, pack: int) -> bool:  # noqa: ARG002 -- all packs of a store are alike
         """Whether the store fills memory without a copy."""
-        return isinstance(self._store, ReadsInto)
+        return self._direct is not None
 
     def read_into(self, manifest: Manifest, pack: int, offset: int, pieces: Iterable[memoryview]) -> None:
         """Fill pieces of memory with what lies from an offset of a pack on. Raises Corrupt if it is not there."""
         key = manifest.packs[pack].key
-        if not isinstance(self._store, ReadsInto):
+        if self._direct is None:
             raise TypeError(f"{self._store} reads into nobody's memory")
         try:
-            self._store.read_into(key, offset, pieces)
+            self._direct.read_into(key, offset, pieces)
         except NotFound as error:
             raise Corrupt(f"{key} is missing or too short: {error}") from error
 

@@ -14,7 +14,6 @@ from checkpoint.format.box import Box
 from checkpoint.format.codec import Buffer
 from checkpoint.format.dtypes import dtype_of
 from checkpoint.format.fingerprint import (
-    MODULUS,
     Region,
     fingerprint,
     fingerprint_many,
@@ -87,7 +86,7 @@ def digest_many(regions: Sequence[Region]) -> list[tuple[int, bytes]]:
     """Return the fingerprint of each of many regions, and those of its blocks."""
     sums = [sums_of(*region) for region in regions]
     small = iter(fingerprint_many([region for region, found in zip(regions, sums, strict=True) if not found]))
-    return [(total_of(found) if found else next(small), found) for found in sums]
+    return [(total_of(read_sums(found)) if found else next(small), found) for found in sums]
 
 
 def read_sums(data: Buffer) -> Sums:
@@ -95,6 +94,6 @@ def read_sums(data: Buffer) -> Sums:
     return np.frombuffer(data, _SUM)
 
 
-def total_of(sums: Buffer) -> int:
+def total_of(sums: Sums) -> int:
     """Return what fingerprints of blocks add up to: that of their chunk."""
-    return int(read_sums(sums).sum(dtype=np.uint64)) % MODULUS
+    return int(sums.sum(dtype=np.uint64))
