@@ -14,12 +14,11 @@ from checkpoint.engine.reading import DECODING, WASTE, Holes, ReadPolicy, Span, 
 from checkpoint.engine.regions import Column, Regions
 from checkpoint.engine.source import DirectSource, Source, origins_of
 from checkpoint.engine.targets import Target
-from checkpoint.errors import Corrupt, FormatError, StoreUnavailable
+from checkpoint.errors import FormatError, StoreUnavailable
 from checkpoint.format.blocks import Blocks, blocks_of
 from checkpoint.format.codec import Buffer, Codec, decode, xor_bytes
 from checkpoint.format.dtypes import dtype_of, itemsize
 from checkpoint.format.fingerprint import start_of_run
-from checkpoint.format.layout import Box
 from checkpoint.format.manifest import Manifest
 from checkpoint.format.table import NO_BASE, ChunkTable
 from checkpoint.store.contract import ByteRange
@@ -78,8 +77,7 @@ class Filling:
         self._policy = policy
         self._tally = tally
         boxes = Regions.of_table(opened.table)
-        self._dtypes = [tensor.dtype for tensor in opened.manifest.tensors]
-        sizes = np.array([itemsize(dtype) for dtype in self._dtypes], np.int64)
+        sizes = np.array([itemsize(tensor.dtype) for tensor in opened.manifest.tensors], np.int64)
         self._stock = Stock.of(opened.table.rows, boxes, boxes.numels * sizes[boxes.tensors])
 
     def fill(self, holes: Holes) -> tuple[Holes, StoreUnavailable | None]:
@@ -103,7 +101,7 @@ class Filling:
     def _cut_to_parts(self) -> None:
         """See what need not be read of the chunks that are needed."""
         opened, stock = self._opened, self._stock
-        parts = find_parts(stock, self._copies, self._dtypes)
+        parts = find_parts(stock, self._copies, opened.manifest.tensors)
         if parts:
             self._stock = cut_to_parts(stock, parts, opened.source, opened.manifest, self._tally)
 
@@ -228,22 +226,25 @@ class Filling:
         return True
 
     def _pieces(self, chunk: int, copy: int, piece_bytes: int) -> Iterator[memoryview] | None:
-        """Return the memory that a chunk goes to, piece by piece: that of a copy, and some for what nobody wants.
+        """Return the memory that a chunk goes to, piece by piece: a copy's, and some for what nobody wants.
 
         None if what is wanted does not lie side by side, in the chunk or in its target.
         """
         expected = self._expected(chunk)
-        box = expected.box
+        box, first = expected.box, expected.first
         part = self._copies.common.box(copy, len(box.size))
         memory = self._targets[int(self._wanted[copy])].memory(part)
         if memory is None:
             return None
-        if part == box and (blocks := self._sampled_blocks(chunk, expected)) is not None:
-            return expected.prove_by_sample(memory, piece_bytes, blocks)
+        if part == box:
+            blocks = self._sampled_blocks(chunk, expected)
+            if blocks is not None:
+                return expected.prove_by_sample(memory, piece_bytes, blocks)
+            if first is None:
+                return expected.prove_whole(memory)
         begin = start_of_run(expected.dtype, box.size, part.moved(box.start, (0,) * len(box.start)))
-        first = expected.first
         if begin is None or first is None:
-            return expected.prove_whole(memory) if part == box else None
+            return None
         end = box.numel * itemsize(expected.dtype) - begin - memory.nbytes
         stretches = [memoryview(bytearray(begin)), memory, memoryview(bytearray(end))]
         return expected.prove_coming(cut_pieces(stretches, first, piece_bytes), first)
@@ -253,7 +254,7 @@ class Filling:
         row, packs = self._stock.rows[chunk], self._opened.manifest.packs
         if self._policy.fingerprints == "all" or self._stock.is_part[chunk] or not packs:
             return None
-        blocks = blocks_of(expected.box, expected.dtype)
+        blocks = blocks_of(expected.dtype, expected.shape, expected.box)
         end = int(row["offset"]) + int(row["num_bytes"])
         if blocks is None or end + blocks.sums_bytes > packs[int(row["pack"])].num_bytes:
             return None

@@ -19,6 +19,7 @@ from checkpoint.format.blocks import BLOCK_BYTES, Blocks, Sums, blocks_of, read_
 from checkpoint.format.codec import Codec
 from checkpoint.format.layout import Box
 from checkpoint.format.manifest import Manifest
+from checkpoint.format.pack import Described
 from checkpoint.format.table import NO_BASE
 from checkpoint.store.contract import Buffer, ByteRange
 
@@ -54,13 +55,16 @@ class Part:
     last: int
 
 
-def find_parts(stock: Stock, copies: Meetings, dtypes: Sequence[str]) -> list[Part]:
+def find_parts(stock: Stock, copies: Meetings, tensors: Sequence[Described]) -> list[Part]:
     """List the chunks of which not all blocks are needed for some copies, which are sorted by chunk."""
     chunks, firsts = np.unique(copies.left, return_index=True)
     if not len(chunks):
         return []
     rows, sizes = stock.rows[chunks], stock.boxes.sizes[chunks]
-    reach = np.minimum.reduceat(copies.common.starts, firsts), np.maximum.reduceat(copies.common.stops, firsts)
+    reach = (
+        np.minimum.reduceat(copies.common.starts, firsts),
+        np.maximum.reduceat(copies.common.stops, firsts),
+    )
     dims, everything = (sizes > 1).argmax(axis=1), np.arange(len(chunks))
     begins = (reach[0] - stock.boxes.starts[chunks])[everything, dims]
     ends = (reach[1] - stock.boxes.starts[chunks])[everything, dims]
@@ -70,7 +74,8 @@ def find_parts(stock: Stock, copies: Meetings, dtypes: Sequence[str]) -> list[Pa
     parts = []
     for place in np.flatnonzero(is_cut).tolist():
         chunk = int(chunks[place])
-        blocks = blocks_of(stock.box(chunk), dtypes[int(rows["tensor"][place])])
+        tensor = tensors[int(rows["tensor"][place])]
+        blocks = blocks_of(tensor.dtype, tensor.shape, stock.box(chunk))
         if blocks is None:
             continue
         first, last = int(begins[place]) // blocks.width, -(-int(ends[place]) // blocks.width)

@@ -1,4 +1,4 @@
-"""Proof that raw bytes are those of a chunk, or of some of its blocks: at once, or piece by piece as they come."""
+"""Proof that raw bytes are those of a chunk, or of some of its blocks: at once, or piece by piece."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from checkpoint.format.layout import Box
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What a box of a tensor holds: its fingerprint, and its checksum, unless it is only a part of a chunk."""
+    """What a box of a tensor holds: its fingerprint, and its checksum, unless it is a part of a chunk."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -39,10 +39,8 @@ class Expected:
         yield memory
         self.prove(memory)
 
-    def prove_by_sample(
-        self, memory: memoryview, piece_bytes: int, blocks: Blocks
-    ) -> Iterator[memoryview]:
-        """Yield memory for all of it, piece by piece, and for the sums behind it; raise Corrupt after the last.
+    def prove_by_sample(self, memory: memoryview, piece_bytes: int, blocks: Blocks) -> Iterator[memoryview]:
+        """Yield memory for all of it, piece by piece, and for the sums behind it; raise Corrupt at the end.
 
         Every byte is proved by the checksum, which tells that it is what was digested when it was saved; and
         that it belongs here, by the fingerprint of one block, made anew, and the sums of the others.
@@ -68,7 +66,7 @@ class Expected:
         return (total - int(sums[number]) + found) % MODULUS
 
     def prove_coming(self, pieces: Iterable[memoryview], first: int) -> Iterator[memoryview]:
-        """Yield pieces of memory, in order, which the receiver fills one by one; raise Corrupt after the last.
+        """Yield pieces of memory, in order, which the receiver fills one by one; raise Corrupt at the end.
 
         Each is looked at as soon as it was filled, while it is in the processor's cache. `first` is as above.
         """

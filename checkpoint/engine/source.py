@@ -61,7 +61,7 @@ class DirectSource(Protocol):
         """Whether that saves anything with this pack."""
 
     def read_into(self, manifest: Manifest, pack: int, offset: int, pieces: Iterable[memoryview]) -> None:
-        """Fill pieces of memory with what lies from an offset of a pack on. Raises Corrupt if it is not there."""
+        """Fill pieces of memory with what lies from an offset of a pack on. Raises Corrupt if it is not."""
 
 
 @runtime_checkable
@@ -129,7 +129,7 @@ class StoreSource:
         return self._direct is not None
 
     def read_into(self, manifest: Manifest, pack: int, offset: int, pieces: Iterable[memoryview]) -> None:
-        """Fill pieces of memory with what lies from an offset of a pack on. Raises Corrupt if it is not there."""
+        """Fill pieces of memory with what lies from an offset of a pack on. Raises Corrupt if it is not."""
         key = manifest.packs[pack].key
         if self._direct is None:
             raise TypeError(f"{self._store} reads into nobody's memory")

@@ -15,7 +15,6 @@ from checkpoint.format.codec import Buffer
 from checkpoint.format.dtypes import dtype_of
 from checkpoint.format.fingerprint import (
     Region,
-    fingerprint,
     fingerprint_many,
     fingerprint_stretches,
     start_of_run,
@@ -30,7 +29,7 @@ Sums = NDArray[np.uint64]
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """How a chunk is cut: along `dim`, into `count` blocks of `width` rows of `row_bytes`; the last may have less.
+    """How a chunk is cut: along `dim`, into `count` blocks of `width` rows each; the last may have fewer.
 
     The dims before `dim` have one element each, so that blocks lie side by side in the chunk's bytes.
     """
@@ -53,33 +52,27 @@ class Blocks:
         return Box(tuple(start), tuple(size))
 
 
-def blocks_of(box: Box, dtype: str) -> Blocks | None:
-    """Return how a chunk of a box is cut; None if it is no more than one block."""
+def blocks_of(dtype: str, shape: Sequence[int], box: Box) -> Blocks | None:
+    """Return how a chunk of a box of a tensor is cut.
+
+    None if it is no more than one block, or if it is scattered over its tensor, where sums would cost much.
+    """
     num_bytes = box.numel * dtype_of(dtype).itemsize
-    if num_bytes <= BLOCK_BYTES:
+    if num_bytes <= BLOCK_BYTES or start_of_run(dtype, shape, box) is None:
         return None
     dim = next(number for number, size in enumerate(box.size) if size > 1)
     row_bytes = num_bytes // box.size[dim]
     width = max(1, BLOCK_BYTES // row_bytes)
-    return Blocks(dim, width, math.ceil(box.size[dim] / width), row_bytes)
+    count = math.ceil(box.size[dim] / width)
+    return Blocks(dim, width, count, row_bytes) if count > 1 else None
 
 
 def sums_of(raw: Buffer, dtype: str, shape: Sequence[int], box: Box) -> bytes:
-    """Return what is to lie behind a chunk that is stored as it is: nothing if it is no more than one block."""
-    blocks = blocks_of(box, dtype)
-    if blocks is None:
+    """Return what is to lie behind a chunk stored as it is: the fingerprints of its blocks, in order."""
+    blocks, first = blocks_of(dtype, shape, box), start_of_run(dtype, shape, box)
+    if blocks is None or first is None:
         return b""
-    num_bytes = blocks.width * blocks.row_bytes
-    first = start_of_run(dtype, shape, box)
-    if first is not None:
-        found = fingerprint_stretches(raw, first, num_bytes)
-    else:
-        view = memoryview(raw).cast("B")
-        found = [
-            fingerprint(view[at : at + num_bytes], dtype, shape, blocks.box(box, number, number + 1))
-            for number, at in enumerate(range(0, len(view), num_bytes))
-        ]
-    return np.array(found, _SUM).tobytes()
+    return np.array(fingerprint_stretches(raw, first, blocks.width * blocks.row_bytes), _SUM).tobytes()
 
 
 def digest_many(regions: Sequence[Region]) -> list[tuple[int, bytes]]:
