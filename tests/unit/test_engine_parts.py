@@ -76,7 +76,7 @@ def test_only_the_blocks_that_hold_what_is_wanted_are_read(store):
 @pytest.mark.parametrize("columns", [128, 127])
 def test_whatever_rows_are_wanted_they_are_those_that_were_saved(store, rows, columns):
     written = write(store)
-    one = want(*rows, columns)
+    one = want(rows[0], rows[1], columns)
     read_of(store, one)
     assert is_filled(written, one)
 
@@ -89,7 +89,7 @@ def test_a_flipped_bit_in_a_block_that_is_read_is_refused_and_one_elsewhere_does
     assert is_filled(written, one)
     for rows in ((255, 256), (0, 1), (100, 900), (0, 6144)):
         with pytest.raises(Corrupt, match="'w'"):
-            read_of(store, want(*rows))
+            read_of(store, want(rows[0], rows[1]))
 
 
 def test_sums_that_are_damaged_or_missing_cost_bytes_and_nothing_else(store):
@@ -133,7 +133,7 @@ def test_chunks_whose_places_were_swapped_in_the_index_are_refused(store, rows, 
     written = write(store)
     swap_places(store, written)
     with pytest.raises(Corrupt):
-        read_of(store, want(*rows), policy=ReadPolicy(fingerprints=fingerprints))
+        read_of(store, want(rows[0], rows[1]), policy=ReadPolicy(fingerprints=fingerprints))
 
 
 def test_a_chunk_with_one_block_that_is_not_nothing_is_refused_in_another_place(store):
