@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from checkpoint.format.blocks import sums_of
 from checkpoint.format.codec import Codec, checksum, encode, xor_bytes
 from checkpoint.format.dtypes import DTYPES
 from checkpoint.format.fingerprint import MODULUS, fingerprint
@@ -50,6 +51,7 @@ class Manner:
     chunks_per_page: int = 1000
     earlier: Written | None = None
     hosts: str = HOST
+    has_sums: bool = True
 
 
 def random_bits(chance: random.Random, dtype: str, shape: tuple[int, ...]) -> Bits:
@@ -124,6 +126,8 @@ def write_cut(
                 body = xor_bytes(raw, np.ascontiguousarray(before).tobytes())
             used, stored = encode(manner.codec(), body, dtype=dtype)
             chunk = ChunkRecord(number, box, used, turn % manner.num_packs, 0, 0, checksum(raw), mark, base)
+            if manner.has_sums:
+                chunk = replace(chunk, sums=sums_of(raw, dtype, bits.shape, box))
             chunks.append(builders[turn % manner.num_packs].add(chunk, stored))
             turn += 1
     for key, builder in zip(keys, builders, strict=True):

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from checkpoint.engine.known import Known
 from checkpoint.engine.ledger import ShareEntry, Writing
 from checkpoint.engine.predecessors import Predecessors
+from checkpoint.format.blocks import digest_many
 from checkpoint.format.codec import Buffer, Codec, checksum, encode, xor_bytes
-from checkpoint.format.fingerprint import fingerprint_many
 from checkpoint.format.records import ChunkRecord
 
 _WORTH = 0.9  # of what the chunk took when it was last stored in full: a larger delta is not worth its chain
@@ -51,12 +51,15 @@ def digest(share: ShareEntry, chunks: Sequence[int], memory: memoryview) -> list
     slots = [plan.slots[index] for index in chunks]
     raws = [memory[first + slot.offset : first + slot.offset + slot.num_bytes] for slot in slots]
     specs = [plan.content.tensors[slot.tensor] for slot in slots]
-    marks = fingerprint_many(
+    marks = digest_many(
         [(raw, spec.dtype, spec.shape, slot.box) for raw, spec, slot in zip(raws, specs, slots, strict=True)]
     )
     return [
-        ChunkRecord(slot.tensor, slot.box, Codec.RAW, 0, first + slot.offset, len(raw), checksum(raw), mark)
-        for slot, raw, mark in zip(slots, raws, marks, strict=True)
+        ChunkRecord(
+            *(slot.tensor, slot.box, Codec.RAW, 0, first + slot.offset, len(raw), checksum(raw), mark),
+            sums=sums,
+        )
+        for slot, raw, (mark, sums) in zip(slots, raws, marks, strict=True)
     ]
 
 

@@ -6,17 +6,19 @@ from itertools import groupby
 
 import numpy as np
 
+from checkpoint.engine.parts import Stock, cut_to_parts, find_parts
 from checkpoint.engine.pipeline import fan_out
 from checkpoint.engine.plan import plan_copies
+from checkpoint.engine.proving import Expected, cut_pieces
 from checkpoint.engine.reading import DECODING, WASTE, Holes, ReadPolicy, Span, Tally
 from checkpoint.engine.regions import Column, Regions
-from checkpoint.engine.source import DirectSource, Source, origin_of
+from checkpoint.engine.source import DirectSource, Source, origins_of
 from checkpoint.engine.targets import Target
-from checkpoint.errors import Corrupt, FormatError, StoreUnavailable
-from checkpoint.format.codec import Buffer, Codec, checksum, decode, xor_bytes
+from checkpoint.errors import FormatError, StoreUnavailable
+from checkpoint.format.blocks import Blocks, blocks_of
+from checkpoint.format.codec import Buffer, Codec, decode, xor_bytes
 from checkpoint.format.dtypes import dtype_of, itemsize
-from checkpoint.format.fingerprint import fingerprint
-from checkpoint.format.layout import Box
+from checkpoint.format.fingerprint import start_of_run
 from checkpoint.format.manifest import Manifest
 from checkpoint.format.table import NO_BASE, ChunkTable
 from checkpoint.store.contract import ByteRange
@@ -51,41 +53,62 @@ class _Link:
     above: Buffer | None = None  # the XOR of what was stored for the chunk so far
 
 
+@dataclass(slots=True)
+class _Received:
+    """Pieces on their way to whoever fills them; counts their bytes."""
+
+    pieces: Iterator[memoryview]
+    num_bytes: int = 0
+
+    def __iter__(self) -> Iterator[memoryview]:
+        for piece in self.pieces:
+            self.num_bytes += piece.nbytes
+            yield piece
+
+
 class Filling:
     """What one source has to say about some holes."""
 
     def __init__(self, opened: Opened, targets: Sequence[Target], policy: ReadPolicy, tally: Tally) -> None:
         self._opened = opened
         self._direct = opened.source if isinstance(opened.source, DirectSource) else None
+        self._origin = origins_of(opened.source)
         self._targets = targets
         self._policy = policy
         self._tally = tally
-        self._rows = opened.table.rows
-        self._boxes = Regions.of_table(opened.table)
+        boxes = Regions.of_table(opened.table)
         sizes = np.array([itemsize(tensor.dtype) for tensor in opened.manifest.tensors], np.int64)
-        self._raw_bytes: Column = self._boxes.numels * sizes[self._boxes.tensors]
+        self._stock = Stock.of(opened.table.rows, boxes, boxes.numels * sizes[boxes.tensors])
 
     def fill(self, holes: Holes) -> tuple[Holes, StoreUnavailable | None]:
         """Fill holes; return those that are left, and why the source gave no more answers if it did not.
 
         Raises Incomplete if the chunks leave elements of the holes out.
         """
-        copies = plan_copies(self._boxes, holes.regions)
+        copies = plan_copies(self._stock.boxes, holes.regions)
         self._copies = copies = copies.take(np.argsort(copies.left, kind="stable"))
         self._wanted = holes.wanted[copies.right]
         is_done = self._is_done = np.zeros(len(copies), np.bool_)
         failure = None
         try:
+            self._cut_to_parts()
             for _ in fan_out(self._read_batch, self._batches(), self._policy.num_readers):
                 pass
         except StoreUnavailable as error:
             failure = error
         return Holes(self._wanted[~is_done], copies.common.take(~is_done)), failure
 
+    def _cut_to_parts(self) -> None:
+        """See what need not be read of the chunks that are needed."""
+        opened, stock = self._opened, self._stock
+        parts = find_parts(stock, self._copies, opened.manifest.tensors)
+        if parts:
+            self._stock = cut_to_parts(stock, parts, opened.source, opened.manifest, self._tally)
+
     def _batches(self) -> Iterator[list[int]]:
         """Yield the needed chunks in the order of their packs, as many at a time as a thread may hold."""
         chunks = np.unique(self._copies.left)
-        chunks = chunks[np.lexsort((self._rows["offset"][chunks], self._rows["pack"][chunks]))]
+        chunks = chunks[np.lexsort((self._stock.rows["offset"][chunks], self._stock.rows["pack"][chunks]))]
         costs, num_decoding_bytes = self._costs(chunks)
         most = self._policy.budget_bytes // self._policy.num_readers - num_decoding_bytes
         most = min(most, self._policy.request_bytes)
@@ -102,15 +125,15 @@ class Filling:
 
     def _costs(self, chunks: Column) -> tuple[Column, int]:
         """Return what each chunk of a batch adds to what is held, and what the one being decoded takes."""
-        stored = self._rows["num_bytes"].astype(np.int64)
-        raw = self._raw_bytes[chunks]
-        is_delta = self._rows["base"][chunks] != NO_BASE
+        stored = self._stock.rows["num_bytes"].astype(np.int64)
+        raw = self._stock.raw_bytes[chunks]
+        is_delta = self._stock.rows["base"][chunks] != NO_BASE
         costs = stored[chunks]
         if is_delta.any():
             largest = np.zeros(len(self._opened.table), np.int64)
             np.maximum.at(largest, self._opened.table.owners(), stored)
             costs = np.where(is_delta, largest[chunks] + raw, costs)
-        is_coded = is_delta | (self._rows["codec"][chunks] != Codec.RAW)
+        is_coded = is_delta | (self._stock.rows["codec"][chunks] != Codec.RAW)
         costs += costs // WASTE
         return costs, DECODING * int(raw[is_coded].max(initial=0))
 
@@ -125,7 +148,7 @@ class Filling:
         link, stored = read
         try:
             raw = self._decoded(link, stored)
-            base = int(self._rows["base"][link.row])
+            base = int(self._stock.rows["base"][link.row])
             if base != NO_BASE:  # a copy, lest a view keep all alive that was read with it
                 return _Link(link.chunk, base, bytes(raw))
             self._finish(link.chunk, raw)
@@ -145,17 +168,17 @@ class Filling:
                     for place in run.places:
                         self._tally.note(self._opened.source.name, self._described(level[place].chunk), error)
                 continue
-            self._tally.count(origin_of(self._opened.source, pack), ranges)
+            self._tally.count(self._origin(pack), ranges)
             for run, data in zip(runs, found, strict=True):
                 view = memoryview(data).cast("B")
                 for place in run.places:
-                    row = self._rows[level[place].row]
+                    row = self._stock.rows[level[place].row]
                     first = int(row["offset"]) - run.span.start
                     yield level[place], view[first : first + int(row["num_bytes"])]
 
     def _runs(self, level: Sequence[_Link]) -> list[_Run]:
         """Join rows that lie close together in a pack."""
-        rows = self._rows[[link.row for link in level]]
+        rows = self._stock.rows[[link.row for link in level]]
         runs: list[_Run] = []
         order = np.lexsort((rows["offset"], rows["pack"]))
         for place, (pack, start, num_bytes) in zip(
@@ -171,8 +194,8 @@ class Filling:
 
     def _decoded(self, link: _Link, stored: memoryview) -> Buffer:
         """Return the raw bytes of a link, XOR those above it."""
-        codec = Codec(int(self._rows["codec"][link.row]))
-        raw = decode(codec, stored, int(self._raw_bytes[link.chunk]))
+        codec = Codec(int(self._stock.rows["codec"][link.row]))
+        raw = decode(codec, stored, int(self._stock.raw_bytes[link.chunk]))
         return raw if link.above is None else xor_bytes(link.above, raw)
 
     def _is_read_directly(self, chunk: int) -> bool:
@@ -180,53 +203,82 @@ class Filling:
 
         If not it is to be read the plain way, which tells what is wrong.
         """
-        source, row = self._direct, self._rows[chunk]
+        source, row = self._direct, self._stock.rows[chunk]
         if source is None or row["num_bytes"] < _DIRECT_BYTES:
             return False
         pack = int(row["pack"])
         if row["codec"] != Codec.RAW or row["base"] != NO_BASE or not source.can_read_into(pack):
             return False
         first, last = self._copies_of(chunk)
-        if last != first + 1:
+        pieces = self._pieces(chunk, first, source.piece_bytes) if last == first + 1 else None
+        if pieces is None:
             return False
-        box = self._box(chunk)
-        part = self._copies.common.box(first, len(box.size))
-        memory = self._targets[int(self._wanted[first])].memory(part) if part == box else None
-        if memory is None:
-            return False
-        wanted = ByteRange(int(row["offset"]), memory.nbytes)
+        received = _Received(pieces)
         try:
-            source.read_into(self._opened.manifest, pack, wanted.offset, memory)
-            self._prove(chunk, box, memory)
+            source.read_into(self._opened.manifest, pack, int(row["offset"]), received)
+            if next(pieces, None) is not None:
+                return False  # it stopped early
         except FormatError:
             return False
-        self._tally.count(origin_of(self._opened.source, pack), [wanted])
+        wanted = ByteRange(int(row["offset"]), received.num_bytes)
+        self._tally.count(self._origin(pack), [wanted])
         self._is_done[first] = True
         return True
 
+    def _pieces(self, chunk: int, copy: int, piece_bytes: int) -> Iterator[memoryview] | None:
+        """Return the memory that a chunk goes to, piece by piece: a copy's, and some for what nobody wants.
+
+        None if what is wanted does not lie side by side, in the chunk or in its target.
+        """
+        expected = self._expected(chunk)
+        box, first = expected.box, expected.first
+        part = self._copies.common.box(copy, len(box.size))
+        memory = self._targets[int(self._wanted[copy])].memory(part)
+        if memory is None:
+            return None
+        if part == box:
+            blocks = self._sampled_blocks(chunk, expected)
+            if blocks is not None:
+                return expected.prove_by_sample(memory, piece_bytes, blocks)
+            if first is None:
+                return expected.prove_whole(memory)
+        begin = start_of_run(expected.dtype, box.size, part.moved(box.start, (0,) * len(box.start)))
+        if begin is None or first is None:
+            return None
+        end = box.numel * itemsize(expected.dtype) - begin - memory.nbytes
+        stretches = [memoryview(bytearray(begin)), memory, memoryview(bytearray(end))]
+        return expected.prove_coming(cut_pieces(stretches, first, piece_bytes), first)
+
+    def _sampled_blocks(self, chunk: int, expected: Expected) -> Blocks | None:
+        """Return the blocks of a whole chunk of which one is enough, if their sums may be there."""
+        row, packs = self._stock.rows[chunk], self._opened.manifest.packs
+        if self._policy.fingerprints == "all" or self._stock.is_part[chunk] or not packs:
+            return None
+        blocks = blocks_of(expected.dtype, expected.shape, expected.box)
+        end = int(row["offset"]) + int(row["num_bytes"])
+        if blocks is None or end + blocks.sums_bytes > packs[int(row["pack"])].num_bytes:
+            return None
+        return blocks
+
     def _finish(self, chunk: int, raw: Buffer) -> None:
         """Prove a chunk, and copy what is wanted of it."""
-        box = self._box(chunk)
-        self._prove(chunk, box, raw)
-        dtype = self._opened.manifest.tensors[int(self._rows["tensor"][chunk])].dtype
-        values = np.frombuffer(raw, dtype_of(dtype).carrier).reshape(box.size)
+        expected = self._expected(chunk)
+        expected.prove(raw)
+        box = expected.box
+        values = np.frombuffer(raw, dtype_of(expected.dtype).carrier).reshape(box.size)
         first, last = self._copies_of(chunk)
         for copy in range(first, last):
             part = self._copies.common.box(copy, len(box.size))
             self._targets[int(self._wanted[copy])].put(part.start, values[part.within(box)])
         self._is_done[first:last] = True
 
-    def _prove(self, chunk: int, box: Box, raw: Buffer) -> None:
-        """Raise Corrupt if these are not the raw bytes of a chunk."""
-        row = self._rows[chunk]
+    def _expected(self, chunk: int) -> Expected:
+        """Return what the index says of a chunk, or the sums behind it of a part."""
+        row = self._stock.rows[chunk]
         tensor = self._opened.manifest.tensors[int(row["tensor"])]
-        if checksum(raw) != row["checksum"].tobytes():
-            raise Corrupt("it is not what was written: its checksum does not match")
-        if fingerprint(raw, tensor.dtype, tensor.shape, box) != int(row["fingerprint"]):
-            raise Corrupt("it belongs elsewhere: its fingerprint does not match")
-
-    def _box(self, chunk: int) -> Box:
-        return self._boxes.box(chunk, int(self._rows["num_dims"][chunk]))
+        checksum = None if self._stock.is_part[chunk] else row["checksum"].tobytes()
+        box = self._stock.box(chunk)
+        return Expected(tensor.dtype, tensor.shape, box, int(row["fingerprint"]), checksum)
 
     def _copies_of(self, chunk: int) -> tuple[int, int]:
         """Return the first of a chunk's copies, and the first of the next chunk's."""
@@ -234,7 +286,7 @@ class Filling:
         return first, last
 
     def _described(self, chunk: int) -> str:
-        row = self._rows[chunk]
+        row = self._stock.rows[chunk]
         name = self._opened.manifest.tensors[int(row["tensor"])].name
         packs = self._opened.manifest.packs
         where = f"in {packs[int(row['pack'])].key} " if packs else ""

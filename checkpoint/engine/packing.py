@@ -90,6 +90,7 @@ class OpenPack:
             stored.checksum,
             stored.fingerprint,
             base,
+            stored.sums,
         )
         self.filing.chunks.append(self._builder.add(mine, data))
         if lent_by is None:

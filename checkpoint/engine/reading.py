@@ -3,11 +3,11 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
-from checkpoint.engine.bounds import check_seconds, check_whole
+from checkpoint.engine.bounds import check_one_of, check_seconds, check_whole
 from checkpoint.engine.regions import Column, Regions
 from checkpoint.errors import Corrupt
 from checkpoint.format.records import MAX_CHUNK_BYTES
@@ -45,6 +45,10 @@ class ReadPolicy:
     a nearer source has said what it has, a farther one is waited for `patience_s` at most; when a nearer
     store has said that it has nothing, for `empty_patience_s`, and then the restore fails: a training that
     starts anew beside a store it could not ask may lose all that is there.
+
+    Every byte is proved by a checksum. That it belongs where it goes is proved by its fingerprint; with
+    `fingerprints` "sampled", of a large chunk that is read in place that of one block is made anew, and
+    those of the others are believed to be what was saved along with the chunk; with "all", all of them.
     """
 
     num_threads: int = 2
@@ -54,6 +58,7 @@ class ReadPolicy:
     group: Group | None = None
     patience_s: float = 5.0
     empty_patience_s: float = 15.0
+    fingerprints: Literal["all", "sampled"] = "sampled"
 
     def __post_init__(self) -> None:
         check_whole("num_threads", self.num_threads, 1)
@@ -62,6 +67,7 @@ class ReadPolicy:
         check_whole("gap_bytes", self.gap_bytes, 0)
         check_seconds("patience_s", self.patience_s)
         check_seconds("empty_patience_s", self.empty_patience_s)
+        check_one_of("fingerprints", self.fingerprints, ("all", "sampled"))
         if self.budget_bytes < _CHUNK_ROOM_BYTES:
             raise ValueError(
                 f"a restore needs a budget of at least {_CHUNK_ROOM_BYTES >> 20} MiB, "

@@ -1,6 +1,6 @@
 """Where checkpoints can be read from: a store, or the memory of the host that took them."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 from checkpoint.engine.catalog import Catalog
@@ -10,6 +10,8 @@ from checkpoint.format.codec import Buffer
 from checkpoint.format.manifest import Manifest, chunks_of_page, pages_with
 from checkpoint.format.table import ChunkTable
 from checkpoint.store.contract import ByteRange, Store, check_ranges
+
+_PIECE_BYTES = 1 << 20
 
 
 @runtime_checkable
@@ -40,19 +42,26 @@ class Source(Protocol):
 class ReadsInto(Protocol):
     """A store that can read into the caller's memory, which saves a copy."""
 
-    def read_into(self, key: str, offset: int, memory: memoryview) -> None:
-        """Fill memory with the bytes of a value from an offset on. Raises NotFound if there are too few."""
+    def read_into(self, key: str, offset: int, pieces: Iterable[memoryview]) -> None:
+        """Fill pieces of memory, one by one, with the bytes of a value from an offset on.
+
+        The next piece is asked for when the one before is filled. Raises NotFound if there are too few bytes.
+        """
 
 
 @runtime_checkable
 class DirectSource(Protocol):
     """A source that reads into the caller's memory: what comes may be less sure than what `read` returns."""
 
+    @property
+    def piece_bytes(self) -> int:
+        """How much it is best asked for at a time."""
+
     def can_read_into(self, pack: int) -> bool:
         """Whether that saves anything with this pack."""
 
-    def read_into(self, manifest: Manifest, pack: int, offset: int, memory: memoryview) -> None:
-        """Fill memory with what lies at an offset of a pack. Raises Corrupt if it is not there."""
+    def read_into(self, manifest: Manifest, pack: int, offset: int, pieces: Iterable[memoryview]) -> None:
+        """Fill pieces of memory with what lies from an offset of a pack on. Raises Corrupt if it is not."""
 
 
 @runtime_checkable
@@ -63,9 +72,9 @@ class ManyPlaces(Protocol):
         """What reports call the place of a pack."""
 
 
-def origin_of(source: Source, pack: int) -> str:
-    """Return what reports call the place that a pack of a source was read from."""
-    return source.origin(pack) if isinstance(source, ManyPlaces) else source.name
+def origins_of(source: Source) -> Callable[[int], str]:
+    """Return what tells, by a pack of a source, what reports call the place that it was read from."""
+    return source.origin if isinstance(source, ManyPlaces) else lambda _: source.name
 
 
 class StoreSource:
@@ -73,6 +82,7 @@ class StoreSource:
 
     def __init__(self, store: Store, name: str = "store") -> None:
         self._store = store
+        self._direct = store if isinstance(store, ReadsInto) else None
         self._name = name
 
     @property
@@ -109,17 +119,22 @@ class StoreSource:
             raise Corrupt(f"{key} is missing or too short: {error}") from error
         return checked(found, ranges, key)
 
+    @property
+    def piece_bytes(self) -> int:
+        """As much as stays in a core's cache until it is proved."""
+        return _PIECE_BYTES
+
     def can_read_into(self, pack: int) -> bool:  # noqa: ARG002 -- all packs of a store are alike
         """Whether the store fills memory without a copy."""
-        return isinstance(self._store, ReadsInto)
+        return self._direct is not None
 
-    def read_into(self, manifest: Manifest, pack: int, offset: int, memory: memoryview) -> None:
-        """Fill memory with what lies at an offset of a pack. Raises Corrupt if it is not there."""
+    def read_into(self, manifest: Manifest, pack: int, offset: int, pieces: Iterable[memoryview]) -> None:
+        """Fill pieces of memory with what lies from an offset of a pack on. Raises Corrupt if it is not."""
         key = manifest.packs[pack].key
-        if not isinstance(self._store, ReadsInto):
+        if self._direct is None:
             raise TypeError(f"{self._store} reads into nobody's memory")
         try:
-            self._store.read_into(key, offset, memory)
+            self._direct.read_into(key, offset, pieces)
         except NotFound as error:
             raise Corrupt(f"{key} is missing or too short: {error}") from error
 

@@ -1,6 +1,6 @@
 """Packs: many chunks in one object, aligned, with an index of their own at the end.
 
-    chunk, zeros to the next 64 bytes, chunk, ... index, trailer of 32 bytes
+    chunk, sums of its blocks, zeros to the next 64 bytes, chunk, ... index, trailer of 32 bytes
 
 A checkpoint is read through its manifest and pages; the index lets a pack be understood without them.
 """
@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from checkpoint.errors import Corrupt
-from checkpoint.format.codec import Buffer
+from checkpoint.format.codec import Buffer, Codec
 from checkpoint.format.json_fields import Fields, dump_json, parse_json
 from checkpoint.format.keys import MAX_GENERATION
 from checkpoint.format.records import MAX_LISTED, ChunkRecord, dtype_from_json, shape_from_json
@@ -103,6 +103,8 @@ class PackBuilder:
             chunk.base,
         )
         self._append(view)
+        if chunk.codec is Codec.RAW and chunk.base is None:
+            self._append(chunk.sums)
         self._num_rows += 1 + chunk.num_bases
         self._chunks.append(placed)
         return placed

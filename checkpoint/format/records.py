@@ -1,7 +1,7 @@
 """What a manifest, its pages and its packs are made of, and the bounds that every one of them keeps."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from checkpoint.errors import Corrupt
 from checkpoint.format.codec import Codec
@@ -26,6 +26,7 @@ class ChunkRecord:
 
     `tensor` and `pack` are places in the lists of tensors and packs that the record is read with. With a
     `base`, what is stored is the raw bytes XOR those of the base: the same box of the same tensor, earlier.
+    A chunk that is yet to be stored brings the `sums` of its blocks along, which go into the pack with it.
     """
 
     tensor: int
@@ -37,6 +38,7 @@ class ChunkRecord:
     checksum: bytes
     fingerprint: int
     base: "ChunkRecord | None" = None
+    sums: bytes = field(default=b"", compare=False, repr=False)
 
     @property
     def num_bases(self) -> int:

@@ -5,7 +5,7 @@ import os
 import stat
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -72,12 +72,17 @@ class LocalStore:
             check_ranges(key, wanted, num_bytes)
             return [_read(file.fileno(), part) for part in wanted]
 
-    def read_into(self, key: str, offset: int, memory: memoryview) -> None:
-        """Fill memory with the bytes of a value from an offset on. Raises NotFound if there are too few."""
+    def read_into(self, key: str, offset: int, pieces: Iterable[memoryview]) -> None:
+        """Fill pieces of memory, one by one, with the bytes of a value from an offset on.
+
+        Raises NotFound if there are too few.
+        """
         with self._told("read", key), open(self._path(key), "rb", 0, opener=_open_file) as file:
             num_bytes = os.fstat(file.fileno()).st_size
-            check_ranges(key, [ByteRange(offset, memory.nbytes)], num_bytes)
-            _fill(file.fileno(), offset, memory.cast("B"))
+            for piece in pieces:
+                check_ranges(key, [ByteRange(offset, piece.nbytes)], num_bytes)
+                _fill(file.fileno(), offset, piece.cast("B"))
+                offset += piece.nbytes
 
     def list(self, prefix: str) -> list[Entry]:
         """List the keys that begin with the prefix."""

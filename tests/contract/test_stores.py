@@ -36,12 +36,12 @@ class TestLocalStore(StoreContract):
     def test_it_reads_into_memory_of_the_callers_and_tells_what_is_too_short(self, store):
         store.put_new("a/b", bytes(range(200)))
         memory = bytearray(50)
-        store.read_into("a/b", 100, memoryview(memory))
+        store.read_into("a/b", 100, [memoryview(memory)[:20], memoryview(memory)[20:]])
         assert bytes(memory) == bytes(range(100, 150))
         with pytest.raises(NotFound):
-            store.read_into("a/b", 151, memoryview(memory))
+            store.read_into("a/b", 151, [memoryview(memory)])
         with pytest.raises(NotFound):
-            store.read_into("a/c", 0, memoryview(memory))
+            store.read_into("a/c", 0, [memoryview(memory)])
 
 
 class TestFsspecFiles(StoreContract):

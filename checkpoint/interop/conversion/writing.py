@@ -19,8 +19,8 @@ from checkpoint.engine.pipeline import Crew
 from checkpoint.engine.plan import Piece, TensorSpec
 from checkpoint.engine.receipt import Receipt, now_utc, write_receipt
 from checkpoint.errors import AlreadyExists, Conflict, Mismatch, StoreUnavailable
+from checkpoint.format.blocks import digest_many
 from checkpoint.format.codec import Buffer, checksum, encode
-from checkpoint.format.fingerprint import fingerprint_many
 from checkpoint.format.keys import pack_key
 from checkpoint.format.manifest import Manifest, PackRef
 from checkpoint.format.pack import PackBuilder
@@ -152,13 +152,14 @@ def _encode_batch(
     arrays = contents.read(wishes_of(batch))
     specs = [draft.tensors[cut.tensor] for cut in batch]
     raws = [np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for array in arrays]
-    marks = fingerprint_many(
+    marks = digest_many(
         [(raw, spec.dtype, spec.shape, cut.box) for raw, spec, cut in zip(raws, specs, batch, strict=True)]
     )
     encoded: Encoded = []
-    for raw, spec, cut, mark in zip(raws, specs, batch, marks, strict=True):
+    for raw, spec, cut, (mark, sums) in zip(raws, specs, batch, marks, strict=True):
         codec, data = encode(settings.codec, raw, settings.level, dtype=spec.dtype)
-        encoded.append((ChunkRecord(cut.tensor, cut.box, codec, 0, 0, 0, checksum(raw), mark), data))
+        chunk = ChunkRecord(cut.tensor, cut.box, codec, 0, 0, 0, checksum(raw), mark, sums=sums)
+        encoded.append((chunk, data))
     return encoded
 
 

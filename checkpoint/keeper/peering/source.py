@@ -6,7 +6,7 @@ snapshots of which every host's share can be had so count: a coherent step, or n
 
 import logging
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +24,7 @@ from checkpoint.errors import (
 )
 from checkpoint.format.codec import Buffer
 from checkpoint.format.manifest import Manifest
+from checkpoint.format.records import MAX_CHUNK_BYTES
 from checkpoint.format.table import ChunkTable
 from checkpoint.keeper.messages import Message
 from checkpoint.keeper.peering.dialing import Link, TcpPeers, listing_of
@@ -96,16 +97,23 @@ class PeerSource:
         except (PeerLost, Unrecoverable) as error:
             raise Corrupt(f"the share of host {share.host} is gone: {error}") from error
 
+    @property
+    def piece_bytes(self) -> int:
+        """A whole chunk: every piece is a question to another host."""
+        return MAX_CHUNK_BYTES
+
     def can_read_into(self, pack: int) -> bool:
         """Whether a share comes straight to where it belongs: not if it takes whole blocks."""
         recovery = self._shares()[pack].recovery
         return recovery is None or recovery.can_read_quickly
 
-    def read_into(self, manifest: Manifest, pack: int, offset: int, memory: memoryview) -> None:
+    def read_into(self, manifest: Manifest, pack: int, offset: int, pieces: Iterable[memoryview]) -> None:
         """Fill memory with bytes of a host's share. What is rebuilt so was proved by nobody."""
         share = self._open(manifest.step).shares[pack]
         try:
-            share.read_into(offset, memory)
+            for piece in pieces:
+                share.read_into(offset, piece)
+                offset += piece.nbytes
         except (PeerLost, Unrecoverable) as error:
             raise Corrupt(f"the share of host {share.host} is gone: {error}") from error
 

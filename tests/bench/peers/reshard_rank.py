@@ -5,8 +5,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ import torch.distributed.checkpoint.state_dict_saver
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from checkpoint import Checkpointer, Codec, Options, SavePolicy
+from checkpoint import Checkpointer, Codec, Options, ReadPolicy, SavePolicy
 
 ROWS = 1024  # of 4 KiB each: a tensor has 4 MiB times `wide`
 
@@ -71,12 +72,16 @@ def save(place: Place) -> None:
 def load(place: Place) -> None:
     """Load it with both, round by round, into the same memory, and see that it is the same."""
     state = state_of(place, torch.zeros)
-    taken: dict[str, list[float]] = {"ours": [], "dcp": []}
+    taken: dict[str, list[float]] = {"ours": [], "thorough": [], "dcp": []}
     read: list[int] = []
     sums = []
-    with Checkpointer(str(place.directory / "ours"), options=options(place)) as checkpointer:
+    url = str(place.directory / "ours")
+    with (
+        Checkpointer(url, options=options(place)) as quick,
+        Checkpointer(url, options=options(place, "all")) as slow,
+    ):
 
-        def ours() -> None:
+        def ours(checkpointer: Checkpointer) -> None:
             restored = checkpointer.restore({"model": state})
             if restored is None:
                 raise RuntimeError("there is no checkpoint")
@@ -86,7 +91,7 @@ def load(place: Place) -> None:
             dcp.state_dict_loader.load({"model": state}, checkpoint_id=str(place.directory / "dcp"))
 
         for number in range(place.rounds + 1):
-            works = [("ours", ours), ("dcp", torchs)]
+            works = [("ours", partial(ours, quick)), ("dcp", torchs), ("thorough", partial(ours, slow))]
             for name, work in works if number % 2 else reversed(works):
                 for one in state.values():
                     one.to_local().zero_()
@@ -103,11 +108,12 @@ def load(place: Place) -> None:
         (place.directory / "told.json").write_text(json.dumps(told))
 
 
-def options(place: Place) -> Options:
+def options(place: Place, fingerprints: Literal["all", "sampled"] = "sampled") -> Options:
     """Store raw bytes, as torch does; keep the sockets of each world's keeper apart."""
     kept = place.directory / f"keeper{place.size}"
     kept.mkdir(mode=0o700, exist_ok=True)
-    return Options(saving=SavePolicy(codec=Codec.RAW), directory=kept, lease_s=1.0)
+    reading = ReadPolicy(fingerprints=fingerprints)
+    return Options(saving=SavePolicy(codec=Codec.RAW), reading=reading, directory=kept, lease_s=1.0)
 
 
 def timed(work: Callable[[], None]) -> float:

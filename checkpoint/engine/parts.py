@@ -1,0 +1,146 @@
+"""Parts of chunks: where little of a chunk is wanted, only the blocks that hold it are read.
+
+Which blocks those are is arithmetic; that they can be proved alone, the sums behind the chunk tell.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoint.engine.reading import Tally
+from checkpoint.engine.regions import Column, Meetings, Regions
+from checkpoint.engine.source import Source, origins_of
+from checkpoint.errors import FormatError
+from checkpoint.format.blocks import BLOCK_BYTES, Blocks, Sums, blocks_of, read_sums, total_of
+from checkpoint.format.codec import Codec
+from checkpoint.format.layout import Box
+from checkpoint.format.manifest import Manifest
+from checkpoint.format.pack import Described
+from checkpoint.format.table import NO_BASE
+from checkpoint.store.contract import Buffer, ByteRange
+
+Rows = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Stock:
+    """What can be read, row by row: chunks, or parts of them, which have a fingerprint only."""
+
+    rows: Rows
+    boxes: Regions
+    raw_bytes: Column
+    is_part: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, rows: Rows, boxes: Regions, raw_bytes: Column) -> "Stock":
+        """Return whole chunks."""
+        return cls(rows, boxes, raw_bytes, np.zeros(len(boxes), np.bool_))
+
+    def box(self, chunk: int) -> Box:
+        """Return what is there of a chunk."""
+        return self.boxes.box(chunk, int(self.rows["num_dims"][chunk]))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The blocks `first` to `last`, exclusive, of a chunk."""
+
+    chunk: int
+    blocks: Blocks
+    first: int
+    last: int
+
+
+def find_parts(stock: Stock, copies: Meetings, tensors: Sequence[Described]) -> list[Part]:
+    """List the chunks of which not all blocks are needed for some copies, which are sorted by chunk."""
+    chunks, firsts = np.unique(copies.left, return_index=True)
+    if not len(chunks):
+        return []
+    rows, sizes = stock.rows[chunks], stock.boxes.sizes[chunks]
+    reach = (
+        np.minimum.reduceat(copies.common.starts, firsts),
+        np.maximum.reduceat(copies.common.stops, firsts),
+    )
+    dims, everything = (sizes > 1).argmax(axis=1), np.arange(len(chunks))
+    begins = (reach[0] - stock.boxes.starts[chunks])[everything, dims]
+    ends = (reach[1] - stock.boxes.starts[chunks])[everything, dims]
+    raw_bytes = stock.raw_bytes[chunks]
+    unwanted = raw_bytes - (ends - begins) * (raw_bytes // sizes[everything, dims])
+    is_cut = (unwanted >= BLOCK_BYTES) & (rows["codec"] == Codec.RAW) & (rows["base"] == NO_BASE)
+    parts = []
+    for place in np.flatnonzero(is_cut).tolist():
+        chunk = int(chunks[place])
+        tensor = tensors[int(rows["tensor"][place])]
+        blocks = blocks_of(tensor.dtype, tensor.shape, stock.box(chunk))
+        if blocks is None:
+            continue
+        first, last = int(begins[place]) // blocks.width, -(-int(ends[place]) // blocks.width)
+        if last - first < blocks.count:
+            parts.append(Part(chunk, blocks, first, last))
+    return parts
+
+
+def cut_to_parts(
+    stock: Stock, parts: Sequence[Part], source: Source, manifest: Manifest, tally: Tally
+) -> Stock:
+    """Put parts in the place of their chunks, if their sums are there and add up to what the index says.
+
+    If they are not, the chunk is read as a whole: nothing is lost but time. Raises StoreUnavailable.
+    """
+    found = list(_read_sums(stock, parts, source, manifest, tally))
+    if not found:
+        return stock
+    stock = replace(
+        stock,
+        rows=stock.rows.copy(),
+        boxes=Regions(stock.boxes.tensors, stock.boxes.starts.copy(), stock.boxes.sizes.copy()),
+        raw_bytes=stock.raw_bytes.copy(),
+        is_part=stock.is_part.copy(),
+    )
+    for part, sums in found:
+        _put(stock, part, sums)
+    return stock
+
+
+def _put(stock: Stock, part: Part, sums: Sums) -> None:
+    chunk, blocks = part.chunk, part.blocks
+    box = blocks.box(stock.box(chunk), part.first, part.last)
+    num_bytes = box.size[blocks.dim] * blocks.row_bytes
+    row = stock.rows[chunk : chunk + 1]
+    row["offset"] += np.uint64(part.first * blocks.width * blocks.row_bytes)
+    row["num_bytes"] = num_bytes
+    row["fingerprint"] = sums[part.first : part.last].sum(dtype=np.uint64)
+    stock.boxes.starts[chunk, : len(box.size)] = box.start
+    stock.boxes.sizes[chunk, : len(box.size)] = box.size
+    stock.raw_bytes[chunk] = num_bytes
+    stock.is_part[chunk] = True
+
+
+def _read_sums(
+    stock: Stock, parts: Sequence[Part], source: Source, manifest: Manifest, tally: Tally
+) -> Iterator[tuple[Part, Sums]]:
+    """Yield the parts whose sums are there."""
+    placed, origin = [], origins_of(source)
+    for part in parts:
+        row = stock.rows[part.chunk]
+        pack = int(row["pack"])
+        at = ByteRange(int(row["offset"]) + int(row["num_bytes"]), part.blocks.sums_bytes)
+        if pack < len(manifest.packs) and at.stop <= manifest.packs[pack].num_bytes:
+            placed.append((pack, at, part))
+    placed.sort(key=lambda one: (one[0], one[1].offset))
+    for pack, group in groupby(placed, key=lambda one: one[0]):
+        some = list(group)
+        ranges = [at for _, at, _ in some]
+        try:
+            read: Sequence[Buffer] = source.read(manifest, pack, ranges)
+        except FormatError:
+            continue  # reading the chunks will tell
+        tally.count(origin(pack), ranges)
+        for (_, _, part), data in zip(some, read, strict=True):
+            sums = read_sums(data)
+            if total_of(sums) == int(stock.rows[part.chunk]["fingerprint"]):
+                yield part, sums
