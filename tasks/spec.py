@@ -91,6 +91,14 @@ class TrainingSpec(_Section):
         description="Shard the optimizer (ZeRO, stage 1): its state of each parameter is on so many workers, "
         "so that one less may be lost at once without loss of a step; 0: every worker holds all of it.",
     )
+    parameter_copies: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Shard parameters, gradients and optimizer (FSDP2): each shard is on so many workers (2 or "
+        "more: replicas x shards, HSDP), so that one less may be lost at once without loss of a step; "
+        "0: every worker holds all.",
+    )
     when_not_finite: Literal["fail", "skip"] = Field(
         default="fail",
         description="A step with an infinite or undefined loss or gradient is never applied. "

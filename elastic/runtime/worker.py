@@ -55,7 +55,6 @@ from elastic.runtime.world import Endpoint, Former, Place, World
 from elastic.training.blame import UserFailure
 from elastic.training.job import load_job, load_settings
 from elastic.training.ports import Broken, Flags
-from elastic.training.state import weights_sha256
 from elastic.training.trainer import Storage, Trainer, TrainPlan
 
 log = logging.getLogger("holdfast.worker")
@@ -293,7 +292,7 @@ class Member:
             Settled(member, world.generation, settled.step, settled.source, settled.seconds, settled.note)
         )
         ending = trainer.run(world, self._mailbox, self._outbox.put)
-        sha256 = "" if ending is Ending.REGROUP else weights_sha256(trainer.model)
+        sha256 = "" if ending is Ending.REGROUP else trainer.weights_sha256()
         return MemberEnded(member, world.generation, trainer.standing.committed, ending, sha256)
 
 
@@ -342,6 +341,7 @@ def _trainer(assignment: Assignment, saver: Saver, device: torch.device, neighbo
         spec_digest=order.spec_digest,
         compare_every=training.compare_every,
         optimizer_copies=training.optimizer_copies,
+        parameter_copies=training.parameter_copies,
         when_not_finite=training.when_not_finite,
     )
     storage = Storage(saver, _restorer(order, neighbours))

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from elastic.errors import JobRejected
+from elastic.training.ports import Broken
 
 
 class UserFailure(Exception):
@@ -20,10 +21,10 @@ class UserFailure(Exception):
 
 @contextmanager
 def blaming_the_job(step: int, virtual_rank: int = -1) -> Iterator[None]:
-    """Turn whatever the job's code raises into UserFailure. No world is asked inside: nothing is Broken."""
+    """Turn whatever the job's code raises into UserFailure. Inside of a sharded model a world may break."""
     try:
         yield
-    except (JobRejected, UserFailure):
+    except (Broken, JobRejected, UserFailure):
         raise
     except Exception as error:  # noqa: BLE001  (this is the border to the user's code)
         raise UserFailure(

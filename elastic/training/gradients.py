@@ -1,5 +1,7 @@
 """A model's gradients as flat float32 rows, with a place for every virtual rank's loss. Knows no world."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -43,11 +45,12 @@ class GradientRows:
 
     def bind(self, row: Tensor) -> None:
         """Let backward add to this row, and the optimizer read from it."""
-        start = 0
-        for parameter in self._parameters:
-            stop = start + parameter.numel()
-            parameter.grad = row[start:stop].view(parameter.shape)
-            start = stop
+        for parameter, part in zip(self._parameters, self.gradients(row), strict=True):
+            parameter.grad = part.view(parameter.shape)
+
+    def gradients(self, row: Tensor) -> Sequence[Tensor]:
+        """Return each parameter's part of a row."""
+        return torch.split(self.gradient(row), [parameter.numel() for parameter in self._parameters])
 
     def gradient(self, row: Tensor) -> Tensor:
         """Return the part of a row that holds gradients."""

@@ -17,6 +17,7 @@ class Pace:
         self._mine_s = 0.0
         self._everyones: tuple[float, ...] = ()
         self._since: float | None = None
+        self._waited_s = 0.0
 
     @property
     def mine_us(self) -> int:
@@ -28,11 +29,22 @@ class Pace:
         """Measure one virtual rank's forward and backward; on a device, until they are done."""
         started = time.perf_counter()
         self._since = started if self._mine_s else None  # the first one may compile, or warm up a device
+        self._waited_s = 0.0
         yield
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
-        self._since, seconds = None, time.perf_counter() - started
+        self._since, seconds = None, time.perf_counter() - started - self._waited_s
         self._mine_s += (seconds - self._mine_s) * (NEWEST if self._mine_s else 1.0)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Leave out of what is measured that other ranks are waited for."""
+        since, started = self._since, time.perf_counter()
+        self._since = None
+        yield
+        waited_s = time.perf_counter() - started
+        self._waited_s += waited_s
+        self._since = None if since is None else since + waited_s
 
     @property
     def working_s(self) -> float:

@@ -5,7 +5,7 @@ the mean over all virtual ranks, bound to the parameters, the same bits on every
 collective nothing of it can be used.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import inf
 from typing import Protocol
 
@@ -19,15 +19,14 @@ from elastic.training.tree import Node, grow, leaves_of, partial_sums, slice_len
 Compute = Callable[[int], Tensor]
 """Runs forward and backward of a virtual rank, adding to the bound gradients, and returns its loss."""
 
+ALIGNED_BYTES = 64
+
 Dealt = Sequence[Sequence[int]]
 """`dealt[rank]` are the virtual ranks of each rank, in order."""
 
 
 class Reduction(Protocol):
-    """Two steps to the mean gradient, of which the first survives a broken world."""
-
-    def fold(self, leaves: Sequence[int], compute: Compute) -> None:
-        """Compute those leaves of this rank that are not held yet; add them up as far as that goes alone."""
+    """The way to the mean gradient. What a rank has computed of it may survive a broken world."""
 
     def held(self) -> list[int]:
         """List the leaves whose gradients are held since the last `forget`, also after a failed reduction."""
@@ -35,8 +34,10 @@ class Reduction(Protocol):
     def forget(self) -> None:
         """Give up what is held: the parameters have changed."""
 
-    def reduce(self, world: World, dealt: Dealt) -> float:
-        """Add everybody's up, bind the mean gradient, and return the mean loss."""
+    def reduce(self, world: World, dealt: Dealt, compute: Compute) -> float:
+        """Compute those leaves of this rank that are not held yet, add everybody's up, bind the mean gradient,
+        and return the mean loss.
+        """
 
     def clip(self, largest_norm: float) -> float:
         """Scale the reduced gradient down to this Euclidean norm if it is longer; return what it was."""
@@ -81,8 +82,9 @@ class TreeReduction:
         self._keep_within(set())
         self._drop_result()
 
-    def reduce(self, world: World, dealt: Dealt) -> float:
+    def reduce(self, world: World, dealt: Dealt, compute: Compute) -> float:
         """Swap slices of partial sums, combine copies in tree order, gather everybody's."""
+        self.fold(dealt[world.rank], compute)
         self._drop_result()
         length = slice_length(self._rows.num_elements, world.size)
         mine = _combine(self._swap(world, dealt, length), dealt, self._rows.virtual_ranks)
@@ -168,8 +170,9 @@ class PlainReduction:
         """Give up the row's content."""
         self._held = []
 
-    def reduce(self, world: World, dealt: Dealt) -> float:  # noqa: ARG002  (the dealing does not matter here)
+    def reduce(self, world: World, dealt: Dealt, compute: Compute) -> float:
         """Add the rows up with the library's all-reduce; what a broken one leaves is worthless."""
+        self.fold(dealt[world.rank], compute)
         self._held = []
         if world.size > 1:
             world.all_reduce(self._row, "sum")
@@ -201,11 +204,22 @@ def _mean_loss(rows: GradientRows, reduced: Tensor) -> float:
     return float(rows.losses(reduced).double().sum())
 
 
+def norm_of(gradients: Iterable[Tensor]) -> Tensor:
+    """Return the Euclidean norm of parameters' gradients together: the same bits however they lie in memory."""
+    norms = torch.stack([torch.linalg.vector_norm(_aligned(gradient.flatten())) for gradient in gradients])
+    return norms.double().square().sum().sqrt().float()
+
+
+def _aligned(gradient: Tensor) -> Tensor:
+    """Return a copy where a device's kernel would add in another order for the place in memory."""
+    is_aligned = gradient.device.type == "cpu" or gradient.data_ptr() % ALIGNED_BYTES == 0
+    return gradient if is_aligned else gradient.clone()
+
+
 def _clip(rows: GradientRows, reduced: Tensor | None, largest_norm: float) -> float:
     if reduced is None:
         raise RuntimeError("there is no reduced gradient to clip")
-    gradient = rows.gradient(reduced)
-    norm = torch.linalg.vector_norm(gradient)
+    norm = norm_of(rows.gradients(reduced))
     if largest_norm < inf:
-        gradient.mul_((largest_norm / (norm + 1e-6)).clamp(max=1.0))
+        rows.gradient(reduced).mul_((largest_norm / (norm + 1e-6)).clamp(max=1.0))
     return float(norm)

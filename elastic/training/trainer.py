@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,10 @@ from elastic.training.reduction import PlainReduction, Reduction, TreeReduction
 from elastic.training.replicas import compare
 from elastic.training.saving import Snapshots
 from elastic.training.sharding import ShardedLearner
-from elastic.training.state import Learner, StateLost
+from elastic.training.state import Learner, StateLost, first_model
+
+if TYPE_CHECKING:
+    from elastic.training.fully_sharded import FullyShardedLearner
 
 FINAL_DRAIN_S = 600.0
 _DRAIN_POLL_S = 0.2
@@ -41,8 +44,8 @@ class TrainPlan:
     `micro_batch` samples are a virtual rank's share of a step; `grad_clip` is the largest gradient norm
     (None: any); a checkpoint is taken every `save_every` steps and at the end. `source` names the data. Every
     `compare_every` steps (0: never) the replicas are compared. Each parameter's optimizer state is on
-    `optimizer_copies` ranks (0: on all). A step whose loss or gradient is not finite fails the run or is
-    skipped; either way nothing of it is applied.
+    `optimizer_copies` ranks, everything else of it as well if `parameter_copies` is given (0: on all). A step
+    whose loss or gradient is not finite fails the run or is skipped; either way nothing of it is applied.
     """
 
     num_steps: int
@@ -57,6 +60,7 @@ class TrainPlan:
     spec_digest: str
     compare_every: int = 0
     optimizer_copies: int = 0
+    parameter_copies: int = 0
     when_not_finite: Literal["fail", "skip"] = "fail"
 
 
@@ -103,20 +107,16 @@ class Trainer:
         split = Split(
             name="train", source=plan.source, seed=plan.seed, micro_batch=plan.micro_batch, settings=settings
         )
+        self._pace = Pace(device)
+        self._settings = settings
         with blaming_the_job(0):
             self._dataset = job.dataset(split)
-            learner = Learner(job, settings, plan.seed, plan.num_steps, device)
-        copies = plan.optimizer_copies
-        self._learner = ShardedLearner(learner, copies, device) if copies else learner
-        rows = GradientRows(learner.model, plan.virtual_ranks)
-        self._reduction: Reduction = (
-            TreeReduction(rows) if plan.determinism == "bitwise" else PlainReduction(rows)
-        )
+            learner = self._first_learner()
+        self._learner, self._reduction = self._lay_out(learner)
         self._restore = storage.restore
         self._snapshots = Snapshots(storage.saver, member, _meta(job, plan))
         self._standing = Standing(BLANK)
         self._attempt = _Attempt()
-        self._pace = Pace(device)
         self._dealing: Dealing | None = None  # of the step that a lost rank interrupted
         self._loss_watch = LossWatch()
         self._num_tokens = 0
@@ -136,6 +136,10 @@ class Trainer:
     def model(self) -> nn.Module:
         """The model, as of the last committed step."""
         return self._learner.model
+
+    def weights_sha256(self) -> str:
+        """Hash the model as of the last committed step; all ranks of a world have to. Raises Broken."""
+        return self._learner.weights_sha256()
 
     def save_alone(self, generation: int, host: str) -> bool:
         """Save the whole state as a world of one; return whether it became durable."""
@@ -170,6 +174,37 @@ class Trainer:
         del world
         raise Broken(generation, why)
 
+    def _first_learner(self) -> Learner:
+        """Make the state that the seed gives."""
+        model = first_model(self._job, self._settings, self._plan.seed)
+        return self._learner_of(model if self._plan.parameter_copies else model.to(self._device))
+
+    def _learner_of(self, model: nn.Module) -> Learner:
+        return Learner(self._job, model, self._plan.seed, self._plan.num_steps)
+
+    def _lay_out(
+        self, learner: Learner
+    ) -> tuple["Learner | ShardedLearner | FullyShardedLearner", Reduction]:
+        """Let the state lie on the ranks as the plan says, with the reduction that brings gradients there."""
+        plan = self._plan
+        rows = GradientRows(learner.model, plan.virtual_ranks)
+        if plan.parameter_copies:
+            from elastic.training.sharded_reduction import (
+                lay_out_in_shards,
+            )  # torch's FSDP loads for a second
+
+            return lay_out_in_shards(
+                learner,
+                self._learner_of,
+                plan.parameter_copies,
+                plan.virtual_ranks,
+                device=self._device,
+                waiting=self._pace.waiting,
+            )
+        reduction = TreeReduction(rows) if plan.determinism == "bitwise" else PlainReduction(rows)
+        copies = plan.optimizer_copies
+        return ShardedLearner(learner, copies, self._device) if copies else learner, reduction
+
     def _train(self, world: World, orders: Orders, emit: Emit) -> Ending:
         if self._is_save_point():
             self._save(world)  # the world before may have died before all of its ranks had saved
@@ -198,8 +233,7 @@ class Trainer:
             with self._pace.measured():
                 return self._leaf(virtual_rank)
 
-        self._reduction.fold(dealt[world.rank], leaf)
-        loss = self._reduction.reduce(world, dealt)
+        loss = self._reduction.reduce(world, dealt, leaf)
         norm = self._reduction.clip(inf if self._plan.grad_clip is None else self._plan.grad_clip)
         is_refused = self._guard(world, loss, norm)
         # Capture ends before the agreement: after it, survivors may go past what a lost member still owes.
@@ -339,6 +373,8 @@ class Trainer:
         """Make the first state: the newest checkpoint if there is one, else what the seed gave."""
         loaded = self._restore() if self._restore is not None else None
         if loaded is None:
+            if self._attempt.generation:  # what was learned since is not the first state any more
+                self._learner.load(self._first_learner().tree(0))
             self._standing = Standing(0)
             return Parcel(None, "fresh")
         self._take_over(loaded.state)

@@ -17,7 +17,6 @@ from elastic.runtime.world import Endpoint, Former, Place, World, open_rendezvou
 from elastic.training.gpt import GPTJob, GPTSettings
 from elastic.training.ports import Broken, Flags
 from elastic.training.sharding import ShardedLearner
-from elastic.training.state import weights_sha256
 from elastic.training.trainer import Storage, Trainer, TrainPlan
 
 LOOPBACK, CPU = "127.0.0.1", torch.device("cpu")
@@ -48,6 +47,7 @@ class Props:
 
     source: str
     optimizer_copies: int = 0
+    parameter_copies: int = 0
     store: str | None = None
 
 
@@ -159,6 +159,7 @@ def live(
             *(NUM_STEPS, 8, 2, 7, "bitwise", 1.0, 2 if props.store else 5, props.source, "run", ""),
             compare_every=1,
             optimizer_copies=props.optimizer_copies,
+            parameter_copies=props.parameter_copies,
         )
         job, diary = DoomedJob(), Diary()
         storage = _storage(props.store, name, str(member)) if props.store else Storage()
@@ -207,7 +208,7 @@ def play(
             trainer.run(doomed, Boundary(chapter, generation, committed, flip), diary.write)
             is Ending.FINISHED
         ):
-            diary.sha256 = weights_sha256(trainer.model)
+            diary.sha256 = trainer.weights_sha256()
             diary.state_bytes = _state_bytes(trainer)
     except Broken as broken:
         broken.__traceback__ = None

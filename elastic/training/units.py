@@ -1,0 +1,233 @@
+"""A model under torch's FSDP2 (`fully_shard`), whose collectives are a world's: order-fixed, and free to break.
+
+torch keeps each parameter as rows (a DTensor), gathers those of one unit (a layer) at a time for forward and
+backward, and frees them again. It gets a mesh without process groups: what it gathers goes over `Wires`, and
+its reduce-scatters only hand each unit's gradients to whoever adds them up.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import _register_process_group
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DeviceMesh, DTensor, Shard
+
+from elastic.control.resharding import Cut
+from elastic.errors import JobRejected
+
+_LISTS = (nn.ModuleList, nn.ModuleDict)
+_CONTAINERS = (*_LISTS, nn.Sequential)
+
+
+@dataclass(frozen=True, slots=True)
+class Wires:
+    """What torch's collectives become: `gather` fills in the other shards' equal parts of a tensor, `collect`
+    takes the gradients of a unit, one row for each shard.
+    """
+
+    gather: Callable[[Tensor], None]
+    collect: Callable[[int, Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Sharded:
+    """A model of which only `cut` is here. `units[u]` names the trained parameters of unit u, in the order in
+    which their gradients lie in a row.
+    """
+
+    model: nn.Module
+    cut: Cut
+    mesh: DeviceMesh
+    parameters: Mapping[str, nn.Parameter]
+    units: Sequence[Sequence[str]]
+
+    def spread(self, name: str, local: Tensor) -> DTensor:
+        """Make a tensor that lies as a parameter does of its rows that are here."""
+        parameter = self.parameters[name]
+        return _spread(local, self.mesh, parameter.shape, parameter.stride())
+
+    def split(self, unit: int, row: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield each trained parameter of a unit with its part of a row of gradients."""
+        start = 0
+        for name in self.units[unit]:
+            shape = self.parameters[name].shape
+            length = -(-shape[0] // self.cut.shards) * shape[1:].numel()
+            rows = self.cut.rows(shape[0])
+            yield name, row[start : start + len(rows) * shape[1:].numel()].view(len(rows), *shape[1:])
+            start += length
+
+
+class Mould:
+    """A model without its parameters' memory, from which models are made that hold some of their rows.
+
+    Raises JobRejected for a model that cannot be sharded.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 0:
+                raise JobRejected(
+                    f"parameter {name} is a scalar, which has no rows to shard: give it the shape (1,), or "
+                    "set training.parameter_copies = 0"
+                )
+        self._model = _twin(model, lambda parameter: parameter.detach().to("meta"))
+        self.parameters: dict[str, nn.Parameter] = dict(self._model.named_parameters())
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of the model's state by all their names; parameters have no memory."""
+        return dict(self._model.state_dict(keep_vars=True))
+
+    def pour(self, cut: Cut, rows: Mapping[str, Tensor], device: torch.device, wires: Wires) -> Sharded:
+        """Make a model whose parameters hold these rows, which are those of `cut`."""
+        model = _twin(self._model, torch.empty_like)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        mesh = _mesh(device.type, cut)
+        parts = [*_layers(model), model]
+        for part in parts:
+            fully_shard(part, mesh=mesh)
+        sharded = {id(parameter): name for name, parameter in model.named_parameters()}
+        if len(sharded) != len(names):
+            raise JobRejected(
+                "the model ties parameters of different layers in a way that torch cannot shard: "
+                "set training.parameter_copies = 0"
+            )
+        units = [
+            [
+                sharded[id(each.sharded_param)]
+                for group in part._get_fsdp_state()._fsdp_param_groups
+                for each in group.fsdp_params
+                if each.sharded_param.requires_grad
+            ]
+            for part in parts
+            if isinstance(part, FSDPModule)
+        ]
+        for number, part in enumerate(parts):
+            _connect(part, number, cut, wires)
+        return Sharded(model, cut, mesh, _fill(model, mesh, rows), units)
+
+
+class _Communication:
+    """The memory of torch's collectives."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Allocate anew: what is gathered is freed after use."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class _Gathering(_Communication):
+    """An all-gather in place: the input is a part of the output."""
+
+    def __init__(self, wires: Wires) -> None:
+        self._wires = wires
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: object, async_op: object = None
+    ) -> None:
+        """Fill in the other shards' parts."""
+        del input_tensor, group, async_op
+        self._wires.gather(output_tensor)
+
+
+class _Scattering(_Communication):
+    """A reduce-scatter that hands on its input; torch's own sum of it is never read."""
+
+    def __init__(self, collect: Callable[[Tensor], None]) -> None:
+        self._collect = collect
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: object, op: object, async_op: object = None
+    ) -> None:
+        """Hand on the gradients of all shards."""
+        del group, op, async_op
+        output_tensor.zero_()
+        self._collect(input_tensor)
+
+
+def _connect(part: Any, number: int, cut: Cut, wires: Wires) -> None:
+    """Let a unit communicate over wires, and sum without dividing."""
+
+    def collect(gradients: Tensor) -> None:
+        wires.collect(number, gradients.view(cut.shards, -1))
+
+    part.set_custom_all_gather(_Gathering(wires))
+    part.set_custom_reduce_scatter(_Scattering(collect))
+    if cut.shards == 1:
+        part.set_all_reduce_hook(collect)  # of one shard torch scatters nothing
+    part.set_gradient_divide_factor(1.0)
+    part.set_force_sum_reduction_for_comms(True)
+    part.set_reduce_scatter_unused_params(True, recurse=False)
+
+
+def _twin(model: nn.Module, make: Callable[[nn.Parameter], Tensor]) -> nn.Module:
+    """Copy a model with other parameters, tied as they are; buffers are the same ones, as nobody changes them."""
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(make(parameter), requires_grad=parameter.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """List the layers that are units of their own: the outermost items of lists and sequences of modules.
+
+    A layer that occurs twice, or shares a parameter with another, stays in the unit of the whole model.
+    """
+    places = Counter(id(child) for module in model.modules() for child in module.children())
+    owners = Counter(id(each) for module in model.modules() for each in module._parameters.values())
+    found = []
+    for layer in _items(model):
+        inside = Counter(id(each) for module in layer.modules() for each in module._parameters.values())
+        own = {id(each) for each in layer.parameters()}
+        if own and places[id(layer)] == 1 and all(inside[each] == owners[each] for each in own):
+            found.append(layer)
+    return found
+
+
+def _items(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(module, _CONTAINERS) and not isinstance(child, _LISTS):
+            yield child
+        else:
+            yield from _items(child)
+
+
+def _fill(model: nn.Module, mesh: DeviceMesh, rows: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """Give a model of empty shards the rows it holds."""
+    filled = {
+        id(parameter): nn.Parameter(
+            _spread(rows[name], mesh, parameter.shape, parameter.stride()),
+            requires_grad=parameter.requires_grad,
+        )
+        for name, parameter in model.named_parameters()
+    }
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = filled[id(parameter)]
+    return dict(model.named_parameters())
+
+
+def _spread(local: Tensor, mesh: DeviceMesh, shape: torch.Size, stride: tuple[int, ...]) -> DTensor:
+    return DTensor.from_local(local, mesh, (Shard(0),), run_check=False, shape=shape, stride=stride)
+
+
+@cache
+def _mesh(device_type: str, cut: Cut) -> DeviceMesh:
+    """Make a mesh of one axis without process groups: a collective that is not ours fails."""
+    mesh = DeviceMesh(device_type, torch.arange(cut.shards), _init_backend=False, _rank=cut.index)
+    mesh._dim_group_names = [_group(cut)[0]]
+    return mesh
+
+
+@cache  # torch keeps only a weak reference to what is registered
+def _group(cut: Cut) -> tuple[str, dist.ProcessGroup]:
+    name, group = f"holdfast shard {cut.index} of {cut.shards}", dist.ProcessGroup(cut.index, cut.shards)
+    _register_process_group(name, group)
+    return name, group
