@@ -13,44 +13,33 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DeviceMesh, DTensor, Replicate, Shard
 
-from elastic.control.resharding import Arrangement, Cut, Move, arrange, lost_tensors, plan_moves
-from elastic.training.exchange import gather_words
-from elastic.training.handover import Parcel, accept, hand_over
+from elastic.control.resharding import Arrangement, Cut, arrange
+from elastic.training.holdings import Holding, cut_anew, local_rows, put_together, take_apart
 from elastic.training.ports import World
-from elastic.training.state import Learner, StateLost, check_model, check_origin, tensors_sha256
+from elastic.training.state import Learner, check_model, check_origin, tensors_sha256
 from elastic.training.units import Mould, Sharded, Wires
 
-Leaf = tuple[str, str]
-"""A parameter's name and the key of one of its optimizer states; of the parameter itself an empty one."""
-
 
 @dataclass(frozen=True, slots=True)
-class _Held:
-    """What is here: the rows of `cut` (None: none), and the rest of the state, which every rank holds alike."""
-
-    cut: Cut | None
-    rows: Mapping[Leaf, Tensor]
-    rest: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class _Live:
-    """The model and optimizer that train in one world, and how its ranks share them."""
+class Live:
+    """The model and the optimizer that train in one world, and how its ranks share them: `cuts[rank]` is what
+    each holds, `takers` whom this one gives its shard, `givers` who gives it which other one.
+    """
 
     world: World
     arrangement: Arrangement
     sharded: Sharded
     learner: Learner
     cuts: Sequence[Cut]
-    gives: Sequence[bool]
-    takes: Mapping[int, int]
+    takers: frozenset[int]
+    givers: Mapping[int, int]
 
 
 class FullyShardedLearner:
     """A learner that holds a part of everything, which at least `copies` ranks of a world hold.
 
     `build` makes a learner of a model; `waiting` is entered while other ranks are waited for. `collect`, of a
-    unit and its gradients by shard, is called in every backward.
+    unit's number and its gradients by shard, is called in every backward.
     """
 
     def __init__(
@@ -63,14 +52,14 @@ class FullyShardedLearner:
         waiting: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._build, self._copies, self._device, self._waiting = build, copies, device, waiting
-        self._mould = Mould(first.model)
         self._seed = first.seed
-        self._live: _Live | None = None
-        self._held: _Held | None = self._whole(first.tree(0))
+        self._mould = Mould(first.model)
+        self._live: Live | None = None
+        self._held: Holding | None = self._whole(first.tree(0))
         self.collect: Callable[[int, Tensor], None] = lambda _, __: None
 
     @property
-    def live(self) -> _Live:
+    def live(self) -> Live:
         """What trains in the present world."""
         if self._live is None:
             raise RuntimeError("there is no model before the state is settled in a world")
@@ -98,8 +87,14 @@ class FullyShardedLearner:
         return False
 
     def update(self) -> None:
-        """Apply the bound gradients to the rows that are here."""
+        """Apply the bound gradients to the rows that are here.
+
+        In one thread: several would cut a CPU kernel's vectors elsewhere, for every number of rows.
+        """
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         self.live.learner.update()
+        torch.set_num_threads(num_threads)
 
     def complete(self, world: World) -> None:
         """Do nothing: the next forward gathers what it needs."""
@@ -109,32 +104,17 @@ class FullyShardedLearner:
 
         Raises Broken, having changed nothing, and StateLost if no rank has some of the rows any more.
         """
-        held = self._hold()
-        told = [held.cut.shards, held.cut.index] if held.cut else []
-        cuts = [Cut(*each) if each else None for each in gather_words(world, told)]
-        leaves, num_rows = self._leaves(held)
-        if lost := lost_tensors(num_rows, cuts):
-            names = sorted({leaves[number][0] for number in lost})
-            raise StateLost(
-                f"shards of {len(names)} of {len(self._mould.parameters)} parameters ({names[0]}, ...) were on "
-                "lost ranks only"
-            )
         arrangement = arrange(world.hosts, self._copies)
-        wanted = [arrangement.cut(rank) for rank in range(world.size)]
-        rows = self._make_room(held, leaves, wanted[world.rank])
-        for (sender, receiver), moves in sorted(plan_moves(num_rows, cuts, wanted).items()):
-            if world.rank == sender:
-                sent = [
-                    _part(held.rows[leaves[each.number]], _first(cuts[sender], num_rows[each.number]), each)
-                    for each in moves
-                ]
-                hand_over(world, [receiver], Parcel(sent, "self"), self._device)
-            if world.rank == receiver:
-                taken = accept(world, sender, self._device).state
-                for each, part in zip(moves, taken, strict=True):
-                    first = _first(wanted[receiver], num_rows[each.number])
-                    _part(rows[leaves[each.number]], first, each).copy_(part)
-        self._go_live(world, arrangement, _Held(wanted[world.rank], rows, held.rest))
+        cuts = [arrangement.cut(rank) for rank in range(world.size)]
+        held = cut_anew(world, self._hold(), cuts, self._mould.sharded, self._device)
+        sharded = self._pour(held, cuts[world.rank])
+        learner = self._build(sharded.model)
+        learner.load_without_model(put_together(held, sharded.spread))
+        mine = cuts[world.rank].index
+        takers = {rank for rank in range(world.size) if arrangement.source(rank, mine) == world.rank}
+        givers = {arrangement.source(world.rank, shard): shard for shard in range(arrangement.shards)}
+        self._live = Live(world, arrangement, sharded, learner, cuts, frozenset(takers), givers)
+        self._held = None
 
     def tree(self, step: int) -> dict[str, Any]:
         """Return what every rank holds alike of the state after `step` committed steps."""
@@ -142,56 +122,37 @@ class FullyShardedLearner:
 
     def shares(self, step: int) -> dict[str, Any]:
         """Return the whole state, of which each rank holds its rows."""
-        live, rest = self.live, self.tree(step)
         mesh = self._saving_mesh()
-        named = {
-            leaf: rows if mesh is None else self._as_saved(leaf[0], rows, mesh)
-            for leaf, rows in self._hold().rows.items()
-        }
-        state = {name: dict(kept) for name, kept in rest["optimizer"]["state"].items()}
-        for (name, key), tensor in named.items():
-            if key:
-                state[name][key] = tensor
-        first = {id(parameter): name for name, parameter in self._mould.parameters.items()}
-        model = {
-            name: named[first[id(tensor)], ""] if id(tensor) in first else tensor
-            for name, tensor in self._mould.tensors.items()
-        }
-        whole = {key: value for key, value in rest.items() if key != "sharded"}
-        return {
-            **whole,
-            "model": model,
-            "optimizer": {
-                "state": state,
-                "groups": live.learner.tree_without_model(step)["optimizer"]["groups"],
-            },
-        }
+        tree = put_together(self._hold(), lambda name, rows: self._as_saved(name, rows, mesh))
+        model = {name: tree["model"][first] for name, first in self._mould.names.items()}
+        return {**tree, "model": model, "cursor": {"step": step}}
 
     def load(self, tree: Mapping[str, Any]) -> int:
-        """Take over a state: a whole one, or one of `tree`. Raises Mismatch if it is another model's or seed's."""
+        """Take over a state: a whole one, or one of `tree`. Raises Mismatch if it is not this training's."""
         check_origin(tree, self._seed)
-        self._held = _Held(None, {}, tree) if "sharded" in tree else self._whole(tree)
+        self._held = Holding(None, {}, tree) if "sharded" in tree else self._whole(tree)
         self._live = None
         return int(tree["cursor"]["step"])
 
     def weights_sha256(self) -> str:
         """Hash the model; every rank of the world has to. Raises Broken."""
-        names = {id(parameter): name for name, parameter in self._mould.parameters.items()}
+        live, names = self.live, self._mould.names
 
-        def whole(_: str, tensor: Tensor) -> Tensor:
-            if id(tensor) not in names:
-                return tensor
-            name = names[id(tensor)]
-            return self.whole(name, local_rows(self.live.sharded.parameters[name]))
+        def whole(name: str, tensor: Tensor) -> Tensor:
+            first = names[name]
+            parameters = live.sharded.parameters
+            return self.whole(first, parameters[first]) if first in parameters else tensor
 
         return tensors_sha256(self._mould.tensors, whole)
 
-    def whole(self, name: str, local: Tensor) -> Tensor:
-        """Gather a tensor of a parameter's shape, of which this rank has its rows. Raises Broken."""
-        shape, shards = self._mould.parameters[name].shape, self.live.sharded.cut.shards
-        length = -(-shape[0] // shards)
-        padded = torch.zeros(shards, length, *shape[1:], dtype=local.dtype, device=local.device)
-        padded[self.live.sharded.cut.index, : len(local)] = local
+    def whole(self, name: str, tensor: Tensor) -> Tensor:
+        """Gather a tensor that lies as a parameter does. Raises Broken."""
+        local = local_rows(tensor)
+        if name not in self._mould.sharded:
+            return local
+        cut, shape = self.live.sharded.cut, self._mould.sharded[name]
+        padded = local.new_zeros(cut.shards, -(-shape[0] // cut.shards), *shape[1:])
+        padded[cut.index, : len(local)] = local
         self._gather(padded)
         return padded.flatten(0, 1)[: shape[0]]
 
@@ -204,99 +165,33 @@ class FullyShardedLearner:
         """Fill in the parts of the other shards."""
         live, parts = self.live, out.view(self.live.sharded.cut.shards, -1)
         mine = parts[live.sharded.cut.index]
+        peers = [rank if rank != live.world.rank else None for rank in range(live.world.size)]
         self.exchange(
-            [mine if gives else None for gives in live.gives],
-            [parts[live.takes[rank]] if rank in live.takes else None for rank in range(live.world.size)],
+            [mine if peer in live.takers else None for peer in peers],
+            [parts[live.givers[peer]] if peer in live.givers else None for peer in peers],
         )
 
-    def _go_live(self, world: World, arrangement: Arrangement, held: _Held) -> None:
-        if held.cut is None:
-            raise RuntimeError("a rank without rows cannot train")
+    def _pour(self, held: Holding, cut: Cut) -> Sharded:
+        """Make the model of what is held."""
         rows = {name: tensor for (name, key), tensor in held.rows.items() if not key}
+        alike = {name: tensor.to(self._device) for name, tensor in held.rest["model"].items()}
         wires = Wires(self._gather, lambda unit, gradients: self.collect(unit, gradients))
-        sharded = self._mould.pour(held.cut, rows, self._device, wires)
-        learner = self._build(sharded.model)
-        state = {name: dict(kept) for name, kept in held.rest["optimizer"]["state"].items()}
-        for (name, key), tensor in held.rows.items():
-            if key:
-                state[name][key] = sharded.spread(name, tensor)
-        learner.load_without_model({**held.rest, "optimizer": {**held.rest["optimizer"], "state": state}})
-        mine, others = held.cut.index, [rank for rank in range(world.size) if rank != world.rank]
-        takes = {
-            arrangement.source(world.rank, each): each for each in range(arrangement.shards) if each != mine
-        }
-        gives = [
-            rank in others and arrangement.source(rank, mine) == world.rank for rank in range(world.size)
-        ]
-        cuts = [arrangement.cut(rank) for rank in range(world.size)]
-        self._live = _Live(world, arrangement, sharded, learner, cuts, gives, takes)
-        self._held = None
+        return self._mould.pour(cut, {**alike, **rows}, self._device, wires)
 
-    def _hold(self) -> _Held:
+    def _hold(self) -> Holding:
         """Return what is here, as plain tensors."""
         if self._held is not None:
             return self._held
-        live = self.live
-        rows = {(name, ""): local_rows(parameter) for name, parameter in live.sharded.parameters.items()}
-        rest = live.learner.tree_without_model(0)
-        state: dict[str, dict[str, Any]] = {}
-        for name, kept in rest["optimizer"]["state"].items():
-            spread = {key: value for key, value in kept.items() if isinstance(value, DTensor)}
-            rows |= {(name, key): local_rows(value) for key, value in spread.items()}
-            state[name] = {key: value for key, value in kept.items() if key not in spread}
-        return _Held(live.sharded.cut, rows, self._rest(rest, state, rows))
+        live, tensors = self.live, self._mould.tensors
+        buffers = {name: tensors[name] for name in self._mould.names.values()}
+        tree = {**live.learner.tree_without_model(0), "model": {**buffers, **live.sharded.parameters}}
+        return take_apart(tree, self._mould.sharded, live.sharded.cut)
 
-    def _whole(self, tree: Mapping[str, Any]) -> _Held:
+    def _whole(self, tree: Mapping[str, Any]) -> Holding:
         """Return a whole state, as what a rank holds."""
         check_model(self._mould.tensors, tree["model"])
-        shapes = {name: parameter.shape for name, parameter in self._mould.parameters.items()}
-        rows = {(name, ""): tree["model"][name].detach() for name in shapes}
-        state: dict[str, dict[str, Any]] = {}
-        for name, kept in tree["optimizer"]["state"].items():
-            spread = {
-                key: value
-                for key, value in kept.items()
-                if isinstance(value, Tensor) and value.shape == shapes[name]
-            }
-            rows |= {(name, key): value for key, value in spread.items()}
-            state[name] = {key: value for key, value in kept.items() if key not in spread}
-        return _Held(Cut(1, 0), rows, self._rest(tree, state, rows))
-
-    def _rest(
-        self, tree: Mapping[str, Any], state: Mapping[str, Any], rows: Mapping[Leaf, Tensor]
-    ) -> dict[str, Any]:
-        """Return a state without the rows, and what rows there are."""
-        shared = set(map(id, self._mould.parameters.values()))
-        tensors = self._mould.tensors
-        given = tree.get("model", tensors)
-        return {
-            **tree,
-            "model": {name: given[name] for name, tensor in tensors.items() if id(tensor) not in shared},
-            "optimizer": {**tree["optimizer"], "state": dict(state)},
-            "sharded": sorted(
-                [name, key, str(each.dtype).removeprefix("torch.")] for (name, key), each in rows.items()
-            ),
-        }
-
-    def _leaves(self, held: _Held) -> tuple[list[Leaf], list[int]]:
-        """List what is sharded, and how many rows each has; the same on every rank."""
-        leaves: list[Leaf] = [(name, key) for name, key, _ in held.rest["sharded"]]
-        return leaves, [self._mould.parameters[name].shape[0] for name, _ in leaves]
-
-    def _make_room(self, held: _Held, leaves: Sequence[Leaf], cut: Cut) -> dict[Leaf, Tensor]:
-        """Make memory for the rows of a cut, with those that are here already."""
-        made = {}
-        for leaf, (name, _, dtype) in zip(leaves, held.rest["sharded"], strict=True):
-            shape = self._mould.parameters[name].shape
-            wanted, own = cut.rows(shape[0]), held.cut.rows(shape[0]) if held.cut else range(0)
-            rows = torch.empty(len(wanted), *shape[1:], dtype=getattr(torch, dtype), device=self._device)
-            start, stop = max(wanted.start, own.start), min(wanted.stop, own.stop)
-            if start < stop:
-                rows[start - wanted.start : stop - wanted.start] = held.rows[leaf][
-                    start - own.start : stop - own.start
-                ]
-            made[leaf] = rows
-        return made
+        model = {name: tree["model"][name] for name in self._mould.names.values()}
+        return take_apart({**tree, "model": model}, self._mould.sharded, Cut(1, 0))
 
     def _saving_mesh(self) -> DeviceMesh | None:
         """Return how the shards lie on the ranks, as a mesh of (replicas x) shards; None if each is whole."""
@@ -305,29 +200,14 @@ class FullyShardedLearner:
         if shards == 1:
             return None
         teams = torch.tensor(order[: len(order) // shards * shards]).view(-1, shards)
-        places = teams if len(order) % shards == 0 else teams[0]
+        places = teams[0] if len(order) % shards or len(teams) == 1 else teams
         return DeviceMesh(self._device.type, places, _init_backend=False, _rank=live.world.rank)
 
-    def _as_saved(self, name: str, rows: Tensor, mesh: DeviceMesh) -> DTensor:
+    def _as_saved(self, name: str, rows: Tensor, mesh: DeviceMesh | None) -> Tensor:
         """Return rows as a part of a whole tensor; on a rank whose rows others write, as no part of it."""
-        parameter = self._mould.parameters[name]
-        placements = (Replicate(), Shard(0))[-mesh.ndim :]
+        if mesh is None:
+            return rows
+        parameter, placements = self._mould.parameters[name], (Replicate(), Shard(0))[-mesh.ndim :]
         return DTensor.from_local(
             rows, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
         )
-
-
-def local_rows(tensor: Any) -> Tensor:
-    """Return the rows of a DTensor that are here."""
-    with torch.no_grad():
-        local: Tensor = tensor.to_local()
-        return local
-
-
-def _part(rows: Tensor, first: int, move: Move) -> Tensor:
-    """Return the moved ones of rows that begin with row number `first`."""
-    return rows[move.start - first : move.stop - first]
-
-
-def _first(cut: Cut | None, num_rows: int) -> int:
-    return cut.rows(num_rows).start if cut else 0

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from elastic.errors import JobRejected
-from elastic.training.fully_sharded import FullyShardedLearner, local_rows
+from elastic.training.fully_sharded import FullyShardedLearner
+from elastic.training.holdings import local_rows
 from elastic.training.ports import World
 from elastic.training.reduction import Compute, Dealt, norm_of
 from elastic.training.state import Learner
 from elastic.training.tree import Node, grow
+from elastic.training.units import WHOLE
 
 
 def lay_out_in_shards(
@@ -56,6 +58,7 @@ class ShardedReduction:
             loss = compute(leaf if leaf in self._turn else first)
             if leaf in self._turn:
                 losses[leaf] = loss
+            self._collect_whole()
             self._unbind()
         world.all_reduce(losses, "sum")  # each one with zeros: exact
         self._bind()
@@ -88,22 +91,28 @@ class ShardedReduction:
                 "training.parameter_copies = 0"
             )
         self._collected.add(unit)
-        mine = gradients[cuts[world.rank].index]
-        slices = [
-            mine.clone() if rank == world.rank else torch.empty_like(mine) for rank in range(len(self._turn))
-        ]
-        nobody = [None] * world.size
-        others = [None if rank == world.rank else each for rank, each in enumerate(slices)]
+        parts = [gradients[0 if unit == WHOLE else cut.index] for cut in cuts]
+        is_giving = world.rank < len(self._turn)
+        slices = [torch.empty_like(parts[0]) for _ in self._turn]
+        if is_giving:
+            slices[world.rank].copy_(parts[world.rank])
+        peers = [rank if rank != world.rank else None for rank in range(world.size)]
         self._learner.exchange(
-            [None if rank == world.rank else gradients[cut.index] for rank, cut in enumerate(cuts)]
-            if world.rank < len(self._turn)
-            else nobody,
-            [*others, *nobody][: world.size],
+            [parts[peer] if is_giving and peer is not None else None for peer in peers],
+            [slices[peer] if peer is not None and peer < len(slices) else None for peer in peers],
         )
         forest = self._sums.setdefault(unit, {})
         for leaf, each in zip(self._turn, slices, strict=True):
             each.add_(0.0)  # as a gradient that is added to zeros has no negative ones
             grow(forest, Node(0, leaf), each, self._virtual_ranks, _add)
+
+    def _collect_whole(self) -> None:
+        """Take the gradients of the parameters that are whole on every rank, which torch leaves bound."""
+        sharded = self._learner.live.sharded
+        parameters = [sharded.parameters[name] for name in sharded.whole]
+        bound = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+        if bound:
+            self._collect(WHOLE, torch.cat([each.detach().flatten() for each in bound]).unsqueeze(0))
 
     def _bind(self) -> None:
         """Bind the mean gradients, zeros where no backward came, and learn their norm."""
@@ -119,7 +128,7 @@ class ShardedReduction:
                 rows = torch.zeros_like(local_rows(parameter))
                 parameter.grad = sharded.spread(name, rows)
         self._norm = norm_of(
-            self._learner.whole(name, local_rows(parameter.grad))
+            self._learner.whole(name, parameter.grad)
             for name, parameter in sharded.parameters.items()
             if parameter.grad is not None
         )

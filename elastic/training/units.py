@@ -1,8 +1,11 @@
-"""A model under torch's FSDP2 (`fully_shard`), whose collectives are a world's: order-fixed, and free to break.
+"""A model under torch's FSDP2 (`fully_shard`), whose collectives are a world's: order-fixed, free to break.
 
 torch keeps each parameter as rows (a DTensor), gathers those of one unit (a layer) at a time for forward and
 backward, and frees them again. It gets a mesh without process groups: what it gathers goes over `Wires`, and
 its reduce-scatters only hand each unit's gradients to whoever adds them up.
+
+Parameters whose rows are no whole vectors (biases, norms) stay whole on every rank: a CPU kernel rounds a
+vector's elements and a remainder's differently, so that a cut elsewhere would change bits of the update.
 """
 
 import copy
@@ -16,11 +19,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import _register_process_group
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DeviceMesh, DTensor, Shard
 
 from elastic.control.resharding import Cut
 from elastic.errors import JobRejected
+
+VECTOR = 32
+"""Elements: the longest step of a CPU kernel's vector loop (two AVX-512 registers of float32)."""
+
+WHOLE = -1
+"""The number of the unit of the parameters that are whole on every rank."""
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 _CONTAINERS = (*_LISTS, nn.Sequential)
@@ -39,7 +48,7 @@ class Wires:
 @dataclass(frozen=True, slots=True)
 class Sharded:
     """A model of which only `cut` is here. `units[u]` names the trained parameters of unit u, in the order in
-    which their gradients lie in a row.
+    which their gradients lie in a row; `whole` those that are whole on every rank.
     """
 
     model: nn.Module
@@ -47,71 +56,70 @@ class Sharded:
     mesh: DeviceMesh
     parameters: Mapping[str, nn.Parameter]
     units: Sequence[Sequence[str]]
+    whole: Sequence[str]
 
-    def spread(self, name: str, local: Tensor) -> DTensor:
-        """Make a tensor that lies as a parameter does of its rows that are here."""
+    def spread(self, name: str, local: Tensor) -> Tensor:
+        """Make a tensor that lies as a parameter does of what of it is here."""
         parameter = self.parameters[name]
-        return _spread(local, self.mesh, parameter.shape, parameter.stride())
+        return _spread(local, self.mesh, parameter) if isinstance(parameter, DTensor) else local
 
     def split(self, unit: int, row: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield each trained parameter of a unit with its part of a row of gradients."""
         start = 0
-        for name in self.units[unit]:
+        for name in self.whole if unit == WHOLE else self.units[unit]:
             shape = self.parameters[name].shape
-            length = -(-shape[0] // self.cut.shards) * shape[1:].numel()
-            rows = self.cut.rows(shape[0])
-            yield name, row[start : start + len(rows) * shape[1:].numel()].view(len(rows), *shape[1:])
+            if unit == WHOLE:
+                here, length = shape, shape.numel()
+            else:
+                here = torch.Size((len(self.cut.rows(shape[0])), *shape[1:]))
+                length = -(-shape[0] // self.cut.shards) * shape[1:].numel()
+            yield name, row[start : start + here.numel()].view(here)
             start += length
 
 
 class Mould:
     """A model without its parameters' memory, from which models are made that hold some of their rows.
 
-    Raises JobRejected for a model that cannot be sharded.
+    `sharded` are the shapes of the parameters that have rows. `tensors` is the model's state, `names` the first
+    one of the names of each of its tensors.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 0:
-                raise JobRejected(
-                    f"parameter {name} is a scalar, which has no rows to shard: give it the shape (1,), or "
-                    "set training.parameter_copies = 0"
-                )
         self._model = _twin(model, lambda parameter: parameter.detach().to("meta"))
         self.parameters: dict[str, nn.Parameter] = dict(self._model.named_parameters())
+        self.sharded = {
+            name: each.shape
+            for name, each in self.parameters.items()
+            if each.dim() > 1 and each.shape[1:].numel() % VECTOR == 0
+        }
 
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors of the model's state by all their names; parameters have no memory."""
-        return dict(self._model.state_dict(keep_vars=True))
+        self.tensors: dict[str, Tensor] = dict(self._model.state_dict(keep_vars=True))
+        first: dict[int, str] = {id(each): name for name, each in self.parameters.items()}
+        self.names = {name: first.setdefault(id(each), name) for name, each in self.tensors.items()}
 
-    def pour(self, cut: Cut, rows: Mapping[str, Tensor], device: torch.device, wires: Wires) -> Sharded:
-        """Make a model whose parameters hold these rows, which are those of `cut`."""
+    def pour(self, cut: Cut, parameters: Mapping[str, Tensor], device: torch.device, wires: Wires) -> Sharded:
+        """Make a model of what of each parameter is here: the rows of `cut`, or all of it.
+
+        Raises JobRejected for a model that torch cannot shard.
+        """
         model = _twin(self._model, torch.empty_like)
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        whole = {each for name, each in model.named_parameters() if name not in self.sharded}
         mesh = _mesh(device.type, cut)
         parts = [*_layers(model), model]
         for part in parts:
-            fully_shard(part, mesh=mesh)
-        sharded = {id(parameter): name for name, parameter in model.named_parameters()}
-        if len(sharded) != len(names):
+            fully_shard(part, mesh=mesh, ignored_params=whole)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        if len(names) != len(self.parameters):
             raise JobRejected(
                 "the model ties parameters of different layers in a way that torch cannot shard: "
                 "set training.parameter_copies = 0"
             )
-        units = [
-            [
-                sharded[id(each.sharded_param)]
-                for group in part._get_fsdp_state()._fsdp_param_groups
-                for each in group.fsdp_params
-                if each.sharded_param.requires_grad
-            ]
-            for part in parts
-            if isinstance(part, FSDPModule)
-        ]
+        units = [_trained(part, names) for part in parts]
         for number, part in enumerate(parts):
             _connect(part, number, cut, wires)
-        return Sharded(model, cut, mesh, _fill(model, mesh, rows), units)
+        filled = _fill(model, mesh, parameters)
+        alike = [name for name, each in filled.items() if each.requires_grad and name not in self.sharded]
+        return Sharded(model, cut, mesh, filled, units, alike)
 
 
 class _Communication:
@@ -151,6 +159,16 @@ class _Scattering(_Communication):
         self._collect(input_tensor)
 
 
+def _trained(part: Any, names: Mapping[int, str]) -> list[str]:
+    """Name the trained parameters of a unit, in the order in which torch lays out their gradients."""
+    return [
+        names[id(each.sharded_param)]
+        for group in part._get_fsdp_state()._fsdp_param_groups
+        for each in group.fsdp_params
+        if each.sharded_param.requires_grad
+    ]
+
+
 def _connect(part: Any, number: int, cut: Cut, wires: Wires) -> None:
     """Let a unit communicate over wires, and sum without dividing."""
 
@@ -167,7 +185,7 @@ def _connect(part: Any, number: int, cut: Cut, wires: Wires) -> None:
 
 
 def _twin(model: nn.Module, make: Callable[[nn.Parameter], Tensor]) -> nn.Module:
-    """Copy a model with other parameters, tied as they are; buffers are the same ones, as nobody changes them."""
+    """Copy a model with other parameters, tied as they are; its buffers, which nobody changes, are the same."""
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(make(parameter), requires_grad=parameter.requires_grad)
@@ -198,15 +216,13 @@ def _items(module: nn.Module) -> Iterator[nn.Module]:
             yield from _items(child)
 
 
-def _fill(model: nn.Module, mesh: DeviceMesh, rows: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    """Give a model of empty shards the rows it holds."""
-    filled = {
-        id(parameter): nn.Parameter(
-            _spread(rows[name], mesh, parameter.shape, parameter.stride()),
-            requires_grad=parameter.requires_grad,
-        )
-        for name, parameter in model.named_parameters()
-    }
+def _fill(model: nn.Module, mesh: DeviceMesh, parameters: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """Give a model of empty shards what it holds."""
+    filled: dict[int, nn.Parameter] = {}
+    for name, empty in model.named_parameters():
+        here = parameters[name]
+        tensor = _spread(here, mesh, empty) if isinstance(empty, DTensor) else here
+        filled[id(empty)] = nn.Parameter(tensor, requires_grad=empty.requires_grad)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -214,8 +230,10 @@ def _fill(model: nn.Module, mesh: DeviceMesh, rows: Mapping[str, Tensor]) -> dic
     return dict(model.named_parameters())
 
 
-def _spread(local: Tensor, mesh: DeviceMesh, shape: torch.Size, stride: tuple[int, ...]) -> DTensor:
-    return DTensor.from_local(local, mesh, (Shard(0),), run_check=False, shape=shape, stride=stride)
+def _spread(local: Tensor, mesh: DeviceMesh, whole: Tensor) -> DTensor:
+    return DTensor.from_local(
+        local, mesh, (Shard(0),), run_check=False, shape=whole.shape, stride=whole.stride()
+    )
 
 
 @cache
