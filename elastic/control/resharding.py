@@ -1,4 +1,4 @@
-"""Which rank holds which rows of every tensor when parameters are sharded, and what moves in a new world. Pure."""
+"""Which rank holds which rows of every sharded tensor, and what moves in a new world. Pure."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """One of `shards` equal parts of a tensor's rows; the last ones are shorter, or empty, as in torch.chunk."""
+    """One of `shards` equal parts of a tensor's rows; the last are shorter, or empty, as in torch.chunk."""
 
     shards: int
     index: int
@@ -54,7 +54,7 @@ class Move:
 
 
 def arrange(hosts: Sequence[str], copies: int) -> Arrangement:
-    """Make as many shards as leave each at least `copies` holders (or all ranks), on different hosts if possible.
+    """Make as many shards as leave each at least `copies` holders (or all ranks), if possible on other hosts.
 
     A host's ranks are neighbours in the order, so that up to `shards` of them hold different shards.
     """

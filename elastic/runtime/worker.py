@@ -54,8 +54,9 @@ from elastic.runtime.preemption import heed_sigterm
 from elastic.runtime.world import Endpoint, Former, Place, World
 from elastic.training.blame import UserFailure
 from elastic.training.job import load_job, load_settings
+from elastic.training.plan import TrainPlan
 from elastic.training.ports import Broken, Flags
-from elastic.training.trainer import Storage, Trainer, TrainPlan
+from elastic.training.trainer import Storage, Trainer
 
 log = logging.getLogger("holdfast.worker")
 MAX_UNREAD = 10_000

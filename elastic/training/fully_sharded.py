@@ -1,4 +1,4 @@
-"""Parameters, gradients and optimizer state in shards (FSDP2), each on some ranks: alone, or as replicas x shards.
+"""Parameters, gradients and optimizer state in shards (FSDP2), alone or as replicas x shards (HSDP).
 
 Between steps a rank holds its rows of everything. In a new world the rows are cut anew, and what a rank lacks
 comes from peers, box by box; nothing of what is held is given up before all of it is there.
@@ -175,7 +175,7 @@ class FullyShardedLearner:
         """Make the model of what is held."""
         rows = {name: tensor for (name, key), tensor in held.rows.items() if not key}
         alike = {name: tensor.to(self._device) for name, tensor in held.rest["model"].items()}
-        wires = Wires(self._gather, lambda unit, gradients: self.collect(unit, gradients))
+        wires = Wires(self._gather, self.collect)
         return self._mould.pour(cut, {**alike, **rows}, self._device, wires)
 
     def _hold(self) -> Holding:

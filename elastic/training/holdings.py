@@ -1,4 +1,4 @@
-"""A rank's part of a sharded state: its rows of each sharded tensor, and the rest, which every rank holds alike."""
+"""A rank's part of a sharded state: its rows of each sharded tensor, and the rest, alike on every rank."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -35,7 +35,7 @@ class Reduction(Protocol):
         """Give up what is held: the parameters have changed."""
 
     def reduce(self, world: World, dealt: Dealt, compute: Compute) -> float:
-        """Compute those leaves of this rank that are not held yet, add everybody's up, bind the mean gradient,
+        """Compute those leaves of this rank that are not held yet, add everybody's up, bind the mean gradient
         and return the mean loss.
         """
 
@@ -205,7 +205,7 @@ def _mean_loss(rows: GradientRows, reduced: Tensor) -> float:
 
 
 def norm_of(gradients: Iterable[Tensor]) -> Tensor:
-    """Return the Euclidean norm of parameters' gradients together: the same bits however they lie in memory."""
+    """Return the Euclidean norm of all gradients together: the same bits however they lie in memory."""
     norms = torch.stack([torch.linalg.vector_norm(_aligned(gradient.flatten())) for gradient in gradients])
     return norms.double().square().sum().sqrt().float()
 

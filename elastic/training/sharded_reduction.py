@@ -5,35 +5,19 @@ ranks' models meet in forward and backward. Where the turns leave a rank nothing
 rank that another one computes as well, and gives nothing.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from math import inf
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from elastic.errors import JobRejected
 from elastic.training.fully_sharded import FullyShardedLearner
 from elastic.training.holdings import local_rows
 from elastic.training.ports import World
 from elastic.training.reduction import Compute, Dealt, norm_of
-from elastic.training.state import Learner
 from elastic.training.tree import Node, grow
 from elastic.training.units import WHOLE
-
-
-def lay_out_in_shards(
-    first: Learner,
-    build: Callable[[nn.Module], Learner],
-    copies: int,
-    virtual_ranks: int,
-    *,
-    device: torch.device,
-    waiting: Callable[[], AbstractContextManager[None]],
-) -> tuple[FullyShardedLearner, "ShardedReduction"]:
-    """Let a state lie in shards, each on `copies` ranks."""
-    learner = FullyShardedLearner(first, build, copies, device=device, waiting=waiting)
-    return learner, ShardedReduction(learner, virtual_ranks)
 
 
 class ShardedReduction:

@@ -107,7 +107,7 @@ class Learner:
         return self.load_without_model(tree)
 
     def load_without_model(self, tree: Mapping[str, Any]) -> int:
-        """Take over all but the model. Raises Mismatch, having changed nothing, if it is not this training's."""
+        """Take over all but the model. Raises Mismatch, having changed nothing, for another training's."""
         self._check_kind(tree)
         positions: dict[str, int] = {}
         groups = []
@@ -159,7 +159,7 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_model(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Raise Mismatch, naming the first differences, unless names, shapes and dtypes are this model state's."""
+    """Raise Mismatch, naming the first differences, unless names, shapes and dtypes are this state's."""
     ours = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
     theirs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))

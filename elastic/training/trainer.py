@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,51 +17,20 @@ from elastic.control.standing import BLANK, Standing, settle
 from elastic.errors import JobRejected
 from elastic.training.blame import UserFailure, blaming_the_job
 from elastic.training.exchange import gather_standings
-from elastic.training.gradients import GradientRows
 from elastic.training.handover import Parcel, accept, hand_over
 from elastic.training.job import Job, Split
+from elastic.training.layout import lay_out
 from elastic.training.pace import Pace
+from elastic.training.plan import TrainPlan
 from elastic.training.ports import Broken, Emit, Flags, Orders, World
 from elastic.training.randomness import keyed, make_deterministic, seed_for
-from elastic.training.reduction import PlainReduction, Reduction, TreeReduction
 from elastic.training.replicas import compare
 from elastic.training.saving import Snapshots
-from elastic.training.sharding import ShardedLearner
 from elastic.training.state import Learner, StateLost, first_model
-
-if TYPE_CHECKING:
-    from elastic.training.fully_sharded import FullyShardedLearner
 
 FINAL_DRAIN_S = 600.0
 _DRAIN_POLL_S = 0.2
 Source = Literal["fresh", "self", "peer", "store"]
-
-
-@dataclass(frozen=True, slots=True)
-class TrainPlan:
-    """What a run computes: a function of these values and the data, whoever computes it.
-
-    `micro_batch` samples are a virtual rank's share of a step; `grad_clip` is the largest gradient norm
-    (None: any); a checkpoint is taken every `save_every` steps and at the end. `source` names the data. Every
-    `compare_every` steps (0: never) the replicas are compared. Each parameter's optimizer state is on
-    `optimizer_copies` ranks, everything else of it as well if `parameter_copies` is given (0: on all). A step
-    whose loss or gradient is not finite fails the run or is skipped; either way nothing of it is applied.
-    """
-
-    num_steps: int
-    virtual_ranks: int
-    micro_batch: int
-    seed: int
-    determinism: Literal["bitwise", "fast"]
-    grad_clip: float | None
-    save_every: int
-    source: str
-    run: str
-    spec_digest: str
-    compare_every: int = 0
-    optimizer_copies: int = 0
-    parameter_copies: int = 0
-    when_not_finite: Literal["fail", "skip"] = "fail"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +81,9 @@ class Trainer:
         with blaming_the_job(0):
             self._dataset = job.dataset(split)
             learner = self._first_learner()
-        self._learner, self._reduction = self._lay_out(learner)
+        self._learner, self._reduction = lay_out(
+            learner, self._learner_of, plan, device=device, waiting=self._pace.waiting
+        )
         self._restore = storage.restore
         self._snapshots = Snapshots(storage.saver, member, _meta(job, plan))
         self._standing = Standing(BLANK)
@@ -181,29 +152,6 @@ class Trainer:
 
     def _learner_of(self, model: nn.Module) -> Learner:
         return Learner(self._job, model, self._plan.seed, self._plan.num_steps)
-
-    def _lay_out(
-        self, learner: Learner
-    ) -> tuple["Learner | ShardedLearner | FullyShardedLearner", Reduction]:
-        """Let the state lie on the ranks as the plan says, with the reduction that brings gradients there."""
-        plan = self._plan
-        rows = GradientRows(learner.model, plan.virtual_ranks)
-        if plan.parameter_copies:
-            from elastic.training.sharded_reduction import (
-                lay_out_in_shards,
-            )  # torch's FSDP loads for a second
-
-            return lay_out_in_shards(
-                learner,
-                self._learner_of,
-                plan.parameter_copies,
-                plan.virtual_ranks,
-                device=self._device,
-                waiting=self._pace.waiting,
-            )
-        reduction = TreeReduction(rows) if plan.determinism == "bitwise" else PlainReduction(rows)
-        copies = plan.optimizer_copies
-        return ShardedLearner(learner, copies, self._device) if copies else learner, reduction
 
     def _train(self, world: World, orders: Orders, emit: Emit) -> Ending:
         if self._is_save_point():

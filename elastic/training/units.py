@@ -80,8 +80,8 @@ class Sharded:
 class Mould:
     """A model without its parameters' memory, from which models are made that hold some of their rows.
 
-    `sharded` are the shapes of the parameters that have rows. `tensors` is the model's state, `names` the first
-    one of the names of each of its tensors.
+    `sharded` are the shapes of the parameters that have rows. `tensors` is the state; `names` gives the
+    first of the names of each of its tensors.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -185,7 +185,7 @@ def _connect(part: Any, number: int, cut: Cut, wires: Wires) -> None:
 
 
 def _twin(model: nn.Module, make: Callable[[nn.Parameter], Tensor]) -> nn.Module:
-    """Copy a model with other parameters, tied as they are; its buffers, which nobody changes, are the same."""
+    """Copy a model with other parameters, tied as they are; its buffers, which nobody changes, stay."""
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(make(parameter), requires_grad=parameter.requires_grad)

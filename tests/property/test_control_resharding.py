@@ -1,4 +1,4 @@
-"""Plans for sharded parameters: every row has a holder, moves fill exactly what is missing, copies are apart."""
+"""Plans for sharded parameters: every row has a holder, moves fill what is missing, copies are apart."""
 
 from hypothesis import given
 from hypothesis import strategies as st
