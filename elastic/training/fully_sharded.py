@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DeviceMesh, DTensor, Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from elastic.control.resharding import Arrangement, Cut, arrange
 from elastic.training.holdings import Holding, cut_anew, local_rows, put_together, take_apart

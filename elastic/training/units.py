@@ -19,8 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import _register_process_group
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import GroupName
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DeviceMesh, DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from elastic.control.resharding import Cut
 from elastic.errors import JobRejected
@@ -245,7 +247,8 @@ def _mesh(device_type: str, cut: Cut) -> DeviceMesh:
 
 
 @cache  # torch keeps only a weak reference to what is registered
-def _group(cut: Cut) -> tuple[str, dist.ProcessGroup]:
-    name, group = f"holdfast shard {cut.index} of {cut.shards}", dist.ProcessGroup(cut.index, cut.shards)
+def _group(cut: Cut) -> tuple[GroupName, dist.ProcessGroup]:
+    name = GroupName(f"holdfast shard {cut.index} of {cut.shards}")
+    group = dist.ProcessGroup(dist.HashStore(), cut.index, cut.shards)
     _register_process_group(name, group)
     return name, group

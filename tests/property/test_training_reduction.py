@@ -98,8 +98,7 @@ def reduced(
         loss = 0.0
         for _ in range(2):  # the second time over memory that is dirty from the first
             reduction.forget()
-            reduction.fold(dealt[rank], compute)
-            loss = reduction.reduce(ThreadWorld(rank, len(dealt), board, barrier), dealt)
+            loss = reduction.reduce(ThreadWorld(rank, len(dealt), board, barrier), dealt, compute)
         return loss, torch.cat([parameter.grad.flatten() for parameter in model.all])
 
     with ThreadPoolExecutor(len(dealt)) as pool:
@@ -225,9 +224,10 @@ def test_a_step_that_a_death_interrupted_keeps_what_survived_and_comes_to_the_sa
     for rank in range(size):
         limit = data.draw(st.integers(0, len(dealt[rank]))) if at == "fold" else num_leaves
         try:
-            reductions[rank].fold(dealt[rank], compute_for(models[rank], limit))
+            compute = compute_for(models[rank], limit)
+            reductions[rank].fold(dealt[rank], compute)
             if at != "fold":
-                reductions[rank].reduce(BrokenWorld(rank, size, at), dealt)
+                reductions[rank].reduce(BrokenWorld(rank, size, at), dealt, compute)
         except Broken:
             continue
     survivors = [rank for rank in range(size) if rank != dead]
@@ -240,8 +240,8 @@ def test_a_step_that_a_death_interrupted_keeps_what_survived_and_comes_to_the_sa
 
     def finish(place: int) -> bytes:
         rank = survivors[place]
-        reductions[rank].fold(again[place], compute_for(models[rank], num_leaves))
-        reductions[rank].reduce(ThreadWorld(place, len(survivors), board, barrier), again)
+        world = ThreadWorld(place, len(survivors), board, barrier)
+        reductions[rank].reduce(world, again, compute_for(models[rank], num_leaves))
         return torch.cat([parameter.grad.flatten() for parameter in models[rank].all]).numpy().tobytes()
 
     with ThreadPoolExecutor(len(survivors)) as pool:
