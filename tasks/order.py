@@ -39,6 +39,7 @@ def to_order(run: Run) -> elastic.TrainOrder:
             optimizer_copies=spec.training.optimizer_copies,
             parameter_copies=spec.training.parameter_copies,
             when_not_finite=spec.training.when_not_finite,
+            bucket_mib=spec.training.bucket_mib,
         ),
         world=elastic.WorldPolicy(
             workers=spec.world.workers,

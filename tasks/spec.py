@@ -104,6 +104,12 @@ class TrainingSpec(_Section):
         description="A step with an infinite or undefined loss or gradient is never applied. "
         "fail: the run ends there; skip: it goes on.",
     )
+    bucket_mib: float = Field(
+        default=4.0,
+        ge=0,
+        description="Gradients are reduced in pieces of so many MiB while backward still computes others; "
+        "0: in one piece after it. With determinism = bitwise the weights do not depend on it.",
+    )
 
 
 class WorldSpec(_Section):

@@ -3,19 +3,19 @@
 from collections.abc import Collection, Sequence
 from itertools import accumulate, pairwise
 
-WORTH = (
-    0.85  # a dealing by speed has to shorten a step to this share of its time, or it is not worth a change
-)
+WORTH = 0.9
+"""A dealing has to shorten a step to this share of its time, or the present one stays: noise moves none."""
 
 Dealing = tuple[tuple[int, ...], ...]
 """`dealing[rank]` are the virtual ranks of each rank, in order."""
 
 
-def deal(num_virtual: int, seconds: Sequence[float]) -> Dealing:
+def deal(num_virtual: int, seconds: Sequence[float], present: Dealing | None = None) -> Dealing:
     """Deal `num_virtual` virtual ranks in contiguous ranges over ranks that need `seconds` for one each.
 
-    Evenly, unless dealing by speed is clearly faster: a step lasts as long as its slowest rank. A rank whose
-    speed is not known yet (0 seconds) makes it even. Raises ValueError if a rank would get none.
+    As at `present` (None: evenly), unless dealing by speed is clearly faster: a step lasts as long as its
+    slowest rank. A rank whose speed is not known yet (0 seconds) makes it even. Raises ValueError if a rank
+    would get none.
     """
     size = len(seconds)
     if not 1 <= size <= num_virtual:
@@ -24,11 +24,11 @@ def deal(num_virtual: int, seconds: Sequence[float]) -> Dealing:
             "raise training.virtual_ranks or lower world.workers"
         )
     cuts = [num_virtual * rank // size for rank in range(size + 1)]
-    even = [stop - start for start, stop in pairwise(cuts)]
-    counts = even
+    counts = [stop - start for start, stop in pairwise(cuts)]
     if min(seconds) > 0:
+        counts = counts if present is None else list(map(len, present))
         by_speed = _shares(num_virtual, seconds)
-        if _makespan(by_speed, seconds) <= WORTH * _makespan(even, seconds):
+        if _makespan(by_speed, seconds) <= WORTH * _makespan(counts, seconds):
             counts = by_speed
     return _cut(range(num_virtual), counts)
 

@@ -80,6 +80,7 @@ class TrainingOrder:
     optimizer_copies: int = 0
     parameter_copies: int = 0
     when_not_finite: Literal["fail", "skip"] = "fail"
+    bucket_mib: float = 4.0
 
 
 @dataclass(frozen=True, slots=True)

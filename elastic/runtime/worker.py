@@ -344,6 +344,7 @@ def _trainer(assignment: Assignment, saver: Saver, device: torch.device, neighbo
         optimizer_copies=training.optimizer_copies,
         parameter_copies=training.parameter_copies,
         when_not_finite=training.when_not_finite,
+        bucket_mib=training.bucket_mib,
     )
     storage = Storage(saver, _restorer(order, neighbours))
     return Trainer(job, settings, plan, member=assignment.member, device=device, storage=storage)

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from elastic.runtime.lane import Lane, StreamLane, ThreadLane
 from elastic.training.ports import Broken
 
 CONNECT_TIMEOUT = timedelta(seconds=5)
@@ -54,11 +55,14 @@ class World:
     CPU tensors travel over gloo, CUDA tensors over nccl.
     """
 
-    def __init__(self, place: Place, groups: dict[str, Any], listeners: frozenset[Address]) -> None:
+    def __init__(
+        self, place: Place, groups: dict[str, Any], listeners: frozenset[Address], lane: Lane
+    ) -> None:
         self.generation, self.rank, self.hosts = place.generation, place.rank, place.hosts
         self.size = len(place.hosts)
         self._groups = groups
         self._listeners = listeners
+        self._lane = lane
 
     def exchange(self, send: Sequence[torch.Tensor | None], receive: Sequence[torch.Tensor | None]) -> None:
         """Swap tensors with every other rank; index is the peer, None means nothing."""
@@ -82,6 +86,14 @@ class World:
         options.reduceOp = _OPS[op]
         self._wait(self._call(lambda group, t, o: group.allreduce([t], o), tensor, options))
 
+    def beside(self, work: Callable[[], None]) -> None:
+        """Run work that uses this world's collectives beside the caller, one after another."""
+        self._lane.start(work)
+
+    def join(self) -> None:
+        """Wait until all work beside is done."""
+        self._lane.join()
+
     def send(self, tensor: torch.Tensor, to: int) -> None:
         """Send a tensor to a rank that receives it."""
         self._wait(self._call(lambda group, t, p: group.send([t], p, 1), tensor, to))
@@ -101,6 +113,7 @@ class World:
         for backend, group in self._groups.items():
             if backend == "cuda":
                 group.abort()
+        self._lane.close()
         self._groups = {}
         gc.collect()
 
@@ -146,7 +159,8 @@ class Former:
                 TCPStore(endpoint.host, endpoint.port, is_master=False, timeout=timedelta(seconds=30)),
             )
             listeners = self._meet(store, place, is_wanted, wait)
-            return World(place, self._connect(store, place), listeners)
+            lane = StreamLane(self._device) if self._device.type == "cuda" else ThreadLane()
+            return World(place, self._connect(store, place), listeners, lane)
         except RuntimeError as error:
             raise Broken(place.generation, f"could not form: {_first_line(error)}") from None
 

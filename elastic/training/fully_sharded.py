@@ -112,8 +112,13 @@ class FullyShardedLearner:
         learner = self._build(sharded.model)
         learner.load_without_model(put_together(held, sharded.spread))
         mine = cuts[world.rank].index
-        takers = {rank for rank in range(world.size) if arrangement.source(rank, mine) == world.rank}
-        givers = {arrangement.source(world.rank, shard): shard for shard in range(arrangement.shards)}
+        others = [rank for rank in range(world.size) if rank != world.rank]
+        takers = {rank for rank in others if arrangement.source(rank, mine) == world.rank}
+        givers = {
+            arrangement.source(world.rank, shard): shard
+            for shard in range(arrangement.shards)
+            if shard != mine
+        }
         self._live = Live(world, arrangement, sharded, learner, cuts, frozenset(takers), givers)
         self._held = None
 
@@ -166,10 +171,10 @@ class FullyShardedLearner:
         """Fill in the parts of the other shards."""
         live, parts = self.live, out.view(self.live.sharded.cut.shards, -1)
         mine = parts[live.sharded.cut.index]
-        peers = [rank if rank != live.world.rank else None for rank in range(live.world.size)]
+        ranks = range(live.world.size)
         self.exchange(
-            [mine if peer in live.takers else None for peer in peers],
-            [parts[live.givers[peer]] if peer in live.givers else None for peer in peers],
+            [mine if rank in live.takers else None for rank in ranks],
+            [parts[live.givers[rank]] if rank in live.givers else None for rank in ranks],
         )
 
     def _pour(self, held: Holding, cut: Cut) -> Sharded:

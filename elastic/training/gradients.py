@@ -1,39 +1,42 @@
 """A model's gradients as flat float32 rows, with a place for every virtual rank's loss. Knows no world."""
 
-from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
 
 from elastic.errors import JobRejected
-from elastic.training.tree import padded_length
+from elastic.training.tree import ALIGNMENT, padded_length
 
 
 class GradientRows:
-    """Rows of memory, each as long as all gradients and all virtual ranks' losses together.
+    """Rows of memory, each as long as all virtual ranks' losses and all gradients together, in this order.
 
-    Parameters' gradients are views of the row they were last bound to. Rows are made when they are needed
-    and kept.
+    Parameters' gradients are views of the row they were last bound to; `places[i]` is where that of
+    `parameters[i]` lies. Rows are made when they are needed and kept.
     """
 
     def __init__(self, model: nn.Module, virtual_ranks: int) -> None:
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if not self._parameters:
+        trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        if not trained:
             raise JobRejected(
                 "the model has no parameter that requires a gradient: there is nothing to train"
             )
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and parameter.dtype != torch.float32:
+        for name, parameter in trained.items():
+            if parameter.dtype != torch.float32:
                 raise JobRejected(
                     f"parameter {name} is {parameter.dtype}: keep parameters in float32, and use "
                     "autocast in the job's loss"
                 )
-        self.num_parameters = sum(parameter.numel() for parameter in self._parameters)
+        self.names, self.parameters = list(trained), list(trained.values())
         self.virtual_ranks = virtual_ranks
-        self.num_elements = self.num_parameters + virtual_ranks
+        first = -(-virtual_ranks // ALIGNMENT) * ALIGNMENT
+        ends = accumulate((parameter.numel() for parameter in self.parameters), initial=first)
+        self.places = [slice(start, stop) for start, stop in pairwise(ends)]
+        self.num_elements = self.places[-1].stop
         self._length = padded_length(self.num_elements, range(1, virtual_ranks + 1))
         self._free: list[Tensor] = []
-        self.device = self._parameters[0].device
+        self.device = self.parameters[0].device
 
     def take(self) -> Tensor:
         """Lend a row; what is in it is worthless."""
@@ -45,17 +48,13 @@ class GradientRows:
 
     def bind(self, row: Tensor) -> None:
         """Let backward add to this row, and the optimizer read from it."""
-        for parameter, part in zip(self._parameters, self.gradients(row), strict=True):
-            parameter.grad = part.view(parameter.shape)
-
-    def gradients(self, row: Tensor) -> Sequence[Tensor]:
-        """Return each parameter's part of a row."""
-        return torch.split(self.gradient(row), [parameter.numel() for parameter in self._parameters])
+        for parameter, place in zip(self.parameters, self.places, strict=True):
+            parameter.grad = row[place].view(parameter.shape)
 
     def gradient(self, row: Tensor) -> Tensor:
         """Return the part of a row that holds gradients."""
-        return row[: self.num_parameters]
+        return row[self.places[0].start : self.num_elements]
 
     def losses(self, row: Tensor) -> Tensor:
         """Return the part of a row that holds the virtual ranks' losses."""
-        return row[self.num_parameters : self.num_elements]
+        return row[: self.virtual_ranks]

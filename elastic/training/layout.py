@@ -9,7 +9,7 @@ from torch import nn
 
 from elastic.training.gradients import GradientRows
 from elastic.training.plan import TrainPlan
-from elastic.training.reduction import PlainReduction, Reduction, TreeReduction
+from elastic.training.reduction import REDUCTIONS, Reduction
 from elastic.training.sharding import ShardedLearner
 from elastic.training.state import Learner
 
@@ -39,6 +39,6 @@ def lay_out(
 
         sharded = FullyShardedLearner(first, build, plan.parameter_copies, device=device, waiting=waiting)
         return sharded, ShardedReduction(sharded, plan.virtual_ranks)
-    reduction = TreeReduction(rows) if plan.determinism == "bitwise" else PlainReduction(rows)
+    reduction = REDUCTIONS[plan.determinism](rows, plan.bucket_mib)
     copies = plan.optimizer_copies
     return ShardedLearner(first, copies, device) if copies else first, reduction

@@ -1,28 +1,34 @@
 """How fast each rank computes a virtual rank: measured, told to everybody, used to deal the next step."""
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from statistics import median
 
 import torch
 
-NEWEST = 0.25  # weight of the newest measurement in the moving average
+from elastic.control.dealing import Dealing, deal
+
+NUM_MEASURED = 9
+"""Of the newest measurements the median counts: a few odd ones change nothing, a change shows in five."""
 
 
 class Pace:
-    """A member's own seconds per virtual rank, a moving average, and those that the others told last."""
+    """A member's own seconds per virtual rank, those that the others told last, and what follows."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._mine_s = 0.0
+        self._mine_s: deque[float] = deque(maxlen=NUM_MEASURED)
         self._everyones: tuple[float, ...] = ()
+        self._dealing: Dealing | None = None
         self._since: float | None = None
         self._waited_s = 0.0
 
     @property
     def mine_us(self) -> int:
         """Our microseconds per virtual rank, 0 while nothing was measured."""
-        return round(self._mine_s * 1e6)
+        return round(median(self._mine_s) * 1e6) if self._mine_s else 0
 
     @contextmanager
     def measured(self) -> Iterator[None]:
@@ -33,8 +39,8 @@ class Pace:
         yield
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
-        self._since, seconds = None, time.perf_counter() - started - self._waited_s
-        self._mine_s += (seconds - self._mine_s) * (NEWEST if self._mine_s else 1.0)
+        self._since = None
+        self.note(time.perf_counter() - started - self._waited_s)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -45,6 +51,10 @@ class Pace:
         waited_s = time.perf_counter() - started
         self._waited_s += waited_s
         self._since = None if since is None else since + waited_s
+
+    def note(self, seconds: float) -> None:
+        """Take note of how long a virtual rank took."""
+        self._mine_s.append(seconds)
 
     @property
     def working_s(self) -> float:
@@ -58,8 +68,10 @@ class Pace:
 
     def forget_others(self) -> None:
         """A new world: nobody has told anything yet."""
-        self._everyones = ()
+        self._everyones, self._dealing = (), None
 
-    def everyones(self, size: int) -> tuple[float, ...]:
-        """Return every rank's seconds per virtual rank; zeros while they are not known."""
-        return self._everyones if len(self._everyones) == size else (0.0,) * size
+    def deal(self, num_virtual: int, size: int) -> Dealing:
+        """Deal a step of a world of this size; every rank that learned the same deals the same."""
+        seconds = self._everyones or (0.0,) * size
+        self._dealing = deal(num_virtual, seconds, self._dealing)
+        return self._dealing

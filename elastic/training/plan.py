@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from elastic.training.buckets import BUCKET_MIB
+
 
 @dataclass(frozen=True, slots=True)
 class TrainPlan:
@@ -13,6 +15,7 @@ class TrainPlan:
     `compare_every` steps (0: never) the replicas are compared. Each parameter's optimizer state is on
     `optimizer_copies` ranks, everything else of it as well if `parameter_copies` is given (0: on all). A step
     whose loss or gradient is not finite fails the run or is skipped; either way nothing of it is applied.
+    Gradients are reduced in buckets of `bucket_mib` while backward still runs (0: in one piece after it).
     """
 
     num_steps: int
@@ -29,3 +32,4 @@ class TrainPlan:
     optimizer_copies: int = 0
     parameter_copies: int = 0
     when_not_finite: Literal["fail", "skip"] = "fail"
+    bucket_mib: float = BUCKET_MIB

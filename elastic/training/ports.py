@@ -20,7 +20,7 @@ class Broken(Exception):
         self.why = why
 
 
-class World(Protocol):
+class Collectives(Protocol):
     """The collectives of one generation, blocking; `hosts[rank]` names a rank's machine.
 
     CPU and device tensors are both accepted. Every method raises Broken when the world is over; what a
@@ -46,6 +46,18 @@ class World(Protocol):
 
     def receive(self, tensor: Tensor, source: int) -> None:
         """Receive a tensor of the sent size and dtype."""
+
+
+class World(Collectives, Protocol):
+    """The same, blocking and beside the caller."""
+
+    def beside(self, work: Callable[[], None]) -> None:
+        """Run this work, which uses collectives of this world, beside the caller, after what was put there
+        before. Until `join` the caller uses none itself. Raises nothing.
+        """
+
+    def join(self) -> None:
+        """Wait until all work beside is done."""
 
 
 @dataclass(frozen=True, slots=True)

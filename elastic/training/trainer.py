@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import Loaded, Saver, Share
-from elastic.control.dealing import Dealing, deal, deal_rest
+from elastic.control.dealing import Dealing, deal_rest
 from elastic.control.events import Ending, Event, LossJumped, ReplicaHealed, StepCommitted, StepSkipped
 from elastic.control.guard import LossWatch, why_not_finite
 from elastic.control.standing import BLANK, Standing, settle
@@ -174,7 +174,7 @@ class Trainer:
         """Commit one step, on all ranks or on none; return what the ranks agreed to do after it."""
         started, step = time.perf_counter(), self._standing.committed
         self._standing = Standing(step)  # gradients still held from a lost attempt are given up now
-        dealt = self._dealing or deal(self._plan.virtual_ranks, self._pace.everyones(world.size))
+        dealt = self._dealing or self._pace.deal(self._plan.virtual_ranks, world.size)
 
         def leaf(virtual_rank: int) -> Tensor:
             orders.check(world.generation)  # what is held by now is still good in the world after it

@@ -4,7 +4,7 @@ Leaves are the virtual ranks 0 .. V-1; the node (level l, position k) covers the
 that exist. A node whose right half has no leaves is its left half, so that any V has a tree.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 Sum = TypeVar("Sum")
@@ -20,6 +20,20 @@ class Node(NamedTuple):
     position: int
 
 
+def joins(forest: Container[Node], node: Node, num_leaves: int) -> tuple[list[Node], Node]:
+    """Return the siblings in a forest that a subtree joins, one after another, and what it becomes so."""
+    siblings = []
+    while (1 << node.level) < num_leaves:
+        level, position = node
+        if position % 2 or (position + 1) << level < num_leaves:
+            sibling = Node(level, position ^ 1)
+            if sibling not in forest:
+                break
+            siblings.append(sibling)
+        node = Node(level + 1, position // 2)
+    return siblings, node
+
+
 def grow(
     forest: dict[Node, Sum], node: Node, value: Sum, num_leaves: int, add: Callable[[Sum, Sum], None]
 ) -> None:
@@ -28,17 +42,12 @@ def grow(
     `add(left, right)` adds the right sum to the left one in place. The order in which subtrees come does not
     matter: each addition is that of a node's two halves.
     """
-    while (1 << node.level) < num_leaves:
-        level, position = node
-        if position % 2 or (position + 1) << level < num_leaves:
-            sibling = Node(level, position ^ 1)
-            if sibling not in forest:
-                break
-            other = forest.pop(sibling)
-            left, right = (other, value) if position % 2 else (value, other)
-            add(left, right)
-            value = left
-        node = Node(level + 1, position // 2)
+    siblings, node = joins(forest, node, num_leaves)
+    for sibling in siblings:
+        other = forest.pop(sibling)
+        left, right = (value, other) if sibling.position % 2 else (other, value)
+        add(left, right)
+        value = left
     forest[node] = value
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import _register_process_group
+from torch._C._distributed_c10d import HashStore, _register_process_group
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import GroupName
 from torch.distributed.fsdp import fully_shard
@@ -249,6 +249,6 @@ def _mesh(device_type: str, cut: Cut) -> DeviceMesh:
 @cache  # torch keeps only a weak reference to what is registered
 def _group(cut: Cut) -> tuple[GroupName, dist.ProcessGroup]:
     name = GroupName(f"holdfast shard {cut.index} of {cut.shards}")
-    group = dist.ProcessGroup(dist.HashStore(), cut.index, cut.shards)
+    group = dist.ProcessGroup(HashStore(), cut.index, cut.shards)
     _register_process_group(name, group)
     return name, group

@@ -18,15 +18,13 @@ from typing import Any
 
 import elastic
 from checkpoint import SavePolicy
-from elastic.training.gpt import GPTSettings
 from tests.bench.bench_pipeline import KILL_STEP, torchrun
-from tests.bench.elastic_steady import Plan, step_times
+from tests.bench.figures.steady import overlap, shrunken, steady, straggler
 from tests.bench.harness import Effort, Goal, Row, row
 from tests.fault.elastic_churn import Story
 
 ROOT = Path(__file__).parents[2]
 WORKERS, NUM_STEPS = 4, KILL_STEP + 15
-WAIT_S = 0.04
 POLL_S = 0.005
 
 
@@ -63,7 +61,7 @@ def run(effort: Effort) -> list[Row]:
             peers={"torchrun": median(each.redone_steps for each in peer)},
             goal=Goal("<=", 0),
         ),
-        *_steady_rows(effort),
+        *(each for figure in (steady, overlap, straggler, shrunken) for each in figure(effort)),
     ]
 
 
@@ -114,38 +112,6 @@ def _others_rows(warm: list[Recovery], stopped: list[Recovery], peer_s: float, s
             "s",
             ours=median(each.next_step_s for each in stopped),
             goal=Goal("<=", 0.3 + 5 * step_s),
-        ),
-    ]
-
-
-def _steady_rows(effort: Effort) -> list[Row]:
-    rounds, steps = (2, 2) if effort is Effort.QUICK else (7, 6)
-    times = step_times(Plan(rounds, steps, virtual_ranks=8, settings=GPTSettings()))
-    small = GPTSettings(num_layers=1, width=32, num_heads=2, sequence=16)
-    waits = step_times(Plan(rounds, steps, virtual_ranks=28, settings=small, wait_s=WAIT_S))
-    ideal_s = 28 * WAIT_S / (WORKERS - 0.5)
-    return [
-        row(
-            "step, bitwise, world of 4",
-            "s",
-            ours=times["bitwise"],
-            peers={"DDP": times["DDP"]},
-            goal=Goal("<=", 1.10, of="ratio"),
-        ),
-        row(
-            "step, fast, world of 4",
-            "s",
-            ours=times["fast"],
-            peers={"DDP": times["DDP"]},
-            goal=Goal("<=", 1.03, of="ratio"),
-        ),
-        row(
-            "one of 4 workers at half speed: share of the ideal throughput",
-            "",
-            ours=ideal_s / waits["bitwise"],
-            peers={"DDP": ideal_s / waits["DDP"]},
-            better="higher",
-            goal=Goal(">=", 0.9),
         ),
     ]
 

@@ -4,8 +4,10 @@ The same model, micro-batches, clipping and optimizer; the same sockets' network
 its turn, so whatever else the machine does falls on all of them alike.
 """
 
+import subprocess
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -18,8 +20,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.nn.parallel import DistributedDataParallel
 
-from elastic.runtime.world import Endpoint, Former, Place, open_rendezvous
-from elastic.training.gpt import GPTJob, GPTSettings
+from elastic.runtime.world import Endpoint, Former, Place, World, open_rendezvous
+from elastic.training.buckets import BUCKET_MIB
 from elastic.training.job import Split
 from elastic.training.plan import TrainPlan
 from elastic.training.ports import Flags
@@ -29,33 +31,25 @@ LOOPBACK = "127.0.0.1"
 SIZE, SEED = 4, 0
 TIMEOUT_S = 900
 ENDLESS = 1_000_000
-Way = Literal["bitwise", "fast", "DDP"]
-WAYS: tuple[Way, ...] = ("bitwise", "fast", "DDP")
+Way = Literal["bitwise", "fast", "bitwise, after", "fast, after", "shrunken", "DDP"]
+"""`after`: not overlapping with backward. `shrunken`: bitwise, in a world that has lost its last rank."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is measured: `rounds` of `steps` steps each way; rank 3 waits twice as long as `wait_s` a
-    micro-batch when the others do (0: nobody waits, it is computed).
+    """What is measured: `rounds` of `steps` steps each way, with the job that `job` makes of the seconds that
+    it waits; those of the last rank are `slowness` times as many.
     """
 
     rounds: int
     steps: int
+    ways: tuple[Way, ...]
     virtual_ranks: int
-    settings: GPTSettings
+    job: Callable[[float], Any]
+    settings: Any
     wait_s: float = 0.0
+    slowness: float = 1.0
     micro_batch: int = 2
-
-
-class Waiting(GPTJob):
-    """The shipped job on a machine that is as fast as its wait says."""
-
-    def __init__(self, wait_s: float) -> None:
-        self._wait_s = wait_s
-
-    def loss(self, model: Any, batch: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-        time.sleep(self._wait_s)
-        return super().loss(model, batch, rng)
 
 
 class Attributed(DistributedDataParallel):
@@ -101,55 +95,73 @@ def step_times(plan: Plan) -> dict[Way, float]:
     slowest = [
         (way, max(each[index][1] for each in everyones)) for index, (way, _) in enumerate(everyones[0])
     ]
-    return {way: median(seconds for each, seconds in slowest if each == way) for way in WAYS}
+    return {way: median(seconds for each, seconds in slowest if each == way) for way in plan.ways}
 
 
 def _live(rank: int, plan: Plan, endpoint: Endpoint, told: Any) -> None:
     torch.set_num_threads(1)
-    job = Waiting(plan.wait_s * (2 if rank == SIZE - 1 else 1))
-    device = torch.device("cpu")
-    former = Former(LOOPBACK, device)
-    place = Place(1, rank, ("here",) * SIZE, LOOPBACK)
-    world = former.form(place, endpoint, lambda: True, time.sleep)
-    turns: dict[Way, Any] = {
-        "bitwise": _ours(job, plan, "bitwise", world),
-        "fast": _ours(job, plan, "fast", world),
-    }
-    turns["DDP"] = _ddp(job, plan, rank, endpoint)
-    told.put(list(_measured(turns, plan, world)))
-    world.leave()
-    dist.destroy_process_group()
+    job = plan.job(plan.wait_s * (plan.slowness if rank == SIZE - 1 else 1.0))
+    former = Former(LOOPBACK, torch.device("cpu"))
+    worlds = [_world(former, endpoint, rank, SIZE)]
+    turns: dict[Way, Callable[[int], object]] = {}
+    for way in plan.ways:
+        if way == "DDP":
+            turns[way] = _ddp(job, plan, rank, endpoint)
+        elif way == "shrunken" and rank == SIZE - 1:
+            turns[way] = _start_replacement
+        elif way == "shrunken":
+            worlds.append(_world(former, endpoint, rank, SIZE - 1))
+            turns[way] = _ours(job, plan, way, worlds[-1])
+        else:
+            turns[way] = _ours(job, plan, way, worlds[0])
+    told.put(list(_measured(turns, plan, worlds[0])))
+    for world in worlds:
+        world.leave()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-def _measured(turns: dict[Way, Any], plan: Plan, world: Any) -> Iterator[tuple[Way, float]]:
+def _world(former: Former, endpoint: Endpoint, rank: int, size: int) -> World:
+    return former.form(Place(size, rank, ("here",) * size, LOOPBACK), endpoint, lambda: True, time.sleep)
+
+
+def _measured(
+    turns: dict[Way, Callable[[int], object]], plan: Plan, world: World
+) -> Iterator[tuple[Way, float]]:
     for round_ in range(plan.rounds + 1):
-        for way in WAYS:
+        for way, turn in turns.items():
             world.all_reduce(torch.zeros(1), "sum")
             started = time.perf_counter()
-            turns[way](plan.steps)
+            turn(plan.steps)
             if round_:  # the first one warms up
                 yield way, (time.perf_counter() - started) / plan.steps
 
 
-def _ours(job: GPTJob, plan: Plan, determinism: Literal["bitwise", "fast"], world: Any) -> Any:
+def _start_replacement(_: int) -> None:
+    """Start what a cold replacement starts: an interpreter that imports all that a worker does."""
+    subprocess.Popen([sys.executable, "-c", "import elastic.runtime.worker, elastic.training.gpt"])
+
+
+def _ours(job: Any, plan: Plan, way: Way, world: World) -> Callable[[int], object]:
     training = TrainPlan(
         num_steps=ENDLESS,
         virtual_ranks=plan.virtual_ranks,
         micro_batch=plan.micro_batch,
         seed=SEED,
-        determinism=determinism,
+        determinism="fast" if way.startswith("fast") else "bitwise",
         grad_clip=1.0,
         save_every=ENDLESS,
         source="stdlib",
         run="bench",
         spec_digest="",
+        bucket_mib=0.0 if way.endswith("after") else BUCKET_MIB,
     )
     trainer = Trainer(job, plan.settings, training, member="m", device=torch.device("cpu"), storage=Storage())
     trainer.settle(world)
     return lambda steps: trainer.run(world, StopAfter(steps), lambda _: None)
 
 
-def _ddp(job: GPTJob, plan: Plan, rank: int, endpoint: Endpoint) -> Any:
+def _ddp(job: Any, plan: Plan, rank: int, endpoint: Endpoint) -> Callable[[int], object]:
     store = TCPStore(endpoint.host, endpoint.port, is_master=False)
     dist.init_process_group("gloo", store=PrefixStore("ddp", store), rank=rank, world_size=SIZE)
     split = Split(
@@ -167,7 +179,7 @@ def _ddp(job: GPTJob, plan: Plan, rank: int, endpoint: Endpoint) -> Any:
 class _Ddp:
     """DDP's loop, as its users write it."""
 
-    job: GPTJob
+    job: Any
     dataset: Any
     model: Any
     optimizer: Any

@@ -1,5 +1,6 @@
 """The tiny job of the examples, trained in a world of one: it finds the slope of its line."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,6 +27,11 @@ class Alone:
         out.copy_(mine)
 
     def all_reduce(self, tensor: torch.Tensor, op: str) -> None: ...
+
+    def beside(self, work: Callable[[], None]) -> None:
+        work()
+
+    def join(self) -> None: ...
 
     def send(self, tensor: torch.Tensor, to: int) -> None: ...
 

@@ -19,6 +19,7 @@ CHURN = [
 ]
 
 
+SLOW = [Chapter((0, 1, 2, 3), slow=1)]
 FLIP = [Chapter((0, 1, 2), flipped=1, flips_at=3)]
 
 
@@ -26,7 +27,7 @@ FLIP = [Chapter((0, 1, 2), flipped=1, flips_at=3)]
 def performed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, Diary]]:
     text = tmp_path_factory.mktemp("data") / "text"
     text.write_text("".join(f"{number} is followed by {number + 1}.\n" for number in range(4000)))
-    return perform({**QUIET, "flip": FLIP, "churn": CHURN}, Props(str(text)))
+    return perform({**QUIET, "slow": SLOW, "flip": FLIP, "churn": CHURN}, Props(str(text)))
 
 
 def test_worlds_of_every_size_and_a_world_that_loses_and_gains_members_end_with_the_same_bits(performed):
@@ -50,6 +51,15 @@ def test_survivors_keep_their_state_and_joiners_get_theirs_from_a_peer(performed
     assert performed["churn"][4].sources == ["peer", "self", "self", "self", "self"]
     assert [step for step, _ in performed["churn"][4].steps] == list(range(7, NUM_STEPS + 1))
     assert all(diary.sources[0] == "fresh" for diary in performed["a world of 5"].values() if diary.sources)
+
+
+def test_a_slow_member_computes_less_than_the_others_and_the_bits_stay_the_same(performed):
+    computed = {member: diary.num_losses for member, diary in performed["slow"].items() if diary.num_losses}
+    assert sum(computed.values()) == 8 * NUM_STEPS
+    assert computed[1] < 0.8 * 2 * NUM_STEPS, computed
+    assert {diary.sha256 for diary in performed["slow"].values()} - {""} == {
+        performed["a world of 1"][0].sha256
+    }
 
 
 def test_a_bit_that_flips_in_one_replica_is_found_named_and_healed_by_the_majority(performed):

@@ -25,6 +25,8 @@ from elastic.training.trainer import Storage, Trainer
 LOOPBACK, CPU = "127.0.0.1", torch.device("cpu")
 NUM_STEPS, NUM_MEMBERS = 14, 7
 SETTINGS = GPTSettings(num_layers=2, num_heads=2, width=32, sequence=32, dropout=0.2)
+BUCKETS_MIB = (0.02, 0.0, 4.0)  # stories take turns: their bits must not tell
+SLOW_S = 0.15
 Phase = Literal["leaf", "exchange", "all_gather", "agreement", "agreed", "sharing", "send"]
 
 
@@ -39,6 +41,7 @@ class Chapter:
     phase: Phase = "leaf"
     flipped: int = -1
     flips_at: int = -1
+    slow: int = -1
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,12 @@ class DoomedWorld:
         self._is_agreed = True
         self._doom.comes("agreed")
 
+    def beside(self, work: Callable[[], None]) -> None:
+        self._world.beside(work)
+
+    def join(self) -> None:
+        self._world.join()
+
     def send(self, tensor: torch.Tensor, to: int) -> None:
         self._world.send(tensor, to)
         self._doom.comes("send")
@@ -108,10 +117,14 @@ class DoomedJob(GPTJob):
     """The shipped job, whose process may die in the middle of a micro-batch."""
 
     doom: Doom | None = None
+    wait_s = 0.0
+    num_losses = 0
 
     def loss(self, model: Any, batch: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
         if self.doom is not None:
             self.doom.comes("leaf")
+        time.sleep(self.wait_s)
+        self.num_losses += 1
         return super().loss(model, batch, rng)
 
 
@@ -123,6 +136,7 @@ class Diary:
     steps: list[tuple[int, float]] = field(default_factory=list)
     sha256: str = ""
     state_bytes: int = 0
+    num_losses: int = 0
     healed: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
 
     def write(self, event: Event) -> None:
@@ -166,6 +180,7 @@ def live(
         plan = TrainPlan(
             *(NUM_STEPS, 8, 2, 7, "bitwise", 1.0, 2 if props.store else 5, props.source, "run", ""),
             compare_every=1,
+            bucket_mib=BUCKETS_MIB[first_generation % len(BUCKETS_MIB)],
             optimizer_copies=props.optimizer_copies,
             parameter_copies=props.parameter_copies,
         )
@@ -183,13 +198,13 @@ def live(
 
 def _state_bytes(trainer: Trainer) -> int:
     """Return the bytes of optimizer state that this process holds, if it is sharded."""
-    learner = trainer._learner
-    if isinstance(learner, ShardedLearner):
-        states = learner._learner.optimizer.state
-    elif isinstance(learner, FullyShardedLearner):
-        states = learner.live.learner.optimizer.state
-    else:
-        states = {}
+    match trainer._learner:
+        case ShardedLearner() as learner:
+            states = learner._learner.optimizer.state
+        case FullyShardedLearner() as learner:
+            states = learner.live.learner.optimizer.state
+        case _:
+            return 0
     return sum(local_rows(tensor).nbytes for state in states.values() for tensor in state.values())
 
 
@@ -214,6 +229,7 @@ def play(
             weight[3, 5] ^= 1 << 20
 
     world = former.form(place, endpoint, lambda: True, time.sleep)
+    job.wait_s = SLOW_S if member == chapter.slow else 0.0
     job.doom = Doom(chapter, committed, member == chapter.victim)
     doomed = DoomedWorld(world, job.doom)
     try:
@@ -224,6 +240,7 @@ def play(
         ):
             diary.sha256 = trainer.weights_sha256()
             diary.state_bytes = _state_bytes(trainer)
+            diary.num_losses = job.num_losses
     except Broken as broken:
         broken.__traceback__ = None
     finally:

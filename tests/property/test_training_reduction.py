@@ -1,22 +1,27 @@
 """The sum over virtual ranks: one tree, hence one result to the last bit, whoever holds which leaves."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from elastic.control.dealing import deal, deal_rest
+from elastic.runtime.lane import ThreadLane
 from elastic.training.gradients import GradientRows
 from elastic.training.ports import Broken
 from elastic.training.reduction import PlainReduction, TreeReduction
 from elastic.training.tree import Node, grow, leaves_of, partial_sums
 
-SHAPES = [(3, 5), (7,), (1, 1), (4, 2, 2)]
+SHAPES = [(3, 5), (70,), (1, 1), (4, 20, 2)]
+BUCKETS_MIB = st.sampled_from([0.0, 1e-9, 256 / 2**20, 1.0])
+"""No overlap, the smallest there can be, some, and one."""
 
 
 class ThreadWorld:
@@ -25,6 +30,16 @@ class ThreadWorld:
     def __init__(self, rank: int, size: int, board: dict[Any, Any], barrier: threading.Barrier) -> None:
         self.generation, self.rank, self.size, self.hosts = 1, rank, size, ("here",) * size
         self._board, self._barrier = board, barrier
+        self._lane = ThreadLane()
+
+    def beside(self, work: Callable[[], None]) -> None:
+        self._lane.start(work)
+
+    def join(self) -> None:
+        self._lane.join()
+
+    def leave(self) -> None:
+        self._lane.close()
 
     def exchange(self, send: Sequence[Tensor | None], receive: Sequence[Tensor | None]) -> None:
         self._post({(self.rank, peer): tensor for peer, tensor in enumerate(send) if tensor is not None})
@@ -78,27 +93,28 @@ def even(num_leaves: int, size: int) -> tuple[tuple[int, ...], ...]:
     return deal(num_leaves, (0.0,) * size)
 
 
+def backward(model: Parameters, leaf: int) -> Tensor:
+    """Give every parameter its gradient of a leaf, as the backward of a loss does; return the loss."""
+    gradients = zip(model.all, leaf_gradients(leaf), strict=True)
+    sum((parameter * gradient).sum() for parameter, gradient in gradients).backward()
+    return torch.tensor(1.5 * leaf)
+
+
 def reduced(
-    reduction_class: type, dealt: Sequence[Sequence[int]], num_leaves: int
+    reduction_class: type, dealt: Sequence[Sequence[int]], num_leaves: int, bucket_mib: float = 0.0
 ) -> list[tuple[float, Tensor]]:
     """Return every rank's mean loss and its gradient, flat, as the optimizer would see it."""
     board: dict[Any, Any] = {}
-    barrier = threading.Barrier(len(dealt), timeout=20)
+    barrier = threading.Barrier(len(dealt), timeout=5)
 
     def one_rank(rank: int) -> tuple[float, Tensor]:
         model = Parameters()
-        reduction = reduction_class(GradientRows(model, num_leaves))
-
-        def compute(leaf: int) -> Tensor:
-            for parameter, gradient in zip(model.all, leaf_gradients(leaf), strict=True):
-                assert parameter.grad is not None
-                parameter.grad.add_(gradient)
-            return torch.tensor(1.5 * leaf)
-
-        loss = 0.0
-        for _ in range(2):  # the second time over memory that is dirty from the first
+        reduction = reduction_class(GradientRows(model, num_leaves), bucket_mib)
+        world, loss = ThreadWorld(rank, len(dealt), board, barrier), 0.0
+        for _ in range(2):  # the second time over memory that is dirty from the first, and overlapping
             reduction.forget()
-            loss = reduction.reduce(ThreadWorld(rank, len(dealt), board, barrier), dealt, compute)
+            loss = reduction.reduce(world, dealt, partial(backward, model))
+        world.leave()
         return loss, torch.cat([parameter.grad.flatten() for parameter in model.all])
 
     with ThreadPoolExecutor(len(dealt)) as pool:
@@ -123,13 +139,13 @@ def dealings(draw: st.DrawFn) -> tuple[int, list[list[int]]]:
 
 
 @settings(max_examples=60)
-@given(dealings())
-def test_every_dealing_gives_every_rank_the_bits_of_the_recursive_tree(dealing):
+@given(dealings(), BUCKETS_MIB)
+def test_every_dealing_in_any_buckets_gives_every_rank_the_bits_of_the_recursive_tree(dealing, bucket_mib):
     num_leaves, dealt = dealing
     leaves = [torch.cat([each.flatten() for each in leaf_gradients(leaf)]) for leaf in range(num_leaves)]
     top = 1 << (num_leaves - 1).bit_length()
     expected = tree_sum(leaves, 0, top) / num_leaves
-    for loss, gradient in reduced(TreeReduction, dealt, num_leaves):
+    for loss, gradient in reduced(TreeReduction, dealt, num_leaves, bucket_mib):
         assert gradient.numpy().tobytes() == expected.numpy().tobytes()
         assert loss == reduced(TreeReduction, [range(num_leaves)], num_leaves)[0][0]
 
@@ -145,9 +161,10 @@ def test_worlds_of_one_to_five_agree_bit_for_bit_at_eight_virtual_ranks():
 
 def test_the_plain_reduction_gives_the_same_mean_but_for_rounding():
     ((loss, tree),) = reduced(TreeReduction, even(8, 1), 8)
-    for plain_loss, plain in reduced(PlainReduction, even(8, 3), 8):
-        assert plain_loss == loss
-        torch.testing.assert_close(plain, tree, rtol=1e-4, atol=1e-4 * float(tree.abs().max()))
+    for bucket_mib in (0.0, 256 / 2**20):
+        for plain_loss, plain in reduced(PlainReduction, even(8, 3), 8, bucket_mib):
+            assert plain_loss == loss
+            torch.testing.assert_close(plain, tree, rtol=1e-4, atol=1e-4 * float(tree.abs().max()))
 
 
 @given(st.integers(1, 300), st.data())
@@ -185,7 +202,7 @@ class BrokenWorld(ThreadWorld):
         self._at = at
 
     def exchange(self, send: Sequence[Tensor | None], receive: Sequence[Tensor | None]) -> None:
-        if self._at == "exchange":
+        if self._at in ("fold", "exchange"):
             raise Broken(1, "a peer died")
         for tensor in receive:
             if tensor is not None:
@@ -213,35 +230,37 @@ def test_a_step_that_a_death_interrupted_keeps_what_survived_and_comes_to_the_sa
                 raise Broken(1, "a newer world was ordered")
             limit -= 1
             computed.append(leaf)
-            for parameter, gradient in zip(model.all, leaf_gradients(leaf), strict=True):
-                parameter.grad.add_(gradient)
-            return torch.tensor(1.5 * leaf)
+            return backward(model, leaf)
 
         return compute
 
     models = [Parameters() for _ in range(size)]
-    reductions = [TreeReduction(GradientRows(model, num_leaves)) for model in models]
+    bucket_mib = data.draw(BUCKETS_MIB)
+    reductions = [TreeReduction(GradientRows(model, num_leaves), bucket_mib) for model in models]
+    for reduction, model in zip(reductions, models, strict=True):  # a step before, which teaches
+        reduction.reduce(
+            ThreadWorld(0, 1, {}, threading.Barrier(1)), [range(num_leaves)], partial(backward, model)
+        )
+        reduction.forget()
     for rank in range(size):
         limit = data.draw(st.integers(0, len(dealt[rank]))) if at == "fold" else num_leaves
-        try:
-            compute = compute_for(models[rank], limit)
-            reductions[rank].fold(dealt[rank], compute)
-            if at != "fold":
-                reductions[rank].reduce(BrokenWorld(rank, size, at), dealt, compute)
-        except Broken:
-            continue
+        world = BrokenWorld(rank, size, at)
+        with pytest.raises(Broken):
+            reductions[rank].reduce(world, dealt, compute_for(models[rank], limit))
+        world.leave()
     survivors = [rank for rank in range(size) if rank != dead]
     kept = [leaf for rank in survivors for leaf in reductions[rank].held()]
     again = deal_rest(num_leaves, [reductions[rank].held() for rank in survivors])
     assert sorted(leaf for hand in again for leaf in hand) == list(range(num_leaves))
     computed.clear()
     board: dict[Any, Any] = {}
-    barrier = threading.Barrier(len(survivors), timeout=20)
+    barrier = threading.Barrier(len(survivors), timeout=5)
 
     def finish(place: int) -> bytes:
         rank = survivors[place]
         world = ThreadWorld(place, len(survivors), board, barrier)
         reductions[rank].reduce(world, again, compute_for(models[rank], num_leaves))
+        world.leave()
         return torch.cat([parameter.grad.flatten() for parameter in models[rank].all]).numpy().tobytes()
 
     with ThreadPoolExecutor(len(survivors)) as pool:

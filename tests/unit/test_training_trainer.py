@@ -3,6 +3,7 @@
 import gc
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -55,6 +56,11 @@ class WorldOfOne:
             except RuntimeError as error:
                 raise Broken(self.generation, str(error)) from None
         self.num_agreements += 1
+
+    def beside(self, work: Callable[[], None]) -> None:
+        work()
+
+    def join(self) -> None: ...
 
     def send(self, tensor: Tensor, to: int) -> None: ...
 
