@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import GroupName
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils._pytree import tree_map_only
 
 from elastic.control.resharding import Cut
 from elastic.errors import JobRejected
@@ -109,6 +110,7 @@ class Mould:
         mesh = _mesh(device.type, cut)
         parts = [*_layers(model), model]
         for part in parts:
+            part.register_forward_hook(_own_memory)
             fully_shard(part, mesh=mesh, ignored_params=whole)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         if len(names) != len(self.parameters):
@@ -159,6 +161,11 @@ class _Scattering(_Communication):
         del group, op, async_op
         output_tensor.zero_()
         self._collect(input_tensor)
+
+
+def _own_memory(_module: nn.Module, _given: object, output: Any) -> Any:
+    """Let a unit return no views: torch would lose its hook on one that is changed in place afterwards."""
+    return tree_map_only(Tensor, lambda each: each.clone() if each._is_view() else each, output)
 
 
 def _trained(part: Any, names: Mapping[int, str]) -> list[str]:
