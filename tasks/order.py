@@ -37,6 +37,7 @@ def to_order(run: Run) -> elastic.TrainOrder:
             grad_clip=spec.training.grad_clip,
             compare_every=spec.recovery.compare_every,
             optimizer_copies=spec.training.optimizer_copies,
+            parameter_copies=spec.training.parameter_copies,
             when_not_finite=spec.training.when_not_finite,
             bucket_mib=spec.training.bucket_mib,
         ),

@@ -91,6 +91,14 @@ class TrainingSpec(_Section):
         description="Shard the optimizer (ZeRO, stage 1): its state of each parameter is on so many workers, "
         "so that one less may be lost at once without loss of a step; 0: every worker holds all of it.",
     )
+    parameter_copies: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Shard parameters, gradients and optimizer (FSDP2): each shard is on so many workers "
+        "(2 or more: replicas x shards, HSDP), so that one less may be lost at once without loss of a step; "
+        "0: every worker holds all.",
+    )
     when_not_finite: Literal["fail", "skip"] = Field(
         default="fail",
         description="A step with an infinite or undefined loss or gradient is never applied. "
@@ -307,6 +315,11 @@ def _disagreements(spec: RunSpec) -> list[str]:
     if world.min_workers > world.workers:
         mistakes.append(
             f"world.min_workers = {world.min_workers} is more than world.workers = {world.workers}; lower it"
+        )
+    if training.optimizer_copies and training.parameter_copies:
+        mistakes.append(
+            f"training.parameter_copies = {training.parameter_copies} shards the optimizer as well; "
+            "set training.optimizer_copies = 0"
         )
     mistakes += _memory_mistakes(spec.checkpoint)
     for index, fault in enumerate(spec.drill.faults):

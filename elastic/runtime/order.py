@@ -78,6 +78,7 @@ class TrainingOrder:
     grad_clip: float | None
     compare_every: int = 0
     optimizer_copies: int = 0
+    parameter_copies: int = 0
     when_not_finite: Literal["fail", "skip"] = "fail"
     bucket_mib: float = 4.0
 

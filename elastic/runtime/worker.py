@@ -55,9 +55,9 @@ from elastic.runtime.preemption import heed_sigterm
 from elastic.runtime.world import Former, Place, World
 from elastic.training.blame import UserFailure, explain, is_out_of_memory
 from elastic.training.job import load_job, load_settings
+from elastic.training.plan import TrainPlan
 from elastic.training.ports import Broken
-from elastic.training.state import weights_sha256
-from elastic.training.trainer import Storage, Trainer, TrainPlan
+from elastic.training.trainer import Storage, Trainer
 
 log = logging.getLogger("holdfast.worker")
 IDLE_LEASE_S = 10.0  # of a keeper without workers that holds nothing: enough for a replaced one to find it
@@ -200,7 +200,7 @@ class Member:
             Settled(member, world.generation, settled.step, settled.source, settled.seconds, settled.note)
         )
         ending = trainer.run(world, self._mailbox, self._outbox.put)
-        sha256 = "" if ending is Ending.REGROUP else weights_sha256(trainer.model)
+        sha256 = "" if ending is Ending.REGROUP else trainer.weights_sha256()
         return MemberEnded(member, world.generation, trainer.standing.committed, ending, sha256)
 
 
@@ -249,6 +249,7 @@ def _trainer(assignment: Assignment, saver: Saver, device: torch.device, neighbo
         spec_digest=order.spec_digest,
         compare_every=training.compare_every,
         optimizer_copies=training.optimizer_copies,
+        parameter_copies=training.parameter_copies,
         when_not_finite=training.when_not_finite,
         bucket_mib=training.bucket_mib,
     )

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from elastic.errors import JobRejected
+from elastic.training.ports import Broken
 
 _NO_MEMORY = "DefaultCPUAllocator"
 _HARDWARE = (
@@ -43,11 +44,11 @@ class MachineFailure(Exception):
 def blaming_the_job(step: int, virtual_rank: int = -1) -> Iterator[None]:
     """Turn whatever the job's code raises into UserFailure, or into MachineFailure for a fault of hardware.
 
-    No world is asked inside: nothing is Broken.
+    Inside of a sharded model a world may break.
     """
     try:
         yield
-    except (JobRejected, UserFailure):
+    except (Broken, JobRejected, UserFailure):
         raise
     except Exception as error:  # noqa: BLE001  (this is the border to the user's code)
         if is_of_the_machine(error):

@@ -23,6 +23,7 @@ class Pace:
         self._everyones: tuple[float, ...] = ()
         self._dealing: Dealing | None = None
         self._since: float | None = None
+        self._waited_s = 0.0
 
     @property
     def mine_us(self) -> int:
@@ -34,11 +35,22 @@ class Pace:
         """Measure one virtual rank's forward and backward; on a device, until they are done."""
         started = time.perf_counter()
         self._since = started if self._mine_s else None  # the first one may compile, or warm up a device
+        self._waited_s = 0.0
         yield
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         self._since = None
-        self.note(time.perf_counter() - started)
+        self.note(time.perf_counter() - started - self._waited_s)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Leave out of what is measured that other ranks are waited for."""
+        since, started = self._since, time.perf_counter()
+        self._since = None
+        yield
+        waited_s = time.perf_counter() - started
+        self._waited_s += waited_s
+        self._since = None if since is None else since + waited_s
 
     def note(self, seconds: float) -> None:
         """Take note of how long a virtual rank took."""

@@ -5,7 +5,7 @@ parameters, the same bits on every rank. The sum overlaps with the backward of e
 that has completed of the gradients, bucket by bucket, is on its way already.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from math import inf
 from typing import Protocol
@@ -20,6 +20,8 @@ from elastic.training.tree import Node, grow, joins, leaves_of, partial_sums
 
 Compute = Callable[[int], Tensor]
 """Runs forward and backward of a virtual rank, adding to the bound gradients, and returns its loss."""
+
+ALIGNED_BYTES = 64
 
 Dealt = Sequence[Sequence[int]]
 """`dealt[rank]` are the virtual ranks of each rank, in order."""
@@ -238,6 +240,18 @@ REDUCTIONS: Mapping[str, Callable[[GradientRows, float], Reduction]] = {
 """Of each determinism."""
 
 
+def norm_of(gradients: Iterable[Tensor]) -> Tensor:
+    """Return the Euclidean norm of all gradients together: the same bits however they lie in memory."""
+    norms = torch.stack([torch.linalg.vector_norm(_aligned(gradient.flatten())) for gradient in gradients])
+    return norms.double().square().sum().sqrt().float()
+
+
+def _aligned(gradient: Tensor) -> Tensor:
+    """Return a copy where a device's kernel would add in another order for the place in memory."""
+    is_aligned = gradient.device.type == "cpu" or gradient.data_ptr() % ALIGNED_BYTES == 0
+    return gradient if is_aligned else gradient.clone()
+
+
 def _start_nothing(*_: object) -> None:
     """Other leaves of this rank follow: nothing is complete yet."""
 
@@ -269,8 +283,7 @@ def _mean_loss(rows: GradientRows, reduced: Tensor) -> float:
 def _clip(rows: GradientRows, reduced: Tensor | None, largest_norm: float) -> float:
     if reduced is None:
         raise RuntimeError("there is no reduced gradient to clip")
-    gradient = rows.gradient(reduced)
-    norm = torch.linalg.vector_norm(gradient)
+    norm = norm_of(reduced[place] for place in rows.places)
     if largest_norm < inf:
-        gradient.mul_((largest_norm / (norm + 1e-6)).clamp(max=1.0))
+        rows.gradient(reduced).mul_((largest_norm / (norm + 1e-6)).clamp(max=1.0))
     return float(norm)

@@ -27,10 +27,12 @@ class Comparison:
 def compare(world: World, state: Any) -> Comparison:
     """Compare the replicas of a state over all ranks of a world. Raises Broken."""
     tensors = flatten_state(state).tensors
-    mine = torch.tensor([fingerprint_tensor(tensor) - _SIGN for tensor in tensors.values()])
+    mine = torch.tensor(
+        [fingerprint_tensor(tensor) - _SIGN for tensor in tensors.values()], dtype=torch.int64
+    )
     everyones = torch.empty(world.size * len(mine), dtype=torch.int64)
     world.all_gather(everyones, mine)
-    fingerprints = everyones.view(world.size, -1).tolist()
+    fingerprints = everyones.view(world.size, len(mine)).tolist()
     verdict = judge(fingerprints)
     if verdict.source is None:
         return Comparison(verdict)

@@ -107,6 +107,10 @@ class ShardedLearner:
         tree = self._learner.tree(step)
         return {**tree, "optimizer": {**tree["optimizer"], "state": {}}, "held": []}
 
+    def weights_sha256(self) -> str:
+        """Hash the model."""
+        return self._learner.weights_sha256()
+
     def shares(self, step: int) -> dict[str, Any]:
         """Return the whole state, as far as it is here; what is elsewhere is named.
 

@@ -1,11 +1,11 @@
 """What a training step changes: model, optimizer and schedule; live, and as a plain nested state."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from checkpoint import Mismatch
@@ -21,19 +21,23 @@ class StateLost(Exception):
     """No rank of a world has some of the state: it has to come from a checkpoint."""
 
 
+def first_model(job: Job, settings: Any, seed: int) -> nn.Module:
+    """Make a job's model on the CPU, initialised from the seed."""
+    with keyed(seed_for(seed, INITIAL, INITIAL), torch.device("cpu")):
+        return job.model(settings).train()
+
+
 class Learner:
-    """A model with its optimizer and schedule, freshly initialised from the seed.
+    """A model with its optimizer and schedule.
 
     As a state it is `{"model": {name: tensor}, "optimizer": {"state": {parameter: {...}}, "groups": [...]},
     "schedule": ..., "cursor": {"step": n}, "seed": seed}`: names, never positions.
     """
 
-    def __init__(self, job: Job, settings: Any, seed: int, num_steps: int, device: torch.device) -> None:
-        self._seed = seed
-        with keyed(seed_for(seed, INITIAL, INITIAL), torch.device("cpu")):
-            self.model: nn.Module = job.model(settings)
-        self.model.to(device).train()
-        self.optimizer: Optimizer = job.optimizer(self.model)
+    def __init__(self, job: Job, model: nn.Module, seed: int, num_steps: int) -> None:
+        self.seed = seed
+        self.model = model
+        self.optimizer: Optimizer = job.optimizer(model)
         schedule = getattr(job, "schedule", None)
         self._schedule = schedule(self.optimizer, num_steps) if schedule is not None else None
         self._names = {id(parameter): name for name, parameter in self.model.named_parameters()}
@@ -71,14 +75,21 @@ class Learner:
 
     def tree(self, step: int) -> dict[str, Any]:
         """Return the state after `step` committed steps. Its tensors are the live ones."""
+        return {"model": dict(self.model.state_dict()), **self.tree_without_model(step)}
+
+    def tree_without_model(self, step: int) -> dict[str, Any]:
+        """Return the same without the model."""
         state = {self._names[id(parameter)]: dict(kept) for parameter, kept in self.optimizer.state.items()}
         return {
-            "model": dict(self.model.state_dict()),
             "optimizer": {"state": state, "groups": self._groups()},
             "schedule": self._schedule.state_dict() if self._schedule is not None else None,
             "cursor": {"step": step},
-            "seed": self._seed,
+            "seed": self.seed,
         }
+
+    def weights_sha256(self) -> str:
+        """Hash the model."""
+        return weights_sha256(self.model)
 
     def shares(self, step: int) -> dict[str, Any]:
         """Return the same, to be saved: every rank gives all of it."""
@@ -89,8 +100,15 @@ class Learner:
 
         Raises Mismatch, having changed nothing, if it is not this training's.
         """
-        self._check(tree)
+        check_origin(tree, self.seed)
+        check_model(self.model.state_dict(), tree["model"])
+        self._check_kind(tree)
         load_model(self.model, tree["model"])
+        return self.load_without_model(tree)
+
+    def load_without_model(self, tree: Mapping[str, Any]) -> int:
+        """Take over all but the model. Raises Mismatch, having changed nothing, for another training's."""
+        self._check_kind(tree)
         positions: dict[str, int] = {}
         groups = []
         for group in tree["optimizer"]["groups"]:
@@ -108,15 +126,7 @@ class Learner:
             for group in self.optimizer.param_groups
         ]
 
-    def _check(self, tree: Mapping[str, Any]) -> None:
-        if missing := sorted({"model", "optimizer", "schedule", "cursor", "seed"} - set(tree)):
-            raise Mismatch(f"the checkpoint is not one of a training: it has no {missing[0]!r}")
-        if tree["seed"] != self._seed:
-            raise Mismatch(
-                f"the checkpoint was trained with seed {tree['seed']}, this run has {self._seed}: set "
-                f"training.seed = {tree['seed']}"
-            )
-        check_model(self.model, tree["model"])
+    def _check_kind(self, tree: Mapping[str, Any]) -> None:
         ours = [group["params"] for group in self._groups()]
         theirs = [list(group["params"]) for group in tree["optimizer"]["groups"]]
         if ours != theirs:
@@ -131,15 +141,26 @@ class Learner:
             )
 
 
-def load_model(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+def check_origin(tree: Mapping[str, Any], seed: int) -> None:
+    """Raise Mismatch unless a state is one of a training with this seed."""
+    if missing := sorted({"model", "optimizer", "schedule", "cursor", "seed"} - set(tree)):
+        raise Mismatch(f"the checkpoint is not one of a training: it has no {missing[0]!r}")
+    if tree["seed"] != seed:
+        raise Mismatch(
+            f"the checkpoint was trained with seed {tree['seed']}, this run has {seed}: set "
+            f"training.seed = {tree['seed']}"
+        )
+
+
+def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy a state's tensors into the model. Raises Mismatch if they are another model's."""
-    check_model(model, tensors)
+    check_model(model.state_dict(), tensors)
     model.load_state_dict(dict(tensors))
 
 
-def check_model(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise Mismatch, naming the first differences, unless names, shapes and dtypes are this model's."""
-    ours = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+def check_model(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raise Mismatch, naming the first differences, unless names, shapes and dtypes are this state's."""
+    ours = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
     theirs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if different:
@@ -155,12 +176,19 @@ def check_model(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def weights_sha256(model: nn.Module) -> str:
     """Hash a model's state: names in order, dtypes, shapes, bytes. What two names share counts once."""
+    return tensors_sha256(model.state_dict(), lambda _, tensor: tensor)
+
+
+def tensors_sha256(state: Mapping[str, Tensor], whole: Callable[[str, Tensor], Tensor]) -> str:
+    """Hash a model's state; `whole` returns the tensor of a name with all its values."""
     digest = hashlib.sha256()
     seen = set()
-    for name, tensor in sorted(model.state_dict().items()):
-        identity = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else id(tensor)
+    for name, shared in sorted(state.items()):
+        has_memory = shared.numel() and not shared.is_meta
+        identity = (shared.data_ptr(), shared.shape, shared.stride()) if has_memory else id(shared)
         if identity not in seen:
             seen.add(identity)
+            tensor = whole(name, shared)
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -16,51 +16,21 @@ from elastic.control.guard import LossWatch, why_not_finite
 from elastic.control.standing import BLANK, Standing, settle
 from elastic.errors import JobRejected
 from elastic.training.blame import UserFailure, blaming_the_job
-from elastic.training.buckets import BUCKET_MIB
 from elastic.training.exchange import gather_standings
-from elastic.training.gradients import GradientRows
 from elastic.training.handover import Parcel, accept, hand_over
 from elastic.training.job import Job, Split
+from elastic.training.layout import lay_out
 from elastic.training.pace import Pace
+from elastic.training.plan import TrainPlan
 from elastic.training.ports import Broken, Emit, Flags, Orders, World
 from elastic.training.randomness import keyed, make_deterministic, seed_for
-from elastic.training.reduction import REDUCTIONS
 from elastic.training.replicas import compare
 from elastic.training.saving import Snapshots
-from elastic.training.sharding import ShardedLearner
-from elastic.training.state import Learner, StateLost
+from elastic.training.state import Learner, StateLost, first_model
 
 FINAL_DRAIN_S = 600.0
 _DRAIN_POLL_S = 0.2
 Source = Literal["fresh", "self", "peer", "store"]
-
-
-@dataclass(frozen=True, slots=True)
-class TrainPlan:
-    """What a run computes: a function of these values and the data, whoever computes it.
-
-    `micro_batch` samples are a virtual rank's share of a step; `grad_clip` is the largest gradient norm
-    (None: any); a checkpoint is taken every `save_every` steps and at the end. `source` names the data. Every
-    `compare_every` steps (0: never) the replicas are compared. Each parameter's optimizer state is on
-    `optimizer_copies` ranks (0: on all). A step whose loss or gradient is not finite fails the run or is
-    skipped; either way nothing of it is applied. Gradients are reduced in buckets of `bucket_mib` while
-    backward still runs (0: in one piece after it).
-    """
-
-    num_steps: int
-    virtual_ranks: int
-    micro_batch: int
-    seed: int
-    determinism: Literal["bitwise", "fast"]
-    grad_clip: float | None
-    save_every: int
-    source: str
-    run: str
-    spec_digest: str
-    compare_every: int = 0
-    optimizer_copies: int = 0
-    when_not_finite: Literal["fail", "skip"] = "fail"
-    bucket_mib: float = BUCKET_MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,18 +76,18 @@ class Trainer:
         split = Split(
             name="train", source=plan.source, seed=plan.seed, micro_batch=plan.micro_batch, settings=settings
         )
+        self._pace = Pace(device)
+        self._settings = settings
         with blaming_the_job(0):
             self._dataset = job.dataset(split)
-            learner = Learner(job, settings, plan.seed, plan.num_steps, device)
-        copies = plan.optimizer_copies
-        self._learner = ShardedLearner(learner, copies, device) if copies else learner
-        rows = GradientRows(learner.model, plan.virtual_ranks)
-        self._reduction = REDUCTIONS[plan.determinism](rows, plan.bucket_mib)
+            learner = self._first_learner()
+        self._learner, self._reduction = lay_out(
+            learner, self._learner_of, plan, device=device, waiting=self._pace.waiting
+        )
         self._restore = storage.restore
         self._snapshots = Snapshots(storage.saver, member, _meta(job, plan))
         self._standing = Standing(BLANK)
         self._attempt = _Attempt()
-        self._pace = Pace(device)
         self._dealing: Dealing | None = None  # of the step that a lost rank interrupted
         self._loss_watch = LossWatch()
         self._num_tokens = 0
@@ -137,6 +107,10 @@ class Trainer:
     def model(self) -> nn.Module:
         """The model, as of the last committed step."""
         return self._learner.model
+
+    def weights_sha256(self) -> str:
+        """Hash the model as of the last committed step; all ranks of a world have to. Raises Broken."""
+        return self._learner.weights_sha256()
 
     def save_alone(self, generation: int, host: str) -> bool:
         """Save the whole state as a world of one; return whether it became durable."""
@@ -170,6 +144,14 @@ class Trainer:
             generation, why = broken.generation, broken.why
         del world
         raise Broken(generation, why)
+
+    def _first_learner(self) -> Learner:
+        """Make the state that the seed gives."""
+        model = first_model(self._job, self._settings, self._plan.seed)
+        return self._learner_of(model if self._plan.parameter_copies else model.to(self._device))
+
+    def _learner_of(self, model: nn.Module) -> Learner:
+        return Learner(self._job, model, self._plan.seed, self._plan.num_steps)
 
     def _train(self, world: World, orders: Orders, emit: Emit) -> Ending:
         if self._is_save_point():
@@ -339,6 +321,8 @@ class Trainer:
         """Make the first state: the newest checkpoint if there is one, else what the seed gave."""
         loaded = self._restore() if self._restore is not None else None
         if loaded is None:
+            if self._attempt.generation:  # what was learned since is not the first state any more
+                self._learner.load(self._first_learner().tree(0))
             self._standing = Standing(0)
             return Parcel(None, "fresh")
         self._take_over(loaded.state)

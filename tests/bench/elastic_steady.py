@@ -23,8 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from elastic.runtime.world import Endpoint, Former, Place, World, open_rendezvous
 from elastic.training.buckets import BUCKET_MIB
 from elastic.training.job import Split
+from elastic.training.plan import TrainPlan
 from elastic.training.ports import Flags
-from elastic.training.trainer import Storage, Trainer, TrainPlan
+from elastic.training.trainer import Storage, Trainer
 
 LOOPBACK = "127.0.0.1"
 SIZE, SEED = 4, 0

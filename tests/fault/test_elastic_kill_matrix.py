@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -15,7 +15,24 @@ from tests.fault.elastic_orders import sized, tiny_order
 from tests.integration.drivers import Drive, driving, finish, kill_group, kill_ray
 
 ENDLESS = 1_000_000
-WORKERS = 3
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the state lies on the workers."""
+
+    workers: int = 3
+    optimizer_copies: int = 0
+    parameter_copies: int = 0
+
+
+REPLICATED = Layout()
+# Two workers die in some rows before the state has its copies again.
+LAYOUTS = {
+    "replicas": REPLICATED,
+    "sharded optimizer": Layout(workers=4, optimizer_copies=3),
+    "sharded parameters": Layout(workers=6, parameter_copies=3),
+}
 # Each row strikes at once: the first death makes the others' phases come.
 IN_A_STEP = {
     "in forward": [Doom("forward", "Tiny.forward")],
@@ -43,14 +60,19 @@ FEW = ("in backward", "inside the reduction", "between agreement and step", "whi
 class Victims:
     """A run with standbys, whose phases are made deadly one after the other."""
 
-    def __init__(self, directory: Path, drive: Drive, rows: dict[str, list[Doom]]) -> None:
+    def __init__(
+        self, directory: Path, drive: Drive, rows: dict[str, list[Doom]], layout: Layout = REPLICATED
+    ) -> None:
         self.marks = directory / "marks"
         self.marks.mkdir()
         dooms = tuple(doom for row in rows.values() for doom in row)
         settings = Settings(pause_s=0.005, marks=str(self.marks), dooms=(*dooms, RESTORE))
         order = tiny_order(directory, "doomed", settings, num_steps=ENDLESS)
-        order = replace(order, checkpoint=replace(order.checkpoint, every_steps=10))
-        self.order = sized(order, WORKERS, standbys=2)
+        training = replace(
+            order.training, optimizer_copies=layout.optimizer_copies, parameter_copies=layout.parameter_copies
+        )
+        order = replace(order, training=training, checkpoint=replace(order.checkpoint, every_steps=10))
+        self.order, self._workers = sized(order, layout.workers, standbys=2), layout.workers
         self.story = Story(self.order.run_dir)
         self._drive = drive
         self.driver = drive(self.order)
@@ -72,7 +94,7 @@ class Victims:
         """Whether a full world trains, with a standby beside it."""
         idle = self.story.pids.keys() - self.story.gone - self.story.holders
         living = self.story.holders - self.story.gone
-        return len(living) == WORKERS and len(idle) >= 1 and self.story.newest_settled
+        return len(living) == self._workers and len(idle) >= 1 and self.story.newest_settled
 
     def meet(self, name: str, row: list[Doom]) -> None:
         """Let a phase be deadly, and wait until the run has got over it."""
@@ -181,11 +203,25 @@ def test_after_the_raylet_of_the_drivers_host_was_killed_the_driver_goes_on_with
     assert_nobody_can_tell(tmp_path, report)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_kill_among_sharded_parameters_loses_no_step_and_changes_no_bit(tmp_path: Path) -> None:
+    rows = {name: IN_A_STEP[name] for name in FEW if name in IN_A_STEP}
+    with driving(tmp_path) as drive:
+        victims = Victims(tmp_path, drive, rows, Layout(workers=4, parameter_copies=2))
+        for name, row in rows.items():
+            victims.meet(name, row)
+        report = victims.end()
+    assert report.redone_steps == 0
+    assert_nobody_can_tell(tmp_path, report)
+
+
 @pytest.mark.soak
-def test_a_kill_at_any_phase_whatever_changes_no_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_kill_at_any_phase_whatever_changes_no_bit(tmp_path: Path, layout: str) -> None:
     rows = {**IN_A_STEP, **AFTER_A_DEATH}
     with driving(tmp_path) as drive:
-        victims = Victims(tmp_path, drive, rows)
+        victims = Victims(tmp_path, drive, rows, LAYOUTS[layout])
         for name, row in rows.items():
             victims.meet(name, row)
         kill_keeper(victims)

@@ -8,8 +8,9 @@ import torch
 
 from elastic.control.events import Ending
 from elastic.training.job import load_job, load_settings
+from elastic.training.plan import TrainPlan
 from elastic.training.ports import Flags
-from elastic.training.trainer import Storage, Trainer, TrainPlan
+from elastic.training.trainer import Storage, Trainer
 
 PATH = "examples.tiny_job:LineJob"
 

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.queues import Queue
@@ -14,11 +14,13 @@ import torch
 from checkpoint import Catalog, LocalHost, Saver, load, open_store
 from elastic.control.events import Ending, Event, ReplicaHealed, StepCommitted
 from elastic.runtime.world import Endpoint, Former, Place, World, open_rendezvous
+from elastic.training.fully_sharded import FullyShardedLearner
 from elastic.training.gpt import GPTJob, GPTSettings
+from elastic.training.holdings import local_rows
+from elastic.training.plan import TrainPlan
 from elastic.training.ports import Broken, Flags
 from elastic.training.sharding import ShardedLearner
-from elastic.training.state import weights_sha256
-from elastic.training.trainer import Storage, Trainer, TrainPlan
+from elastic.training.trainer import Storage, Trainer
 
 LOOPBACK, CPU = "127.0.0.1", torch.device("cpu")
 NUM_STEPS, NUM_MEMBERS = 14, 7
@@ -51,6 +53,7 @@ class Props:
 
     source: str
     optimizer_copies: int = 0
+    parameter_copies: int = 0
     store: str | None = None
 
 
@@ -162,18 +165,24 @@ class Boundary:
 
 
 def live(
-    member: int, stories: dict[str, list[Chapter]], endpoint: Endpoint, props: Props, told: "Queue[Any]"
+    member: int,
+    stories: dict[str, list[Chapter]],
+    endpoint: Endpoint,
+    props_of: Mapping[str, Props],
+    told: "Queue[Any]",
 ) -> None:
     """Live through every story, telling what became of each."""
     torch.set_num_threads(1)
     former = Former(LOOPBACK, CPU)
     first_generation = 1
     for name, chapters in stories.items():
+        props = props_of[name]
         plan = TrainPlan(
             *(NUM_STEPS, 8, 2, 7, "bitwise", 1.0, 2 if props.store else 5, props.source, "run", ""),
             compare_every=1,
             bucket_mib=BUCKETS_MIB[first_generation % len(BUCKETS_MIB)],
             optimizer_copies=props.optimizer_copies,
+            parameter_copies=props.parameter_copies,
         )
         job, diary = DoomedJob(), Diary()
         storage = _storage(props.store, name, str(member)) if props.store else Storage()
@@ -188,9 +197,15 @@ def live(
 
 
 def _state_bytes(trainer: Trainer) -> int:
-    """Return the bytes of optimizer state that this process holds."""
-    states = trainer._learner._learner.optimizer.state if isinstance(trainer._learner, ShardedLearner) else {}
-    return sum(tensor.nbytes for state in states.values() for tensor in state.values())
+    """Return the bytes of optimizer state that this process holds, if it is sharded."""
+    match trainer._learner:
+        case ShardedLearner() as learner:
+            states = learner._learner.optimizer.state
+        case FullyShardedLearner() as learner:
+            states = learner.live.learner.optimizer.state
+        case _:
+            return 0
+    return sum(local_rows(tensor).nbytes for state in states.values() for tensor in state.values())
 
 
 def play(
@@ -223,7 +238,7 @@ def play(
             trainer.run(doomed, Boundary(chapter, generation, committed, flip), diary.write)
             is Ending.FINISHED
         ):
-            diary.sha256 = weights_sha256(trainer.model)
+            diary.sha256 = trainer.weights_sha256()
             diary.state_bytes = _state_bytes(trainer)
             diary.num_losses = job.num_losses
     except Broken as broken:
@@ -239,8 +254,11 @@ def _storage(root: str, name: str, member: str) -> Storage:
     return Storage(saver, lambda: load(store) if Catalog(store).steps() else None)
 
 
-def perform(stories: dict[str, list[Chapter]], props: Props) -> dict[str, dict[int, Diary]]:
+def perform(
+    stories: dict[str, list[Chapter]], props: Props | Mapping[str, Props]
+) -> dict[str, dict[int, Diary]]:
     """Let processes live through the stories; return the diaries of those who came to the end of each."""
+    props = dict.fromkeys(stories, props) if isinstance(props, Props) else props
     store, endpoint = open_rendezvous(LOOPBACK)
     context = get_context("spawn")
     told = context.Queue()
@@ -252,7 +270,7 @@ def perform(stories: dict[str, list[Chapter]], props: Props) -> dict[str, dict[i
     diaries: dict[str, dict[int, Diary]] = {name: {} for name in stories}
     try:
         for _ in range(len(stories) * NUM_MEMBERS - len(victims)):
-            name, member, diary = told.get(timeout=80)
+            name, member, diary = told.get(timeout=150)
             diaries[name][member] = diary
         for process in members:
             process.join(timeout=20)

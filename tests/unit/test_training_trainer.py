@@ -24,9 +24,10 @@ from elastic.control.standing import BLANK, Standing
 from elastic.errors import JobRejected
 from elastic.training.blame import UserFailure
 from elastic.training.gpt import GPTJob, GPTSettings
+from elastic.training.plan import TrainPlan
 from elastic.training.ports import Broken, Flags
 from elastic.training.state import weights_sha256
-from elastic.training.trainer import Storage, Trainer, TrainPlan
+from elastic.training.trainer import Storage, Trainer
 
 CPU = torch.device("cpu")
 SETTINGS = GPTSettings(num_layers=1, num_heads=2, width=16, sequence=16, dropout=0.2)

@@ -13,7 +13,7 @@ import torch
 from elastic.training.gpt import GPT, GPTJob, GPTSettings
 from elastic.training.job import Split
 from elastic.training.randomness import keyed, seed_for
-from elastic.training.state import Learner
+from elastic.training.state import Learner, first_model
 from tests.bench.figures.session import console
 
 _SEED, _VIRTUAL_RANKS, _MICRO_BATCH, _GRAD_CLIP = 0, 8, 2, 1.0  # the defaults of a run's specification
@@ -60,7 +60,7 @@ def vars_of(state: Trained) -> dict[str, int | float | Tensors]:
 
 def _train(num_steps: int, steps: tuple[int, ...]) -> Iterator[Trained]:
     cpu, job, settings = torch.device("cpu"), GPTJob(), GPTSettings()
-    learner = Learner(job, settings, _SEED, num_steps, cpu)
+    learner = Learner(job, first_model(job, settings, _SEED), _SEED, num_steps)
     split = Split(name="train", source="stdlib", seed=_SEED, micro_batch=_MICRO_BATCH, settings=settings)
     dataset = job.dataset(split)
     model = cast(GPT, learner.model)

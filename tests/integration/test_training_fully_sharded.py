@@ -1,0 +1,92 @@
+"""Parameters in shards (FSDP2), and replicas x shards, in real processes: the replicated run's bits."""
+
+import pytest
+
+from tests.integration.training_stage import NUM_STEPS, Chapter, Diary, Props, perform
+
+pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
+
+# Worlds of 4 and 5 are two shards on two ranks or three, smaller ones are whole: each change cuts anew.
+CHURN = [
+    Chapter((0, 1, 2, 3), victim=3, dies_at=2, phase="agreed"),
+    Chapter((0, 1, 2, 4), victim=1, dies_at=4, phase="exchange"),
+    Chapter((0, 2, 4), until=6),
+    Chapter((0, 2, 4, 5), victim=0, dies_at=8, phase="leaf"),
+    Chapter((2, 4, 5, 6), victim=2, dies_at=8, phase="send"),
+    Chapter((4, 5, 6), until=11),
+    Chapter((4, 5, 6)),
+]
+# With one copy a death takes state along: the world after finds out, and the one after that restores. Who
+# died in one story is in none of the next.
+LOSS = [
+    Chapter((4, 5, 6), victim=6, dies_at=5, phase="exchange"),
+    Chapter((4, 5)),
+    Chapter((4, 5), until=9),
+    Chapter((4, 5)),
+]
+EARLY_LOSS = [Chapter((4, 5), victim=5, dies_at=1, phase="leaf"), Chapter((4,)), Chapter((4,))]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("data") / "text"
+    path.write_text("".join(f"{number} is followed by {number + 1}.\n" for number in range(4000)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def diaries(text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, Diary]]:
+    quiet = {
+        f"{size} ranks, {copies} copies": (
+            [Chapter(tuple(range(size)))],
+            Props(text, parameter_copies=copies),
+        )
+        for size, copies in ((1, 1), (2, 1), (3, 1), (4, 2), (5, 2))
+    }
+    stored = Props(text, parameter_copies=1, store=str(tmp_path_factory.mktemp("store")))
+    told = {
+        "replicated": ([Chapter((0,))], Props(text)),
+        **quiet,
+        "churn": (CHURN, Props(text, parameter_copies=2)),
+        "loss": (LOSS, stored),
+        "loss before a checkpoint": (EARLY_LOSS, Props(text, parameter_copies=1)),
+    }
+    stories = {name: chapters for name, (chapters, _) in told.items()}
+    return perform(stories, {name: props for name, (_, props) in told.items()})
+
+
+def test_shards_and_replicas_of_shards_give_the_bits_of_the_replicated_run_in_every_world_and_under_churn(
+    diaries,
+):
+    expected = diaries["replicated"][0].sha256
+    assert expected
+    finished = {name: {each.sha256 for each in found.values()} - {""} for name, found in diaries.items()}
+    assert finished == {name: {expected} for name in diaries}
+
+
+def test_no_committed_step_is_computed_twice_while_a_copy_of_each_shard_lives(diaries):
+    right = set(diaries["replicated"][0].steps)
+    for diary in diaries["churn"].values():
+        assert set(diary.steps) <= right
+        assert len({step for step, _ in diary.steps}) == len(diary.steps)
+    first, *later = diaries["churn"][4].sources
+    assert first == "peer"
+    assert set(later) == {"self"}
+
+
+def test_each_rank_holds_its_shard_of_the_optimizer_state_and_little_more(diaries):
+    whole = diaries["1 ranks, 1 copies"][0].state_bytes
+    for size, copies, shards in ((2, 1, 2), (3, 1, 3), (4, 2, 2), (5, 2, 2)):
+        held = [diaries[f"{size} ranks, {copies} copies"][rank].state_bytes for rank in range(size)]
+        assert max(held) <= 1.15 * whole / shards
+
+
+def test_a_shard_that_was_on_the_lost_rank_only_comes_from_the_newest_checkpoint(diaries):
+    for survivor in (4, 5):
+        steps = [step for step, _ in diaries["loss"][survivor].steps]
+        assert steps == [*range(1, 6), *range(5, NUM_STEPS + 1)]
+
+
+def test_without_a_checkpoint_a_lost_shard_costs_all_steps_but_no_bit(diaries):
+    steps = [step for step, _ in diaries["loss before a checkpoint"][4].steps]
+    assert steps == [1, *range(1, NUM_STEPS + 1)]

@@ -1,0 +1,94 @@
+"""A model under `fully_shard` in a world of one: which layers are units, ties, and what is refused."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from elastic.control.events import Ending
+from elastic.control.resharding import Cut
+from elastic.errors import JobRejected
+from elastic.training.gpt import GPTJob
+from elastic.training.plan import TrainPlan
+from elastic.training.units import Mould, Wires
+from tests.unit.test_training_trainer import plan, trained, trainer_of
+
+__all__ = ["plan"]  # a fixture
+CPU = torch.device("cpu")
+
+
+def alone(model: nn.Module) -> Any:
+    mould = Mould(model)
+    whole = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return mould.pour(Cut(1, 0), whole, CPU, Wires(lambda _: None, lambda _, __: None))
+
+
+def test_items_of_lists_are_units_but_for_shared_ones_and_small_parameters_stay_whole():
+    shared = nn.Linear(32, 32)
+    tied = nn.Linear(32, 32)
+    tied.weight = shared.weight
+    blocks = nn.ModuleList([nn.Sequential(nn.Linear(32, 64), nn.GELU()), nn.Linear(64, 32), shared])
+    model = nn.Module()
+    model.blocks, model.head, model.odd = blocks, tied, nn.Linear(31, 3)
+    sharded = alone(model)
+    assert [list(unit) for unit in sharded.units] == [
+        ["blocks.0.0.weight"],
+        ["blocks.1.weight"],
+        ["blocks.2.weight"],
+    ]
+    assert set(sharded.whole) == {
+        *("blocks.0.0.bias", "blocks.1.bias", "blocks.2.bias"),
+        *("head.bias", "odd.weight", "odd.bias"),
+    }
+    assert sharded.model.head.weight is sharded.model.blocks[2].weight
+
+
+class Stack(nn.Module):
+    """Layers that are gone through as often as told."""
+
+    def __init__(self, num_times: int) -> None:
+        super().__init__()
+        self.num_times = num_times
+        self.table = nn.Embedding(256, 32)
+        self.layers = nn.ModuleList([nn.Linear(32, 32)])
+        self.head = nn.Linear(32, 256)
+        self.head.weight = self.table.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.table(tokens)
+        for _ in range(self.num_times):
+            for layer in self.layers:
+                hidden = hidden + layer(hidden).tanh()
+        logits: Tensor = self.head(hidden)
+        return logits
+
+
+class StackJob(GPTJob):
+    """A job whose output layer is its embedding, and which may go through a layer twice."""
+
+    schedule = None  # type: ignore[assignment]  # it needs none
+
+    def __init__(self, num_times: int = 1) -> None:
+        self._num_times = num_times
+
+    def model(self, settings: Any) -> Any:
+        return Stack(self._num_times)
+
+    def optimizer(self, model: Any) -> Any:
+        return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def test_a_model_with_tied_weights_learns_the_same_bits_in_shards(plan: TrainPlan):
+    shas = set()
+    for copies in (0, 1):
+        trainer = trainer_of(replace(plan, parameter_copies=copies), StackJob())
+        assert trained(trainer)[0] is Ending.FINISHED
+        shas.add(trainer.weights_sha256())
+    assert len(shas) == 1
+
+
+def test_a_layer_that_is_called_twice_in_a_forward_is_refused_with_the_remedy(plan: TrainPlan):
+    with pytest.raises(JobRejected, match=r"training\.parameter_copies = 0"):
+        trained(trainer_of(replace(plan, parameter_copies=1), StackJob(2)))
