@@ -91,6 +91,7 @@ def load(place: Place) -> None:
             dcp.state_dict_loader.load({"model": state}, checkpoint_id=str(place.directory / "dcp"))
 
         for number in range(place.rounds + 1):
+            works: list[tuple[str, Callable[[], None]]]
             works = [("ours", partial(ours, quick)), ("dcp", torchs), ("thorough", partial(ours, slow))]
             for name, work in works if number % 2 else reversed(works):
                 for one in state.values():
