@@ -206,7 +206,7 @@ def test_16_bit_values_are_rounded_as_torch_does():
     import torch
 
     random = np.random.default_rng(0)
-    bits = random.integers(0, 1 << 32, 20000, np.uint32)
+    bits = random.integers(0, 1 << 32, 200_000, np.uint32)
     halves = np.arange(0x3F800000, 0x3F800000 + 0x20000, 0x4000, dtype=np.uint32)  # ties, to even
     special = np.array([0, 0x80000000, 0x7F800000, 0xFF800000, 0x7F7FFFFF, 0x477FF000, 0x1], np.uint32)
     bits = np.concatenate([bits, halves, special])
