@@ -4,8 +4,9 @@ Between steps a rank holds its rows of everything. In a new world the rows are c
 comes from peers, box by box; nothing of what is held is given up before all of it is there.
 """
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from elastic.control.resharding import Arrangement, Cut, arrange
+from elastic.training.elementwise import only_elements
 from elastic.training.holdings import Holding, cut_anew, local_rows, put_together, take_apart
 from elastic.training.ports import World
 from elastic.training.state import Learner, check_model, check_origin, tensors_sha256
@@ -55,6 +57,7 @@ class FullyShardedLearner:
         self._build, self._copies, self._device, self._waiting = build, copies, device, waiting
         self._seed = first.seed
         self._mould = Mould(first.model)
+        self._is_watched = False
         self._live: Live | None = None
         self._held: Holding | None = self._whole(first.tree(0))
         self.collect: Callable[[int, Tensor], None] = lambda _, __: None
@@ -90,11 +93,14 @@ class FullyShardedLearner:
     def update(self) -> None:
         """Apply the bound gradients to the rows that are here.
 
-        In one thread: several would cut a CPU kernel's vectors elsewhere, for every number of rows.
+        In one thread: several would cut a CPU kernel's vectors elsewhere, for every number of rows. The first
+        one is watched; raises JobRejected for an optimizer that needs more than rows.
         """
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        self.live.learner.update()
+        with nullcontext() if self._is_watched else only_elements():
+            self.live.learner.update()
+        self._is_watched = True
         torch.set_num_threads(num_threads)
 
     def complete(self, world: World) -> None:
@@ -121,6 +127,7 @@ class FullyShardedLearner:
         }
         self._live = Live(world, arrangement, sharded, learner, cuts, frozenset(takers), givers)
         self._held = None
+        gc.collect()  # torch's models refer to themselves, and the old one's memory is wanted now
 
     def tree(self, step: int) -> dict[str, Any]:
         """Return what every rank holds alike of the state after `step` committed steps."""

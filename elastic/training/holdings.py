@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from elastic.control.resharding import Cut, Move, lost_tensors, plan_moves
+from elastic.errors import JobRejected
 from elastic.training.exchange import gather_words
 from elastic.training.handover import Parcel, accept, hand_over
 from elastic.training.ports import World
@@ -41,6 +42,11 @@ def take_apart(tree: Mapping[str, Any], shapes: Shapes, cut: Cut) -> Holding:
             if isinstance(value, Tensor) and value.shape == shapes.get(name)
         ]
         rows |= {(name, key): local_rows(kept[key]) for key in spread}
+        if other := [key for key, each in kept.items() if isinstance(each, DTensor) and key not in spread]:
+            raise JobRejected(
+                f"the optimizer keeps {other[0]!r} of {name} in another shape than the parameter's, which "
+                "cannot be cut anew with it: set training.parameter_copies = 0"
+            )
         state[name] = {key: value for key, value in kept.items() if key not in spread}
     rest = {
         **tree,

@@ -254,6 +254,12 @@ def _storage(root: str, name: str, member: str) -> Storage:
     return Storage(saver, lambda: load(store) if Catalog(store).steps() else None)
 
 
+def _num_lived_through(member: int, stories: Mapping[str, list[Chapter]]) -> int:
+    """Count the stories that a member comes to the end of: those before the one it dies in."""
+    lives = [all(each.victim != member for each in chapters) for chapters in stories.values()]
+    return [*lives, False].index(False)
+
+
 def perform(
     stories: dict[str, list[Chapter]], props: Props | Mapping[str, Props]
 ) -> dict[str, dict[int, Diary]]:
@@ -269,7 +275,7 @@ def perform(
     victims = {chapter.victim for chapters in stories.values() for chapter in chapters} - {-1}
     diaries: dict[str, dict[int, Diary]] = {name: {} for name in stories}
     try:
-        for _ in range(len(stories) * NUM_MEMBERS - len(victims)):
+        for _ in range(sum(_num_lived_through(member, stories) for member in range(NUM_MEMBERS))):
             name, member, diary = told.get(timeout=150)
             diaries[name][member] = diary
         for process in members:

@@ -92,3 +92,27 @@ def test_a_model_with_tied_weights_learns_the_same_bits_in_shards(plan: TrainPla
 def test_a_layer_that_is_called_twice_in_a_forward_is_refused_with_the_remedy(plan: TrainPlan):
     with pytest.raises(JobRejected, match=r"training\.parameter_copies = 0"):
         trained(trainer_of(replace(plan, parameter_copies=1), StackJob(2)))
+
+
+class NormedSGD(torch.optim.SGD):
+    """Steps of a length that depends on a whole tensor, as LARS."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # it has no loss to return
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.mul_(1 / (1e-3 + float(parameter.grad.norm())))
+        super().step(closure)
+
+
+class NormedJob(StackJob):
+    """A job with an optimizer that takes norms."""
+
+    def optimizer(self, model: Any) -> Any:
+        return NormedSGD(model.parameters(), lr=1e-2)
+
+
+def test_an_optimizer_that_needs_whole_tensors_is_refused_before_it_does_harm(plan: TrainPlan):
+    trainer = trainer_of(replace(plan, parameter_copies=1), NormedJob())
+    with pytest.raises(JobRejected, match="does not treat elements one by one"):
+        trained(trainer)
+    assert trainer.standing.committed == 0
