@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.integration.serving import REPOSITORY, as_settings, command, environment, eventually, tiny_spec
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 SCHEMA = json.loads((REPOSITORY / "docs" / "report.schema.json").read_text())
 FAULT = {"faults": [{"at_step": 20, "kind": "kill_worker", "rank": 1}]}
 BROKEN_JOB = """

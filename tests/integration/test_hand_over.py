@@ -22,7 +22,7 @@ from tests.fault.elastic_job import Doom, Settings
 from tests.fault.elastic_orders import sized, tiny_order
 from tests.integration.drivers import Drive, driving, finish
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 ENDLESS = 1_000_000
 
 

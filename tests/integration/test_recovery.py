@@ -25,7 +25,7 @@ from tests.integration.drivers import (
 )
 from tests.orders import local_order
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 NUM_STEPS = 120
 SETTINGS = {"num_layers": 2, "width": 64, "num_heads": 2, "sequence": 64}
 

@@ -14,7 +14,7 @@ from tasks.spec import RunSpec
 from tests.conversion_samples import adam_state, bits_of, block_weights, save_state
 from tests.integration.serving import eventually, serving, tiny_spec
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

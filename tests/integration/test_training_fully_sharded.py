@@ -4,7 +4,7 @@ import pytest
 
 from tests.integration.training_stage import NUM_STEPS, Chapter, Diary, Props, perform
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
 # Worlds of 4 and 5 are two shards on two ranks or three, smaller ones are whole: each change cuts anew.
 CHURN = [

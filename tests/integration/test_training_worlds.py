@@ -4,7 +4,7 @@ import pytest
 
 from tests.integration.training_stage import NUM_STEPS, Chapter, Diary, Props, perform
 
-pytestmark = [pytest.mark.timeout(110), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
 QUIET = {f"a world of {size}": [Chapter(tuple(range(size)))] for size in range(1, 6)}
 CHURN = [

@@ -7,7 +7,7 @@ import pytest
 from tasks.spec import RunSpec
 from tests.integration.serving import eventually, serving, tiny_spec
 
-pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.timeout(300)]
 ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 FIELD = "//span[normalize-space()='{} (Optional)']/ancestor::div[contains(@class,'schema-form-property')][2]"
 

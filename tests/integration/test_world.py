@@ -15,7 +15,7 @@ import torch
 from elastic.runtime.world import Endpoint, Former, Place, World, open_rendezvous
 from elastic.training.ports import Broken
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 LOOPBACK = "127.0.0.1"
 Told: TypeAlias = "Queue[Any]"
 
