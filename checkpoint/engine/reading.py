@@ -46,9 +46,10 @@ class ReadPolicy:
     store has said that it has nothing, for `empty_patience_s`, and then the restore fails: a training that
     starts anew beside a store it could not ask may lose all that is there.
 
-    Every byte is proved by a checksum. That it belongs where it goes is proved by its fingerprint; with
-    `fingerprints` "sampled", of a large chunk that is read in place that of one block is made anew, and
-    those of the others are believed to be what was saved along with the chunk; with "all", all of them.
+    Every byte is proved by a checksum, and by its fingerprint that it belongs where it goes. With
+    `fingerprints` "sampled" that of one block is made anew of a large chunk that is read in place, and those
+    of the others are believed to be what was saved along with it: quicker, and blind to a digest that was
+    wrong from the start.
     """
 
     num_threads: int = 2
@@ -58,7 +59,7 @@ class ReadPolicy:
     group: Group | None = None
     patience_s: float = 5.0
     empty_patience_s: float = 15.0
-    fingerprints: Literal["all", "sampled"] = "sampled"
+    fingerprints: Literal["all", "sampled"] = "all"
 
     def __post_init__(self) -> None:
         check_whole("num_threads", self.num_threads, 1)

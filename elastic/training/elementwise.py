@@ -17,7 +17,7 @@ _NO_BACKEND = "No backend type associated"
 def only_elements() -> Iterator[None]:
     """Raise JobRejected when a sharded tensor is reduced inside, or would have to be gathered."""
     try:
-        with _NoPartialSums():
+        with _NoPartialSums():  # type: ignore[no-untyped-call]  # torch has no types here
             yield
     except RuntimeError as error:
         if _NO_BACKEND not in str(error):
