@@ -25,7 +25,7 @@ def only_elements() -> Iterator[None]:
         raise _rejected() from None
 
 
-class _NoPartialSums(TorchDispatchMode):
+class _NoPartialSums(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
     """Looks at every result: a rank's part of a sum reads as if it were the whole one."""
 
     def __torch_dispatch__(
