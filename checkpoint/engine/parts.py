@@ -58,16 +58,18 @@ class Part:
 def find_parts(stock: Stock, copies: Meetings, tensors: Sequence[Described]) -> list[Part]:
     """List the chunks of which not all blocks are needed for some copies, which are sorted by chunk."""
     chunks, firsts = np.unique(copies.left, return_index=True)
-    if not len(chunks):
+    # The side that knows tensors of more dims is padded wider; these chunks' own dims come first in both.
+    num_dims = min(stock.boxes.sizes.shape[1], copies.common.starts.shape[1])
+    if not len(chunks) or not num_dims:
         return []
-    rows, sizes = stock.rows[chunks], stock.boxes.sizes[chunks]
+    rows, sizes = stock.rows[chunks], stock.boxes.sizes[chunks, :num_dims]
     reach = (
-        np.minimum.reduceat(copies.common.starts, firsts),
-        np.maximum.reduceat(copies.common.stops, firsts),
+        np.minimum.reduceat(copies.common.starts[:, :num_dims], firsts),
+        np.maximum.reduceat(copies.common.stops[:, :num_dims], firsts),
     )
     dims, everything = (sizes > 1).argmax(axis=1), np.arange(len(chunks))
-    begins = (reach[0] - stock.boxes.starts[chunks])[everything, dims]
-    ends = (reach[1] - stock.boxes.starts[chunks])[everything, dims]
+    starts = stock.boxes.starts[chunks, :num_dims]
+    begins, ends = (reach[0] - starts)[everything, dims], (reach[1] - starts)[everything, dims]
     raw_bytes = stock.raw_bytes[chunks]
     unwanted = raw_bytes - (ends - begins) * (raw_bytes // sizes[everything, dims])
     is_cut = (unwanted >= BLOCK_BYTES) & (rows["codec"] == Codec.RAW) & (rows["base"] == NO_BASE)
