@@ -17,7 +17,7 @@ _NO_BACKEND = "No backend type associated"
 def only_elements() -> Iterator[None]:
     """Raise JobRejected when a sharded tensor is reduced inside, or would have to be gathered."""
     try:
-        with _NoPartialSums():
+        with _NoPartialSums():  # type: ignore[no-untyped-call]  # torch leaves it untyped
             yield
     except RuntimeError as error:
         if _NO_BACKEND not in str(error):
@@ -25,7 +25,7 @@ def only_elements() -> Iterator[None]:
         raise _rejected() from None
 
 
-class _NoPartialSums(TorchDispatchMode):
+class _NoPartialSums(TorchDispatchMode):  # type: ignore[no-untyped-call]  # the same
     """Looks at every result: a rank's part of a sum reads as if it were the whole one."""
 
     def __torch_dispatch__(
