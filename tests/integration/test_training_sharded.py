@@ -4,7 +4,7 @@ import pytest
 
 from tests.integration.training_stage import NUM_STEPS, Chapter, Diary, Props, perform
 
-pytestmark = [pytest.mark.timeout(110), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
 
 CHURN = [
     Chapter((0, 1, 2, 3), victim=3, dies_at=2, phase="agreed"),
