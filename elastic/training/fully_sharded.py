@@ -27,6 +27,8 @@ from elastic.training.units import Mould, Sharded, Wires
 class Live:
     """The model and the optimizer that train in one world, and how its ranks share them: `cuts[rank]` is what
     each holds, `takers` whom this one gives its shard, `givers` who gives it which other one.
+
+    The world may be over: whoever leaves it drops its groups.
     """
 
     world: World
