@@ -1,7 +1,8 @@
 """A tiny job whose process may SIGKILL itself on entering, or on leaving, a named function: any phase of a
 step.
 
-A profile function watches the training thread's calls, so the product needs no hook for it.
+A profile function watches the calls of the training and of the threads that it starts, so the product needs
+no hook for it.
 """
 
 import os
@@ -102,6 +103,7 @@ class DoomedJob:
         self._settings = settings
         if settings.dooms:
             sys.setprofile(self._watch)
+            threading.setprofile(self._watch)  # the reduction runs in a thread beside
         return Tiny()
 
     def optimizer(self, model: nn.Module) -> AdamW:
