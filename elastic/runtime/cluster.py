@@ -216,7 +216,8 @@ class Cluster:
             return
         if self._local.is_dead():
             log.warning("the local Ray died; starting another")
-            pids = {member: seat.pid for member, seat in self._seats.items()}
+            with self._seating:
+                pids = {member: seat.pid for member, seat in self._seats.items()}
             self._part()
             self._join()
             for member, pid in pids.items():
