@@ -16,7 +16,8 @@ Where = Annotated[
     str, typer.Argument(metavar="URL|RUN", help="A store's URL or directory, or the name of a run.")
 ]
 RunsDir = Annotated[str, typer.Option(help="Where runs have their directories.")]
-FORMATS = ("hf", "dcp", "torch", "megatron", "deepspeed", "deepspeed-universal")
+# Spelled out, as the help is shown without the imports that opening a checkpoint takes; a test compares.
+FORMATS = ("hf", "dcp", "torch", "megatron", "megatron-dist", "deepspeed", "deepspeed-universal")
 
 
 def _note_json(is_json: bool) -> bool:

@@ -76,7 +76,7 @@ def test_what_reads_json_reads_the_error_as_json(tmp_path, monkeypatch, capsys, 
 def test_the_help_of_a_verb_lists_every_format(verb):
     shown = " ".join(ask(verb, "--help").output.replace("│", " ").split())
     assert set(checkpoint.format_names()) == set(FORMATS)
-    assert "hf, dcp, torch, megatron, deepspeed, deepspeed-universal" in shown
+    assert "hf, dcp, torch, megatron, megatron-dist, deepspeed, deepspeed-universal" in shown
 
 
 class Hostile:
