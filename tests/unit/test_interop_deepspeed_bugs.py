@@ -8,12 +8,15 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from checkpoint.errors import CheckpointError, Corrupt, Incomplete, Mismatch, Unsupported
+from checkpoint.format.box import Box
 from checkpoint.interop.drafts import drafting
 from checkpoint.interop.formats import deepspeed, deepspeed_parts
 from checkpoint.interop.formats.deepspeed import open_deepspeed
@@ -21,6 +24,8 @@ from checkpoint.interop.formats.deepspeed_parts import Fragment
 from checkpoint.interop.formats.deepspeed_universal import open_deepspeed_universal
 from checkpoint.interop.formats.deepspeed_writing import write_deepspeed_universal
 from checkpoint.interop.formats.deepspeed_zero_writing import write_deepspeed
+from checkpoint.interop.formats.masters import is_rounded
+from checkpoint.interop.moves import Foreign
 from checkpoint.interop.place import Place
 from checkpoint.interop.proof import check_equal
 from tests.interop.unpacking import rewrite, unpack
@@ -92,6 +97,23 @@ def test_two_ranks_files_in_each_other_s_place_are_caught(name, tmp_path):
         (Corrupt, Incomplete),
         SWAPPED,
     )
+
+
+def same(bits: np.ndarray, _: Box) -> np.ndarray:
+    return bits
+
+
+@pytest.mark.parametrize("rounded", [0x7FC0, 0x7FFF, 0xFFC0])
+def test_nan_is_what_it_rounds_to_on_any_device(rounded):
+    masters = np.array([0x7FC00000, 0x3F800000], np.uint32)
+    for weights, is_same in (
+        ([rounded, 0x3F80], True),
+        ([rounded, 0x3F81], False),
+        ([0x7F80, 0x3F80], False),
+    ):
+        bits = np.array(weights, np.uint16)
+        weight = Foreign("w", "bfloat16", (2,))
+        assert is_rounded(partial(same, masters), partial(same, bits), weight) is is_same
 
 
 def test_a_swap_of_ranks_that_hold_the_middle_of_one_weight_is_caught(tmp_path):

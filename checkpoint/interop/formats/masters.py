@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
+import numpy as np
+
 from checkpoint.errors import Corrupt
 from checkpoint.format.box import Box
 from checkpoint.interop.formats.contract import Array, ForeignCheckpoint
-from checkpoint.interop.formats.rounding import ROUNDED, round_bits
+from checkpoint.interop.formats.rounding import ROUNDED, round_bits, widen_bits
 
 _MASTER = "optimizer.master."
 _MAX_COMPARED = 64  # masters, evenly among all: each takes two requests
@@ -68,7 +70,16 @@ def is_rounded(master: Read, rounded: Read, weight: Weight, part: Box | None = N
     """Tell whether samples of an fp32 master, rounded, are those of its weight, or of a part of it."""
     part = Box.whole(weight.shape) if part is None else part
     samples = [box.moved((0,) * len(box.size), part.start) for box in _samples(part.size)]
-    return all((round_bits(master(box), weight.dtype) == rounded(box)).all() for box in samples)
+    return all(_agree(round_bits(master(box), weight.dtype), rounded(box), weight.dtype) for box in samples)
+
+
+def _agree(one: Array, other: Array, dtype: str) -> bool:
+    """Tell whether bits are the same, or both of NaN: devices round it to different ones."""
+    is_same = one == other
+    if not is_same.all():
+        values = [widen_bits(bits, dtype).view(np.float32) for bits in (one, other)]
+        is_same |= np.isnan(values[0]) & np.isnan(values[1])
+    return bool(is_same.all())
 
 
 def _samples(shape: tuple[int, ...]) -> list[Box]:
