@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint.errors import AlreadyExists, FormatError, Mismatch
+from checkpoint.errors import AlreadyExists, FormatError, Mismatch, Misuse
 from checkpoint.format.box import Box
 from checkpoint.interop.builtin import builtin_rules
 from checkpoint.interop.conversion.exporting import Emigration, export_checkpoint, plan_emigration
@@ -127,6 +127,43 @@ def test_a_format_without_an_optimizer_gets_the_model_and_a_note(trained):
     assert len(back.tensors) == 3
     assert "left out" in report.notes[0]
     assert {proof.how for proof in report.proofs} == {"reference"}
+
+
+@pytest.mark.parametrize(
+    ("format", "layout", "axes"),
+    [
+        ("hf", "tensor=2", "tensor"),
+        ("megatron", "pipeline=2,tensor=2", "pipeline, tensor"),
+        ("deepspeed", "tensor=2,replica=2,zero=2", "tensor"),
+        ("deepspeed", "replica=4", "replica"),
+        ("dcp", "shard=2", "shard"),
+        ("deepspeed", "replica=2,zero=1,align=8", "align"),
+        ("torch", "replica=2,zero=3", "replica, zero"),
+    ],
+)
+def test_a_layout_that_an_export_would_not_keep_is_refused(trained, format, layout, axes):
+    store = MemoryStore("s")
+    import_checkpoint(as_foreign(*trained), "memory:", store, Adoption())
+    with pytest.raises(
+        Misuse, match=f"an export to {format} cannot be divided by {axes}, as '{layout}' asks"
+    ):
+        export(store, Emigration(format, to=layout))
+
+
+@pytest.mark.parametrize("format", ["megatron-dist", "deepspeed", "deepspeed-universal"])
+def test_weights_are_not_cast_beside_masters_that_round_to_something_else(format):
+    weight = torch.randn(4, 3).to(torch.bfloat16)
+    names = {"w": ("bfloat16", weight.view(torch.int16).numpy().view("<u2"))}
+    names["optimizer.master.w"] = ("float32", bits(weight.float()))
+    shards = [(Foreign(name, dtype, (4, 3)), array) for name, (dtype, array) in names.items()]
+    store = MemoryStore("s")
+    import_checkpoint(InMemory(shards, About("memory")), "memory:", store, Adoption())
+    with pytest.raises(
+        Misuse, match="model/w cannot become float16 beside its fp32 master, which rounds to b"
+    ):
+        export(store, Emigration(format, dtype="fp16"))
+    for fine in (Emigration(format, dtype="bf16"), Emigration(format, dtype="fp16", only="model/*")):
+        export(store, fine)
 
 
 @pytest.mark.parametrize("layout", ["replica=1", "shard=2,tensor=3", "pipeline=2,tensor=3"])

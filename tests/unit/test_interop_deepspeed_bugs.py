@@ -8,23 +8,30 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from checkpoint.errors import CheckpointError, Corrupt, Incomplete, Mismatch, Unsupported
+from checkpoint.format.box import Box
 from checkpoint.interop.drafts import drafting
 from checkpoint.interop.formats import deepspeed, deepspeed_parts
 from checkpoint.interop.formats.deepspeed import open_deepspeed
 from checkpoint.interop.formats.deepspeed_parts import Fragment
 from checkpoint.interop.formats.deepspeed_universal import open_deepspeed_universal
 from checkpoint.interop.formats.deepspeed_writing import write_deepspeed_universal
+from checkpoint.interop.formats.deepspeed_zero_writing import write_deepspeed
+from checkpoint.interop.formats.masters import is_rounded
+from checkpoint.interop.moves import Foreign
 from checkpoint.interop.place import Place
 from checkpoint.interop.proof import check_equal
 from tests.interop.unpacking import rewrite, unpack
-from tests.unit.test_interop_deepspeed import fingerprints
+from tests.unit.test_interop_deepspeed import Relaid, fingerprints
 
+SWAPPED = "is not what .* was rounded from: .* of another rank or step|is one of another"
 OPTIM = "{}zero_pp_rank_{}_mp_rank_00_optim_states.pt"
 
 
@@ -38,7 +45,15 @@ def optim(folder: Path, rank: int) -> Path:
     return path
 
 
-def refuses(folder: Path, error: type[CheckpointError], match: str) -> None:
+def change_places(one: Path, other: Path) -> None:
+    kept = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(kept)
+
+
+def refuses(
+    folder: Path, error: type[CheckpointError] | tuple[type[CheckpointError], ...], match: str
+) -> None:
     with pytest.raises(error, match=match):
         open_deepspeed(Place(str(folder)))
 
@@ -71,6 +86,64 @@ def test_a_rank_s_file_that_is_a_copy_of_another_s_is_caught(name, tmp_path):
     shutil.copy(optim(folder, 0), optim(folder, 1))
     with pytest.raises((Corrupt, Incomplete), match=r"zero_pp_rank_.*(one is a copy of the other|a copy of)"):
         open_deepspeed(Place(str(folder)))
+
+
+@pytest.mark.parametrize("name", ["zero1-bf16-2", "zero2-bf16-3", "zero2-fp32-2"])
+def test_two_ranks_files_in_each_other_s_place_are_caught(name, tmp_path):
+    folder = made(name, tmp_path)
+    change_places(optim(folder, 0), optim(folder, 1))
+    refuses(
+        folder,
+        (Corrupt, Incomplete),
+        SWAPPED,
+    )
+
+
+def same(bits: np.ndarray, _: Box) -> np.ndarray:
+    return bits
+
+
+@pytest.mark.parametrize("rounded", [0x7FC0, 0x7FFF, 0xFFC0])
+def test_nan_is_what_it_rounds_to_on_any_device(rounded):
+    masters = np.array([0x7FC00000, 0x3F800000], np.uint32)
+    for weights, is_same in (
+        ([rounded, 0x3F80], True),
+        ([rounded, 0x3F81], False),
+        ([0x7F80, 0x3F80], False),
+    ):
+        bits = np.array(weights, np.uint16)
+        weight = Foreign("w", "bfloat16", (2,))
+        assert is_rounded(partial(same, masters), partial(same, bits), weight) is is_same
+
+
+def test_a_swap_of_ranks_that_hold_the_middle_of_one_weight_is_caught(tmp_path):
+    """Its ends are in other ranks' files."""
+    folder, _ = unpack("zero2-bf16-3", tmp_path)
+    target = tmp_path / "written"
+    with drafting(str(target), "one") as draft:
+        write_deepspeed(
+            draft, Relaid(open_deepspeed(Place(str(folder))), dp_world_size=24, zero_stage=2), 1 << 16
+        )
+    open_deepspeed(Place(str(target)))
+    change_places(optim(target / "global_step2", 5), optim(target / "global_step2", 6))
+    refuses(target, (Corrupt, Incomplete), SWAPPED)
+
+
+def test_a_universal_parameter_under_another_s_name_is_caught(tmp_path):
+    folder, _ = unpack("zero1-bf16-2", tmp_path)
+    (zero,) = folder.glob("*_universal/zero")
+    (zero / "norm.weight").rename(zero / "kept")
+    (zero / "norm.bias").rename(zero / "norm.weight")
+    (zero / "kept").rename(zero / "norm.bias")
+    with pytest.raises(Corrupt, match=r"is not what .* was rounded from"):
+        open_deepspeed_universal(Place(str(folder)))
+
+
+def test_model_states_that_are_a_copy_of_another_rank_s_are_caught_by_the_frozen_weights(tmp_path):
+    folder = made("zero3-bf16-3", tmp_path)
+    states = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
+    shutil.copy(folder / states.format(0), folder / states.format(1))
+    refuses(folder, Corrupt, "zero_pp_rank_1_.*model_states.pt and .*zero_pp_rank_0_.* hold the same")
 
 
 def test_files_left_from_a_larger_world_are_caught(tmp_path):
@@ -162,19 +235,15 @@ def test_flat_parts_read_at_the_wrong_offset_are_caught(name, tmp_path, monkeypa
         return found
 
     monkeypatch.setattr(deepspeed, "fragments_of", shifted)
-    wrong = fingerprints(open_deepspeed(Place(str(folder))))
-    with pytest.raises(Mismatch, match=r"the content of \d of 33 tensors differs: .*norm.weight"):
-        check_equal(sound, wrong)
+    with pytest.raises((Corrupt, Mismatch), match=r"(master.norm.weight is not what|differs: .*norm.weight)"):
+        check_equal(sound, fingerprints(open_deepspeed(Place(str(folder)))))
 
 
 def test_ranks_put_together_in_another_order_are_caught(tmp_path):
     """Sorted as texts, rank 10 comes before rank 2: every shape, count and norm agrees."""
     folder = made("zero3-bf16-3", tmp_path)
     sound = fingerprints(open_deepspeed(Place(str(folder))))
-    one, two = optim(folder, 0), optim(folder, 1)
-    kept = one.read_bytes()
-    one.write_bytes(two.read_bytes())
-    two.write_bytes(kept)
+    change_places(optim(folder, 0), optim(folder, 1))
     with pytest.raises(Mismatch, match=r"the content of \d+ of 33 tensors differs"):
         check_equal(sound, fingerprints(open_deepspeed(Place(str(folder)))))
 
@@ -197,9 +266,12 @@ def universal(tmp_path: Path) -> tuple[Path, dict[str, int]]:
 def test_weights_that_a_writer_left_zero_are_caught(tmp_path):
     """Issue 6791: the writer of shards changed the dict that it read from; exit code 0."""
     folder, sound = universal(tmp_path)
-    rewrite(folder / "zero/up.weight/fp32.pt", lambda tree: tree["param"].zero_())
+    rewrite(folder / "zero/up.weight/exp_avg.pt", lambda tree: tree["param"].zero_())
     with pytest.raises(Mismatch, match=r"the content of 1 of 33 tensors differs: .*up.weight"):
         check_equal(sound, fingerprints(open_deepspeed_universal(Place(str(folder)))))
+    rewrite(folder / "zero/up.weight/fp32.pt", lambda tree: tree["param"].zero_())
+    with pytest.raises(Corrupt, match=r"master.up.weight is not what up.weight was rounded from"):
+        open_deepspeed_universal(Place(str(folder)))
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,45 @@ FILES = {
 }
 
 
+def make(folder, files):
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
 @pytest.mark.parametrize("format", list(FILES))
 def test_a_directory_is_taken_for_what_its_files_are_called(format, tmp_path):
-    for name in FILES[format]:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"x")
+    texts = {"latest": "global_step2", "latest_checkpointed_iteration.txt": "10"}
+    make(tmp_path, {name: texts.get(name, "x") for name in FILES[format]})
+    assert detect(Place(str(tmp_path))).name == format
+
+
+@pytest.mark.parametrize(
+    ("universal", "latest", "format"),
+    [
+        ("global_step2_universal", "global_step2", "deepspeed-universal"),
+        ("global_step2_universal", "global_step10", "deepspeed"),
+        ("global_step10_universal", "global_step2", "deepspeed-universal"),
+        ("best", "global_step10", "deepspeed-universal"),
+    ],
+)
+def test_universal_folders_that_training_has_left_behind_are_not_taken_for_the_newest(
+    universal, latest, format, tmp_path
+):
+    names = [f"{universal}/zero/w/fp32.pt", f"{latest}/zero_pp_rank_0_mp_rank_00_optim_states.pt"]
+    make(tmp_path, {"latest": latest, "latest_universal": universal, **dict.fromkeys(names, "x")})
+    assert detect(Place(str(tmp_path))).name == format
+    (tmp_path / names[1]).unlink()
+    assert detect(Place(str(tmp_path))).name == "deepspeed-universal"
+
+
+@pytest.mark.parametrize(
+    ("step", "format"), [("10", "megatron"), ("20", "megatron-dist"), ("30", "megatron")]
+)
+def test_a_run_that_went_over_to_torch_dist_is_what_its_tracker_names(step, format, tmp_path):
+    names = ["iter_0000010/mp_rank_00/model_optim_rng.pt", "iter_0000020/common.pt"]
+    names += ["iter_0000020/metadata.json", "iter_0000020/.metadata"]
+    make(tmp_path, {"latest_checkpointed_iteration.txt": step, **dict.fromkeys(names, "x")})
     assert detect(Place(str(tmp_path))).name == format
 
 

@@ -5,6 +5,7 @@ Golden tensors are put together as Megatron-Core's sharded_state_dict says, by t
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,26 @@ def test_weights_that_are_written_come_back_bit_by_bit(kind, tmp_path):
         drafting(str(tmp_path / "all"), "one") as draft,
     ):
         write_megatron(draft, opened, 1 << 16)
+
+
+def test_the_experts_of_several_ranks_are_written_for_one(tmp_path):
+    """Its arguments speak of the ranks that the files are for, not of the source's."""
+    folder, _ = unpack("megatron-moe", tmp_path)
+    opened = open_megatron(Place(str(folder)))
+    kept = [
+        n for n, one in enumerate(opened.tensors) if one.name.startswith("embedding") and not one.at["expert"]
+    ]
+
+    class One:
+        about = replace(opened.about, axes={"tensor": 1, "pipeline": 1})
+        tensors = tuple(replace(opened.tensors[number], at={}) for number in kept)
+
+        def read(self, number: int, box: Box) -> np.ndarray:
+            return opened.read(kept[number], box)
+
+    with drafting(str(tmp_path / "back"), "one") as draft:
+        write_megatron(draft, One(), 1 << 16)
+    assert open_megatron(Place(str(tmp_path / "back"))).about.axes == {"tensor": 1, "pipeline": 1}
 
 
 # ------------------------------------------------------------------- missing, doubled, stale, and other bugs

@@ -11,7 +11,7 @@ import numpy as np
 
 from checkpoint.engine.pipeline import fan_out
 from checkpoint.engine.plan import TensorSpec
-from checkpoint.errors import FormatError, Mismatch
+from checkpoint.errors import FormatError, Mismatch, Misuse
 from checkpoint.format.box import Box, split_box
 from checkpoint.format.codec import checksum
 from checkpoint.format.dtypes import dtype_of, itemsize
@@ -48,6 +48,7 @@ _AS_NAMED = (
     "no rules are given, so names and shapes stay as they are: Megatron loads only what has its own names "
     "(--rules; docs/rules.md)"
 )
+_HOLD_ROUNDED = ("megatron-dist", "deepspeed", "deepspeed-universal")  # their readers compare with masters
 _LEFT_OUT = "the format {format} holds no optimizer: {number} of its tensors are left out"
 
 
@@ -166,7 +167,8 @@ class Outward:
 
 
 def plan_emigration(source: Origin, emigration: Emigration, holds_optimizer: Holds) -> Outward:
-    """Work out an export, before anything is read. Raises Mismatch, Incomplete, FormatError."""
+    """Work out an export, before anything is read. Raises Mismatch, Incomplete, FormatError, Misuse."""
+    _check_layout(emigration)
     keeps, notes = matches(emigration.only), list(source.notes)
     names = [spec.name for spec in source.contents.tensors if keeps(spec.name)]
     if not holds_optimizer(emigration.format):
@@ -188,6 +190,8 @@ def plan_emigration(source: Origin, emigration: Emigration, holds_optimizer: Hol
         raise FormatError(f"{source.url} holds nothing that {emigration.format} would hold")
     chosen = Chosen(source.contents, names)
     contents = Cast(chosen, _casts(chosen.tensors, emigration.dtype))
+    if emigration.format in _HOLD_ROUNDED:
+        _check_rounded(chosen.tensors, contents.tensors, emigration)
     plan = _plan(contents.tensors, emigration)
     ties = source.ties if holds_optimizer(emigration.format) and emigration.rules is None else {}
     if emigration.only is None:
@@ -254,6 +258,36 @@ class _Watched:
             self.num_done_bytes += found.nbytes
             self._listener(Progress("writing", self.num_done_bytes, self.num_bytes))
         return found
+
+
+def _check_layout(emigration: Emigration) -> None:
+    """Refuse a layout of which the format, or an export without rules, would keep nothing."""
+    scheme = parse_layout(emigration.to)
+    asked = {axis for axis, ranks in scheme.mesh.axes if ranks > 1}
+    asked |= {"zero"} if scheme.zero else set()
+    asked |= {"align"} if scheme.align > 1 else set()
+    can = set() if emigration.rules is None else {"tensor", "pipeline", "expert"}
+    if emigration.format == "deepspeed" and scheme.zero:
+        can |= {"replica", "shard", "zero"}
+    if asked - can:
+        raise Misuse(
+            f"an export to {emigration.format} cannot be divided by {', '.join(sorted(asked - can))}, as "
+            f"{emigration.to!r} asks: tensor, pipeline and expert need rules (--rules) of a framework that "
+            "has them, and replica or shard are for deepspeed, beside zero=1, 2 or 3"
+        )
+
+
+def _check_rounded(old: Sequence[TensorSpec], new: Sequence[TensorSpec], emigration: Emigration) -> None:
+    """Refuse casts after which weights would not be their masters, rounded once."""
+    masters = {owned.parameter for one in old if (owned := owner_of(one.name)) and owned.state == "master"}
+    for one, other in zip(old, new, strict=True):
+        is_cast = one.dtype not in (other.dtype, "float32")
+        if is_cast and one.name.removeprefix("model/") in masters:
+            raise Misuse(
+                f"{one.name} cannot become {other.dtype} beside its fp32 master, which rounds to "
+                f"{one.dtype}, as readers of {emigration.format} see: export without a dtype, or only "
+                "'model/*'"
+            )
 
 
 def _casts(specs: Sequence[TensorSpec], dtype: str | None) -> dict[str, str]:

@@ -38,6 +38,7 @@ from checkpoint.interop.formats.deepspeed_said import extra_of, notes_of, step_o
 from checkpoint.interop.formats.deepspeed_state import Collected, Rounded, ZeroCheckpoint, run_of
 from checkpoint.interop.formats.deepspeed_steps import read_step
 from checkpoint.interop.formats.deepspeed_weights import ModelStates, collect_weights
+from checkpoint.interop.formats.masters import check_masters
 from checkpoint.interop.formats.tiles import Tile, Tiled
 from checkpoint.interop.formats.twins import Samples, check_distinct
 from checkpoint.interop.moves import Foreign
@@ -80,6 +81,7 @@ def open_deepspeed(place: Place) -> ZeroCheckpoint:
         notes=(*notes_of(zero, len(files) // len(models)), *collected.notes),
     )
     tiled = Tiled(place, about, collected.tensors, collected.tiles)
+    check_masters(tiled, str(folder), list(collected.parts.values()))
     return ZeroCheckpoint(tiled, collected.rounded)
 
 
@@ -111,7 +113,8 @@ class _ModelRank:
         check_distinct(
             self._folder.place, [self._samples(number, flats) for number in range(len(self._files))]
         )
-        weights = collect_weights(ModelStates(self._models, self._shapes, self._stage, self._at), collected)
+        states_of_model = ModelStates(self._models, self._shapes, self._stage, self._at, self._folder.place)
+        weights = collect_weights(states_of_model, collected)
         for group, members in enumerate(self._shapes):
             for name, shape in members.items():
                 for state, parts in flats.items():
@@ -119,12 +122,18 @@ class _ModelRank:
                     collected.add(tensor, list(self._tiles(fragments.get(name, []), parts, shape)))
                     if state == "master":
                         number = len(collected.tensors) - 1
+                        self._see(fragments.get(name, []), shape, collected)
                         collected.rounded += [
                             Rounded(one, dtype, number) for one, dtype in weights.get(name, {}).items()
                         ]
                 if steps:
                     step = replace(steps[group][0], name=f"optimizer.step.{name}")
                     collected.add(replace(step, at=self._at), steps[group][1])
+
+    def _see(self, fragments: Sequence[Fragment], shape: Shape, collected: Collected) -> None:
+        for one in fragments:
+            for box in boxes_of_run(shape, one.first, one.first + one.numel):
+                collected.seen_in(self._files[one.file].path, one.group, box)
 
     def _check_world(self) -> None:
         for file, zero in zip(self._files, self._zeros, strict=True):

@@ -16,6 +16,8 @@ _OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_([0-9]+)_mp_rank_([0-9]+)_opt
 _MODEL = re.compile(r"mp_rank_([0-9]+)_model_states\.pt")
 _MODEL_3 = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_([0-9]+)_mp_rank_([0-9]+)_model_states\.pt")
 _OTHERS = re.compile(r"(layer_[0-9]+.*|expp_rank_.*|.*_expert_.*)_states\.pt")
+_LATEST = "latest"
+_STEP = re.compile(r"global_step([0-9]{1,18})(?:_universal)?")
 _MAX_TAG_BYTES = 4096
 
 
@@ -57,11 +59,7 @@ def find_folder(place: Place, pointer: str) -> Folder:
     Raises Incomplete if what it names is not there, Unsupported if there are several and nothing says which.
     """
     if pointer in place.files:
-        tag = (
-            place.read(pointer, 0, min(_MAX_TAG_BYTES, place.files[pointer]))
-            .decode("utf-8", "replace")
-            .strip()
-        )
+        tag = _tag(place, pointer)
         if not any(path.startswith(f"{tag}/") for path in place.files):
             raise Incomplete(f"{pointer} in {place} names {ascii(tag)[:80]}, and there is no such folder")
         return Folder(place, f"{tag}/")
@@ -71,6 +69,24 @@ def find_folder(place: Place, pointer: str) -> Folder:
     if len(tags) > 1:
         raise Unsupported(f"{place} holds {tags[:5]} and no file `{pointer}`: give the path of one of them")
     return Folder(place, f"{tags[0]}/")
+
+
+def is_left_behind(place: Place, pointer: str) -> bool:
+    """Tell whether a pointer names an earlier step than `latest` does, whose files of ZeRO are there.
+
+    Tags that say no step tell nothing.
+    """
+    if not {pointer, _LATEST} <= place.files.keys():
+        return False
+    tags = _tag(place, pointer), _tag(place, _LATEST)
+    old, new = (_STEP.fullmatch(tag) for tag in tags)
+    is_there = looks_like_zero({path: 0 for path in place.files if path.startswith(f"{tags[1]}/")})
+    return is_there and old is not None and new is not None and int(old[1]) < int(new[1])
+
+
+def _tag(place: Place, pointer: str) -> str:
+    said = place.read(pointer, 0, min(_MAX_TAG_BYTES, place.files[pointer]))
+    return said.decode("utf-8", "replace").strip()
 
 
 def optimizer_files(folder: Folder) -> list[RankFile]:

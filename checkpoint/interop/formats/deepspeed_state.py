@@ -50,11 +50,18 @@ class Collected:
     tiles: list[list[Tile]] = field(default_factory=list)
     rounded: list[Rounded] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    parts: dict[tuple[str, int], tuple[int, Box]] = field(default_factory=dict)  # see `seen_in`
 
     def add(self, tensor: Foreign, tiles: list[Tile]) -> None:
         """Add a tensor and where it lies."""
         self.tensors.append(tensor)
         self.tiles.append(tiles)
+
+    def seen_in(self, file: str, group: int, box: Box) -> None:
+        """Keep the largest box of the last tensor, a master, that lies in a file's partition of a group."""
+        known = self.parts.get((file, group))
+        if known is None or known[1].numel < box.numel:
+            self.parts[file, group] = (len(self.tensors) - 1, box)
 
 
 def run_of(find: Callable[[], Extent], start: int, size: tuple[int, ...]) -> Extent:

@@ -22,6 +22,7 @@ from checkpoint.interop.formats.deepspeed_said import extra_of, step_of
 from checkpoint.interop.formats.deepspeed_state import Collected, Rounded, ZeroCheckpoint, run_of
 from checkpoint.interop.formats.deepspeed_steps import read_step
 from checkpoint.interop.formats.deepspeed_weights import ModelStates, collect_weights
+from checkpoint.interop.formats.masters import check_masters
 from checkpoint.interop.formats.tiles import Tile, Tiled
 from checkpoint.interop.moves import Foreign
 from checkpoint.interop.place import Place
@@ -55,7 +56,9 @@ def open_deepspeed_universal(place: Place) -> ZeroCheckpoint:
         extra_of(tree, common, str(folder)),
         notes=tuple(collected.notes),
     )
-    return ZeroCheckpoint(Tiled(place, about, collected.tensors, collected.tiles), collected.rounded)
+    tiled = Tiled(place, about, collected.tensors, collected.tiles)
+    check_masters(tiled, str(folder))
+    return ZeroCheckpoint(tiled, collected.rounded)
 
 
 def _common(folder: Folder) -> Mapping[str, Any]:
@@ -78,7 +81,8 @@ class _Universal:
         """Add its tensors."""
         groups = group_shapes(self.models[0])
         stage = 3 if len(self.models) > 1 or _is_divided(self.models[0]) else stage_of(self.common)
-        weights = collect_weights(ModelStates(self.models, groups, min(stage, 3), {}), collected)
+        states = ModelStates(self.models, groups, min(stage, 3), {}, self.folder.place)
+        weights = collect_weights(states, collected)
         there = self._names()
         for members in groups:
             steps: dict[str, tuple[Foreign, Array]] = {}

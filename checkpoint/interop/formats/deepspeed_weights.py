@@ -14,7 +14,9 @@ from checkpoint.interop.formats.deepspeed_parts import Shape
 from checkpoint.interop.formats.deepspeed_state import Collected, run_of
 from checkpoint.interop.formats.rounding import ROUNDED
 from checkpoint.interop.formats.tiles import Tile
+from checkpoint.interop.formats.twins import Samples, check_distinct
 from checkpoint.interop.moves import Foreign
+from checkpoint.interop.place import Place
 
 _MODULE = "module"
 
@@ -27,6 +29,7 @@ class ModelStates:
     shapes: Sequence[Mapping[str, Shape]]  # of the parameters of each group
     stage: int
     at: Mapping[str, int]
+    place: Place
 
 
 def collect_weights(states: ModelStates, collected: Collected) -> dict[str, dict[str, str]]:
@@ -56,8 +59,16 @@ def collect_weights(states: ModelStates, collected: Collected) -> dict[str, dict
             collected.notes.append(
                 f"the model has {name!r}, of which ZeRO-3 says neither shape nor content: a tied weight?"
             )
+    if states.stage == 3:
+        check_distinct(states.place, [_parts_of_frozen(file) for file in states.files])
     _frozen(states, collected, module)
     return told
+
+
+def _parts_of_frozen(file: RankFile) -> Samples:
+    """Return what each rank's file of model states has a part of its own of."""
+    parts = (file.archive.tree.get("frozen_param_fragments") or {}).values()
+    return Samples(file.path, file.archive, [part for part in parts if isinstance(part, Stored)])
 
 
 def _check_shape(states: ModelStates, name: str, tensor: Stored, shapes: Mapping[str, Shape]) -> None:

@@ -10,6 +10,7 @@ from checkpoint.interop.drafts import Draft
 from checkpoint.interop.formats.contract import Contents, ForeignCheckpoint
 from checkpoint.interop.formats.dcp import looks_like_dcp, open_dcp
 from checkpoint.interop.formats.deepspeed import looks_like_deepspeed, open_deepspeed
+from checkpoint.interop.formats.deepspeed_files import is_left_behind
 from checkpoint.interop.formats.deepspeed_universal import (
     looks_like_deepspeed_universal,
     open_deepspeed_universal,
@@ -17,6 +18,7 @@ from checkpoint.interop.formats.deepspeed_universal import (
 from checkpoint.interop.formats.hf import looks_like_hf, open_hf, write_hf
 from checkpoint.interop.formats.megatron import looks_like_megatron, open_megatron
 from checkpoint.interop.formats.megatron_dist import looks_like_megatron_dist, open_megatron_dist
+from checkpoint.interop.formats.megatron_files import tracked_folder
 from checkpoint.interop.formats.torchfile import looks_like_torch, open_torch
 from checkpoint.interop.place import Place
 
@@ -37,6 +39,7 @@ class Format:
     open: Callable[[Place], ForeignCheckpoint]
     write: _Write | None
     holds_optimizer: bool  # as far as it is written
+    is_stale: Callable[[Place], bool] = lambda _: False  # beside what another format holds
 
 
 def _later(module: str, name: str) -> _Write:
@@ -56,6 +59,7 @@ _KNOWN = (
         open_megatron,
         _later("megatron_writing", "write_megatron"),
         holds_optimizer=False,
+        is_stale=lambda place: looks_like_megatron_dist(_tracked(place)),
     ),
     Format(
         "megatron-dist",
@@ -72,6 +76,7 @@ _KNOWN = (
         open_deepspeed_universal,
         _later("deepspeed_writing", "write_deepspeed_universal"),
         holds_optimizer=True,
+        is_stale=lambda place: is_left_behind(place, "latest_universal"),
     ),
     Format(
         "deepspeed",
@@ -117,10 +122,10 @@ def open_place(place: Place, format: str | None = None) -> ForeignCheckpoint:
 
 
 def detect(place: Place) -> Format:
-    """Return the format that a directory looks like. Raises Unsupported."""
-    for one in FORMATS.values():
-        if one.looks_like(place.files):
-            return one
+    """Return the format that a directory looks like; of several, one still used. Raises Unsupported."""
+    likely = [one for one in FORMATS.values() if one.looks_like(place.files)]
+    if likely:
+        return next((one for one in likely if not one.is_stale(place)), likely[0])
     seen = sorted(place.files)
     more = f" and {len(seen) - _SHOWN} more" if len(seen) > _SHOWN else ""
     raise Unsupported(
@@ -141,6 +146,12 @@ def _named(name: str) -> Format:
     if name not in FORMATS:
         raise Unsupported(f"there is no format {name!r}; there are {', '.join(FORMATS)}")
     return FORMATS[name]
+
+
+def _tracked(place: Place) -> Mapping[str, int]:
+    """Return the files of the iteration that Megatron's tracker names."""
+    folder = tracked_folder(place)
+    return {path: size for path, size in place.files.items() if path.startswith(f"{folder}/")}
 
 
 def _writable() -> str:
