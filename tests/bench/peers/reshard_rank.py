@@ -72,13 +72,13 @@ def save(place: Place) -> None:
 def load(place: Place) -> None:
     """Load it with both, round by round, into the same memory, and see that it is the same."""
     state = state_of(place, torch.zeros)
-    taken: dict[str, list[float]] = {"ours": [], "thorough": [], "dcp": []}
+    taken: dict[str, list[float]] = {"ours": [], "sampled": [], "dcp": []}
     read: list[int] = []
     sums = []
     url = str(place.directory / "ours")
     with (
-        Checkpointer(url, options=options(place)) as quick,
-        Checkpointer(url, options=options(place, "all")) as slow,
+        Checkpointer(url, options=options(place)) as whole,
+        Checkpointer(url, options=options(place, "sampled")) as sampled,
     ):
 
         def ours(checkpointer: Checkpointer) -> None:
@@ -92,7 +92,7 @@ def load(place: Place) -> None:
 
         for number in range(place.rounds + 1):
             works: list[tuple[str, Callable[[], None]]]
-            works = [("ours", partial(ours, quick)), ("dcp", torchs), ("thorough", partial(ours, slow))]
+            works = [("ours", partial(ours, whole)), ("dcp", torchs), ("sampled", partial(ours, sampled))]
             for name, work in works if number % 2 else reversed(works):
                 for one in state.values():
                     one.to_local().zero_()
@@ -109,7 +109,7 @@ def load(place: Place) -> None:
         (place.directory / "told.json").write_text(json.dumps(told))
 
 
-def options(place: Place, fingerprints: Literal["all", "sampled"] = "sampled") -> Options:
+def options(place: Place, fingerprints: Literal["all", "sampled"] = "all") -> Options:
     """Store raw bytes, as torch does; keep the sockets of each world's keeper apart."""
     kept = place.directory / f"keeper{place.size}"
     kept.mkdir(mode=0o700, exist_ok=True)
