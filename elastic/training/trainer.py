@@ -116,7 +116,8 @@ class Trainer:
         """Save the whole state as a world of one; return whether it became durable."""
         if not self._learner.is_whole:
             return False
-        self._snapshots.save(Share(generation, 0, 1, (host,)), self._standing.committed, self._learner.tree)
+        alone = Share(generation, 0, 1, (host,))
+        self._snapshots.save(alone, self._standing.committed, self._learner.whole_tree)
         return self._snapshots.drain(FINAL_DRAIN_S) and self._snapshots.why_newest_lost() is None
 
     def settle(self, world: World) -> Settling:
