@@ -46,6 +46,19 @@ class StopAtThree(Told):
         return Flags(stop=int(self.num_asked == 3))
 
 
+class LostAtLeaf(Told):
+    """Orders of a world that breaks before one of all virtual ranks' gradients is computed."""
+
+    def __init__(self, leaf: int) -> None:
+        super().__init__()
+        self.left = leaf
+
+    def check(self, generation: int) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise Broken(generation, "a member died")
+
+
 class FirstStepPoisoned(PoisonedJob):
     """A job whose first step has a loss that is no number."""
 
@@ -118,14 +131,31 @@ def test_optimizer_state_that_comes_later_than_the_first_step_is_refused_and_not
         trained(trainer_of(sharding, LateJob(), stored[0]))
 
 
+@pytest.mark.parametrize("leaf", [0, 10], ids=["in the first step", "two steps later"])
+@pytest.mark.parametrize("layout", ["optimizer_copies", "parameter_copies"])
+def test_lost_state_of_which_there_is_no_checkpoint_is_made_anew_as_often_as_need_be(plan, layout, leaf):
+    sharding = replace(plan, **{layout: 1})
+    quiet, survivor = trainer_of(sharding), trainer_of(sharding)
+    trained(quiet)
+    for generation, lost_at in ((1, 0), (5, leaf)):
+        with pytest.raises(Broken, match="a member died"):
+            _train(survivor, WorldOfOne(generation), LostAtLeaf(lost_at))
+        survivor.settle(WorldOfTwins(generation + 1))  # the twin has the other half of the state from now on
+        with pytest.raises(Broken, match="on lost ranks only"):
+            survivor.settle(WorldOfOne(generation + 2))
+        assert survivor.settle(WorldOfOne(generation + 3)).source == "fresh"
+    _train(survivor, WorldOfOne(9))
+    assert survivor.weights_sha256() == quiet.weights_sha256()
+
+
 def trainer_of(plan: TrainPlan, job: Any = None, storage: Storage | None = None) -> Trainer:
     settings = SETTINGS.model_copy(update={"width": 32})  # so that some parameters have rows
     return Trainer(job or GPTJob(), settings, plan, member="a", device=CPU, storage=storage or Storage())
 
 
-def _train(trainer: Trainer, world: WorldOfOne) -> None:
+def _train(trainer: Trainer, world: WorldOfOne, told: Told | None = None) -> None:
     trainer.settle(world)
-    trainer.run(world, Told(), _ignore)
+    trainer.run(world, told or Told(), _ignore)
 
 
 _ignore: Callable[[Any], None] = list[Any]().append
