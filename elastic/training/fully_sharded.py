@@ -135,6 +135,10 @@ class FullyShardedLearner:
         """Return what every rank holds alike of the state after `step` committed steps."""
         return {**self._hold().rest, "cursor": {"step": step}}
 
+    def whole_tree(self, step: int) -> dict[str, Any]:
+        """Return the whole state after `step` committed steps; all of it is here."""
+        return self.shares(step)
+
     def shares(self, step: int) -> dict[str, Any]:
         """Return the whole state, of which each rank holds its rows."""
         mesh = self._saving_mesh()

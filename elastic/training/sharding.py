@@ -18,8 +18,6 @@ from elastic.training.handover import Parcel, accept, hand_over
 from elastic.training.ports import World
 from elastic.training.state import Learner, StateLost
 
-_NUM_TELLINGS = 2  # after a change of world: of what is there, and of what the next update adds
-
 
 class ShardedLearner:
     """A learner whose optimizer state is spread over the ranks of a world; the model is whole on all of them.
@@ -34,7 +32,7 @@ class ShardedLearner:
         self._mine = set(range(len(self._names)))
         self._holders: Holders = ()
         self._kinds: dict[str, dict[str, Any]] = {}
-        self._num_tellings = 0
+        self._num_updates = 0  # in the present world
 
     @property
     def model(self) -> nn.Module:
@@ -57,29 +55,13 @@ class ShardedLearner:
             if number not in self._mine:
                 parameter.grad = None
         self._learner.update()
+        self._num_updates += 1
 
     def complete(self, world: World) -> None:
         """Give everybody's updated parameters to everybody. Raises Broken; nothing is lost then."""
-        if self._num_tellings:
-            self._num_tellings -= 1
+        if self._num_updates == 1:  # a state is made in the first one, which is not always the first step
             self._learn_kinds(world)
-        if world.size == 1:
-            return
-        given = [
-            [number for number, ranks in enumerate(self._holders) if ranks[0] == rank]
-            for rank in range(world.size)
-        ]
-        length = max(sum(self._parameters[number].numel() for number in share) for share in given)
-        mine = torch.zeros(length, device=self._device)
-        everyones = torch.empty(world.size * length, device=self._device)
-        for number, piece in self._placed(mine, given[world.rank]):
-            piece.copy_(self._parameters[number].detach())
-        world.all_gather(everyones, mine)
-        with torch.no_grad():
-            for row, share in zip(torch.split(everyones, length), given, strict=True):
-                for number, piece in self._placed(row, share):
-                    if number not in self._mine:
-                        self._parameters[number].copy_(piece)
+        self._share_values(world)
 
     def settle(self, world: World) -> None:
         """Deal the state anew over a world whose ranks stand at one step, and move what has to move.
@@ -99,8 +81,9 @@ class ShardedLearner:
         for number in self._mine - {each for each, ranks in enumerate(holders) if world.rank in ranks}:
             self._learner.optimizer.state.pop(self._parameters[number], None)
             self._mine.discard(number)
-        self._holders, self._num_tellings = holders, _NUM_TELLINGS
-        self.complete(world)
+        self._holders, self._num_updates = holders, 0
+        self._learn_kinds(world)
+        self._share_values(world)
 
     def tree(self, step: int) -> dict[str, Any]:
         """Return what every rank holds alike of the state after `step` committed steps."""
@@ -111,6 +94,10 @@ class ShardedLearner:
         """Hash the model."""
         return self._learner.weights_sha256()
 
+    def whole_tree(self, step: int) -> dict[str, Any]:
+        """Return the whole state after `step` committed steps; all of it is here."""
+        return self._learner.tree(step)
+
     def shares(self, step: int) -> dict[str, Any]:
         """Return the whole state, as far as it is here; what is elsewhere is named.
 
@@ -118,6 +105,8 @@ class ShardedLearner:
         """
         tree = self._learner.tree(step)
         here = tree["optimizer"]["state"]
+        for name in (self._names[number] for number in self._mine):
+            _check_kinds(name, here.get(name, {}), self._kinds[name])
         state = {
             name: {key: _leaf(kind, here.get(name, {}).get(key), ranks) for key, kind in kinds.items()}
             for name, ranks, kinds in zip(
@@ -132,6 +121,26 @@ class ShardedLearner:
         step = self._learner.load({key: value for key, value in tree.items() if key != "held"})
         self._mine = set(tree.get("held", range(len(self._names))))
         return step
+
+    def _share_values(self, world: World) -> None:
+        """Give everybody the values of each parameter that its first holder has."""
+        if world.size == 1:
+            return
+        given = [
+            [number for number, ranks in enumerate(self._holders) if ranks[0] == rank]
+            for rank in range(world.size)
+        ]
+        length = max(sum(self._parameters[number].numel() for number in share) for share in given)
+        mine = torch.zeros(length, device=self._device)
+        everyones = torch.empty(world.size * length, device=self._device)
+        for number, piece in self._placed(mine, given[world.rank]):
+            piece.copy_(self._parameters[number].detach())
+        world.all_gather(everyones, mine)
+        with torch.no_grad():
+            for row, share in zip(torch.split(everyones, length), given, strict=True):
+                for number, piece in self._placed(row, share):
+                    if number not in self._mine:
+                        self._parameters[number].copy_(piece)
 
     def _move(self, world: World, sender: int, receiver: int, numbers: Sequence[int]) -> None:
         """Move state, and the parameters it belongs to: the receiver's are of the step before, perhaps."""
@@ -176,6 +185,15 @@ def _kinds(name: str, state: dict[str, Any]) -> dict[str, Any]:
                 "it cannot be sharded; set training.optimizer_copies = 0"
             )
     return {key: [str(value.dtype).removeprefix("torch."), list(value.shape)] for key, value in state.items()}
+
+
+def _check_kinds(name: str, state: dict[str, Any], known: dict[str, Any]) -> None:
+    found = _kinds(name, state)
+    if different := [key for key in found.keys() | known.keys() if found.get(key) != known.get(key)]:
+        raise JobRejected(
+            f"the optimizer's {min(different)!r} of {name} is not what it was after its first step, so that "
+            "other ranks do not know of it: it cannot be sharded; set training.optimizer_copies = 0"
+        )
 
 
 def _leaf(kind: Any, tensor: Tensor | None, ranks: tuple[int, ...]) -> OnRanks:

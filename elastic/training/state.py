@@ -87,6 +87,10 @@ class Learner:
             "seed": self.seed,
         }
 
+    def whole_tree(self, step: int) -> dict[str, Any]:
+        """Return the same, as every learner does that is whole."""
+        return self.tree(step)
+
     def weights_sha256(self) -> str:
         """Hash the model."""
         return weights_sha256(self.model)

@@ -87,6 +87,7 @@ class Trainer:
         self._restore = storage.restore
         self._snapshots = Snapshots(storage.saver, member, _meta(job, plan))
         self._standing = Standing(BLANK)
+        self._has_begun = False
         self._attempt = _Attempt()
         self._dealing: Dealing | None = None  # of the step that a lost rank interrupted
         self._loss_watch = LossWatch()
@@ -116,7 +117,8 @@ class Trainer:
         """Save the whole state as a world of one; return whether it became durable."""
         if not self._learner.is_whole:
             return False
-        self._snapshots.save(Share(generation, 0, 1, (host,)), self._standing.committed, self._learner.tree)
+        alone = Share(generation, 0, 1, (host,))
+        self._snapshots.save(alone, self._standing.committed, self._learner.whole_tree)
         return self._snapshots.drain(FINAL_DRAIN_S) and self._snapshots.why_newest_lost() is None
 
     def settle(self, world: World) -> Settling:
@@ -293,6 +295,7 @@ class Trainer:
     def _give_up(self, world: World, why: str) -> NoReturn:
         """Leave the state to the next world, which restores it from a checkpoint."""
         self._snapshots.wait_captured()
+        self._reduction.forget()  # the next state may be of another step, or the first
         self._standing = Standing(BLANK)
         raise Broken(world.generation, why)
 
@@ -321,8 +324,9 @@ class Trainer:
         """Make the first state: the newest checkpoint if there is one, else what the seed gave."""
         loaded = self._restore() if self._restore is not None else None
         if loaded is None:
-            if self._attempt.generation:  # what was learned since is not the first state any more
+            if self._has_begun:  # what is here is not the first state any more, nor all of it perhaps
                 self._learner.load(self._first_learner().tree(0))
+            self._has_begun = True
             self._standing = Standing(0)
             return Parcel(None, "fresh")
         self._take_over(loaded.state)
@@ -332,6 +336,7 @@ class Trainer:
     def _take_over(self, state: Any) -> None:
         self._snapshots.wait_captured()
         self._reduction.forget()
+        self._has_begun = True
         self._standing = Standing(BLANK)  # in between it is neither the old state nor the new one
         self._standing = Standing(self._learner.load(state))
 

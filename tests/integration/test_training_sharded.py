@@ -19,6 +19,23 @@ CHURN = [
 ]
 # With one copy a death takes state along: the world after finds out, and the one after that restores.
 LOSS = [Chapter((0, 1, 2), victim=1, dies_at=5, phase="leaf"), Chapter((0, 2)), Chapter((0, 2))]
+# Nothing was saved yet, and whoever began the state is gone: a survivor makes it anew. Who died in one story
+# is in none of the next.
+IN_THE_FIRST_STEP = [Chapter((3, 4), victim=3, dies_at=0, phase="leaf"), Chapter((4,)), Chapter((4,))]
+AFTER_A_HANDOVER = [
+    Chapter((5,), until=3),
+    Chapter((5, 4), victim=5, dies_at=3, phase="leaf"),
+    *(Chapter((4,)), Chapter((4,))),
+]
+IN_THE_FIRST_STEP_OF_SHARDS = [
+    Chapter((0, 2), victim=0, dies_at=0, phase="leaf"),
+    *(Chapter((2,)), Chapter((2,))),
+]
+AFTER_A_HANDOVER_OF_SHARDS = [
+    Chapter((2,), until=3),
+    Chapter((2, 6), victim=2, dies_at=3, phase="leaf"),
+    *(Chapter((6,)), Chapter((6,))),
+]
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +81,37 @@ def test_each_rank_holds_its_share_of_the_optimizer_state_and_no_more(churned):
         assert max(held) <= 1.5 * 2 * whole / size
 
 
-def test_state_that_was_on_the_lost_rank_only_comes_from_the_newest_checkpoint(text, replicated, tmp_path):
-    diaries = perform({"loss": LOSS}, Props(text, optimizer_copies=1, store=str(tmp_path)))["loss"]
+@pytest.fixture(scope="module")
+def lost(text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, Diary]]:
+    stored = Props(text, optimizer_copies=1, store=str(tmp_path_factory.mktemp("store")))
+    optimizer, parameters = Props(text, optimizer_copies=1), Props(text, parameter_copies=1)
+    told = {
+        "loss": (LOSS, stored),
+        "in the first step": (IN_THE_FIRST_STEP, optimizer),
+        "after a handover": (AFTER_A_HANDOVER, optimizer),
+        "in the first step, of shards": (IN_THE_FIRST_STEP_OF_SHARDS, parameters),
+        "after a handover, of shards": (AFTER_A_HANDOVER_OF_SHARDS, parameters),
+    }
+    stories = {name: chapters for name, (chapters, _) in told.items()}
+    return perform(stories, {name: props for name, (_, props) in told.items()})
+
+
+def test_state_that_was_on_the_lost_rank_only_comes_from_the_newest_checkpoint(lost, replicated):
     for survivor in (0, 2):
-        assert diaries[survivor].sha256 == replicated.sha256
-        steps = [step for step, _ in diaries[survivor].steps]
+        assert lost["loss"][survivor].sha256 == replicated.sha256
+        steps = [step for step, _ in lost["loss"][survivor].steps]
         assert steps == [*range(1, 6), *range(5, NUM_STEPS + 1)]
+
+
+def test_before_a_checkpoint_it_is_made_anew_by_one_who_only_ever_received_it(lost, replicated):
+    survivors = {
+        "in the first step": 4,
+        "after a handover": 4,
+        "in the first step, of shards": 2,
+        "after a handover, of shards": 6,
+    }
+    for story, survivor in survivors.items():
+        diary = lost[story][survivor]
+        assert (story, diary.sha256) == (story, replicated.sha256)
+        assert diary.sources[-1] == "fresh"
+        assert diary.steps == replicated.steps

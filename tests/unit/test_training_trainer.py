@@ -206,6 +206,8 @@ def test_an_exception_in_the_jobs_code_names_step_and_virtual_rank_and_brings_it
 class PoisonedJob(GPTJob):
     """A job whose third step has a loss that is no number."""
 
+    poisoned = 2
+
     def __init__(self) -> None:
         self._step = 0
 
@@ -214,7 +216,7 @@ class PoisonedJob(GPTJob):
         return super().batch(dataset, step, virtual_rank)
 
     def loss(self, model: Any, batch: Tensor, rng: torch.Generator) -> Tensor:
-        return super().loss(model, batch, rng) * (math.nan if self._step == 2 else 1.0)
+        return super().loss(model, batch, rng) * (math.nan if self._step == self.poisoned else 1.0)
 
 
 def test_a_loss_that_is_no_number_ends_the_run_before_anything_of_its_step_is_applied(plan):
