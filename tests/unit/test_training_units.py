@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 def alone(model: nn.Module) -> Any:
     mould = Mould(model)
     whole = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    return mould.pour(Cut(1, 0), whole, CPU, Wires(lambda _: None, lambda _, __: None))
+    return mould.pour(Cut(1, 0), whole, CPU, Wires(lambda _, __: None, lambda _, __: None))
 
 
 def test_items_of_lists_are_units_but_for_shared_ones_and_small_parameters_stay_whole():
@@ -85,6 +85,24 @@ def test_a_model_with_tied_weights_learns_the_same_bits_in_shards(plan: TrainPla
     for copies in (0, 1):
         trainer = trainer_of(replace(plan, parameter_copies=copies), StackJob())
         assert trained(trainer)[0] is Ending.FINISHED
+        shas.add(trainer.weights_sha256())
+    assert len(shas) == 1
+
+
+class HollowJob(StackJob):
+    """A job whose model has matrices without elements."""
+
+    def model(self, settings: Any) -> Any:
+        model = Stack(1)
+        model.no_rows, model.no_columns = nn.Parameter(torch.zeros(0, 32)), nn.Parameter(torch.zeros(5, 0))
+        return model
+
+
+def test_matrices_without_elements_stay_whole_and_change_no_bit(plan: TrainPlan):
+    shas = set()
+    for copies in (0, 1):
+        trainer = trainer_of(replace(plan, parameter_copies=copies), HollowJob())
+        trained(trainer)
         shas.add(trainer.weights_sha256())
     assert len(shas) == 1
 
