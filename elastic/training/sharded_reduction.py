@@ -17,6 +17,7 @@ from elastic.training.holdings import local_rows
 from elastic.training.lockstep import COLLECT, END
 from elastic.training.ports import World
 from elastic.training.reduction import Compute, Dealt, norm_of
+from elastic.training.through_layers import only_through_layers
 from elastic.training.tree import Node, grow
 from elastic.training.units import WHOLE
 
@@ -40,7 +41,8 @@ class ShardedReduction:
             self._turn = range(first, min(first + world.size, self._virtual_ranks))
             self._collected.clear()
             leaf = first + world.rank
-            loss = compute(leaf if leaf in self._turn else first)
+            with only_through_layers():
+                loss = compute(leaf if leaf in self._turn else first)
             if leaf in self._turn:
                 losses[leaf] = loss
             self._collect_whole()

@@ -112,6 +112,35 @@ def test_a_layer_that_is_called_twice_in_a_forward_is_refused_with_the_remedy(pl
         trained(trainer_of(replace(plan, parameter_copies=1), StackJob(2)))
 
 
+class PenaltyJob(StackJob):
+    """A job with a penalty on its weights, or on gradients."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self._kind = kind
+
+    def loss(self, model: Any, batch: Tensor, rng: torch.Generator) -> Tensor:
+        seen: list[Tensor] = []
+        hook = model.layers[0].register_forward_pre_hook(lambda _, given: seen.extend(given))
+        loss = super().loss(model, batch, rng)
+        hook.remove()
+        if self._kind == "weights":
+            return loss + sum(each.square().sum() for each in model.parameters())
+        (slope,) = torch.autograd.grad(loss, seen, create_graph=True)
+        return loss + slope.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("weights", "Tensor and DTensor"), ("gradients", "storage of size 0")]
+)
+def test_a_loss_that_torch_cannot_shard_is_refused_with_the_remedy_and_its_words(
+    plan: TrainPlan, kind: str, words: str
+):
+    trained(trainer_of(plan, PenaltyJob(kind)))
+    with pytest.raises(JobRejected, match=rf"training\.parameter_copies = 0 .*virtual rank 0.*{words}"):
+        trained(trainer_of(replace(plan, parameter_copies=1), PenaltyJob(kind)))
+
+
 class NormedSGD(torch.optim.SGD):
     """Steps of a length that depends on a whole tensor, as LARS."""
 
