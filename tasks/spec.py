@@ -107,6 +107,7 @@ class TrainingSpec(_Section):
     bucket_mib: float = Field(
         default=4.0,
         ge=0,
+        allow_inf_nan=False,
         description="Gradients are reduced in pieces of so many MiB while backward still computes others; "
         "0: in one piece after it. With determinism = bitwise the weights do not depend on it.",
     )
@@ -320,6 +321,16 @@ def _disagreements(spec: RunSpec) -> list[str]:
         mistakes.append(
             f"training.parameter_copies = {training.parameter_copies} shards the optimizer as well; "
             "set training.optimizer_copies = 0"
+        )
+    if training.parameter_copies and training.determinism == "fast":
+        mistakes.append(
+            f"training.parameter_copies = {training.parameter_copies} sums gradients in one order only; set "
+            'training.determinism = "bitwise"'
+        )
+    if training.parameter_copies > world.workers:
+        mistakes.append(
+            f"training.parameter_copies = {training.parameter_copies} is more than "
+            f"world.workers = {world.workers} can hold: each holds one; lower it or raise the workers"
         )
     mistakes += _memory_mistakes(spec.checkpoint)
     for index, fault in enumerate(spec.drill.faults):

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from elastic.control.resharding import Arrangement, Cut, arrange
 from elastic.training.elementwise import only_elements
 from elastic.training.holdings import Holding, cut_anew, local_rows, put_together, take_apart
+from elastic.training.lockstep import GATHER, Lockstep
 from elastic.training.ports import World
 from elastic.training.state import Learner, check_model, check_origin, tensors_sha256
 from elastic.training.units import Mould, Sharded, Wires
@@ -38,6 +39,7 @@ class Live:
     cuts: Sequence[Cut]
     takers: frozenset[int]
     givers: Mapping[int, int]
+    lockstep: Lockstep
 
 
 class FullyShardedLearner:
@@ -127,7 +129,8 @@ class FullyShardedLearner:
             for shard in range(arrangement.shards)
             if shard != mine
         }
-        self._live = Live(world, arrangement, sharded, learner, cuts, frozenset(takers), givers)
+        lockstep = Lockstep(sharded.layers, self._waiting)
+        self._live = Live(world, arrangement, sharded, learner, cuts, frozenset(takers), givers, lockstep)
         self._held = None
         gc.collect()  # torch's models refer to themselves, and the old one's memory is wanted now
 
@@ -180,6 +183,11 @@ class FullyShardedLearner:
         with self._waiting():
             self.live.world.exchange(send, receive)
 
+    def _gather_unit(self, unit: int, out: Tensor) -> None:
+        """Gather a unit's parameters for its forward or backward."""
+        self.live.lockstep.come_to(self.live.world, GATHER, unit)
+        self._gather(out)
+
     def _gather(self, out: Tensor) -> None:
         """Fill in the parts of the other shards."""
         live, parts = self.live, out.view(self.live.sharded.cut.shards, -1)
@@ -194,7 +202,7 @@ class FullyShardedLearner:
         """Make the model of what is held."""
         rows = {name: tensor for (name, key), tensor in held.rows.items() if not key}
         alike = {name: tensor.to(self._device) for name, tensor in held.rest["model"].items()}
-        wires = Wires(self._gather, self.collect)
+        wires = Wires(self._gather_unit, self.collect)
         return self._mould.pour(cut, {**alike, **rows}, self._device, wires)
 
     def _hold(self) -> Holding:

@@ -37,6 +37,7 @@ class GradientRows:
         self._length = padded_length(self.num_elements, range(1, virtual_ranks + 1))
         self._free: list[Tensor] = []
         self.device = self.parameters[0].device
+        self._bound: list[Tensor] = []
 
     def take(self) -> Tensor:
         """Lend a row; what is in it is worthless."""
@@ -48,8 +49,22 @@ class GradientRows:
 
     def bind(self, row: Tensor) -> None:
         """Let backward add to this row, and the optimizer read from it."""
-        for parameter, place in zip(self.parameters, self.places, strict=True):
-            parameter.grad = row[place].view(parameter.shape)
+        self._bound = [
+            row[place].view(parameter.shape)
+            for parameter, place in zip(self.parameters, self.places, strict=True)
+        ]
+        for parameter, gradient in zip(self.parameters, self._bound, strict=True):
+            parameter.grad = gradient
+
+    def check_bound(self) -> None:
+        """Raise JobRejected if a gradient is not where it was bound: what backward gave is not in the row."""
+        for name, parameter, gradient in zip(self.names, self.parameters, self._bound, strict=True):
+            if parameter.grad is not gradient:
+                raise JobRejected(
+                    f"the job put another gradient in place of that of {name} (as zero_grad does, or a "
+                    "backward with create_graph): gradients are the trainer's, which zeroes them itself; "
+                    "leave zero_grad and backward out of the job's loss"
+                )
 
     def gradient(self, row: Tensor) -> Tensor:
         """Return the part of a row that holds gradients."""

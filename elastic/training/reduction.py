@@ -122,6 +122,7 @@ class TreeReduction:
         try:
             with self._buckets.watch(cut, join):
                 self._rows.losses(row)[leaf] = compute(leaf)
+                self._rows.check_bound()
         except BaseException:
             self._rows.give_back(row)
             raise
@@ -222,6 +223,7 @@ class PlainReduction:
     def _fold(self, leaf: int, compute: Compute, cut: Cut, start: Callable[[slice], None]) -> None:
         with self._buckets.watch(cut, start):
             self._rows.losses(self._row)[leaf] = compute(leaf)
+            self._rows.check_bound()
 
     def _start(self, world: World, bucket: slice) -> None:
         self._held = []  # what a broken all-reduce leaves is worthless

@@ -14,8 +14,10 @@ from torch import Tensor
 from elastic.errors import JobRejected
 from elastic.training.fully_sharded import FullyShardedLearner
 from elastic.training.holdings import local_rows
+from elastic.training.lockstep import COLLECT, END
 from elastic.training.ports import World
 from elastic.training.reduction import Compute, Dealt, norm_of
+from elastic.training.through_layers import only_through_layers
 from elastic.training.tree import Node, grow
 from elastic.training.units import WHOLE
 
@@ -39,10 +41,12 @@ class ShardedReduction:
             self._turn = range(first, min(first + world.size, self._virtual_ranks))
             self._collected.clear()
             leaf = first + world.rank
-            loss = compute(leaf if leaf in self._turn else first)
+            with only_through_layers():
+                loss = compute(leaf if leaf in self._turn else first)
             if leaf in self._turn:
                 losses[leaf] = loss
             self._collect_whole()
+            self._learner.live.lockstep.come_to(world, END)
             self._unbind()
         world.all_reduce(losses, "sum")  # each one with zeros: exact
         self._bind()
@@ -75,6 +79,7 @@ class ShardedReduction:
                 "training.parameter_copies = 0"
             )
         self._collected.add(unit)
+        self._learner.live.lockstep.come_to(world, COLLECT, unit)
         parts = [gradients[0 if unit == WHOLE else cut.index] for cut in cuts]
         is_giving = world.rank < len(self._turn)
         slices = [torch.empty_like(parts[0]) for _ in self._turn]

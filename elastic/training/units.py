@@ -12,7 +12,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -40,18 +40,19 @@ _CONTAINERS = (*_LISTS, nn.Sequential)
 
 @dataclass(frozen=True, slots=True)
 class Wires:
-    """What torch's collectives become: `gather` fills in the other shards' equal parts of a tensor, `collect`
-    takes the gradients of a unit, one row for each shard.
+    """What torch's collectives become, of a unit's number and a tensor: `gather` fills in the other shards'
+    equal parts, `collect` takes the gradients, one row for each shard.
     """
 
-    gather: Callable[[Tensor], None]
+    gather: Callable[[int, Tensor], None]
     collect: Callable[[int, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Sharded:
     """A model of which only `cut` is here. `units[u]` names the trained parameters of unit u, in the order in
-    which their gradients lie in a row; `whole` those that are whole on every rank.
+    which their gradients lie in a row, and `layers[u]` the unit itself; `whole` names those that are whole on
+    every rank.
     """
 
     model: nn.Module
@@ -59,6 +60,7 @@ class Sharded:
     mesh: DeviceMesh
     parameters: Mapping[str, nn.Parameter]
     units: Sequence[Sequence[str]]
+    layers: Sequence[str]
     whole: Sequence[str]
 
     def spread(self, name: str, local: Tensor) -> Tensor:
@@ -93,7 +95,7 @@ class Mould:
         self.sharded = {
             name: each.shape
             for name, each in self.parameters.items()
-            if each.dim() > 1 and each.shape[1:].numel() % VECTOR == 0
+            if each.dim() > 1 and each.numel() and each.shape[1:].numel() % VECTOR == 0
         }
 
         self.tensors: dict[str, Tensor] = dict(self._model.state_dict(keep_vars=True))
@@ -123,7 +125,9 @@ class Mould:
             _connect(part, number, cut, wires)
         filled = _fill(model, mesh, parameters)
         alike = [name for name, each in filled.items() if each.requires_grad and name not in self.sharded]
-        return Sharded(model, cut, mesh, filled, units, alike)
+        paths = {module: path for path, module in model.named_modules()}
+        layers = [paths[part] or "the model itself" for part in parts]
+        return Sharded(model, cut, mesh, filled, units, layers, alike)
 
 
 class _Communication:
@@ -137,15 +141,15 @@ class _Communication:
 class _Gathering(_Communication):
     """An all-gather in place: the input is a part of the output."""
 
-    def __init__(self, wires: Wires) -> None:
-        self._wires = wires
+    def __init__(self, gather: Callable[[Tensor], None]) -> None:
+        self._gather = gather
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: object, async_op: object = None
     ) -> None:
         """Fill in the other shards' parts."""
         del input_tensor, group, async_op
-        self._wires.gather(output_tensor)
+        self._gather(output_tensor)
 
 
 class _Scattering(_Communication):
@@ -184,7 +188,7 @@ def _connect(part: Any, number: int, cut: Cut, wires: Wires) -> None:
     def collect(gradients: Tensor) -> None:
         wires.collect(number, gradients.view(cut.shards, -1))
 
-    part.set_custom_all_gather(_Gathering(wires))
+    part.set_custom_all_gather(_Gathering(partial(wires.gather, number)))
     part.set_custom_reduce_scatter(_Scattering(collect))
     if cut.shards == 1:
         part.set_all_reduce_hook(collect)  # of one shard torch scatters nothing

@@ -57,7 +57,8 @@ class ThreadWorld:
 
     def all_reduce(self, tensor: Tensor, op: str) -> None:
         self._post({self.rank: tensor})
-        total = torch.stack([self._board[rank] for rank in range(self.size)]).sum(0)
+        everyones = torch.stack([self._board[rank] for rank in range(self.size)])
+        total = everyones.sum(0) if op == "sum" else everyones.amax(0)
         self._clear()
         tensor.copy_(total)
 

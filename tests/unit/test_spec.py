@@ -63,6 +63,7 @@ def test_none_takes_an_optional_default_away():
         (["training=4"], ["training", "dictionary"]),
         (["training.steps=0"], ["training.steps = 0", "greater than or equal to 1"]),
         (["training.steps=many"], ["training.steps = 'many'", "integer"]),
+        (["training.bucket_mib=inf"], ["training.bucket_mib = inf", "finite"]),
         (["checkpoint.codec=lz4"], ["checkpoint.codec = 'lz4'", "'raw', 'zstd' or 'planes'"]),
         (["job.path=not-a-path"], ["job.path"]),
         (["drill.faults=[{at_stp=1}]"], ["drill.faults[0].at_step", "missing"]),
@@ -83,6 +84,9 @@ def test_a_mistake_gives_an_error_that_names_it(settings, words):
         (["training.global_batch=4"], "training.virtual_ranks = 8"),
         (["world.workers=9"], "world.workers = 9"),
         (["world.min_workers=5"], "world.min_workers = 5"),
+        (["training.parameter_copies=1", "training.optimizer_copies=1"], "training.parameter_copies = 1"),
+        (["training.parameter_copies=1", "training.determinism=fast"], "training.parameter_copies = 1"),
+        (["training.parameter_copies=5"], "training.parameter_copies = 5"),
         (["checkpoint.parity_losses=1"], "checkpoint.parity_losses = 1"),
         (
             ["checkpoint.hold=1", "checkpoint.parity_losses=3", "checkpoint.parity_group=3"],

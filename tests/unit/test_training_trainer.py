@@ -255,6 +255,24 @@ def test_a_model_with_running_statistics_is_refused_for_its_state_would_depend_o
         trained(trainer_of(plan, BatchNormJob()))
 
 
+class ZeroingJob(GPTJob):
+    """A job that takes the gradients away that it finds."""
+
+    def loss(self, model: Any, batch: Tensor, rng: torch.Generator) -> Tensor:
+        model.zero_grad()
+        return super().loss(model, batch, rng)
+
+
+@pytest.mark.parametrize("determinism", ["bitwise", "fast"])
+def test_a_job_that_takes_the_trainers_gradients_away_is_refused_instead_of_learning_nothing(
+    plan, determinism
+):
+    trainer = trainer_of(replace(plan, determinism=determinism), ZeroingJob())
+    with pytest.raises(JobRejected, match=r"gradient in place of that of [\w.]+ .*zero_grad"):
+        trained(trainer)
+    assert trainer.standing.committed == 0
+
+
 def test_a_loss_that_is_not_a_number_is_told_as_it_is(plan):
     class NanJob(GPTJob):
         def loss(self, model: Any, batch: Tensor, rng: torch.Generator) -> Tensor:

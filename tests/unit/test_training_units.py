@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 def alone(model: nn.Module) -> Any:
     mould = Mould(model)
     whole = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    return mould.pour(Cut(1, 0), whole, CPU, Wires(lambda _: None, lambda _, __: None))
+    return mould.pour(Cut(1, 0), whole, CPU, Wires(lambda _, __: None, lambda _, __: None))
 
 
 def test_items_of_lists_are_units_but_for_shared_ones_and_small_parameters_stay_whole():
@@ -89,9 +89,56 @@ def test_a_model_with_tied_weights_learns_the_same_bits_in_shards(plan: TrainPla
     assert len(shas) == 1
 
 
+class HollowJob(StackJob):
+    """A job whose model has matrices without elements."""
+
+    def model(self, settings: Any) -> Any:
+        model = Stack(1)
+        model.no_rows, model.no_columns = nn.Parameter(torch.zeros(0, 32)), nn.Parameter(torch.zeros(5, 0))
+        return model
+
+
+def test_matrices_without_elements_stay_whole_and_change_no_bit(plan: TrainPlan):
+    shas = set()
+    for copies in (0, 1):
+        trainer = trainer_of(replace(plan, parameter_copies=copies), HollowJob())
+        trained(trainer)
+        shas.add(trainer.weights_sha256())
+    assert len(shas) == 1
+
+
 def test_a_layer_that_is_called_twice_in_a_forward_is_refused_with_the_remedy(plan: TrainPlan):
     with pytest.raises(JobRejected, match=r"training\.parameter_copies = 0"):
         trained(trainer_of(replace(plan, parameter_copies=1), StackJob(2)))
+
+
+class PenaltyJob(StackJob):
+    """A job with a penalty on its weights, or on gradients."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self._kind = kind
+
+    def loss(self, model: Any, batch: Tensor, rng: torch.Generator) -> Tensor:
+        seen: list[Tensor] = []
+        hook = model.layers[0].register_forward_pre_hook(lambda _, given: seen.extend(given))
+        loss = super().loss(model, batch, rng)
+        hook.remove()
+        if self._kind == "weights":
+            return loss + sum(each.square().sum() for each in model.parameters())
+        (slope,) = torch.autograd.grad(loss, seen, create_graph=True)
+        return loss + slope.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("weights", "Tensor and DTensor"), ("gradients", "storage of size 0")]
+)
+def test_a_loss_that_torch_cannot_shard_is_refused_with_the_remedy_and_its_words(
+    plan: TrainPlan, kind: str, words: str
+):
+    trained(trainer_of(plan, PenaltyJob(kind)))
+    with pytest.raises(JobRejected, match=rf"training\.parameter_copies = 0 .*virtual rank 0.*{words}"):
+        trained(trainer_of(replace(plan, parameter_copies=1), PenaltyJob(kind)))
 
 
 class NormedSGD(torch.optim.SGD):
