@@ -125,9 +125,10 @@ class PenaltyJob(StackJob):
         loss = super().loss(model, batch, rng)
         hook.remove()
         if self._kind == "weights":
-            return loss + sum(each.square().sum() for each in model.parameters())
-        (slope,) = torch.autograd.grad(loss, seen, create_graph=True)
-        return loss + slope.square().mean()
+            extra = torch.stack([each.square().sum() for each in model.parameters()]).sum()
+        else:
+            extra = torch.autograd.grad(loss, seen, create_graph=True)[0].square().mean()
+        return loss + extra
 
 
 @pytest.mark.parametrize(
