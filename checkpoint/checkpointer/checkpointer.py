@@ -27,9 +27,9 @@ from checkpoint.checkpointer.hosting import (
     find_host,
     has_keeper,
     held_by,
-    newest_of,
     open_host,
     settle,
+    settled_before,
 )
 from checkpoint.checkpointer.meeting import Meeting, Neighbours, check_neighbours, rebuilt_notes
 from checkpoint.checkpointer.options import NEAREST, Options, host_policy_of, place_of
@@ -172,8 +172,7 @@ class Checkpointer:
             held = pinned.enter_context(held_by(self._host))
             peers = pinned.enter_context(self._meeting.source(self._host))
             own: list[Source] = [*(HeldSource(one, MEMORY) for one in held), *peers]
-            above = newest_of(own) if step is None else step  # what is on its way is newer as well
-            left = self._settled(above)
+            left = self._settled(settled_before(own, step))
             sources = [*own, *self._sources()]
             restored = restore_newest(state, sources, self._world, step, policy, run=run)
             if restored is not None:

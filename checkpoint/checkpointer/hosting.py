@@ -1,6 +1,7 @@
 """Who keeps this process's snapshots: the keeper of its host, or, for a store within this process, itself."""
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -126,23 +127,38 @@ def settle(
 
     A step that a predecessor captured would otherwise come up under this process's feet: it would be restored
     from an older one, and find the step taken when it saves it anew. A store that takes nothing for
-    `patience_s` is not waited for any longer.
+    `patience_s` is not waited for any longer. A host that did its part waits for the others', and tells by
+    nothing that they live: so it waits once more if another came to an end after it.
     """
+    deadline_s = time.monotonic() + timeout_s
+    left = world.everybody(_settled(host, above, timeout_s, patience_s))
+    if any(one != left[0] for one in left):
+        rest_s = max(deadline_s - time.monotonic(), 0.0)
+        left = world.everybody(_settled(host, above, rest_s, patience_s))
+    return tuple(sorted({step for one in left for step in one}))
+
+
+def _settled(host: AnyHost | None, above: int, timeout_s: float, patience_s: float) -> tuple[int, ...]:
     first_s = min(timeout_s, _SILENT_S)
     left = () if host is None else host.settle(above, first_s, patience_s=patience_s)
     if host is not None and left and timeout_s > first_s:
         log.warning("%s still being written: waiting for %.0f s at most", named(left), timeout_s)
         left = host.settle(above, timeout_s - first_s, patience_s=patience_s)
-    return tuple(sorted({step for one in world.everybody(left) for step in one}))
+    return left
 
 
-def newest_of(sources: Sequence[Source]) -> int:
-    """Return the newest step of some sources, -1 if they have none."""
-    found = -1
+def settled_before(sources: Sequence[Source], step: int | None) -> int:
+    """Return above which step a restore has to wait for what is under way: a source has it, or it is older.
+
+    Newer ones than a `step` that is asked for are waited for as well: they may be in its way.
+    """
+    found = {-1}
     for source in sources:
         with suppress(CheckpointError):  # who cannot tell is found out when it is read
-            found = max([found, *source.steps()])
-    return found
+            found.update(source.steps())
+    if step is None:
+        return max(found)
+    return step if step in found else step - 1
 
 
 def _is_young(tree: Any) -> bool:

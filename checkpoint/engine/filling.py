@@ -6,7 +6,7 @@ from itertools import groupby
 
 import numpy as np
 
-from checkpoint.engine.parts import Stock, cut_to_parts, find_parts
+from checkpoint.engine.parts import Stock, SumsReader, cut_to_parts, find_parts
 from checkpoint.engine.pipeline import fan_out
 from checkpoint.engine.plan import plan_copies
 from checkpoint.engine.proving import Expected, cut_pieces
@@ -78,6 +78,7 @@ class Filling:
         self._tally = tally
         boxes = Regions.of_table(opened.table)
         sizes = np.array([itemsize(tensor.dtype) for tensor in opened.manifest.tensors], np.int64)
+        self._doubted: list[int] = []  # chunks of which a part, or the sums behind it, is damaged
         self._stock = Stock.of(opened.table.rows, boxes, boxes.numels * sizes[boxes.tensors])
 
     def fill(self, holes: Holes) -> tuple[Holes, StoreUnavailable | None]:
@@ -91,9 +92,12 @@ class Filling:
         is_done = self._is_done = np.zeros(len(copies), np.bool_)
         failure = None
         try:
+            uncut = self._stock
             self._cut_to_parts()
-            for _ in fan_out(self._read_batch, self._batches(), self._policy.num_readers):
-                pass
+            self._read(np.unique(copies.left))
+            if self._doubted:
+                self._stock, doubted = uncut, np.array(sorted(self._doubted))
+                self._read(doubted)
         except StoreUnavailable as error:
             failure = error
         return Holes(self._wanted[~is_done], copies.common.take(~is_done)), failure
@@ -103,11 +107,15 @@ class Filling:
         opened, stock = self._opened, self._stock
         parts = find_parts(stock, self._copies, opened.manifest.tensors)
         if parts:
-            self._stock = cut_to_parts(stock, parts, opened.source, opened.manifest, self._tally)
+            sums = SumsReader(opened.source, opened.manifest, self._tally, self._policy.num_readers)
+            self._stock = cut_to_parts(stock, parts, sums)
 
-    def _batches(self) -> Iterator[list[int]]:
-        """Yield the needed chunks in the order of their packs, as many at a time as a thread may hold."""
-        chunks = np.unique(self._copies.left)
+    def _read(self, chunks: Column) -> None:
+        for _ in fan_out(self._read_batch, self._batches(chunks), self._policy.num_readers):
+            pass
+
+    def _batches(self, chunks: Column) -> Iterator[list[int]]:
+        """Yield chunks in the order of their packs, as many at a time as a thread may hold."""
         chunks = chunks[np.lexsort((self._stock.rows["offset"][chunks], self._stock.rows["pack"][chunks]))]
         costs, num_decoding_bytes = self._costs(chunks)
         most = self._policy.budget_bytes // self._policy.num_readers - num_decoding_bytes
@@ -153,7 +161,10 @@ class Filling:
                 return _Link(link.chunk, base, bytes(raw))
             self._finish(link.chunk, raw)
         except FormatError as error:
-            self._tally.note(self._opened.source.name, self._described(link.chunk), error)
+            if self._stock.is_part[link.chunk]:
+                self._doubted.append(link.chunk)  # as a whole it may be sound
+            else:
+                self._tally.note(self._opened.source.name, self._described(link.chunk), error)
         return None
 
     def _stored(self, level: Sequence[_Link]) -> Iterator[tuple[_Link, memoryview]]:

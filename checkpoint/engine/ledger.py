@@ -65,6 +65,7 @@ class SnapshotEntry:
     image: Held | None = None
     num_captured: int = 0
     num_readers: int = 0
+    flying: dict[str, int] = field(default_factory=dict)  # the packs being written, and their bytes
 
     @property
     def generation(self) -> int:
@@ -108,6 +109,11 @@ class SnapshotEntry:
     def may_leave(self) -> bool:
         """Whether it is at rest, and nobody is reading its bytes just now."""
         return self.is_at_rest and not (self.num_readers or any(one.num_lent for one in self.shares.values()))
+
+    @property
+    def num_flying_bytes(self) -> int:
+        """How many bytes the store is being given, in packs that it has not whole yet."""
+        return sum(list(self.flying.values()))  # a copy: writers come and go meanwhile
 
     def missing(self) -> str:
         """Say which local ranks have not delivered."""

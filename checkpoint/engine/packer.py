@@ -129,7 +129,7 @@ class Packer:
     def _end(self, filing: Filing) -> None:
         """Finish a snapshot of which every chunk was worked on."""
         entry = filing.entry
-        del self._filings[entry.id]
+        self._filings.pop(entry.id, None)  # one that failed was dropped before
         if entry.is_live:
             if self._pack is not None and self._pack.filing is filing:
                 self._hand_over_pack()

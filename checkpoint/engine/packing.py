@@ -99,6 +99,11 @@ class OpenPack:
             self.lent.append(lent_by)
 
     @property
+    def num_bytes(self) -> int:
+        """How long it is so far."""
+        return self._builder.num_bytes
+
+    @property
     def is_full(self) -> bool:
         """Whether it is time to write it."""
         return (

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from checkpoint.engine.pipeline import fan_out
 from checkpoint.engine.reading import Tally
 from checkpoint.engine.regions import Column, Meetings, Regions
 from checkpoint.engine.source import Source, origins_of
@@ -86,14 +87,12 @@ def find_parts(stock: Stock, copies: Meetings, tensors: Sequence[Described]) -> 
     return parts
 
 
-def cut_to_parts(
-    stock: Stock, parts: Sequence[Part], source: Source, manifest: Manifest, tally: Tally
-) -> Stock:
+def cut_to_parts(stock: Stock, parts: Sequence[Part], reader: "SumsReader") -> Stock:
     """Put parts in the place of their chunks, if their sums are there and add up to what the index says.
 
     If they are not, the chunk is read as a whole: nothing is lost but time. Raises StoreUnavailable.
     """
-    found = list(_read_sums(stock, parts, source, manifest, tally))
+    found = list(reader.read(stock, parts))
     if not found:
         return stock
     stock = replace(
@@ -122,27 +121,39 @@ def _put(stock: Stock, part: Part, sums: Sums) -> None:
     stock.is_part[chunk] = True
 
 
-def _read_sums(
-    stock: Stock, parts: Sequence[Part], source: Source, manifest: Manifest, tally: Tally
-) -> Iterator[tuple[Part, Sums]]:
-    """Yield the parts whose sums are there."""
-    placed, origin = [], origins_of(source)
-    for part in parts:
-        row = stock.rows[part.chunk]
-        pack = int(row["pack"])
-        at = ByteRange(int(row["offset"]) + int(row["num_bytes"]), part.blocks.sums_bytes)
-        if pack < len(manifest.packs) and at.stop <= manifest.packs[pack].num_bytes:
-            placed.append((pack, at, part))
-    placed.sort(key=lambda one: (one[0], one[1].offset))
-    for pack, group in groupby(placed, key=lambda one: one[0]):
-        some = list(group)
-        ranges = [at for _, at, _ in some]
+@dataclass(frozen=True, slots=True)
+class SumsReader:
+    """Reads the sums behind chunks from a source, from so many packs at a time."""
+
+    source: Source
+    manifest: Manifest
+    tally: Tally
+    num_threads: int
+
+    def read(self, stock: Stock, parts: Sequence[Part]) -> Iterator[tuple[Part, Sums]]:
+        """Yield the parts whose sums are there. Raises StoreUnavailable."""
+        packs = self.manifest.packs
+        placed = []
+        for part in parts:
+            row = stock.rows[part.chunk]
+            pack = int(row["pack"])
+            at = ByteRange(int(row["offset"]) + int(row["num_bytes"]), part.blocks.sums_bytes)
+            if pack < len(packs) and at.stop <= packs[pack].num_bytes:
+                placed.append((pack, at, part))
+        placed.sort(key=lambda one: (one[0], one[1].offset))
+        groups = [list(group) for _, group in groupby(placed, key=lambda one: one[0])]
+        for group, found in zip(groups, fan_out(self._read_pack, groups, self.num_threads), strict=True):
+            for (_, _, part), data in zip(group, found, strict=False):
+                sums = read_sums(data)
+                if total_of(sums) == int(stock.rows[part.chunk]["fingerprint"]):
+                    yield part, sums
+
+    def _read_pack(self, placed: Sequence[tuple[int, ByteRange, Part]]) -> Sequence[Buffer]:
+        """Read all sums that lie in one pack; nothing if it has not all of them."""
+        pack, ranges = placed[0][0], [at for _, at, _ in placed]
         try:
-            read: Sequence[Buffer] = source.read(manifest, pack, ranges)
+            read = self.source.read(self.manifest, pack, ranges)
         except FormatError:
-            continue  # reading the chunks will tell
-        tally.count(origin(pack), ranges)
-        for (_, _, part), data in zip(some, read, strict=True):
-            sums = read_sums(data)
-            if total_of(sums) == int(stock.rows[part.chunk]["fingerprint"]):
-                yield part, sums
+            return ()  # reading the chunks will tell
+        self.tally.count(origins_of(self.source)(pack), ranges)
+        return read

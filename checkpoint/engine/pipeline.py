@@ -96,7 +96,11 @@ class Pipeline:
         entry = pack.filing.entry
         with costing(self._intake, entry):
             if entry.why_failed is None:
-                pack.write(self._patient_store)
+                entry.flying[pack.key] = pack.num_bytes
+                try:
+                    pack.write(self._patient_store)
+                finally:
+                    del entry.flying[pack.key]
         give_back(self._intake, pack)
 
     def _receipted(self, filing: Filing) -> Waiting:

@@ -46,10 +46,10 @@ class ReadPolicy:
     store has said that it has nothing, for `empty_patience_s`, and then the restore fails: a training that
     starts anew beside a store it could not ask may lose all that is there.
 
-    Every byte is proved by a checksum, and by its fingerprint that it belongs where it goes. With
-    `fingerprints` "sampled" that of one block is made anew of a large chunk that is read in place, and those
-    of the others are believed to be what was saved along with it: quicker, and blind to a digest that was
-    wrong from the start.
+    Every byte is proved by a checksum, and by its fingerprint that it belongs where it goes; where only a
+    few blocks of a chunk are read, by their fingerprints alone. With `fingerprints` "sampled" that of one
+    block is made anew of a large chunk that is read in place, and those of the others are believed to be
+    what was saved along with it: quicker, and blind to a digest that was wrong from the start.
     """
 
     num_threads: int = 2

@@ -7,6 +7,7 @@ from threading import Condition
 
 from checkpoint.engine.ledger import SnapshotEntry
 
+_SLOWEST = 4 << 20  # bytes a second: a store slower than this is as good as silent
 _CAPTURE_S = 3.0  # a capture in hand is over by then, or its rank is gone
 
 
@@ -15,22 +16,24 @@ def await_end(
 ) -> tuple[int, ...]:
     """Wait, holding `changed`, until snapshots above a step are over; return the captured steps that are not.
 
-    Ends early once none of them has come any further for `patience_s`: the store is down, or hangs. What is
-    being captured now is waited for as well, but not for long.
+    Ends early once none of them has come any further for `patience_s`, and as long as a slow store takes for
+    the packs that it is being given, of which nothing can be seen before they are whole: it is down, or
+    hangs. What is being captured now is waited for as well, but not for long.
     """
     found = [one for one in entries if one.step > above]
     deadline_s = time.monotonic() + timeout_s
     changed.wait_for(
         lambda: all(one.is_captured or not one.is_live for one in found), min(timeout_s, _CAPTURE_S)
     )
-    before: list[int] = []
+    before: list[tuple[int, int]] = []
     while _under_way(found) and (now := _left(found)) != before:
         before, left_s = now, max(deadline_s - time.monotonic(), 0.0)
-        changed.wait_for(partial(_has_moved, found, now), min(patience_s, left_s))
+        slow_s = sum(num_flying for _, num_flying in now) / _SLOWEST
+        changed.wait_for(partial(_has_moved, found, now), min(patience_s + slow_s, left_s))
     return _under_way(found)
 
 
-def _has_moved(entries: Sequence[SnapshotEntry], left: Sequence[int]) -> bool:
+def _has_moved(entries: Sequence[SnapshotEntry], left: Sequence[tuple[int, int]]) -> bool:
     return _left(entries) != left
 
 
@@ -38,6 +41,14 @@ def _under_way(entries: Sequence[SnapshotEntry]) -> tuple[int, ...]:
     return tuple(one.step for one in entries if one.is_captured and one.is_live)
 
 
-def _left(entries: Sequence[SnapshotEntry]) -> list[int]:
-    """Tell how many chunks of each snapshot the pipeline still has to write; -1 once it is over."""
-    return [sum(share.num_needed for share in one.shares.values()) if one.is_live else -1 for one in entries]
+def _left(entries: Sequence[SnapshotEntry]) -> list[tuple[int, int]]:
+    """Tell how many chunks of each snapshot are still to be written, and how many bytes just are.
+
+    A snapshot that is over has -1 chunks.
+    """
+    return [
+        (sum(share.num_needed for share in one.shares.values()), one.num_flying_bytes)
+        if one.is_live
+        else (-1, 0)
+        for one in entries
+    ]

@@ -101,6 +101,17 @@ def test_sums_that_are_damaged_or_missing_cost_bytes_and_nothing_else(store):
     assert is_filled(written, whole)
 
 
+def test_sums_that_were_swapped_cost_bytes_and_nothing_else(store):
+    written = write(store)
+    record, pack = next(iter(written.records.values()))
+    data, end = bytearray(store.read(pack.key)[0]), record.offset + record.num_bytes
+    data[end : end + 16] = data[end + 8 : end + 16] + data[end : end + 8]
+    store.put(pack.key, data)
+    one = want(300, 400)
+    report = restore_into(store, [one], step=1).report
+    assert is_filled(written, one) and report.num_detours == 0
+
+
 def test_a_checkpoint_without_sums_is_read_chunk_by_chunk(store):
     written = write(store, Manner(has_sums=False))
     one, whole = want(300, 400), want(0, 6144)

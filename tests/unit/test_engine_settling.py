@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from threading import Condition
+from typing import Any
 
 import pytest
 
+from checkpoint.checkpointer.hosting import settle
 from checkpoint.engine.arena import Region
 from checkpoint.engine.contract import Content, Handling, SnapshotPlan
 from checkpoint.engine.ledger import ShareEntry, SnapshotEntry, Writing
@@ -66,3 +68,36 @@ def test_no_patience_outlasts_the_time_that_there_is(entry):
     assert await_end([entry], 6, changed, timeout_s=0.5, patience_s=5.0) == (7,)
     assert max(changed.waits_s) <= 0.5
     assert await_end([entry], 7, changed, timeout_s=0.5, patience_s=5.0) == ()
+
+
+def test_packs_that_a_store_is_being_given_are_waited_for_as_long_as_a_slow_store_takes(entry):
+    def begin() -> None:
+        entry.flying["packs/one"] = 64 << 20
+
+    def end() -> None:
+        entry.is_live = False
+
+    changed = Scripted(begin, end)
+    assert await_end([entry], 6, changed, timeout_s=600.0, patience_s=5.0) == ()
+    assert changed.waits_s[1:] == [5.0, 5.0 + 16.0]
+
+
+class Lone:
+    """A host whose snapshot is over when it is asked for the second time, and a world of it and another."""
+
+    def __init__(self, others: list[tuple[int, ...]]) -> None:
+        self.others, self.waits_s = others, list[float]()
+
+    def settle(self, above, timeout_s, *, patience_s):
+        self.waits_s.append(timeout_s)
+        return (7,) if len(self.waits_s) == 1 else ()
+
+    def everybody(self, left):
+        return [left, self.others.pop(0)]
+
+
+@pytest.mark.parametrize(("others", "left"), [([(), ()], ()), ([(7,)], (7,))])
+def test_a_host_that_waited_for_anothers_part_waits_once_more_when_that_is_done(others, left):
+    one: Any = Lone(others)
+    assert settle(one, 6, one, timeout_s=1.0, patience_s=0.5) == left
+    assert not one.others and all(0 < each <= 1.0 for each in one.waits_s)

@@ -134,7 +134,10 @@ def test_who_restores_while_the_keeper_writes_waits_for_what_a_dead_trainer_capt
     assert same_bits(load(store).state, small_state(2))
 
 
-def test_a_training_that_restarts_while_its_last_step_is_written_goes_on_from_that_one(config, store, server):
+@pytest.mark.parametrize("step", [None, 1])
+def test_a_training_that_restarts_while_its_last_step_is_written_goes_on_from_that_one(
+    config, store, server, step
+):
     options = Options(directory=config.directory, host="h0", lease_s=0.1, arena_mib=1)
     state = {"weight": torch.full((100,), 1.0)}
     first = Checkpointer(config.store_url, options=options)  # and never closed, as if it had died
@@ -143,7 +146,7 @@ def test_a_training_that_restarts_while_its_last_step_is_written_goes_on_from_th
     assert store.asked.wait(20)
     with Checkpointer(config.store_url, options=options) as second:
         threading.Timer(0.3, store.go.set).start()
-        restored = second.restore(state)
+        restored = second.restore(state, step)
         assert restored is not None and restored.step == 1
         saving = second.save(2, state)
         assert saving is not None and saving.durable().result(20).step == 2
