@@ -125,9 +125,10 @@ class PenaltyJob(StackJob):
         loss = super().loss(model, batch, rng)
         hook.remove()
         if self._kind == "weights":
-            return loss + sum(each.square().sum() for each in model.parameters())
-        (slope,) = torch.autograd.grad(loss, seen, create_graph=True)
-        return loss + slope.square().mean()
+            penalties = [each.square().sum() for each in model.parameters()]
+        else:
+            penalties = [each.square().mean() for each in torch.autograd.grad(loss, seen, create_graph=True)]
+        return sum(penalties, start=loss)
 
 
 @pytest.mark.parametrize(
