@@ -100,7 +100,9 @@ def test_state_that_was_on_the_lost_rank_only_comes_from_the_newest_checkpoint(l
     for survivor in (0, 2):
         assert lost["loss"][survivor].sha256 == replicated.sha256
         steps = [step for step, _ in lost["loss"][survivor].steps]
-        assert steps == [*range(1, 6), *range(5, NUM_STEPS + 1)]
+        again = steps[5]
+        assert again in (3, 5)  # on a busy machine step 4's was not durable yet
+        assert steps == [*range(1, 6), *range(again, NUM_STEPS + 1)]
 
 
 def test_before_a_checkpoint_it_is_made_anew_by_one_who_only_ever_received_it(lost, replicated):
