@@ -3,12 +3,13 @@
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -32,13 +33,14 @@ class Place:
     num_tensors: int
     wide: int
     rounds: int
+    tensor: int = 1
 
 
 def main(arguments: list[str]) -> None:
     """Save or load; rank 0 of the loading world writes what it took."""
     kind, directory, *numbers = arguments
     place = Place(Path(directory), *map(int, numbers))
-    meeting = f"file://{place.directory}/meeting-{kind}"
+    meeting = f"file://{place.directory}/meeting-{kind}{place.size}"
     dist.init_process_group("gloo", init_method=meeting, rank=place.rank, world_size=place.size)
     torch.set_num_threads(1)
     if kind == "save":
@@ -49,11 +51,12 @@ def main(arguments: list[str]) -> None:
 
 
 def state_of(place: Place, fill: Callable[..., torch.Tensor]) -> dict[str, DTensor]:
-    """Make the state as this world divides it."""
-    mesh = init_device_mesh("cpu", (place.size,), mesh_dim_names=("shard",))
+    """Make the state as this world divides it: by rows; among tensor ranks by rows and columns in turn."""
+    ways = (place.size // place.tensor, place.tensor)
+    mesh = init_device_mesh("cpu", ways, mesh_dim_names=("shard", "tensor"))
     shape = (ROWS * place.wide, 1024)
     return {
-        f"layers.{number}.weight": distribute_tensor(fill(shape), mesh, [Shard(0)])
+        f"layers.{number}.weight": distribute_tensor(fill(shape), mesh, [Shard(0), Shard(number % 2)])
         for number in range(place.num_tensors)
     }
 
@@ -72,7 +75,7 @@ def save(place: Place) -> None:
 def load(place: Place) -> None:
     """Load it with both, round by round, into the same memory, and see that it is the same."""
     state = state_of(place, torch.zeros)
-    taken: dict[str, list[float]] = {"ours": [], "sampled": [], "dcp": []}
+    taken: dict[str, list[float]] = {"ours": [], "sampled": [], "dcp": [], "plain": []}
     read: list[int] = []
     sums = []
     url = str(place.directory / "ours")
@@ -90,14 +93,16 @@ def load(place: Place) -> None:
         def torchs() -> None:
             dcp.state_dict_loader.load({"model": state}, checkpoint_id=str(place.directory / "dcp"))
 
+        works: list[tuple[str, Callable[[], None]]]
+        works = [("ours", partial(ours, whole)), ("dcp", torchs), ("sampled", partial(ours, sampled))]
+        works.append(("plain", partial(read_plainly, place, state)))
         for number in range(place.rounds + 1):
-            works: list[tuple[str, Callable[[], None]]]
-            works = [("ours", partial(ours, whole)), ("dcp", torchs), ("sampled", partial(ours, sampled))]
             for name, work in works if number % 2 else reversed(works):
                 for one in state.values():
                     one.to_local().zero_()
                 seconds = timed(work)
-                sums.append(sum(float(one.to_local().double().sum()) for one in state.values()))
+                if name != "plain":
+                    sums.append(sum(float(one.to_local().double().sum()) for one in state.values()))
                 if number:  # the first warms caches up
                     taken[name].append(seconds)
     if len(set(sums)) != 1:
@@ -109,9 +114,19 @@ def load(place: Place) -> None:
         (place.directory / "told.json").write_text(json.dumps(told))
 
 
+def read_plainly(place: Place, state: Mapping[str, DTensor]) -> None:
+    """The control: as many bytes as this rank needs, from the same disk's cache, whatever they say."""
+    paths = sorted((place.directory / "dcp").glob("*.distcp"))
+    with paths[place.rank % len(paths)].open("rb", buffering=0) as file:
+        for one in state.values():
+            memory = one.to_local().contiguous().numpy().reshape(-1).view(np.uint8).data
+            while memory:
+                memory = memory[file.readinto(memory) or file.seek(0) :]
+
+
 def options(place: Place, fingerprints: Literal["all", "sampled"] = "all") -> Options:
     """Store raw bytes, as torch does; keep the sockets of each world's keeper apart."""
-    kept = place.directory / f"keeper{place.size}"
+    kept = place.directory / f"keeper{place.size}-{place.tensor}"
     kept.mkdir(mode=0o700, exist_ok=True)
     reading = ReadPolicy(fingerprints=fingerprints)
     return Options(saving=SavePolicy(codec=Codec.RAW), reading=reading, directory=kept, lease_s=1.0)
