@@ -42,8 +42,10 @@ def repair(store: Store, step: int, from_: Store) -> RepairReport:
     """Mend a checkpoint whose manifest, pages or packs are damaged or missing, from another store's copies.
 
     A copy is proved before it replaces anything: pages by the manifest's checksums, packs chunk by chunk, and
-    against what this checkpoint's index says of them. A manifest that cannot be read is set aside; it, or one
-    that is missing, is created anew once all that it names is sound. May be broken off and called again.
+    against what this checkpoint's index says of them. Packs of which only sums of blocks are damaged are
+    replaced as well; whether the copy's are any better, `after` tells. A manifest that cannot be read is set
+    aside; it, or one that is missing, is created anew once all that it names is sound. May be broken off and
+    called again.
 
     Raises NoCheckpoint if neither store has a manifest of this step that can be read, StoreUnavailable if a
     store fails or is just being pruned.
@@ -99,7 +101,7 @@ class _Mending:
         """Mend what can be, until nothing new turns up; return what is found then."""
         while True:
             found = examine(self._store, self._manifest)
-            blamed = {bad.key for bad in found.bad} - self._tried
+            blamed = {bad.key for bad in (*found.bad, *found.spare)} - self._tried
             refs: Iterable[ObjectRef] = [page for page in self._manifest.pages if page.key in blamed]
             table = ChunkTable.of([])
             if not refs and not self.problems:  # packs are held against the index, once all of it is there

@@ -15,8 +15,9 @@ from checkpoint.lifecycle.bad import Bad
 from checkpoint.lifecycle.contents import Contents, Identities, Places
 from checkpoint.lifecycle.marks import forget_verified, record_verified, verified
 from checkpoint.lifecycle.pace import Pace
-from checkpoint.lifecycle.proof import read_pack_index
+from checkpoint.lifecycle.proof import read_starts
 from checkpoint.lifecycle.receipts import damaged_receipts
+from checkpoint.lifecycle.sums import Starts
 from checkpoint.lifecycle.survey import digest_of
 from checkpoint.store.contract import ByteRange, Store
 
@@ -28,8 +29,9 @@ _MAX_REMEMBERED = 4 << 20
 class Verified:
     """What was found of one checkpoint: `num_bad` items are bad, the first thousand of them listed.
 
-    `num_bytes` were read of it: what an earlier one shares with it was not read again. `spare` are damaged
-    receipts: what hosts told each other before the commit, which no restore reads.
+    `num_bytes` were read of it: what an earlier one shares with it was not read again. `spare` is damaged as
+    well, but no restore needs it: receipts, which hosts told each other before the commit, and sums of
+    blocks, without which one that wants parts of chunks reads more; of it, too, a thousand are listed.
     """
 
     step: int
@@ -91,7 +93,7 @@ class VerifyReport:
 
     @property
     def spare(self) -> tuple[Bad, ...]:
-        """The damaged receipts, which no restore reads."""
+        """What is damaged, and no restore needs."""
         return tuple(bad for one in self.checkpoints for bad in one.spare)
 
     @property
@@ -155,7 +157,7 @@ class _Scrub:
         self._store = store
         self._pace = pace
         self._proved: list[Identities] = []  # of the chunks read last, as many as fit _MAX_REMEMBERED
-        self._packs: set[str] = set()  # whose index was found to be sound
+        self._starts: dict[str, Starts] = {}  # of the packs whose index was found to be sound
 
     @property
     def num_bytes(self) -> int:
@@ -186,16 +188,19 @@ class _Scrub:
         """Read back what is not known to be sound yet."""
         tally = _Tally(manifest.step)
         table = self._index(manifest, tally)
-        contents = Contents(self._store, manifest, table)
         wanted = self._without_lost_packs(manifest, table, tally)
+        contents = Contents(self._store, manifest, table, self._starts)
         if self._proved:
             wanted = wanted[~np.isin(contents.identities[wanted], np.concatenate(self._proved))]
         num_bytes = 0
+        spare = list(damaged_receipts(self._store, manifest))
         for batch in contents.prove(wanted):
             num_bytes += batch.num_bytes
             self._remember(batch.proved)
             for flaw in batch.flaws:
                 tally.note(flaw.item, flaw.why, flaw.key)
+            spare += [Bad(manifest.step, one.item, one.why, one.key) for one in batch.spare]
+            del spare[_MAX_LISTED:]
             if self._pace is not None:
                 self._pace.spend(batch.num_bytes)
         _check_tensors(manifest, table, tally)
@@ -206,7 +211,7 @@ class _Scrub:
             num_bytes,
             tally.num_bad,
             tuple(tally.bad),
-            damaged_receipts(self._store, manifest),
+            tuple(spare),
         )
 
     def _index(self, manifest: Manifest, tally: "_Tally") -> ChunkTable:
@@ -221,19 +226,19 @@ class _Scrub:
     def _without_lost_packs(self, manifest: Manifest, table: ChunkTable, tally: "_Tally") -> Places:
         """Check every pack's own index; return the chunks that do not lie in packs which are gone."""
         lost = []
+        known, self._starts = self._starts, {}
         for number, pack in enumerate(manifest.packs):
-            if pack.key in self._packs:
+            if pack.key in known:
+                self._starts[pack.key] = known[pack.key]
                 continue
             try:
-                read_pack_index(self._store, pack)
+                self._starts[pack.key] = read_starts(self._store, pack)
             except (FormatError, NotFound) as error:
                 if not self._is_gone(pack.key):
                     tally.note(f"the index of {pack.key}", error, pack.key)
                     continue
                 lost.append(number)
                 tally.note(pack.key, f"the pack is missing: {error}", pack.key)
-            else:
-                self._packs.add(pack.key)
         owners = table.owners()[np.isin(table.rows["pack"], lost)]
         return np.setdiff1d(np.arange(len(table)), owners)
 
