@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 from collections import deque
-from uuid import uuid4
 
 from checkpoint.engine.arena import Arena, Region, Sizing
 from checkpoint.engine.contract import (
@@ -22,6 +21,7 @@ from checkpoint.engine.contract import (
 )
 from checkpoint.engine.held import Held
 from checkpoint.engine.ledger import ShareEntry, SnapshotEntry, Writing
+from checkpoint.engine.naming import draw_life
 from checkpoint.engine.news import Board
 from checkpoint.engine.register import Register, objection
 from checkpoint.engine.reign import Reign
@@ -41,7 +41,7 @@ class Intake:
 
     def __init__(self, host: str, arena: Arena, hold: int = 0) -> None:
         self.host = host
-        self.life = uuid4().hex[:16]  # tells what is written for this host now from what was, or will be
+        self.life = draw_life()
         self.arena = arena
         self.hold = hold
         self.board = Board()

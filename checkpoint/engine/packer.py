@@ -12,7 +12,8 @@ from checkpoint.engine.encoding import Encoded, Job, work_on
 from checkpoint.engine.intake import Intake
 from checkpoint.engine.known import Recall
 from checkpoint.engine.ledger import ShareEntry, SnapshotId
-from checkpoint.engine.packing import Filing, OpenPack, PackLimits, PackNames
+from checkpoint.engine.naming import PackNames
+from checkpoint.engine.packing import Filing, OpenPack, PackLimits
 from checkpoint.engine.predecessors import Predecessors
 from checkpoint.engine.tuning import Tuning
 from checkpoint.engine.worklist import Work

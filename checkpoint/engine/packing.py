@@ -1,6 +1,5 @@
-"""Packs under way: chunks of one snapshot, collected until they are worth an object; and their names."""
+"""Packs under way: chunks of one snapshot, collected until they are worth an object."""
 
-from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -116,18 +115,3 @@ class OpenPack:
         """Write the pack; it is durable when this returns."""
         store.put_new(self.key, self._builder.seal_parts(self.filing.entry.content.tensors))
         self.filing.own[self._place] = PackRef(self.key, self._builder.num_bytes)
-
-
-class PackNames:
-    """Names the packs of one life of a host, numbered within each generation."""
-
-    def __init__(self, host: str, life: str) -> None:
-        self._host = host
-        self._life = life
-        self._next: defaultdict[int, int] = defaultdict(int)
-
-    def take(self, generation: int) -> PackKey:
-        """Return the next name, which nobody else ever takes."""
-        seq = self._next[generation]
-        self._next[generation] = seq + 1
-        return PackKey(generation, self._host, seq, self._life)
