@@ -114,7 +114,7 @@ class Packer:
             key = self._names.take(filing.entry.generation)
             self._pack = OpenPack(filing, key, self._limits(filing))
         is_lent = encoded.is_in_arena and len(encoded.data) >= COPIED_BELOW
-        self._pack.add(encoded.chunk, encoded.data, share if is_lent else None)
+        self._pack.add(encoded.chunk, encoded.data, share if is_lent else None, encoded.num_pinned_bytes)
         if self._pack.is_full:
             self._hand_over_pack()
         return is_lent

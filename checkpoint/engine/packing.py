@@ -10,7 +10,7 @@ from checkpoint.engine.predecessors import Predecessors
 from checkpoint.format.codec import Buffer
 from checkpoint.format.keys import PackKey, pack_key
 from checkpoint.format.manifest import ChunkRecord, PackRef
-from checkpoint.format.pack import PackBuilder
+from checkpoint.format.pack import COPIED_BELOW, PackBuilder
 from checkpoint.format.records import MAX_CHAIN, MAX_CHUNKS_PER_PAGE
 from checkpoint.format.table import ChunkTable
 from checkpoint.store.contract import Store
@@ -76,8 +76,13 @@ class OpenPack:
         filing.own.append(None)
         self._builder = PackBuilder(key.generation, key.host, key.seq)
 
-    def add(self, stored: ChunkRecord, data: Buffer, lent_by: ShareEntry | None) -> None:
-        """Append a chunk. What a share lends is read from the arena when the pack is written."""
+    def add(
+        self, stored: ChunkRecord, data: Buffer, lent_by: ShareEntry | None, num_pinned_bytes: int
+    ) -> None:
+        """Append a chunk. What a share lends is read from the arena when the pack is written.
+
+        Else so many bytes are pinned until then, if the data are not copied here.
+        """
         base = stored.base and self.filing.borrow(stored.base)
         mine = ChunkRecord(
             stored.tensor,
@@ -93,7 +98,7 @@ class OpenPack:
         )
         self.filing.chunks.append(self._builder.add(mine, data))
         if lent_by is None:
-            self._num_copied_bytes += len(data)
+            self._num_copied_bytes += num_pinned_bytes if len(data) >= COPIED_BELOW else len(data)
         else:
             self.lent.append(lent_by)
 
