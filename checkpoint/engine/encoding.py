@@ -101,12 +101,11 @@ def _encoded(job: Job, held: ChunkRecord, raw: memoryview) -> Encoded:
 def _put_by(job: Job, chunk: ChunkRecord, data: Buffer, raw: memoryview) -> Encoded:
     """Put what a chunk was encoded to in its place in the arena, if it is not needed there as it was.
 
-    If it is, the data stay where a codec made them, in memory for as much as the raw chunk has; much less
-    than that is copied, so that this memory is free again.
+    It is if the snapshot is held, or if the trainer still compares what it captured. Then the data stay where
+    a codec made them, in memory for as much as the raw chunk has; much less than that is copied, so that this
+    memory is free again.
     """
-    if (
-        not job.is_held and job.share.writing is Writing.SEALED
-    ):  # or the trainer still compares what it captured
+    if not job.is_held and job.share.writing is Writing.SEALED:
         place = raw[: len(data)]
         place[:] = data
         return Encoded(chunk, place, is_in_arena=True)
