@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from checkpoint.engine.bounds import check_step, check_store
 from checkpoint.engine.catalog import read_manifest
 from checkpoint.engine.source import StoreSource
 from checkpoint.engine.sweeps import look_up
@@ -50,6 +51,9 @@ def repair(store: Store, step: int, from_: Store) -> RepairReport:
     Raises NoCheckpoint if neither store has a manifest of this step that can be read, StoreUnavailable if a
     store fails or is just being pruned.
     """
+    check_store("store", store)
+    check_store("from_", from_)
+    check_step(step)
     manifest, data, why = _truth(store, step, from_)
     if why is not None:
         announcement = promoting_key(step, digest_of(data))

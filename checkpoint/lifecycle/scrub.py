@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from checkpoint.engine.bounds import check_kind, check_step, check_store
 from checkpoint.engine.catalog import Catalog, read_manifest
 from checkpoint.engine.plan import check_chunks, check_cover
 from checkpoint.errors import FormatError, Incomplete, NoCheckpoint, NotFound, StoreRefused
@@ -125,6 +126,10 @@ def verify(
     Bad content is listed, never raised; memory stays within some 40 MiB beside the index of a checkpoint.
     Raises NoCheckpoint if there is nothing to verify, StoreUnavailable if the store cannot be read.
     """
+    check_store("store", store)
+    if step is not None:
+        check_step(step)
+    check_kind("pace", pace, Pace | None)
     there = Catalog(store).steps()
     if not there or (step is not None and step not in there):
         what = "no checkpoint at all" if step is None else f"no checkpoint of step {step}"
