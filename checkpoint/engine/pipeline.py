@@ -21,6 +21,7 @@ from checkpoint.engine.costing import costing
 from checkpoint.engine.digester import Digester
 from checkpoint.engine.intake import Intake
 from checkpoint.engine.known import Recall
+from checkpoint.engine.ledger import Flight
 from checkpoint.engine.packer import Outbox, Packer, give_back
 from checkpoint.engine.packing import Filing, OpenPack
 from checkpoint.engine.receipt import receipt_of, write_receipt
@@ -96,7 +97,7 @@ class Pipeline:
         entry = pack.filing.entry
         with costing(self._intake, entry):
             if entry.why_failed is None:
-                entry.flying[pack.key] = pack.num_bytes
+                entry.flying[pack.key] = Flight(pack.num_bytes, time.monotonic())
                 try:
                     pack.write(self._patient_store)
                 finally:
