@@ -13,9 +13,10 @@ from checkpoint.format.manifest import Manifest, PackRef
 from checkpoint.format.pack import PackIndex
 from checkpoint.format.table import ChunkTable
 from checkpoint.lifecycle.aside import set_aside
+from checkpoint.lifecycle.findings import Verified, VerifyReport
 from checkpoint.lifecycle.promotion import fetched
 from checkpoint.lifecycle.proof import prove_object, prove_pack
-from checkpoint.lifecycle.scrub import Verified, VerifyReport, examine, verify
+from checkpoint.lifecycle.scrub import examine, verify
 from checkpoint.lifecycle.survey import ObjectRef, digest_of, objects_of
 from checkpoint.store.contract import Buffer, Store
 

@@ -1,7 +1,6 @@
 """The scrub: reads checkpoints back as a restore would, and names all that is not as it was written."""
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -12,8 +11,8 @@ from checkpoint.errors import FormatError, Incomplete, NoCheckpoint, NotFound, S
 from checkpoint.format.keys import manifest_key
 from checkpoint.format.manifest import Manifest, chunks_of_page
 from checkpoint.format.table import ChunkTable
-from checkpoint.lifecycle.bad import Bad
 from checkpoint.lifecycle.contents import Contents, Identities, Places
+from checkpoint.lifecycle.findings import MAX_LISTED, Bad, Tally, Verified, VerifyReport
 from checkpoint.lifecycle.marks import forget_verified, record_verified, verified
 from checkpoint.lifecycle.pace import Pace
 from checkpoint.lifecycle.proof import read_starts
@@ -22,90 +21,7 @@ from checkpoint.lifecycle.sums import Starts
 from checkpoint.lifecycle.survey import digest_of
 from checkpoint.store.contract import ByteRange, Store
 
-_MAX_LISTED = 1000
 _MAX_REMEMBERED = 4 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """What was found of one checkpoint: `num_bad` items are bad, the first thousand of them listed.
-
-    `num_bytes` were read of it: what an earlier one shares with it was not read again. `spare` is damaged as
-    well, but no restore needs it: receipts, which hosts told each other before the commit, and sums of
-    blocks, without which one that wants parts of chunks reads more; of it, too, a thousand are listed.
-    """
-
-    step: int
-    num_tensors: int
-    num_chunks: int
-    num_bytes: int
-    num_bad: int
-    bad: tuple[Bad, ...]
-    spare: tuple[Bad, ...] = ()
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether everything that a restore needs is as it was written."""
-        return self.num_bad == 0
-
-
-@dataclass(frozen=True, slots=True)
-class VerifyReport:
-    """What was read back, the newest checkpoint first, and what is wrong with it.
-
-    `skipped` steps were verified recently enough; `left` ones did not fit the budget. `unrecorded` says why
-    the store could not be told what was found, if so.
-    """
-
-    checkpoints: tuple[Verified, ...]
-    skipped: tuple[int, ...] = ()
-    left: tuple[int, ...] = ()
-    unrecorded: str = ""
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """The steps that were read back."""
-        return tuple(one.step for one in self.checkpoints)
-
-    @property
-    def num_tensors(self) -> int:
-        """Tensors of all these checkpoints."""
-        return sum(one.num_tensors for one in self.checkpoints)
-
-    @property
-    def num_chunks(self) -> int:
-        """Chunks of all these checkpoints."""
-        return sum(one.num_chunks for one in self.checkpoints)
-
-    @property
-    def num_bytes(self) -> int:
-        """Stored bytes that were read."""
-        return sum(one.num_bytes for one in self.checkpoints)
-
-    @property
-    def num_bad(self) -> int:
-        """Items that are bad."""
-        return sum(one.num_bad for one in self.checkpoints)
-
-    @property
-    def bad(self) -> tuple[Bad, ...]:
-        """The bad items that are listed."""
-        return tuple(bad for one in self.checkpoints for bad in one.bad)
-
-    @property
-    def spare(self) -> tuple[Bad, ...]:
-        """What is damaged, and no restore needs."""
-        return tuple(bad for one in self.checkpoints for bad in one.spare)
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether everything that a restore needs is as it was written."""
-        return self.num_bad == 0
-
-    @property
-    def bad_steps(self) -> tuple[int, ...]:
-        """The steps that have something wrong."""
-        return tuple(sorted(one.step for one in self.checkpoints if one.num_bad))
 
 
 def verify(
@@ -191,7 +107,7 @@ class _Scrub:
 
     def read_back(self, manifest: Manifest) -> Verified:
         """Read back what is not known to be sound yet."""
-        tally = _Tally(manifest.step)
+        tally = Tally(manifest.step)
         table = self._index(manifest, tally)
         wanted = self._without_lost_packs(manifest, table, tally)
         contents = Contents(self._store, manifest, table, self._starts)
@@ -205,7 +121,7 @@ class _Scrub:
             for flaw in batch.flaws:
                 tally.note(flaw.item, flaw.why, flaw.key)
             spare += [Bad(manifest.step, one.item, one.why, one.key) for one in batch.spare]
-            del spare[_MAX_LISTED:]
+            del spare[MAX_LISTED:]
             if self._pace is not None:
                 self._pace.spend(batch.num_bytes)
         _check_tensors(manifest, table, tally)
@@ -219,7 +135,7 @@ class _Scrub:
             tuple(spare),
         )
 
-    def _index(self, manifest: Manifest, tally: "_Tally") -> ChunkTable:
+    def _index(self, manifest: Manifest, tally: Tally) -> ChunkTable:
         tables = []
         for page in manifest.pages:
             try:
@@ -228,7 +144,7 @@ class _Scrub:
                 tally.note(page.key, error, page.key)
         return ChunkTable.concat(tables)
 
-    def _without_lost_packs(self, manifest: Manifest, table: ChunkTable, tally: "_Tally") -> Places:
+    def _without_lost_packs(self, manifest: Manifest, table: ChunkTable, tally: Tally) -> Places:
         """Check every pack's own index; return the chunks that do not lie in packs which are gone."""
         lost = []
         known, self._starts = self._starts, {}
@@ -276,21 +192,7 @@ class _Scrub:
             self.unrecorded = str(error)
 
 
-@dataclass(slots=True)
-class _Tally:
-    """What is bad about one checkpoint, so far."""
-
-    step: int
-    num_bad: int = 0
-    bad: list[Bad] = field(default_factory=list)
-
-    def note(self, item: str, why: object, key: str = "") -> None:
-        self.num_bad += 1
-        if len(self.bad) < _MAX_LISTED:
-            self.bad.append(Bad(self.step, item, str(why), key))
-
-
-def _check_tensors(manifest: Manifest, table: ChunkTable, tally: _Tally) -> None:
+def _check_tensors(manifest: Manifest, table: ChunkTable, tally: Tally) -> None:
     """Prove that the chunks cover every tensor exactly once, and add up to its fingerprint."""
     sums = table.fingerprint_sums()
     uncovered = _uncovered(manifest, table)
