@@ -115,12 +115,10 @@ class Contents:
     def _read(self, rows: list[int]) -> dict[int, Buffer | NotFound]:
         """Return the stored bytes of rows and the sums behind them, or why they are not there."""
         found: dict[int, Buffer | NotFound] = {}
-        columns = self._rows["pack"], self._rows["offset"], self._spans, np.arange(len(self._rows))
+        columns = self._rows["pack"][rows], self._rows["offset"][rows], self._spans[rows], np.array(rows)
         run: list[tuple[int, int, int]] = []
         start = stop = pack = 0
-        for number, offset, num_bytes, row in sorted(
-            zip(*(column[rows].tolist() for column in columns), strict=True)
-        ):
+        for number, offset, num_bytes, row in sorted(zip(*(one.tolist() for one in columns), strict=True)):
             end = max(stop, offset + num_bytes)
             if run and (number != pack or offset > stop + _GAP_BYTES or end - start > _REQUEST_BYTES):
                 found |= self._read_run(pack, run)
@@ -158,13 +156,11 @@ class Contents:
 
     def _spare(self, row: int, stored: Buffer | NotFound) -> Flaw | None:
         """Say what is wrong with the sums of blocks behind a chunk that was proved."""
-        num_bytes, offset = int(self._num_bytes[row]), int(self._rows["offset"][row])
-        if isinstance(stored, NotFound) or num_bytes == self._spans[row]:
+        num_bytes, span = int(self._num_bytes[row]), int(self._spans[row])
+        at = ByteRange(int(self._rows["offset"][row]) + num_bytes, span - num_bytes)
+        if isinstance(stored, NotFound) or not at.num_bytes:
             return None
-        sums, at = (
-            memoryview(stored)[num_bytes:],
-            ByteRange(offset + num_bytes, int(self._spans[row]) - num_bytes),
-        )
+        sums = memoryview(stored)[num_bytes:]
         if are_sound(sums, at.offset, int(self._rows["fingerprint"][row])):
             return None
         return self._blame(row, at, "the sums of blocks of ", _SPARE)
