@@ -40,6 +40,7 @@ from checkpoint.keeper.peering.policy import (
     parse_addresses,
 )
 from checkpoint.lifecycle.aside import set_aside
+from checkpoint.lifecycle.findings import VerifyReport
 from checkpoint.lifecycle.marks import record_score, tag, tags, untag
 from checkpoint.lifecycle.pace import Pace
 from checkpoint.lifecycle.policies import (
@@ -55,7 +56,7 @@ from checkpoint.lifecycle.policies import (
 from checkpoint.lifecycle.promotion import PromoteReport, promote
 from checkpoint.lifecycle.repair import RepairReport, repair
 from checkpoint.lifecycle.retention import PruneReport, prune
-from checkpoint.lifecycle.scrub import VerifyReport, verify
+from checkpoint.lifecycle.scrub import verify
 from checkpoint.lifecycle.tiers import Tier, check_tiers
 from checkpoint.store.contract import Store
 from checkpoint.store.open import Probe, open_store, probe

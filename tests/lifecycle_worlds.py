@@ -7,7 +7,7 @@ from itertools import count
 
 import numpy as np
 
-from checkpoint.engine.packing import PackNames
+from checkpoint.engine.naming import PackNames
 from checkpoint.engine.receipt import Receipt, write_receipt
 from checkpoint.engine.sweeps import look_up
 from checkpoint.errors import AlreadyExists, Conflict, NotFound

@@ -37,12 +37,13 @@ class Encoded(NamedTuple):
 
     Without `data` it is stored already, and the record says where, counting in the packs of what is known.
     With it the chunk's place is still to be found; its base, if it has one, counts in those packs as well.
-    The data may lie in the arena.
+    The data may lie in the arena; if not, they keep `num_pinned_bytes` of other memory.
     """
 
     chunk: ChunkRecord
     data: Buffer | None = None
     is_in_arena: bool = False
+    num_pinned_bytes: int = 0
 
 
 def digest(share: ShareEntry, chunks: Sequence[int], memory: memoryview) -> list[ChunkRecord]:
@@ -90,22 +91,27 @@ def _encoded(job: Job, held: ChunkRecord, raw: memoryview) -> Encoded:
         codec, data = encode(handling.codec, xor_bytes(raw, base.raw), handling.level, dtype=spec.dtype)
         if codec is not Codec.RAW and len(data) <= _WORTH * _root(base.chunk).num_bytes:
             below = _moved_to(held, base.chunk)
-            return _put_by(job, Encoded(replace(held, codec=codec, base=below), data), raw)
+            return _put_by(job, replace(held, codec=codec, base=below), data, raw)
     codec, data = encode(handling.codec, raw, handling.level, dtype=spec.dtype)
     if codec is Codec.RAW:
         return Encoded(held, raw, is_in_arena=True)
-    return _put_by(job, Encoded(replace(held, codec=codec), data), raw)
+    return _put_by(job, replace(held, codec=codec), data, raw)
 
 
-def _put_by(job: Job, done: Encoded, raw: memoryview) -> Encoded:
-    """Put what a chunk was encoded to in its place in the arena, if it is not needed there as it was."""
-    if (
-        done.data is None or job.is_held or job.share.writing is not Writing.SEALED
-    ):  # the trainer still compares what it captured
-        return done
-    place = raw[: len(done.data)]
-    place[:] = done.data
-    return done._replace(data=place, is_in_arena=True)
+def _put_by(job: Job, chunk: ChunkRecord, data: Buffer, raw: memoryview) -> Encoded:
+    """Put what a chunk was encoded to in its place in the arena, if it is not needed there as it was.
+
+    It is if the snapshot is held, or if the trainer still compares what it captured. Then the data stay where
+    a codec made them, in memory for as much as the raw chunk has; much less than that is copied, so that this
+    memory is free again.
+    """
+    if not job.is_held and job.share.writing is Writing.SEALED:
+        place = raw[: len(data)]
+        place[:] = data
+        return Encoded(chunk, place, is_in_arena=True)
+    if len(data) > len(raw) // 2:
+        return Encoded(chunk, data, num_pinned_bytes=len(raw))
+    return Encoded(chunk, bytes(memoryview(data)), num_pinned_bytes=len(data))
 
 
 def _root(chunk: ChunkRecord) -> ChunkRecord:

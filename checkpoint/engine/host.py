@@ -48,12 +48,12 @@ class LocalSession:
     @contextmanager
     def held(self) -> Iterator[Held | None]:
         """Pin and return the newest snapshot that is held whole, as `Memory.held` says."""
-        entry = self._intake.pin(DIGEST_S)
+        entry = self._intake.holding.pin(DIGEST_S)
         try:
             yield None if entry is None else entry.image
         finally:
             if entry is not None:
-                self._intake.unpin(entry)
+                self._intake.holding.unpin(entry)
 
 
 class LocalHost:

@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 from collections import deque
-from uuid import uuid4
 
 from checkpoint.engine.arena import Arena, Region, Sizing
 from checkpoint.engine.contract import (
@@ -21,7 +20,9 @@ from checkpoint.engine.contract import (
     Ticket,
 )
 from checkpoint.engine.held import Held
+from checkpoint.engine.holding import Holding
 from checkpoint.engine.ledger import ShareEntry, SnapshotEntry, Writing
+from checkpoint.engine.naming import draw_life
 from checkpoint.engine.news import Board
 from checkpoint.engine.register import Register, objection
 from checkpoint.engine.reign import Reign
@@ -41,7 +42,7 @@ class Intake:
 
     def __init__(self, host: str, arena: Arena, hold: int = 0) -> None:
         self.host = host
-        self.life = uuid4().hex[:16]  # tells what is written for this host now from what was, or will be
+        self.life = draw_life()
         self.arena = arena
         self.hold = hold
         self.board = Board()
@@ -51,6 +52,9 @@ class Intake:
         self._work = Worklist()
         self._undigested: deque[SnapshotEntry] = deque()
         self._room = Room(arena)
+        self.holding = Holding(
+            self._register, self._changed, advance=self._advance, is_closed=lambda: self._is_closed
+        )
         self._why_ending: str | None = None
         self._is_closed = False
         self._reign = Reign()
@@ -166,12 +170,6 @@ class Intake:
             return sum(entry.is_captured for entry in self._register.live())
 
     @property
-    def num_only_here(self) -> int:
-        """How many snapshots would be lost with this memory: the newest one held, if no store has it."""
-        with self._changed:
-            return sum(not entry.is_durable for entry in self._register.held()[-1:])
-
-    @property
     def is_closed(self) -> bool:
         """Whether nothing more is taken or given."""
         return self._is_closed
@@ -193,46 +191,6 @@ class Intake:
             self._is_closed = True
             self._changed.notify_all()
         self.board.close()
-
-    def pin(self, timeout_s: float) -> SnapshotEntry | None:
-        """Return the newest snapshot that this host alone holds whole, to stay until `unpin`.
-
-        Waits a while for one that is captured and not digested yet.
-        """
-        with self._changed:
-            self._changed.wait_for(self._is_newest_digested, timeout_s)
-            digested = [one for one in self._register.held() if one.image is not None and one.is_alone]
-            return self.pin_again(digested[-1]) if digested else None
-
-    def held(self) -> list[SnapshotEntry]:
-        """List what is held and digested, by generation and then as it was captured."""
-        with self._changed:
-            return [entry for entry in self._register.held() if entry.image is not None]
-
-    def guard(self, entry: SnapshotEntry) -> None:
-        """Keep a held snapshot although newer ones are held; room for a new one goes before."""
-        with self._changed:
-            entry.is_guarded = True
-
-    def unguard(self, entry: SnapshotEntry) -> None:
-        """Keep a snapshot no longer than others."""
-        with self._changed:
-            entry.is_guarded = False
-            self._advance(entry)
-
-    def pin_again(self, entry: SnapshotEntry) -> SnapshotEntry | None:
-        """Return a snapshot, to stay until `unpin`, if it is still held."""
-        with self._changed:
-            if not entry.is_held or entry.image is None:
-                return None
-            entry.num_readers += 1
-            return entry
-
-    def unpin(self, entry: SnapshotEntry) -> None:
-        """Let a snapshot go that was pinned."""
-        with self._changed:
-            entry.num_readers -= 1
-            self._advance(entry)
 
     def next_work(self, timeout_s: float | None) -> Work | None:
         """Wait for the next chunks to digest, or a snapshot's end; None after `close`, or if time ran out."""
@@ -315,10 +273,6 @@ class Intake:
         with self._changed:
             for entry, limit_s in self._register.overdue(self._reign, patience_s, straggler_s):
                 self._fail(entry, f"{entry.missing()} within {limit_s:.0f} s")
-
-    def _is_newest_digested(self) -> bool:
-        held = self._register.held()
-        return self._is_closed or not held or held[-1].image is not None
 
     def _admit(self, ticket: Ticket, plan: SnapshotPlan) -> SnapshotEntry | None:
         entry = self._register.enter(ticket, plan)

@@ -38,6 +38,14 @@ class ShareEntry:
     digests: dict[int, ChunkRecord] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A pack that the store is being given, and since when, by this process's monotonic clock."""
+
+    num_bytes: int
+    begun_s: float
+
+
 @dataclass(eq=False, slots=True)
 class SnapshotEntry:
     """One snapshot on one host, from the first rank's `open` until nothing of it is in the arena.
@@ -65,7 +73,7 @@ class SnapshotEntry:
     image: Held | None = None
     num_captured: int = 0
     num_readers: int = 0
-    flying: dict[str, int] = field(default_factory=dict)  # the packs being written, and their bytes
+    flying: dict[str, Flight] = field(default_factory=dict)  # the packs that the store has not whole yet
 
     @property
     def generation(self) -> int:
@@ -111,9 +119,9 @@ class SnapshotEntry:
         return self.is_at_rest and not (self.num_readers or any(one.num_lent for one in self.shares.values()))
 
     @property
-    def num_flying_bytes(self) -> int:
-        """How many bytes the store is being given, in packs that it has not whole yet."""
-        return sum(list(self.flying.values()))  # a copy: writers come and go meanwhile
+    def flights(self) -> tuple[Flight, ...]:
+        """The packs that the store is being given just now."""
+        return tuple(self.flying.copy().values())  # writers come and go meanwhile
 
     def missing(self) -> str:
         """Say which local ranks have not delivered."""

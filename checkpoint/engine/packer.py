@@ -12,7 +12,8 @@ from checkpoint.engine.encoding import Encoded, Job, work_on
 from checkpoint.engine.intake import Intake
 from checkpoint.engine.known import Recall
 from checkpoint.engine.ledger import ShareEntry, SnapshotId
-from checkpoint.engine.packing import Filing, OpenPack, PackLimits, PackNames
+from checkpoint.engine.naming import PackNames
+from checkpoint.engine.packing import Filing, OpenPack, PackLimits
 from checkpoint.engine.predecessors import Predecessors
 from checkpoint.engine.tuning import Tuning
 from checkpoint.engine.worklist import Work
@@ -113,7 +114,7 @@ class Packer:
             key = self._names.take(filing.entry.generation)
             self._pack = OpenPack(filing, key, self._limits(filing))
         is_lent = encoded.is_in_arena and len(encoded.data) >= COPIED_BELOW
-        self._pack.add(encoded.chunk, encoded.data, share if is_lent else None)
+        self._pack.add(encoded.chunk, encoded.data, share if is_lent else None, encoded.num_pinned_bytes)
         if self._pack.is_full:
             self._hand_over_pack()
         return is_lent

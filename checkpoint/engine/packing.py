@@ -1,6 +1,5 @@
-"""Packs under way: chunks of one snapshot, collected until they are worth an object; and their names."""
+"""Packs under way: chunks of one snapshot, collected until they are worth an object."""
 
-from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -11,7 +10,7 @@ from checkpoint.engine.predecessors import Predecessors
 from checkpoint.format.codec import Buffer
 from checkpoint.format.keys import PackKey, pack_key
 from checkpoint.format.manifest import ChunkRecord, PackRef
-from checkpoint.format.pack import PackBuilder
+from checkpoint.format.pack import COPIED_BELOW, PackBuilder
 from checkpoint.format.records import MAX_CHAIN, MAX_CHUNKS_PER_PAGE
 from checkpoint.format.table import ChunkTable
 from checkpoint.store.contract import Store
@@ -77,8 +76,13 @@ class OpenPack:
         filing.own.append(None)
         self._builder = PackBuilder(key.generation, key.host, key.seq)
 
-    def add(self, stored: ChunkRecord, data: Buffer, lent_by: ShareEntry | None) -> None:
-        """Append a chunk. What a share lends is read from the arena when the pack is written."""
+    def add(
+        self, stored: ChunkRecord, data: Buffer, lent_by: ShareEntry | None, num_pinned_bytes: int
+    ) -> None:
+        """Append a chunk. What a share lends is read from the arena when the pack is written.
+
+        Else so many bytes are pinned until then, if the data are not copied here.
+        """
         base = stored.base and self.filing.borrow(stored.base)
         mine = ChunkRecord(
             stored.tensor,
@@ -94,7 +98,7 @@ class OpenPack:
         )
         self.filing.chunks.append(self._builder.add(mine, data))
         if lent_by is None:
-            self._num_copied_bytes += len(data)
+            self._num_copied_bytes += num_pinned_bytes if len(data) >= COPIED_BELOW else len(data)
         else:
             self.lent.append(lent_by)
 
@@ -116,18 +120,3 @@ class OpenPack:
         """Write the pack; it is durable when this returns."""
         store.put_new(self.key, self._builder.seal_parts(self.filing.entry.content.tensors))
         self.filing.own[self._place] = PackRef(self.key, self._builder.num_bytes)
-
-
-class PackNames:
-    """Names the packs of one life of a host, numbered within each generation."""
-
-    def __init__(self, host: str, life: str) -> None:
-        self._host = host
-        self._life = life
-        self._next: defaultdict[int, int] = defaultdict(int)
-
-    def take(self, generation: int) -> PackKey:
-        """Return the next name, which nobody else ever takes."""
-        seq = self._next[generation]
-        self._next[generation] = seq + 1
-        return PackKey(generation, self._host, seq, self._life)

@@ -2,9 +2,9 @@
 
 A few digest and encode, one packs in order, a few write, one commits; and one digests what memory holds.
 Chunks move as soon as they are announced. Besides the arena, packs under way take a 128th of its size (8 MiB
-at least), and encoders the few chunks they are at: what is stored as it is is written from where it lies, and
-what was compressed goes back to its place in the arena, if the snapshot is not held. An error costs the
-snapshot it struck, never the thread, and never the training.
+at least), or the memory of one chunk each if that is more, and encoders the few chunks they are at: what is
+stored as it is is written from where it lies, and what was compressed goes back to its place in the arena, if
+the snapshot is not held. An error costs the snapshot it struck, never the thread, and never the training.
 """
 
 import queue
@@ -21,6 +21,7 @@ from checkpoint.engine.costing import costing
 from checkpoint.engine.digester import Digester
 from checkpoint.engine.intake import Intake
 from checkpoint.engine.known import Recall
+from checkpoint.engine.ledger import Flight
 from checkpoint.engine.packer import Outbox, Packer, give_back
 from checkpoint.engine.packing import Filing, OpenPack
 from checkpoint.engine.receipt import receipt_of, write_receipt
@@ -81,13 +82,13 @@ class Pipeline:
     def _keep_writing(self) -> None:
         flying: set[Future[None]] = set()
         while (item := self._outbox.get()) is not None:
-            while flying and (isinstance(item, Filing) or len(flying) >= self._tuning.num_writers):
-                written, flying = wait(flying, return_when=FIRST_COMPLETED)
-                for each in written:
-                    each.result()
             if isinstance(item, OpenPack):
                 flying.add(self._writers.submit(self._write_pack, item))
-            elif item.entry.why_failed is None:
+                # Now, not once the next is at hand: that would be one more in memory.
+                flying = _await_all_but(self._tuning.num_writers - 1, flying)
+                continue
+            flying = _await_all_but(0, flying)
+            if item.entry.why_failed is None:
                 with costing(self._intake, item.entry):
                     self._committer.inbox.put(self._receipted(item))
         self._committer.inbox.put(None)
@@ -96,7 +97,7 @@ class Pipeline:
         entry = pack.filing.entry
         with costing(self._intake, entry):
             if entry.why_failed is None:
-                entry.flying[pack.key] = pack.num_bytes
+                entry.flying[pack.key] = Flight(pack.num_bytes, time.monotonic())
                 try:
                     pack.write(self._patient_store)
                 finally:
@@ -123,6 +124,15 @@ class Pipeline:
         if standing is not receipt:  # that of a keeper that died: its packs count, not ours
             chunks = read_pages(self._patient_store, standing.pages)
         return Waiting(entry, standing, chunks, time.monotonic())
+
+
+def _await_all_but(most: int, flying: set[Future[None]]) -> set[Future[None]]:
+    """Wait until no more than so many are under way; return them."""
+    while len(flying) > most:
+        written, flying = wait(flying, return_when=FIRST_COMPLETED)
+        for each in written:
+            each.result()
+    return flying
 
 
 class Crew:

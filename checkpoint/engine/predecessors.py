@@ -50,14 +50,14 @@ class Predecessors:
 
     def _held(self, name: str, chunk: ChunkRecord) -> Buffer | None:
         """Copy the base out of the arena, if it is there."""
-        before = self._known.entry and self._intake.pin_again(self._known.entry)
+        before = self._known.entry and self._intake.holding.pin_again(self._known.entry)
         if before is None:
             return None
         try:
             first = self._places.get((name, chunk.box))
             return None if first is None else bytes(self._memory[first : first + chunk.num_bytes])
         finally:
-            self._intake.unpin(before)
+            self._intake.holding.unpin(before)
 
     @cached_property
     def _memory(self) -> memoryview:

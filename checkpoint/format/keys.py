@@ -20,6 +20,7 @@ SWEEPS = "control/sweeps/"
 
 MAX_STEP = 10**12 - 1
 MAX_GENERATION = 10**6 - 1
+MAX_PACK_SEQ = 10**6 - 1
 _MAX_KEY_LENGTH = 512
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*", re.ASCII)
 _HOST = re.compile(r"[a-z0-9]{1,32}", re.ASCII)

@@ -14,7 +14,7 @@ import numpy as np
 from checkpoint.errors import Corrupt
 from checkpoint.format.codec import Buffer, Codec
 from checkpoint.format.json_fields import Fields, dump_json, parse_json
-from checkpoint.format.keys import MAX_GENERATION
+from checkpoint.format.keys import MAX_GENERATION, MAX_PACK_SEQ
 from checkpoint.format.records import MAX_LISTED, ChunkRecord, dtype_from_json, shape_from_json
 from checkpoint.format.sealed import seal, unseal
 from checkpoint.format.table import ChunkTable, decode_table, encode_table
@@ -164,7 +164,7 @@ def decode_pack_index(data: Buffer, num_bytes: int, where: str = "a pack") -> Pa
     index = PackIndex(
         generation=fields.count("generation", MAX_GENERATION),
         host=fields.text("host", r"[a-z0-9]{1,32}"),
-        seq=fields.count("seq", 999_999),
+        seq=fields.count("seq", MAX_PACK_SEQ),
         tensors=dict(_tensor(node, where) for node in fields.items("tensors", MAX_LISTED)),
         chunks=decode_table(table, where),
     )

@@ -155,7 +155,7 @@ class Server:
     def _receive(self, session: "_Session", theirs: KeeperConfig) -> str:
         """Adopt a client's settings, or say why this keeper ends instead. Raises KeeperBusy, ArenaFull."""
         guests = [Guest(one.pid, one.config) for one in self._sessions if one.pid != session.pid]
-        num_undone = self._num_undone() + self._intake.num_only_here
+        num_undone = self._num_undone() + self._intake.holding.num_only_here
         match receive_client(self._config, theirs, guests, num_undone):
             case Refuse(why):
                 raise KeeperBusy(why)
@@ -258,7 +258,7 @@ class _Session:
         self.is_over = True
         self.intake.leave(self, "its trainer ended before the snapshot was captured")
         while self.pinned:
-            self.intake.unpin(self.pinned.pop())
+            self.intake.holding.unpin(self.pinned.pop())
         with suppress(OSError):
             self.channel.close()
 
@@ -267,7 +267,7 @@ class _Session:
             case "held":
                 return self._hold()
             case "unheld":
-                self.intake.unpin(self.pinned.pop())
+                self.intake.holding.unpin(self.pinned.pop())
                 return {}
             case "settle":
                 above, timeout_s, patience_s = (message[one] for one in ("above", "timeout_s", "patience_s"))
@@ -308,7 +308,7 @@ class _Session:
 
     def _hold(self) -> Message:
         """Pin the newest snapshot for this client, and describe it."""
-        entry = self.intake.pin(DIGEST_S)
+        entry = self.intake.holding.pin(DIGEST_S)
         if entry is None or entry.image is None:
             return {"held": None}
         self.pinned.append(entry)

@@ -3,6 +3,7 @@
 from contextlib import suppress
 from typing import Literal
 
+from checkpoint.engine.bounds import check_one_of, check_step, check_store
 from checkpoint.engine.catalog import Catalog
 from checkpoint.engine.receipt import RECEIPT_SEQ
 from checkpoint.errors import AlreadyExists, Conflict, FormatError, NotFound
@@ -23,6 +24,9 @@ def set_aside(store: Store, step: int, why: str, *, policy: Policy = "damaged") 
     and before any saves: it does not ask whether the checkpoint was saved anew in the meantime. Raises
     Conflict if the copy does not read back; then the manifest stays.
     """
+    check_store("store", store)
+    check_step(step)
+    check_one_of("policy", policy, tuple(_KEYS))
     key = manifest_key(step)
     try:
         data = store.read(key)[0]

@@ -15,12 +15,17 @@ from checkpoint.format.fingerprint import fingerprint
 from checkpoint.format.manifest import Manifest
 from checkpoint.format.records import MAX_CHAIN
 from checkpoint.format.table import NO_BASE, ChunkTable
+from checkpoint.lifecycle.sums import Starts, are_sound, find_sums
 from checkpoint.store.contract import Buffer, ByteRange, Store
 
 _BATCH_BYTES = 32 << 20  # stored bytes held at a time
 _BATCH_CHUNKS = 16384
 _REQUEST_BYTES = 8 << 20
 _GAP_BYTES = 64 << 10  # reading over a gap is cheaper than another request
+_SPARE = (
+    "they do not add up to their chunk's fingerprint; no restore needs them, but one that wants a part of it "
+    "reads all of it: `repair` fetches the pack from another store"
+)
 _MIXERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(29))
 
 Places = NDArray[np.intp]
@@ -29,9 +34,8 @@ Identities = NDArray[np.uint64]
 
 @dataclass(frozen=True, slots=True)
 class Flaw:
-    """A chunk that is not as it was written; `key` is of the pack that is to blame."""
+    """Something that is not as it was written; `key` is of the pack that is to blame."""
 
-    chunk: int
     key: str
     item: str
     why: str
@@ -39,17 +43,23 @@ class Flaw:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Some chunks that were read: those proved, by their identities, and the flaws of the others."""
+    """Some chunks that were read: those proved, by their identities, and the flaws of the others.
+
+    `spare` are damaged sums of blocks, behind chunks that are as they were written; these are not `proved`.
+    """
 
     num_bytes: int
     proved: Identities
     flaws: tuple[Flaw, ...]
+    spare: tuple[Flaw, ...]
 
 
 class Contents:
-    """The chunks of one checkpoint, as its index lists them."""
+    """The chunks of one checkpoint, as its index lists them; `starts` tell what lies behind them."""
 
-    def __init__(self, store: Store, manifest: Manifest, table: ChunkTable) -> None:
+    def __init__(
+        self, store: Store, manifest: Manifest, table: ChunkTable, starts: Mapping[str, Starts]
+    ) -> None:
         self._store = store
         self._manifest = manifest
         self._table = table
@@ -57,6 +67,8 @@ class Contents:
         self._owners = table.owners()
         self._raw_bytes = raw_sizes(table, manifest.tensors, f"the index of step {manifest.step}")
         self._identities = self._identify()
+        self._num_bytes = table.rows["num_bytes"].astype(np.int64)
+        self._spans = self._num_bytes + find_sums(manifest, table, starts)
 
     @property
     def identities(self) -> Identities:
@@ -76,8 +88,9 @@ class Contents:
         stored = self._read(rows)
         proved: set[int] = set()
         flaws = [flaw for place in places if (flaw := self._flaw(place, stored, proved)) is not None]
-        num_bytes = int(self._rows["num_bytes"][rows].sum())
-        return Batch(num_bytes, self._identities[sorted(proved)], tuple(flaws))
+        spare = {row: flaw for row in sorted(proved) if (flaw := self._spare(row, stored[row])) is not None}
+        whole = self._identities[sorted(proved - spare.keys())]
+        return Batch(int(self._num_bytes[rows].sum()), whole, tuple(flaws), tuple(spare.values()))
 
     def _batches(self, chunks: Places) -> Iterator[list[int]]:
         ordered = chunks[np.lexsort((self._rows["offset"][chunks], self._rows["pack"][chunks]))]
@@ -99,13 +112,13 @@ class Contents:
             yield row
             row = int(self._rows["base"][row])
 
-    def _read(self, rows: Sequence[int]) -> dict[int, Buffer | NotFound]:
-        """Return the stored bytes of rows, or why they are not there."""
+    def _read(self, rows: list[int]) -> dict[int, Buffer | NotFound]:
+        """Return the stored bytes of rows and the sums behind them, or why they are not there."""
         found: dict[int, Buffer | NotFound] = {}
-        place = self._rows[["pack", "offset", "num_bytes"]][list(rows)].tolist()
+        columns = self._rows["pack"][rows], self._rows["offset"][rows], self._spans[rows], np.array(rows)
         run: list[tuple[int, int, int]] = []
         start = stop = pack = 0
-        for row, (number, offset, num_bytes) in sorted(zip(rows, place, strict=True), key=lambda one: one[1]):
+        for number, offset, num_bytes, row in sorted(zip(*(one.tolist() for one in columns), strict=True)):
             end = max(stop, offset + num_bytes)
             if run and (number != pack or offset > stop + _GAP_BYTES or end - start > _REQUEST_BYTES):
                 found |= self._read_run(pack, run)
@@ -136,22 +149,35 @@ class Contents:
             try:
                 raw = self._proved(place, row, stored[row], raw)
             except FormatError as error:
-                one = self._rows[row]
-                key = self._manifest.packs[int(one["pack"])].key
-                name = self._manifest.tensors[int(one["tensor"])].name
-                item = f"{name} (bytes {one['offset']}+{one['num_bytes']} of {key})"
-                return Flaw(place, key, item, str(error))
+                at = ByteRange(int(self._rows["offset"][row]), int(self._num_bytes[row]))
+                return self._blame(row, at, "", str(error))
             proved.add(row)
         return None
+
+    def _spare(self, row: int, stored: Buffer | NotFound) -> Flaw | None:
+        """Say what is wrong with the sums of blocks behind a chunk that was proved."""
+        num_bytes, span = int(self._num_bytes[row]), int(self._spans[row])
+        at = ByteRange(int(self._rows["offset"][row]) + num_bytes, span - num_bytes)
+        if isinstance(stored, NotFound) or not at.num_bytes:
+            return None
+        sums = memoryview(stored)[num_bytes:]
+        if are_sound(sums, at.offset, int(self._rows["fingerprint"][row])):
+            return None
+        return self._blame(row, at, "the sums of blocks of ", _SPARE)
+
+    def _blame(self, row: int, at: ByteRange, what: str, why: str) -> Flaw:
+        key = self._manifest.packs[int(self._rows["pack"][row])].key
+        name = self._manifest.tensors[int(self._rows["tensor"][row])].name
+        return Flaw(key, f"{what}{name} (bytes {at.offset}+{at.num_bytes} of {key})", why)
 
     def _proved(self, place: int, row: int, stored: Buffer | NotFound, below: Buffer | None) -> Buffer:
         """Return the raw bytes of a row. Raises Corrupt if they are not what was written."""
         if isinstance(stored, NotFound):
             raise Corrupt(str(stored)) from stored
-        one = self._rows[row]
-        if memoryview(stored).nbytes != one["num_bytes"]:
-            raise Corrupt(f"the store gave {memoryview(stored).nbytes} bytes of {one['num_bytes']}")
-        raw = decode(Codec(one["codec"]), stored, int(self._raw_bytes[place]))
+        one, view = self._rows[row], memoryview(stored)
+        if view.nbytes != self._spans[row]:
+            raise Corrupt(f"the store gave {view.nbytes} bytes of {self._spans[row]}")
+        raw = decode(Codec(one["codec"]), view[: one["num_bytes"]], int(self._raw_bytes[place]))
         if below is not None:
             raw = xor_bytes(raw, below)
         if checksum(raw) != one["checksum"].tobytes():

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 
+from checkpoint.engine.bounds import check_kind, check_step, check_store
 from checkpoint.engine.catalog import Catalog, read_manifest
 from checkpoint.errors import NoCheckpoint, NotFound
 from checkpoint.format.json_fields import Fields, dump_json, parse_json
@@ -26,6 +27,9 @@ def tag(store: Store, name: str, step: int) -> None:
 
     Raises NoCheckpoint if there is none of this step, FormatError for a name that no key can hold.
     """
+    check_store("store", store)
+    check_step(step)
+    check_kind("name", name, str)
     key = tag_key(name)
     _check_exists(store, step)
     store.put(key, dump_json({"step": step}, key))
@@ -34,11 +38,14 @@ def tag(store: Store, name: str, step: int) -> None:
 
 def untag(store: Store, name: str) -> None:
     """Take a name away; to take one that is not there is fine."""
+    check_store("store", store)
+    check_kind("name", name, str)
     store.delete(tag_key(name))
 
 
 def tags(store: Store) -> dict[str, int]:
     """Return which step each tag names. Raises Corrupt for a tag that cannot be read."""
+    check_store("store", store)
     found = {}
     for entry in store.list(TAGS):
         name = parse_tag_key(entry.key)
@@ -58,6 +65,9 @@ def record_score(store: Store, step: int, metrics: Mapping[str, float]) -> None:
     A metric that is recorded again replaces its old value; the others stay. One process at a time scores a
     checkpoint. Raises NoCheckpoint.
     """
+    check_store("store", store)
+    check_step(step)
+    check_kind("metrics", metrics, Mapping)
     _, data = read_manifest(store, step)
     digest = digest_of(data)
     both = {**scores(store, step, digest), **metrics}

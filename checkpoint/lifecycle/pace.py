@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from checkpoint.engine.bounds import check_kind
+
 
 @dataclass(slots=True)
 class Pace:
@@ -16,6 +18,7 @@ class Pace:
     _num_bytes: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        check_kind("bytes_per_s", self.bytes_per_s, int | float)
         if not self.bytes_per_s > 0:
             raise ValueError(f"a pace is above zero, not {self.bytes_per_s} bytes per second")
 

@@ -5,7 +5,10 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from numbers import Integral
 from typing import Literal
+
+from checkpoint.engine.bounds import check_kind, check_several, check_whole
 
 _METRIC = re.compile(r"[A-Za-z0-9._/-]{1,128}", re.ASCII)
 
@@ -17,8 +20,7 @@ class LatestN:
     n: int
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ValueError(f"LatestN keeps at least one checkpoint, not {self.n}")
+        check_whole("n", self.n, 1)
 
     def __str__(self) -> str:
         return f"the newest {self.n}"
@@ -31,8 +33,7 @@ class EverySteps:
     k: int
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"EverySteps keeps every step or fewer, not every {self.k}th")
+        check_whole("k", self.k, 1)
 
     def __str__(self) -> str:
         return f"every {self.k} steps"
@@ -45,6 +46,7 @@ class EveryMinutes:
     minutes: float
 
     def __post_init__(self) -> None:
+        check_kind("minutes", self.minutes, int | float)
         if not (math.isfinite(self.minutes) and self.minutes > 0):
             raise ValueError(f"EveryMinutes keeps one in a time above zero, not in {self.minutes} minutes")
 
@@ -65,6 +67,8 @@ class BestByMetric:
     n: int = 1
 
     def __post_init__(self) -> None:
+        check_kind("metric", self.metric, str)
+        check_kind("n", self.n, int)
         if self.mode not in ("min", "max") or self.n < 1 or not _METRIC.fullmatch(self.metric):
             raise ValueError(
                 f"BestByMetric takes a metric's name of [A-Za-z0-9._/-], 'min' or 'max', and how many: "
@@ -81,6 +85,9 @@ class Pinned:
 
     steps: frozenset[int]
 
+    def __post_init__(self) -> None:
+        check_several("steps", self.steps, Integral)
+
     def __str__(self) -> str:
         return f"pinned {', '.join(map(str, sorted(self.steps)))}"
 
@@ -95,8 +102,7 @@ class WithinBytes:
     num_bytes: int
 
     def __post_init__(self) -> None:
-        if self.num_bytes < 1:
-            raise ValueError(f"WithinBytes takes a budget above zero, not {self.num_bytes} bytes")
+        check_whole("num_bytes", self.num_bytes, 1)
 
     def __str__(self) -> str:
         return f"within {self.num_bytes} bytes"
@@ -127,6 +133,7 @@ def parse_policy(text: str) -> Policy:
 
     Raises ValueError that says how policies are written.
     """
+    check_kind("text", text, str)
     try:
         match text.split(":"):
             case ["latest", n]:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from checkpoint.engine.bounds import check_step, check_store
 from checkpoint.engine.catalog import Catalog, read_manifest
 from checkpoint.engine.sweeps import look_up
 from checkpoint.errors import (
@@ -57,6 +58,9 @@ def promote(source: Store, target: Store, step: int) -> PromoteReport:
     is damaged; Conflict if the target has something else in its place; StoreUnavailable if a store fails or
     the target is just being pruned: try again later.
     """
+    check_store("source", source)
+    check_store("target", target)
+    check_step(step)
     manifest, data = read_manifest(source, step)
     if _is_there(target, manifest, data):
         return PromoteReport(step, str(source), str(target), False, 0, 0, len(objects_of(manifest)))

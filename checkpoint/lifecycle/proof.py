@@ -1,11 +1,14 @@
 """Whether an object says what was written: a pack by its own index and chunks, a page by its checksum."""
 
+import numpy as np
+
 from checkpoint.errors import Corrupt
 from checkpoint.format.codec import checksum, decode
 from checkpoint.format.dtypes import itemsize
 from checkpoint.format.manifest import PackRef, PageRef
 from checkpoint.format.pack import TRAILER_BYTES, PackIndex, decode_pack_index, index_range
 from checkpoint.format.records import MAX_CHUNK_BYTES
+from checkpoint.lifecycle.sums import Starts
 from checkpoint.store.contract import Buffer, ByteRange, Store
 
 
@@ -42,11 +45,15 @@ def prove_pack(data: Buffer, key: str) -> PackIndex:
     return index
 
 
-def read_pack_index(store: Store, pack: PackRef) -> PackIndex:
-    """Read a pack's own index. Raises NotFound if the pack is missing or cut short, Corrupt, Unsupported."""
+def read_starts(store: Store, pack: PackRef) -> Starts:
+    """Prove a pack's own index; return where its chunks begin, and the index itself.
+
+    Raises NotFound if the pack is missing or cut short, Corrupt, Unsupported.
+    """
     index_at = _index_at(store, pack)
     data = store.read(pack.key, [index_at])[0]
-    return decode_pack_index(memoryview(data)[:-TRAILER_BYTES], pack.num_bytes, pack.key)
+    index = decode_pack_index(memoryview(data)[:-TRAILER_BYTES], pack.num_bytes, pack.key)
+    return np.unique(np.append(index.chunks.column("offset"), np.uint64(index_at.offset)))
 
 
 def has_same_index(one: Store, other: Store, pack: PackRef) -> bool:

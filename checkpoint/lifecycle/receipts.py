@@ -4,7 +4,7 @@ from checkpoint.engine.receipt import RECEIPT_SEQ, read_receipt
 from checkpoint.errors import FormatError, NotFound
 from checkpoint.format.keys import pages_prefix, parse_page_key
 from checkpoint.format.manifest import Manifest
-from checkpoint.lifecycle.bad import Bad
+from checkpoint.lifecycle.findings import Bad
 from checkpoint.store.contract import Store
 
 

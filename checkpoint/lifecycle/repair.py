@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from checkpoint.engine.bounds import check_step, check_store
 from checkpoint.engine.catalog import read_manifest
 from checkpoint.engine.source import StoreSource
 from checkpoint.engine.sweeps import look_up
@@ -12,9 +13,10 @@ from checkpoint.format.manifest import Manifest, PackRef
 from checkpoint.format.pack import PackIndex
 from checkpoint.format.table import ChunkTable
 from checkpoint.lifecycle.aside import set_aside
+from checkpoint.lifecycle.findings import Verified, VerifyReport
 from checkpoint.lifecycle.promotion import fetched
 from checkpoint.lifecycle.proof import prove_object, prove_pack
-from checkpoint.lifecycle.scrub import Verified, VerifyReport, examine, verify
+from checkpoint.lifecycle.scrub import examine, verify
 from checkpoint.lifecycle.survey import ObjectRef, digest_of, objects_of
 from checkpoint.store.contract import Buffer, Store
 
@@ -42,12 +44,17 @@ def repair(store: Store, step: int, from_: Store) -> RepairReport:
     """Mend a checkpoint whose manifest, pages or packs are damaged or missing, from another store's copies.
 
     A copy is proved before it replaces anything: pages by the manifest's checksums, packs chunk by chunk, and
-    against what this checkpoint's index says of them. A manifest that cannot be read is set aside; it, or one
-    that is missing, is created anew once all that it names is sound. May be broken off and called again.
+    against what this checkpoint's index says of them. Packs of which only sums of blocks are damaged are
+    replaced as well; whether the copy's are any better, `after` tells. A manifest that cannot be read is set
+    aside; it, or one that is missing, is created anew once all that it names is sound. May be broken off and
+    called again.
 
     Raises NoCheckpoint if neither store has a manifest of this step that can be read, StoreUnavailable if a
     store fails or is just being pruned.
     """
+    check_store("store", store)
+    check_store("from_", from_)
+    check_step(step)
     manifest, data, why = _truth(store, step, from_)
     if why is not None:
         announcement = promoting_key(step, digest_of(data))
@@ -99,7 +106,7 @@ class _Mending:
         """Mend what can be, until nothing new turns up; return what is found then."""
         while True:
             found = examine(self._store, self._manifest)
-            blamed = {bad.key for bad in found.bad} - self._tried
+            blamed = {bad.key for bad in (*found.bad, *found.spare)} - self._tried
             refs: Iterable[ObjectRef] = [page for page in self._manifest.pages if page.key in blamed]
             table = ChunkTable.of([])
             if not refs and not self.problems:  # packs are held against the index, once all of it is there

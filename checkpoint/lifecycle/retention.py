@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from checkpoint.engine.bounds import check_kind, check_seconds, check_several, check_store
 from checkpoint.engine.receipt import RECEIPT_SEQ
 from checkpoint.errors import AlreadyExists, NotFound
 from checkpoint.format.json_fields import dump_json
@@ -71,6 +72,11 @@ def prune(
     and whatever is tagged. A manifest that cannot be read is left alone; while there is one, no pack or page
     is deleted, for it may need them; nor any orphan within `grace_s` of a checkpoint being set aside.
     """
+    check_store("store", store)
+    check_several("policies", policies, Policy)
+    for name, seconds in (("now_s", now_s), ("grace_s", grace_s), ("linger_s", linger_s)):
+        check_seconds(name, seconds)
+    check_kind("run", run, str | None)
     found = survey(store)
     judged = {step: one for step, one in found.standing.items() if run in (None, one.manifest.run)}
     held = _protected(store, judged)

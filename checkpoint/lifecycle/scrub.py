@@ -1,108 +1,27 @@
 """The scrub: reads checkpoints back as a restore would, and names all that is not as it was written."""
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
 
 import numpy as np
 
+from checkpoint.engine.bounds import check_kind, check_step, check_store
 from checkpoint.engine.catalog import Catalog, read_manifest
 from checkpoint.engine.plan import check_chunks, check_cover
 from checkpoint.errors import FormatError, Incomplete, NoCheckpoint, NotFound, StoreRefused
 from checkpoint.format.keys import manifest_key
 from checkpoint.format.manifest import Manifest, chunks_of_page
 from checkpoint.format.table import ChunkTable
-from checkpoint.lifecycle.bad import Bad
 from checkpoint.lifecycle.contents import Contents, Identities, Places
+from checkpoint.lifecycle.findings import MAX_LISTED, Bad, Tally, Verified, VerifyReport
 from checkpoint.lifecycle.marks import forget_verified, record_verified, verified
 from checkpoint.lifecycle.pace import Pace
-from checkpoint.lifecycle.proof import read_pack_index
+from checkpoint.lifecycle.proof import read_starts
 from checkpoint.lifecycle.receipts import damaged_receipts
+from checkpoint.lifecycle.sums import Starts
 from checkpoint.lifecycle.survey import digest_of
 from checkpoint.store.contract import ByteRange, Store
 
-_MAX_LISTED = 1000
 _MAX_REMEMBERED = 4 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """What was found of one checkpoint: `num_bad` items are bad, the first thousand of them listed.
-
-    `num_bytes` were read of it: what an earlier one shares with it was not read again. `spare` are damaged
-    receipts: what hosts told each other before the commit, which no restore reads.
-    """
-
-    step: int
-    num_tensors: int
-    num_chunks: int
-    num_bytes: int
-    num_bad: int
-    bad: tuple[Bad, ...]
-    spare: tuple[Bad, ...] = ()
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether everything that a restore needs is as it was written."""
-        return self.num_bad == 0
-
-
-@dataclass(frozen=True, slots=True)
-class VerifyReport:
-    """What was read back, the newest checkpoint first, and what is wrong with it.
-
-    `skipped` steps were verified recently enough; `left` ones did not fit the budget. `unrecorded` says why
-    the store could not be told what was found, if so.
-    """
-
-    checkpoints: tuple[Verified, ...]
-    skipped: tuple[int, ...] = ()
-    left: tuple[int, ...] = ()
-    unrecorded: str = ""
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """The steps that were read back."""
-        return tuple(one.step for one in self.checkpoints)
-
-    @property
-    def num_tensors(self) -> int:
-        """Tensors of all these checkpoints."""
-        return sum(one.num_tensors for one in self.checkpoints)
-
-    @property
-    def num_chunks(self) -> int:
-        """Chunks of all these checkpoints."""
-        return sum(one.num_chunks for one in self.checkpoints)
-
-    @property
-    def num_bytes(self) -> int:
-        """Stored bytes that were read."""
-        return sum(one.num_bytes for one in self.checkpoints)
-
-    @property
-    def num_bad(self) -> int:
-        """Items that are bad."""
-        return sum(one.num_bad for one in self.checkpoints)
-
-    @property
-    def bad(self) -> tuple[Bad, ...]:
-        """The bad items that are listed."""
-        return tuple(bad for one in self.checkpoints for bad in one.bad)
-
-    @property
-    def spare(self) -> tuple[Bad, ...]:
-        """The damaged receipts, which no restore reads."""
-        return tuple(bad for one in self.checkpoints for bad in one.spare)
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether everything that a restore needs is as it was written."""
-        return self.num_bad == 0
-
-    @property
-    def bad_steps(self) -> tuple[int, ...]:
-        """The steps that have something wrong."""
-        return tuple(sorted(one.step for one in self.checkpoints if one.num_bad))
 
 
 def verify(
@@ -123,6 +42,10 @@ def verify(
     Bad content is listed, never raised; memory stays within some 40 MiB beside the index of a checkpoint.
     Raises NoCheckpoint if there is nothing to verify, StoreUnavailable if the store cannot be read.
     """
+    check_store("store", store)
+    if step is not None:
+        check_step(step)
+    check_kind("pace", pace, Pace | None)
     there = Catalog(store).steps()
     if not there or (step is not None and step not in there):
         what = "no checkpoint at all" if step is None else f"no checkpoint of step {step}"
@@ -155,7 +78,7 @@ class _Scrub:
         self._store = store
         self._pace = pace
         self._proved: list[Identities] = []  # of the chunks read last, as many as fit _MAX_REMEMBERED
-        self._packs: set[str] = set()  # whose index was found to be sound
+        self._starts: dict[str, Starts] = {}  # of the packs whose index was found to be sound
 
     @property
     def num_bytes(self) -> int:
@@ -184,18 +107,21 @@ class _Scrub:
 
     def read_back(self, manifest: Manifest) -> Verified:
         """Read back what is not known to be sound yet."""
-        tally = _Tally(manifest.step)
+        tally = Tally(manifest.step)
         table = self._index(manifest, tally)
-        contents = Contents(self._store, manifest, table)
         wanted = self._without_lost_packs(manifest, table, tally)
+        contents = Contents(self._store, manifest, table, self._starts)
         if self._proved:
             wanted = wanted[~np.isin(contents.identities[wanted], np.concatenate(self._proved))]
         num_bytes = 0
+        spare = list(damaged_receipts(self._store, manifest))
         for batch in contents.prove(wanted):
             num_bytes += batch.num_bytes
             self._remember(batch.proved)
             for flaw in batch.flaws:
                 tally.note(flaw.item, flaw.why, flaw.key)
+            spare += [Bad(manifest.step, one.item, one.why, one.key) for one in batch.spare]
+            del spare[MAX_LISTED:]
             if self._pace is not None:
                 self._pace.spend(batch.num_bytes)
         _check_tensors(manifest, table, tally)
@@ -206,10 +132,10 @@ class _Scrub:
             num_bytes,
             tally.num_bad,
             tuple(tally.bad),
-            damaged_receipts(self._store, manifest),
+            tuple(spare),
         )
 
-    def _index(self, manifest: Manifest, tally: "_Tally") -> ChunkTable:
+    def _index(self, manifest: Manifest, tally: Tally) -> ChunkTable:
         tables = []
         for page in manifest.pages:
             try:
@@ -218,22 +144,22 @@ class _Scrub:
                 tally.note(page.key, error, page.key)
         return ChunkTable.concat(tables)
 
-    def _without_lost_packs(self, manifest: Manifest, table: ChunkTable, tally: "_Tally") -> Places:
+    def _without_lost_packs(self, manifest: Manifest, table: ChunkTable, tally: Tally) -> Places:
         """Check every pack's own index; return the chunks that do not lie in packs which are gone."""
         lost = []
+        known, self._starts = self._starts, {}
         for number, pack in enumerate(manifest.packs):
-            if pack.key in self._packs:
+            if pack.key in known:
+                self._starts[pack.key] = known[pack.key]
                 continue
             try:
-                read_pack_index(self._store, pack)
+                self._starts[pack.key] = read_starts(self._store, pack)
             except (FormatError, NotFound) as error:
                 if not self._is_gone(pack.key):
                     tally.note(f"the index of {pack.key}", error, pack.key)
                     continue
                 lost.append(number)
                 tally.note(pack.key, f"the pack is missing: {error}", pack.key)
-            else:
-                self._packs.add(pack.key)
         owners = table.owners()[np.isin(table.rows["pack"], lost)]
         return np.setdiff1d(np.arange(len(table)), owners)
 
@@ -266,21 +192,7 @@ class _Scrub:
             self.unrecorded = str(error)
 
 
-@dataclass(slots=True)
-class _Tally:
-    """What is bad about one checkpoint, so far."""
-
-    step: int
-    num_bad: int = 0
-    bad: list[Bad] = field(default_factory=list)
-
-    def note(self, item: str, why: object, key: str = "") -> None:
-        self.num_bad += 1
-        if len(self.bad) < _MAX_LISTED:
-            self.bad.append(Bad(self.step, item, str(why), key))
-
-
-def _check_tensors(manifest: Manifest, table: ChunkTable, tally: _Tally) -> None:
+def _check_tensors(manifest: Manifest, table: ChunkTable, tally: Tally) -> None:
     """Prove that the chunks cover every tensor exactly once, and add up to its fingerprint."""
     sums = table.fingerprint_sums()
     uncovered = _uncovered(manifest, table)

@@ -68,7 +68,8 @@ def sweep(store: Store, standing: Mapping[int, Standing], patience: Patience) ->
     What is younger than the patience says is left alone. May be broken off anywhere; the next sweep goes on.
     """
     listing = [*store.list(PACKS), *store.list(INDEX)]
-    graves = _graves(store)
+    expired = store.list(EXPIRED)
+    graves = _graves(store, expired)
     due = [grave for grave in graves if patience.is_due(grave.expired_s)]
     waiting = {key for grave in graves if grave not in due for key in grave.names}
     needed = named_by(standing.values())
@@ -87,7 +88,7 @@ def sweep(store: Store, standing: Mapping[int, Standing], patience: Patience) ->
         return Swept((), ("another prune is deleting the same just now",), num_waiting_bytes)
     for grave in due:
         removed += _close(store, grave, standing.get(grave.step))
-    for entry in store.list(SWEEPS):  # of sweeps that broke off
+    for entry in (*_lone_reasons(expired), *store.list(SWEEPS)):  # of prunes that broke off
         if patience.is_abandoned(entry.modified_s):
             store.delete(entry.key)
     return Swept(tuple(removed), (), num_waiting_bytes)
@@ -139,9 +140,15 @@ def _named_since(store: Store, standing: Mapping[int, Standing]) -> set[str]:
     return keys
 
 
-def _graves(store: Store) -> list[_Grave]:
+def _lone_reasons(expired: Sequence[Entry]) -> list[Entry]:
+    """List the reasons without a manifest: another prune was done with it before a dying one told why."""
+    keys = {entry.key for entry in expired}
+    return [entry for entry in expired if entry.key.removesuffix(".json") not in keys]
+
+
+def _graves(store: Store, expired: Sequence[Entry]) -> list[_Grave]:
     graves = []
-    for entry in store.list(EXPIRED):
+    for entry in expired:
         parsed = parse_expired_key(entry.key)
         if parsed is None:
             continue  # the reason beside it

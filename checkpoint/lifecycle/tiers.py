@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from checkpoint.engine.bounds import check_kind, check_several, check_whole
 from checkpoint.format.tree import Json
 from checkpoint.lifecycle.policies import LatestN, Policy, WithinBytes, parse_policies, policy_to_text
 from checkpoint.store.places import check_apart
@@ -27,6 +28,10 @@ class Tier:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", parse_policies(self.keep))
+        check_kind("url", self.url, str)
+        check_kind("every", self.every, int)
+        if self.budget_bytes is not None:
+            check_whole("budget_bytes", self.budget_bytes, 1)
         if not self.url or self.every < 1:
             raise ValueError(
                 f"a tier needs a URL, and a cadence of 1 step or more: not {self.url!r}, every {self.every}"
@@ -52,6 +57,7 @@ def is_due(tier: Tier, step: int) -> bool:
 
 def check_tiers(tiers: Sequence[Tier]) -> None:
     """Hold tiers, the nearest first, against each other. Raises ValueError that names what does not fit."""
+    check_several("tiers", tiers, Tier)
     names = [tier.label for tier in tiers]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two tiers are called {twice[0]!r}: give each its own name and URL")

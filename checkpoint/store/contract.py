@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 from checkpoint.errors import NotFound, StoreError, StoreRefused
@@ -44,6 +44,7 @@ class Entry:
     modified_s: float
 
 
+@runtime_checkable
 class Store(Protocol):
     """Bytes by key. Blocking, thread-safe; a write is whole or absent, never torn; `str` of it is its URL.
 

@@ -19,11 +19,14 @@ from checkpoint import (
     prune,
     verify,
 )
-from checkpoint.format.keys import INDEX, PACKS
+from checkpoint.engine import naming
+from checkpoint.engine.naming import PackNames
+from checkpoint.format.keys import INDEX, MAX_PACK_SEQ, PACKS, PackKey, pack_key, parse_pack_key
 from checkpoint.lifecycle.aside import set_aside
 from tests.fault.checkpoint_worlds import MIB, QUICK, RAW, closing_all, same_bits
 
 GRACE_S = 1000.0
+LIFE = "f" * 16
 
 
 class Life:
@@ -99,3 +102,33 @@ def test_no_name_comes_again_although_all_that_had_one_is_gone(tmp_path, begin):
         seen |= written
         going_back(store, 1)
         assert not store.list(PACKS)
+
+
+def test_numbers_that_run_out_go_on_in_a_life_of_their_own(monkeypatch):
+    drawn = iter(["0" * 16, "1" * 16])
+    assert parse_pack_key(pack_key(1, "h0", MAX_PACK_SEQ, LIFE)) == PackKey(1, "h0", MAX_PACK_SEQ, LIFE)
+    monkeypatch.setattr(naming, "MAX_PACK_SEQ", 2)
+    names = PackNames("h0", LIFE, lambda: next(drawn))
+    taken = [names.take(1) for _ in range(7)]
+    assert [(key.life[0], key.seq) for key in taken] == [*zip("fff000", [0, 1, 2] * 2, strict=True), ("1", 0)]
+    assert names.take(2) == PackKey(2, "h0", 0, "1" * 16)
+
+
+def test_saves_go_on_beyond_the_last_number_of_a_generation_and_all_of_them_can_be_read(
+    tmp_path, begin, monkeypatch
+):
+    monkeypatch.setattr(naming, "MAX_PACK_SEQ", 2)
+    store = open_store(str(tmp_path))
+    life = begin(store)
+    for step in range(1, 9):
+        life.save(step, seed=step)
+    assert len({_life_of(entry.key) for entry in store.list(PACKS)}) == 3
+    assert verify(store).is_sound
+    prune(store, [LatestN(4)], now_s=time.time() + 2 * GRACE_S, grace_s=GRACE_S, linger_s=0.0)
+    assert verify(store).steps == (8, 7, 6, 5) and len(store.list(PACKS)) == 4
+    assert same_bits(load(store).state, state(8))
+
+
+def _life_of(key: str) -> str:
+    found = parse_pack_key(key)
+    return found.life if found else ""

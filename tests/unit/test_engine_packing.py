@@ -1,5 +1,8 @@
 """Packs: small ones first, large chunks written from where they lie, little memory beside the arena."""
 
+import threading
+import time
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint import Catalog, LocalHost, verify
+from checkpoint import Catalog, Durable, LocalHost, verify
 from checkpoint.engine.arena import Region
 from checkpoint.engine.digester import BATCH_BYTES, batches
 from checkpoint.engine.encoding import Job, digest, digest_once, work_on
@@ -15,6 +18,7 @@ from checkpoint.engine.ledger import ShareEntry, Writing
 from checkpoint.engine.pipeline import Tuning
 from checkpoint.engine.source import StoreSource
 from checkpoint.format.codec import Codec, checksum, decode
+from checkpoint.format.records import MAX_CHUNK_BYTES
 from checkpoint.store.contract import parts_of
 from checkpoint.store.memory import MemoryStore
 from tests.fault.checkpoint_shares import begin, give, handling, plan_of, rows_of
@@ -107,6 +111,49 @@ def test_compressed_packs_take_little_memory_beside_the_arena(hold):
     assert all(chunk.codec is Codec.ZSTD for chunk in StoreSource(store).chunks(Catalog(store).manifest(1)))
     if hold:
         assert max(sum(part.nbytes for part in parts) for parts in store.packs.values()) < 3 * MIB
+
+
+class Stuck(MemoryStore):
+    """Takes no pack until it is let go, and then forgets them: what memory holds is not counted in it."""
+
+    def __init__(self):
+        super().__init__("stuck")
+        self.waiting, self.may_go = [], threading.Event()
+
+    def put_new(self, key, data):
+        if key.startswith("packs/"):
+            self.waiting.append(key)
+            assert self.may_go.wait(60)
+        else:
+            super().put_new(key, data)
+
+
+@pytest.mark.parametrize("codec", [Codec.PLANES, Codec.ZSTD])
+def test_what_packs_pin_is_bounded_however_small_the_chunks_in_them_became(codec):
+    chance = np.random.default_rng(1)
+    values = np.zeros((26, MIB), np.float32)  # a chunk each, of which some 500 KiB are left
+    for row in values:
+        row[chance.integers(0, MIB, 120_000)] = chance.standard_normal(120_000)
+    store, plan = Stuck(), {f"t{number}": row for number, row in enumerate(values)}
+    with LocalHost(store, arena_bytes=128 * MIB, hold=1) as host:
+        ticket = begin(host, 1, plan, plan_of(plan, handling(codec=codec)))
+        tracemalloc.start()
+        try:
+            host.seal(ticket)
+            deadline_s = time.monotonic() + 60
+            while len(store.waiting) < Tuning().num_writers or not host._pipeline._outbox.full():
+                assert time.monotonic() < deadline_s
+                time.sleep(0.01)
+            store.may_go.set()
+            assert host.intake.drain(60)
+            peak_bytes = tracemalloc.get_traced_memory()[1]
+        finally:
+            store.may_go.set()
+            tracemalloc.stop()
+    assert [one.tier for one in host.outcomes() if isinstance(one, Durable)] == ["memory", "store"]
+    encoders_bytes = Tuning().num_encoders * 3 * MAX_CHUNK_BYTES  # what they write to, and scratch
+    packs_bytes = 8 * MIB + Tuning().num_packs_in_memory * MIB // 2  # each is full with one chunk too many
+    assert peak_bytes < encoders_bytes + packs_bytes + 2 * MIB
 
 
 def test_chunks_keep_their_order_whatever_encoder_is_first():

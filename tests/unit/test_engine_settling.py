@@ -9,7 +9,7 @@ import pytest
 from checkpoint.checkpointer.hosting import settle
 from checkpoint.engine.arena import Region
 from checkpoint.engine.contract import Content, Handling, SnapshotPlan
-from checkpoint.engine.ledger import ShareEntry, SnapshotEntry, Writing
+from checkpoint.engine.ledger import Flight, ShareEntry, SnapshotEntry, Writing
 from checkpoint.engine.settling import await_end
 from checkpoint.format.codec import Codec
 
@@ -72,14 +72,26 @@ def test_no_patience_outlasts_the_time_that_there_is(entry):
 
 def test_packs_that_a_store_is_being_given_are_waited_for_as_long_as_a_slow_store_takes(entry):
     def begin() -> None:
-        entry.flying["packs/one"] = 64 << 20
+        entry.flying["packs/one"] = Flight(64 << 20, 1000.0)
 
     def end() -> None:
         entry.is_live = False
 
     changed = Scripted(begin, end)
-    assert await_end([entry], 6, changed, timeout_s=600.0, patience_s=5.0) == ()
+    assert await_end([entry], 6, changed, timeout_s=600.0, patience_s=5.0, clock=lambda: 1000.0) == ()
     assert changed.waits_s[1:] == [5.0, 5.0 + 16.0]
+
+
+@pytest.mark.parametrize(("begun_ago_s", "waited_s"), [(10.0, 5.0 + 6.0), (16.0, 5.0), (600.0, 5.0)])
+def test_packs_that_even_a_slow_store_would_have_had_long_ago_are_not_waited_for(
+    entry, begun_ago_s, waited_s
+):
+    begun_s = 1000.0 - begun_ago_s
+    entry.flying["packs/one"] = Flight(48 << 20, begun_s - 100.0)
+    entry.flying["packs/two"] = Flight(16 << 20, begun_s)
+    changed = Scripted()
+    assert await_end([entry], 6, changed, timeout_s=600.0, patience_s=5.0, clock=lambda: 1000.0) == (7,)
+    assert changed.waits_s[1:] == [waited_s]
 
 
 class Lone:

@@ -6,7 +6,16 @@ import pytest
 
 from checkpoint.engine.catalog import Catalog, read_manifest
 from checkpoint.errors import NoCheckpoint, StoreUnavailable
-from checkpoint.format.keys import EXPIRED, SCORES, SWEEPS, VERIFIED, manifest_key, pack_key, page_key
+from checkpoint.format.keys import (
+    EXPIRED,
+    SCORES,
+    SWEEPS,
+    VERIFIED,
+    expired_key,
+    manifest_key,
+    pack_key,
+    page_key,
+)
 from checkpoint.format.manifest import encode_manifest
 from checkpoint.lifecycle.marks import record_score, record_verified, scores, tag, tags, untag
 from checkpoint.lifecycle.policies import BestByMetric, EverySteps, LatestN, WithinBytes
@@ -184,6 +193,15 @@ def test_a_budget_never_costs_the_newest_verified_nor_what_is_tagged(store, age)
     report = age(LatestN(4), WithinBytes(1))
     assert report.kept == (10, 30, 60)
     assert "to keep the store within 1 bytes" in next(one.why for one in report.verdicts if one.step == 50)
+
+
+def test_the_reason_of_an_expiry_that_another_prune_had_done_with_goes_after_the_grace(store, age):
+    reason = f"{expired_key(10, 'f' * 16)}.json"
+    store.put(reason, b"{}")
+    age(LatestN(9), later_s=GRACE_S)
+    assert [entry.key for entry in store.list(EXPIRED)] == [reason]
+    age(LatestN(9), later_s=1.0)
+    assert store.list(EXPIRED) == []
 
 
 def test_a_tag_keeps_its_checkpoint_until_it_is_taken_away_or_moved(store, age):

@@ -146,7 +146,7 @@ def shares():
         with LocalHost(MemoryStore(name), name, arena_bytes=4 << 20, hold=1) as host:
             plan = plan_of(rows, handling("memory"), rank=rank, hosts=("h0", "h1"))
             host.seal(begin(host, 1, rows, plan, rank=rank))
-            host.intake.pin(20)
+            host.intake.holding.pin(20)
             (entry,) = Shelf(host.intake).entries().values()
             found.append(share_of(entry))
     return found

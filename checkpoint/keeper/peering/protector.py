@@ -168,13 +168,13 @@ class Protector:
             return None
         before, self._waiting = self._waiting, due[-1]
         if before is not self._waiting:
-            self._shelf.intake.guard(due[-1])
+            self._shelf.intake.holding.guard(due[-1])
             self._let_go(before)
         return due[-1]
 
     def _let_go(self, entry: SnapshotEntry | None) -> None:
         if entry is not None and entry.id not in self._kept and entry is not self._waiting:
-            self._shelf.intake.unguard(entry)
+            self._shelf.intake.holding.unguard(entry)
 
     def _protect(self, task: _Task) -> None:
         """Do this host's part. Raises a CheckpointError, saying why, if the snapshot is not protected."""
@@ -204,7 +204,7 @@ class Protector:
                 raise PeerLost(f"{self._host} does not hold the snapshot of step {id_[1]}")
             time.sleep(_POLL_S)  # until this host has digested it as well
         task = _Task(circle, Stripes(self._group(circle, parity)), volume, parity.patience_s)
-        self._shelf.intake.guard(volume.entry)
+        self._shelf.intake.holding.guard(volume.entry)
         with self._lock:
             doubtful = sorted(known for known in self._kept if known != self._whole)
             self._kept[id_] = task

@@ -29,7 +29,7 @@ class Shelf:
 
     def entries(self) -> dict[SnapshotId, SnapshotEntry]:
         """Return what is held and digested, oldest first."""
-        return {entry.id: entry for entry in self.intake.held()}
+        return {entry.id: entry for entry in self.intake.holding.digested()}
 
     def volume(self, id_: SnapshotId) -> Volume | None:
         """Return a snapshot that is held, described once; None if it is not."""
@@ -46,10 +46,10 @@ class Shelf:
     def pin(self, id_: SnapshotId) -> Volume | None:
         """Return a snapshot that is held, to stay as it is until `unpin`."""
         volume = self.volume(id_)
-        if volume is None or self.intake.pin_again(volume.entry) is None:
+        if volume is None or self.intake.holding.pin_again(volume.entry) is None:
             return None
         return volume
 
     def unpin(self, volume: Volume) -> None:
         """Let a pinned snapshot go."""
-        self.intake.unpin(volume.entry)
+        self.intake.holding.unpin(volume.entry)
