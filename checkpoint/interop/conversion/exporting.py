@@ -36,7 +36,7 @@ from checkpoint.interop.conversion.origins import Origin
 from checkpoint.interop.conversion.resharding import ONE_RANK, Chosen, num_bytes_of
 from checkpoint.interop.conversion.roles import owner_of
 from checkpoint.interop.conversion.ruled import RuleChoice
-from checkpoint.interop.conversion.skeletons import matches
+from checkpoint.interop.conversion.skeletons import matches, nothing_fits
 from checkpoint.interop.conversion.tying import TIED, with_copies
 from checkpoint.interop.formats.contract import About
 from checkpoint.interop.formats.contract import Contents as ForeignContents
@@ -171,6 +171,8 @@ def plan_emigration(source: Origin, emigration: Emigration, holds_optimizer: Hol
     _check_layout(emigration)
     keeps, notes = matches(emigration.only), list(source.notes)
     names = [spec.name for spec in source.contents.tensors if keeps(spec.name)]
+    if not names:
+        raise nothing_fits(emigration.only, source.step, source.url)
     if not holds_optimizer(emigration.format):
         weights = [name for name in names if name.startswith("model/")]
         if len(weights) < len(names):
@@ -187,7 +189,9 @@ def plan_emigration(source: Origin, emigration: Emigration, holds_optimizer: Hol
     if any(owner_of(name) for name in names):
         check_sure(source.doubts, source.url)
     if not names:
-        raise FormatError(f"{source.url} holds nothing that {emigration.format} would hold")
+        kind = FormatError if emigration.only is None else Misuse
+        what = "nothing of it" if emigration.only is None else f"nothing that {emigration.only!r} fits"
+        raise kind(f"{source.url}: {emigration.format} has a place for {what}; another --format may have")
     chosen = Chosen(source.contents, names)
     contents = Cast(chosen, _casts(chosen.tensors, emigration.dtype))
     if emigration.format in _HOLD_ROUNDED:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from checkpoint.engine.catalog import Catalog
 from checkpoint.engine.plan import TensorSpec
-from checkpoint.errors import NoCheckpoint, StoreRefused
+from checkpoint.errors import NoSuchStep, StoreRefused
 from checkpoint.interop.conversion.assembling import Assembled
 from checkpoint.interop.conversion.comparing import Compared, Side, compare
 from checkpoint.interop.conversion.contract import (
@@ -220,7 +220,7 @@ def _origin(place: Whereabouts) -> Iterator[Origin]:
 
 def _check_stepless(place: Whereabouts) -> None:
     if place.step is not None:
-        raise NoCheckpoint(f"{place.url} is no store of checkpoints, so it has no step {place.step}")
+        raise NoSuchStep(f"{place.url} is no store of checkpoints, so it has no step {place.step}")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from checkpoint.engine.catalog import Catalog
 from checkpoint.engine.plan import TensorSpec
-from checkpoint.errors import AlreadyExists, FormatError, Mismatch
+from checkpoint.errors import AlreadyExists, Mismatch
 from checkpoint.format.codec import checksum
 from checkpoint.format.dtypes import itemsize
 from checkpoint.format.layout import Layout
@@ -31,7 +31,7 @@ from checkpoint.interop.conversion.contract import (
 from checkpoint.interop.conversion.measuring import high_water_bytes
 from checkpoint.interop.conversion.roles import lay_out, pieces_of
 from checkpoint.interop.conversion.ruled import RuleChoice, placements_by
-from checkpoint.interop.conversion.skeletons import matches, select
+from checkpoint.interop.conversion.skeletons import matches, nothing_fits, select
 from checkpoint.interop.conversion.stored import Stored
 from checkpoint.interop.conversion.writing import Draft, write_checkpoint
 from checkpoint.store.contract import Store
@@ -168,7 +168,7 @@ def _plan(store: Store, change: Change, step: int | None) -> _Plan:
     skeleton = select(manifest.skeleton, keeps)
     names = list(dict.fromkeys(leaf_names(skeleton)))
     if not names:
-        raise FormatError(f"no tensor of step {manifest.step} fits {change.only!r}: see `holdfast inspect`")
+        raise nothing_fits(change.only, manifest.step, str(store))
     chosen = Chosen(source, names)
     dtype = None if change.dtype is None else parse_dtype(change.dtype)
     contents = Cast(chosen, _casts(chosen.tensors, dtype))
