@@ -22,7 +22,12 @@ Asked = tuple[int, ByteRange]  # a range of a pack, by the pack's place in the m
 
 
 def foresee(
-    manifest: Manifest, table: ChunkTable, wanted: Regions, can_read_into: Callable[[int], bool]
+    manifest: Manifest,
+    table: ChunkTable,
+    *,
+    wanted: Regions,
+    can_read_into: Callable[[int], bool],
+    policy: ReadPolicy,
 ) -> Iterator[Asked]:
     """Yield the ranges that a restore of boxes asks for, each box into contiguous memory of its own.
 
@@ -36,7 +41,7 @@ def foresee(
     placed = place_sums(stock, find_parts(stock, copies, manifest.tensors), manifest.packs)
     yield from ((pack, at) for pack, at, _ in placed)
     stock = with_parts(stock, [(part, np.zeros(part.blocks.count, np.uint64)) for _, _, part in placed])
-    requests, table_rows = Requests(stock, table, ReadPolicy()), stock.rows
+    requests, table_rows = Requests(stock, table, policy), stock.rows
     goes_straight = _Straight(manifest, requests, copies, wanted)
     for batch in requests.batches(np.unique(copies.left)):
         level = []

@@ -63,7 +63,9 @@ class Draft:
     ) -> None:
         self._fs, self._root, self._url, self._attempt = fs, root, url, attempt
         self.kept = kept
+        self.num_bytes = 0  # of the files that were written whole
         self._check = check
+        self._lock = threading.Lock()
         self._syncing = _Syncing()
 
     @contextmanager
@@ -79,11 +81,14 @@ class Draft:
         with told(what):
             self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
             file: Any = open(partial, "wb") if is_local else self._fs.open(partial, "wb")  # noqa: SIM115 - below
+        written = _Written(file, what, file.fileno() if is_local else None)
         try:
-            yield cast(BinaryIO, _Written(file, what, file.fileno() if is_local else None))
+            yield cast(BinaryIO, written)
         except BaseException:
             _abandon(self._fs, file, partial)
             raise
+        with self._lock:
+            self.num_bytes += written.num_bytes
         with told(what):
             if is_local:
                 self._syncing.add(lambda: _finish(file, partial, target, what))
@@ -158,16 +163,16 @@ class _Written:
 
     def __init__(self, file: Any, what: str, descriptor: int | None) -> None:
         self._file, self._what, self._descriptor = file, what, descriptor
-        self._position = self._begun = 0
+        self.num_bytes = self._begun = 0
 
     def write(self, data: Any) -> int:
         """Write bytes."""
         with told(self._what):
             count = int(self._file.write(data))
-            self._position += count
-            if self._descriptor is not None and self._position - self._begun >= _STRETCH_BYTES:
-                begin_writing(self._descriptor, self._begun, self._position - self._begun)
-                self._begun = self._position
+            self.num_bytes += count
+            if self._descriptor is not None and self.num_bytes - self._begun >= _STRETCH_BYTES:
+                begin_writing(self._descriptor, self._begun, self.num_bytes - self._begun)
+                self._begun = self.num_bytes
             return count
 
     def flush(self) -> None:

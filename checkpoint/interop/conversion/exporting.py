@@ -1,6 +1,5 @@
 """Exporting: a universal checkpoint in another framework's names, shards and format."""
 
-import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +28,7 @@ from checkpoint.interop.conversion.contract import (
     unheard,
 )
 from checkpoint.interop.conversion.importing import check_sure
+from checkpoint.interop.conversion.marking import Counted
 from checkpoint.interop.conversion.measuring import high_water_bytes
 from checkpoint.interop.conversion.moving import target_part, turned_back
 from checkpoint.interop.conversion.names import rule_name, to_foreign
@@ -146,20 +146,6 @@ class Outward:
         return sum(map(num_bytes_of, specs))
 
     @property
-    def planned_read_bytes(self) -> int:
-        """How many bytes are read: of the source, again of it for what is cast, and back what was written."""
-        names = {spec.name: number for number, spec in enumerate(self.source.contents.tensors)}
-        sizes = self.source.planned_bytes()
-        planned = [sizes[names[spec.name]] for spec in self.contents.tensors]
-        uncast = self.uncast
-        times = [float(spec.name not in uncast) for spec in self.contents.tensors]
-        for move in self.plan.moves:
-            spec = self.contents.tensors[move.target]
-            times[move.target] += move.target_box.numel / max(1, math.prod(spec.shape))
-        again = sum(size * often for size, often in zip(planned, times, strict=True))
-        return self.written_bytes + round(again)
-
-    @property
     def attempt(self) -> str:
         """What identifies the export: the same one is resumed."""
         told = [str(self.plan), repr(self.outbound.about), self.source.digest]
@@ -219,11 +205,12 @@ def export_checkpoint(
     """
     settings = settings or ConversionSettings()
     began_s, before = time.monotonic(), high_water_bytes()
-    watched = _Watched(outward.outbound, outward.written_bytes, listener)
+    watched = Watched(outward.outbound, outward.written_bytes, listener)
     write(watched)
     listener(Progress("proving", watched.num_done_bytes, watched.num_bytes))
     known = outward.source.fingerprints(outward.uncast, settings)
-    proofs = _prove(outward, known, reopen(), url=url, settings=settings)
+    back = Counted(reopen())
+    proofs = _prove(outward, known, back, url=url, settings=settings)
     return ConversionReport(
         source=outward.source.url,
         target=url,
@@ -233,7 +220,7 @@ def export_checkpoint(
         num_tensors=len(outward.contents.tensors),
         num_chunks=len(outward.plan.foreign),
         num_bytes=sum(num_bytes_of(spec) for spec in outward.contents.tensors),
-        read_bytes=outward.source.num_read_bytes() + watched.num_bytes,
+        read_bytes=outward.source.num_read_bytes() + back.num_bytes,
         written_bytes=watched.num_bytes,
         peak_bytes=settings.peak_bytes,
         grown_bytes=high_water_bytes() - before,
@@ -243,7 +230,7 @@ def export_checkpoint(
     )
 
 
-class _Watched:
+class Watched:
     """What a writer reads, counted."""
 
     def __init__(self, inner: Outbound, num_bytes: int, listener: Listener) -> None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from checkpoint.engine.foreseeing import Asked, foresee
 from checkpoint.engine.plan import TensorSpec, plan_copies
+from checkpoint.engine.reading import ReadPolicy
 from checkpoint.engine.regions import Regions
 from checkpoint.engine.source import StoreSource
 from checkpoint.errors import Misuse
@@ -85,7 +86,8 @@ def plan_rank(
     wanted = Regions.of([box for _, box in numbered], [number for number, _ in numbered])
     sizes = np.array([itemsize(spec.dtype) for spec in specs], np.int64)
     chunks = np.unique(plan_copies(Regions.of_table(table), wanted).left)
-    packs = _by_pack(manifest, foresee(manifest, table, wanted, can_read_into))
+    asked = foresee(manifest, table, wanted=wanted, can_read_into=can_read_into, policy=ReadPolicy())
+    packs = _by_pack(manifest, asked)
     return RankShare(
         manifest.step,
         format_layout(scheme),
