@@ -35,12 +35,13 @@ from checkpoint.interop.conversion.names import rule_name, to_foreign
 from checkpoint.interop.conversion.origins import Origin
 from checkpoint.interop.conversion.resharding import ONE_RANK, Chosen, num_bytes_of
 from checkpoint.interop.conversion.roles import owner_of
-from checkpoint.interop.conversion.ruled import RuleChoice
+from checkpoint.interop.conversion.ruled import RuleChoice, knowing
 from checkpoint.interop.conversion.skeletons import matches, nothing_fits
 from checkpoint.interop.conversion.tying import TIED, with_copies
 from checkpoint.interop.formats.contract import About
 from checkpoint.interop.formats.contract import Contents as ForeignContents
 from checkpoint.interop.moves import Foreign, Move, Plan
+from checkpoint.interop.placing import resolve_sizes
 from checkpoint.interop.writing import plan_export
 
 _BAND_BYTES = 8 << 20
@@ -155,6 +156,8 @@ class Outward:
 def plan_emigration(source: Origin, emigration: Emigration, holds_optimizer: Holds) -> Outward:
     """Work out an export, before anything is read. Raises Mismatch, Incomplete, FormatError, Misuse."""
     _check_layout(emigration)
+    if emigration.rules is not None:
+        emigration = replace(emigration, rules=knowing(emigration.rules, source.sizes))
     keeps, notes = matches(emigration.only), list(source.notes)
     names = [spec.name for spec in source.contents.tensors if keeps(spec.name)]
     if not names:
@@ -308,7 +311,9 @@ def _about(origin: Origin, emigration: Emigration, plan: Plan) -> About:
     scheme = parse_layout(emigration.to)
     if scheme.zero and emigration.format == "deepspeed":  # it names the ranks that its files are for
         told |= {"zero_stage": scheme.zero, "dp_world_size": scheme.mesh.size}
-    return About(emigration.format, axes, origin.step, told)
+    chosen = resolve_sizes(emigration.rules.rules, emigration.rules.sizes) if emigration.rules else {}
+    sizes = {**origin.sizes, **{name: size for name, size in chosen.items() if isinstance(size, int)}}
+    return About(emigration.format, axes, origin.step, told, sizes)
 
 
 def _prove(

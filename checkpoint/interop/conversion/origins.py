@@ -12,7 +12,7 @@ from checkpoint.interop.conversion.assembling import Assembled
 from checkpoint.interop.conversion.contract import ConversionSettings, GlobalTensors, Numbering
 from checkpoint.interop.conversion.importing import EXTRA, MODEL, sight
 from checkpoint.interop.conversion.marking import Marked
-from checkpoint.interop.conversion.ruled import RuleChoice
+from checkpoint.interop.conversion.ruled import RuleChoice, model_sizes, sizes_in
 from checkpoint.interop.conversion.tying import Ties, ties_of
 from checkpoint.interop.formats.contract import ForeignCheckpoint
 from checkpoint.interop.place import is_here
@@ -26,7 +26,7 @@ class Origin:
     """Global tensors by their universal names, and what is told besides.
 
     `digest` identifies it; `fingerprints` are those of the tensors named, known or worked out from it.
-    `num_read_bytes` tells how much of it was read so far.
+    `num_read_bytes` tells how much of it was read so far. `sizes` are what rules may know of the model.
     `doubts` are parameters whose optimizer states could be another's. Of one that `is_at_hand` small parts
     are read as cheaply as large ones.
     """
@@ -39,6 +39,7 @@ class Origin:
     fingerprints: Callable[[Collection[str], ConversionSettings], Mapping[str, int]]
     num_read_bytes: Callable[[], int]
     ties: Ties = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     doubts: tuple[tuple[str, ...], ...] = ()
     is_at_hand: bool = False
@@ -66,6 +67,7 @@ def stored_origin(stored: StoredContents) -> Origin:
         contents=stored,
         extra=_plain_parts(unflatten(manifest.skeleton, _Tensors())),
         ties=ties_of(manifest.skeleton),
+        sizes=sizes_in(manifest),
         fingerprints=lambda *_: known,
         num_read_bytes=lambda: stored.read_bytes,
     )
@@ -91,6 +93,7 @@ def foreign_origin(
         fingerprints=marked.fingerprints,
         num_read_bytes=lambda: marked.num_read_bytes,
         ties=sighted.ties,
+        sizes=model_sizes(about.sizes, rules.sizes if rules else {}),
         notes=(*about.notes, *sighted.notes),
         doubts=() if numbering is Numbering.BY_ORDER else about.doubts,
         is_at_hand=is_here(url),

@@ -30,7 +30,7 @@ from checkpoint.interop.conversion.contract import (
 )
 from checkpoint.interop.conversion.measuring import high_water_bytes
 from checkpoint.interop.conversion.roles import lay_out, pieces_of
-from checkpoint.interop.conversion.ruled import RuleChoice, placements_by
+from checkpoint.interop.conversion.ruled import RuleChoice, knowing, placements_by, sizes_in
 from checkpoint.interop.conversion.skeletons import matches, nothing_fits, select
 from checkpoint.interop.conversion.stored import Stored
 from checkpoint.interop.conversion.writing import Draft, most_stored_bytes, write_checkpoint
@@ -178,7 +178,8 @@ def _plan(store: Store, change: Change, step: int | None) -> _Plan:
     contents = Cast(chosen, _casts(chosen.tensors, dtype))
     scheme = parse_layout(change.to)
     specs = tuple(contents.tensors)
-    on = None if change.rules is None else placements_by(change.rules, specs, scheme)
+    rules = None if change.rules is None else knowing(change.rules, sizes_in(manifest))
+    on = None if rules is None else placements_by(rules, specs, scheme)
     layout = lay_out(specs, scheme, on)
     meta = {
         **manifest.meta,

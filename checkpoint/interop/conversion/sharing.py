@@ -21,7 +21,7 @@ from checkpoint.format.scheme import format_layout, parse_layout
 from checkpoint.format.table import ChunkTable
 from checkpoint.interop.conversion.finding import index_of, manifest_of
 from checkpoint.interop.conversion.roles import lay_out
-from checkpoint.interop.conversion.ruled import RuleChoice, placements_by
+from checkpoint.interop.conversion.ruled import RuleChoice, knowing, placements_by, sizes_in
 from checkpoint.store.contract import Store
 
 Rows = NDArray[np.int64]
@@ -75,6 +75,7 @@ def plan_rank(
     if not 0 <= rank < scheme.mesh.size:
         raise Misuse(f"the layout {to!r} has the ranks 0 to {scheme.mesh.size - 1}, not {rank}")
     specs = [TensorSpec(one.name, one.dtype, one.shape) for one in manifest.tensors]
+    rules = None if rules is None else knowing(rules, sizes_in(manifest))
     layout = lay_out(specs, scheme, None if rules is None else placements_by(rules, specs, scheme))
     share = share_of(layout, {spec.name: spec.shape for spec in specs}, rank)
     numbered = [
