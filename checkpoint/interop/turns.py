@@ -60,7 +60,7 @@ class Turn:
         """Change the turn's object, so that others wait. Raises Conflict if somebody else took over."""
         with self._lock:
             there = _read(self._store)
-            self._is_lost = self._is_lost or self.key not in there or max(there) > self.key
+            self._is_lost = self._is_lost or not self._is_mine(there) or max(there) > self.key
             if self._is_lost:
                 raise Conflict(_LOST.format(self._url))
             self._count += 1
@@ -79,7 +79,12 @@ class Turn:
     def give_back(self) -> None:
         """Remove the turn's object; its silence would do as well."""
         with suppress(StoreError):
-            self._store.delete(self.key)
+            if self._is_mine(_read(self._store)):
+                self._store.delete(self.key)
+
+    def _is_mine(self, there: Mapping[str, bytes]) -> bool:
+        """Whether this turn stands, and not a later one to which the number fell anew."""
+        return there.get(self.key, b"").startswith(self._token.encode())
 
     def _value(self) -> bytes:
         return f"{self._token} {self._count}".encode()
@@ -117,8 +122,10 @@ def _await_silence(store: Store, url: str, beat: Beat) -> Mapping[str, bytes]:
     until_s = time.monotonic() + beat.silence_s
     while found and time.monotonic() < until_s:
         time.sleep(beat.every_s / _NUM_LOOKS)  # for a change, which is the other writer's word that it lives
-        if any(found.get(key) != value for key, value in _read(store).items()):
+        there = _read(store)
+        if any(found.get(key) != value for key, value in there.items()):
             raise Conflict(BUSY.format(url))
+        found = there
     return found
 
 

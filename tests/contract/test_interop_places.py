@@ -182,6 +182,19 @@ class FarContract(PlaceContract):
                 file.write(b"x")
         assert dict(Place(root).files) == {"x": 1}
 
+    def test_a_late_writer_does_not_take_a_later_turn_of_its_number_for_its_own(self, root):
+        dull, quick = Beat(every_s=1000.0, silence_s=0.2), Beat(every_s=0.05, silence_s=0.2)
+        late = drafting(root, "same", dull)
+        late.__enter__()
+        with pytest.raises(ZeroDivisionError), drafting(root, "same", quick):
+            raise ZeroDivisionError
+        with drafting(root, "same", QUICK) as draft:
+            with pytest.raises(Conflict, match="went on with"):
+                late.__exit__(None, None, None)
+            with draft.writing("x") as file:
+                file.write(b"x")
+        assert dict(Place(root).files) == {"x": 1}
+
     def test_what_another_attempt_left_unfinished_is_not_overwritten(self, root):
         with pytest.raises(ZeroDivisionError):
             write_until(root, "old", {"one": b"1"}, "two", b"")

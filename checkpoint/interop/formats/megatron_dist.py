@@ -212,8 +212,8 @@ def _notes(directory: Directory) -> Iterator[str]:
     chained = sorted({key.partition(_BUCKETS)[0] + _BUCKETS.rstrip(".") for key in strange})
     if chained:
         yield (
-            f"the states of {', '.join(chained)} are left out: several distributed optimizers (experts have one "
-            "of their own), or buffers, lie in buckets of each rank's own order. Save with "
+            f"the states of {', '.join(chained)} are left out: several distributed optimizers (experts have "
+            "one of their own), or buffers, lie in buckets of each rank's own order. Save with "
             "--dist-ckpt-optim-fully-reshardable to have them"
         )
     objects = sorted({key.partition("/")[0] for key in keys if "/" in key and _BUCKETS not in key})
