@@ -8,12 +8,13 @@ CheckpointError
 │   └── NotFound            there is no such key, or it holds fewer bytes than were asked for
 ├── FormatError             bytes or state that the format does not speak
 │   ├── Corrupt             what was read is not what was written
-│   ├── Misuse              what was asked for cannot be, whatever the checkpoint holds
+│   ├── Misuse              what was asked for cannot be: ask for something else
 │   └── Unsupported         written by a version, or in a type, that this reader does not know
 ├── Incomplete              chunks do not cover a tensor exactly once
 ├── Mismatch                a checkpoint of another model
 ├── Torn                    a tensor changed while it was being captured
 ├── NoCheckpoint            there is nothing to restore
+│   └── NoSuchStep          there is none of the step that was named
 ├── Conflict                two different manifests claim one step
 ├── KeeperLost              the process that kept this host's snapshots is gone
 ├── KeeperBusy              it serves others, who asked for something else of it
@@ -62,7 +63,7 @@ class Unsupported(FormatError):
 
 
 class Misuse(FormatError):
-    """What was asked for cannot be, whatever the checkpoint holds: a layout, a size, a name."""
+    """What was asked for cannot be, or is not there: a layout, a size, a name, a pattern of names."""
 
 
 class Incomplete(CheckpointError):
@@ -79,6 +80,10 @@ class Torn(CheckpointError):
 
 class NoCheckpoint(CheckpointError):
     """There is no checkpoint to restore."""
+
+
+class NoSuchStep(NoCheckpoint):
+    """There is no checkpoint of the step that was named."""
 
 
 class Conflict(CheckpointError):

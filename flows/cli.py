@@ -202,12 +202,19 @@ def doctor(
 def main() -> None:
     """Run the command line."""
     try:
-        app()
+        app(prog_name="holdfast")
     except SystemExit as end:
         if end.code == EXIT_WRONG and "--json" in sys.argv:  # what was no verb or option, typer told people
             mode.is_json = True
-            tell_failure("wrong usage: stderr says what is wrong", "UsageError", EXIT_WRONG)
+            tell_failure(_spell_usage(end.__context__), "UsageError", EXIT_WRONG)
         raise
+
+
+def _spell_usage(error: BaseException | None) -> str:
+    """Say in one line what typer, whose kinds of error are private, says in a panel: which verb, and what."""
+    verb = getattr(getattr(error, "ctx", None), "command_path", "holdfast")
+    message = getattr(error, "format_message", lambda: "stderr says what is wrong")()
+    return f"{verb}: {message.rstrip('.')}. See: {verb} --help"
 
 
 def _load(

@@ -204,7 +204,10 @@ def export(
             checkpoint.Numbering.BY_ORDER if by_order else checkpoint.Numbering.TOLD,
         )
         if dry_run:
-            report = checkpoint.plan_export_foreign(place, target, emigration, settings=settings)
+            with followed() as listener:
+                report = checkpoint.plan_export_foreign(
+                    place, target, emigration, settings=settings, listener=listener
+                )
         else:
             with followed() as listener:
                 report = checkpoint.export_foreign(

@@ -1,7 +1,7 @@
 """The terminal: what verbs print to, how errors and progress are shown, and what exit codes mean.
 
-0: done, and all was well.  1: it failed, or what was looked at is damaged or different.  2: wrong usage.
-128 and a signal's number: interrupted.
+0: done, and all was well.  1: it failed, or what was looked at is damaged or different.  2: wrong usage: the
+same command would never do.  128 and a signal's number: interrupted.
 """
 
 import json
@@ -124,9 +124,9 @@ def followed() -> Iterator[Callable[[Step], None]]:
 
 
 def _is_wrong_usage(error: Exception) -> bool:
-    from checkpoint import Misuse  # verbs that need no checkpoint do not import it
+    from checkpoint import Misuse, NoSuchStep  # verbs that need no checkpoint do not import it
 
-    return isinstance(error, SpecError | Misuse)
+    return isinstance(error, SpecError | Misuse | NoSuchStep)
 
 
 def _spell(error: Exception) -> str:

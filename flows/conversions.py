@@ -156,7 +156,7 @@ def draw_share(console: Console, share: "checkpoint.RankShare") -> None:
             "its share",
             f"{share.num_boxes} boxes of {share.num_tensors} tensors, {spell_bytes(share.num_bytes)}",
         ),
-        ("chunks needed", f"{share.num_chunks}, {spell_bytes(share.stored_bytes)} stored"),
+        ("chunks it lies in", f"{share.num_chunks}, {spell_bytes(share.stored_bytes)} stored"),
         ("read", f"{spell_bytes(share.read_bytes)} in {share.num_ranges} ranges of {len(share.packs)} packs"),
     ]
     draw_table(console, f"step {share.step}: rank {share.rank} of {share.layout}", ("", ""), rows)

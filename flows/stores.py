@@ -50,10 +50,10 @@ def _store_of(spec: Path) -> str:
 def look(url: str, step: int | None) -> dict[str, Any]:
     """List a store's checkpoints, and what one of them (by default the newest sound one) holds."""
     catalog = checkpoint.Catalog(checkpoint.open_store(url))
+    if step is not None:
+        catalog.check_named(step)
     steps = catalog.steps()
     shown = step if step is not None else catalog.latest()
-    if shown is not None and shown not in steps:
-        raise checkpoint.NoCheckpoint(f"{url} has no checkpoint of step {shown}; it has: {_list(steps)}")
     return {
         "store": url,
         "checkpoints": [_describe(catalog, each) for each in steps],
@@ -73,7 +73,7 @@ def look_anywhere(url: str, step: int | None, format: str | None) -> dict[str, A
             return look(url, step)
         raise
     if step is not None:
-        raise checkpoint.NoCheckpoint(f"{url} is no store of checkpoints, so it has no step {step}")
+        raise checkpoint.NoSuchStep(f"{url} is no store of checkpoints, so it has no step {step}")
     return found
 
 
@@ -127,14 +127,14 @@ class Extent(Enum):
 
 
 def choose_steps(url: str, steps: Sequence[int], extent: Extent) -> list[int]:
-    """Return the steps that are named, or all, or the newest. Raises NoCheckpoint, SpecError for both."""
+    """Return the steps that are named, or all, or the newest. Raises NoCheckpoint; SpecError for both."""
     if steps and extent is Extent.ALL:
         raise SpecError("--all copies every checkpoint: give --step or --all, not both")
-    there = checkpoint.Catalog(checkpoint.open_store(url)).steps()
-    missing = sorted(set(steps) - set(there))
-    if not there or missing:
-        which = f"no checkpoint of step {missing[0]}; it has: {_list(there)}" if missing else "no checkpoint"
-        raise checkpoint.NoCheckpoint(f"{url} has {which}")
+    catalog = checkpoint.Catalog(checkpoint.open_store(url))
+    catalog.check_named(*steps)
+    there = catalog.steps()
+    if not there:
+        raise checkpoint.NoCheckpoint(f"{url} holds no checkpoint, so nothing was copied; check the URL")
     return sorted(set(steps)) or (there if extent is Extent.ALL else there[-1:])
 
 

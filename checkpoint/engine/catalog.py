@@ -1,6 +1,6 @@
 """The catalog: which checkpoints a store holds, computed from its manifests and nothing else."""
 
-from checkpoint.errors import Corrupt, FormatError, NoCheckpoint, NotFound
+from checkpoint.errors import Corrupt, FormatError, NoCheckpoint, NoSuchStep, NotFound
 from checkpoint.format.keys import MANIFESTS, manifest_key, parse_manifest_key
 from checkpoint.format.manifest import Manifest, decode_manifest
 from checkpoint.store.contract import Buffer, Store
@@ -16,6 +16,14 @@ class Catalog:
         """List the steps that have a manifest, oldest first."""
         steps = (parse_manifest_key(entry.key) for entry in self._store.list(MANIFESTS))
         return sorted(step for step in steps if step is not None)
+
+    def check_named(self, *named: int) -> None:
+        """Raise NoSuchStep if a step that was named has no manifest."""
+        there = self.steps()
+        missing = sorted(set(named) - set(there))
+        if missing:
+            listed = ", ".join(map(str, there)) or "none"
+            raise NoSuchStep(f"{self._store} has no checkpoint of step {missing[0]}; it has: {listed}")
 
     def manifest(self, step: int) -> Manifest:
         """Read one manifest. Raises NoCheckpoint if there is none of this step, Corrupt if it is damaged."""

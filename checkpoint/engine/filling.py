@@ -1,7 +1,7 @@
 """Chunks from a source into targets: few large requests, a few threads, a budget, and proof before use."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
@@ -10,8 +10,9 @@ from checkpoint.engine.parts import Stock, SumsReader, cut_to_parts, find_parts
 from checkpoint.engine.pipeline import fan_out
 from checkpoint.engine.plan import plan_copies
 from checkpoint.engine.proving import Expected, cut_pieces
-from checkpoint.engine.reading import DECODING, WASTE, Holes, ReadPolicy, Span, Tally
+from checkpoint.engine.reading import Holes, ReadPolicy, Tally
 from checkpoint.engine.regions import Column, Regions
+from checkpoint.engine.requests import Link, Requests
 from checkpoint.engine.source import DirectSource, Source, origins_of
 from checkpoint.engine.targets import Target
 from checkpoint.errors import FormatError, StoreUnavailable
@@ -23,8 +24,6 @@ from checkpoint.format.manifest import Manifest
 from checkpoint.format.table import NO_BASE, ChunkTable
 from checkpoint.store.contract import ByteRange
 
-_DIRECT_BYTES = 256 << 10  # smaller chunks are read together instead
-
 
 @dataclass(frozen=True, slots=True)
 class Opened:
@@ -33,24 +32,6 @@ class Opened:
     source: Source
     manifest: Manifest
     table: ChunkTable
-
-
-@dataclass(slots=True)
-class _Run:
-    """Rows of the table that lie close together in a pack: one range."""
-
-    pack: int
-    span: Span
-    places: list[int] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Link:
-    """A row that is to be read for a chunk: its own, or one of the bases below it."""
-
-    chunk: int
-    row: int
-    above: Buffer | None = None  # the XOR of what was stored for the chunk so far
 
 
 @dataclass(slots=True)
@@ -111,54 +92,24 @@ class Filling:
             self._stock = cut_to_parts(stock, parts, sums)
 
     def _read(self, chunks: Column) -> None:
-        for _ in fan_out(self._read_batch, self._batches(chunks), self._policy.num_readers):
+        self._requests = Requests(self._stock, self._opened.table, self._policy)
+        for _ in fan_out(self._read_batch, self._requests.batches(chunks), self._policy.num_readers):
             pass
-
-    def _batches(self, chunks: Column) -> Iterator[list[int]]:
-        """Yield chunks in the order of their packs, as many at a time as a thread may hold."""
-        chunks = chunks[np.lexsort((self._stock.rows["offset"][chunks], self._stock.rows["pack"][chunks]))]
-        costs, num_decoding_bytes = self._costs(chunks)
-        most = self._policy.budget_bytes // self._policy.num_readers - num_decoding_bytes
-        most = min(most, self._policy.request_bytes)
-        batch: list[int] = []
-        cost = 0
-        for chunk, more in zip(chunks.tolist(), costs.tolist(), strict=True):
-            if batch and cost + more > most:
-                yield batch
-                batch, cost = [], 0
-            batch.append(chunk)
-            cost += more
-        if batch:
-            yield batch
-
-    def _costs(self, chunks: Column) -> tuple[Column, int]:
-        """Return what each chunk of a batch adds to what is held, and what the one being decoded takes."""
-        stored = self._stock.rows["num_bytes"].astype(np.int64)
-        raw = self._stock.raw_bytes[chunks]
-        is_delta = self._stock.rows["base"][chunks] != NO_BASE
-        costs = stored[chunks]
-        if is_delta.any():
-            largest = np.zeros(len(self._opened.table), np.int64)
-            np.maximum.at(largest, self._opened.table.owners(), stored)
-            costs = np.where(is_delta, largest[chunks] + raw, costs)
-        is_coded = is_delta | (self._stock.rows["codec"][chunks] != Codec.RAW)
-        costs += costs // WASTE
-        return costs, DECODING * int(raw[is_coded].max(initial=0))
 
     def _read_batch(self, chunks: list[int]) -> None:
         """Read, prove and place chunks; those stored as deltas level by level, with their bases."""
-        level = [_Link(chunk, chunk) for chunk in chunks if not self._is_read_directly(chunk)]
+        level = [Link(chunk, chunk) for chunk in chunks if not self._is_read_directly(chunk)]
         while level:
             level = [below for below in map(self._take, self._stored(level)) if below is not None]
 
-    def _take(self, read: tuple[_Link, memoryview]) -> _Link | None:
+    def _take(self, read: tuple[Link, memoryview]) -> Link | None:
         """Place the chunk of a link, or return what has to be read for it next; note what is wrong."""
         link, stored = read
         try:
             raw = self._decoded(link, stored)
             base = int(self._stock.rows["base"][link.row])
             if base != NO_BASE:  # a copy, lest a view keep all alive that was read with it
-                return _Link(link.chunk, base, bytes(raw))
+                return Link(link.chunk, base, bytes(raw))
             self._finish(link.chunk, raw)
         except FormatError as error:
             if self._stock.is_part[link.chunk]:
@@ -167,9 +118,9 @@ class Filling:
                 self._tally.note(self._opened.source.name, self._described(link.chunk), error)
         return None
 
-    def _stored(self, level: Sequence[_Link]) -> Iterator[tuple[_Link, memoryview]]:
+    def _stored(self, level: Sequence[Link]) -> Iterator[tuple[Link, memoryview]]:
         """Read what is stored for some links. What the source has not is noted, and left out."""
-        for pack, group in groupby(self._runs(level), key=lambda run: run.pack):
+        for pack, group in groupby(self._requests.runs(level), key=lambda run: run.pack):
             runs = list(group)
             ranges = [ByteRange(run.span.start, run.span.num_bytes) for run in runs]
             try:
@@ -187,23 +138,7 @@ class Filling:
                     first = int(row["offset"]) - run.span.start
                     yield level[place], view[first : first + int(row["num_bytes"])]
 
-    def _runs(self, level: Sequence[_Link]) -> list[_Run]:
-        """Join rows that lie close together in a pack."""
-        rows = self._stock.rows[[link.row for link in level]]
-        runs: list[_Run] = []
-        order = np.lexsort((rows["offset"], rows["pack"]))
-        for place, (pack, start, num_bytes) in zip(
-            order.tolist(), rows[["pack", "offset", "num_bytes"]][order].tolist(), strict=True
-        ):
-            last = runs[-1] if runs and runs[-1].pack == pack else None
-            if last is None or not last.span.takes(start, num_bytes, self._policy.gap_bytes):
-                last = _Run(pack, Span(start))
-                runs.append(last)
-            last.span.add(start, num_bytes)
-            last.places.append(place)
-        return runs
-
-    def _decoded(self, link: _Link, stored: memoryview) -> Buffer:
+    def _decoded(self, link: Link, stored: memoryview) -> Buffer:
         """Return the raw bytes of a link, XOR those above it."""
         codec = Codec(int(self._stock.rows["codec"][link.row]))
         raw = decode(codec, stored, int(self._stock.raw_bytes[link.chunk]))
@@ -215,10 +150,8 @@ class Filling:
         If not it is to be read the plain way, which tells what is wrong.
         """
         source, row = self._direct, self._stock.rows[chunk]
-        if source is None or row["num_bytes"] < _DIRECT_BYTES:
-            return False
         pack = int(row["pack"])
-        if row["codec"] != Codec.RAW or row["base"] != NO_BASE or not source.can_read_into(pack):
+        if source is None or not self._requests.is_large_and_raw(chunk) or not source.can_read_into(pack):
             return False
         first, last = self._copies_of(chunk)
         pieces = self._pieces(chunk, first, source.piece_bytes) if last == first + 1 else None

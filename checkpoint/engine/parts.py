@@ -19,7 +19,7 @@ from checkpoint.errors import FormatError
 from checkpoint.format.blocks import BLOCK_BYTES, Blocks, Sums, blocks_of, read_sums, total_of
 from checkpoint.format.codec import Codec
 from checkpoint.format.layout import Box
-from checkpoint.format.manifest import Manifest
+from checkpoint.format.manifest import Manifest, PackRef
 from checkpoint.format.pack import Described
 from checkpoint.format.table import NO_BASE
 from checkpoint.store.contract import Buffer, ByteRange
@@ -92,7 +92,11 @@ def cut_to_parts(stock: Stock, parts: Sequence[Part], reader: "SumsReader") -> S
 
     If they are not, the chunk is read as a whole: nothing is lost but time. Raises StoreUnavailable.
     """
-    found = list(reader.read(stock, parts))
+    return with_parts(stock, list(reader.read(stock, parts)))
+
+
+def with_parts(stock: Stock, found: Sequence[tuple[Part, Sums]]) -> Stock:
+    """Put parts, with the sums of all blocks of their chunks, in the place of these chunks."""
     if not found:
         return stock
     stock = replace(
@@ -121,6 +125,23 @@ def _put(stock: Stock, part: Part, sums: Sums) -> None:
     stock.is_part[chunk] = True
 
 
+def place_sums(
+    stock: Stock, parts: Sequence[Part], packs: Sequence[PackRef]
+) -> list[tuple[int, ByteRange, Part]]:
+    """Return where the sums lie that parts need: in which pack, and its range; in their order there.
+
+    Parts whose packs end before are left out.
+    """
+    placed = []
+    for part in parts:
+        row = stock.rows[part.chunk]
+        pack = int(row["pack"])
+        at = ByteRange(int(row["offset"]) + int(row["num_bytes"]), part.blocks.sums_bytes)
+        if pack < len(packs) and at.stop <= packs[pack].num_bytes:
+            placed.append((pack, at, part))
+    return sorted(placed, key=lambda one: (one[0], one[1].offset))
+
+
 @dataclass(frozen=True, slots=True)
 class SumsReader:
     """Reads the sums behind chunks from a source, from so many packs at a time."""
@@ -132,15 +153,7 @@ class SumsReader:
 
     def read(self, stock: Stock, parts: Sequence[Part]) -> Iterator[tuple[Part, Sums]]:
         """Yield the parts whose sums are there. Raises StoreUnavailable."""
-        packs = self.manifest.packs
-        placed = []
-        for part in parts:
-            row = stock.rows[part.chunk]
-            pack = int(row["pack"])
-            at = ByteRange(int(row["offset"]) + int(row["num_bytes"]), part.blocks.sums_bytes)
-            if pack < len(packs) and at.stop <= packs[pack].num_bytes:
-                placed.append((pack, at, part))
-        placed.sort(key=lambda one: (one[0], one[1].offset))
+        placed = place_sums(stock, parts, self.manifest.packs)
         groups = [list(group) for _, group in groupby(placed, key=lambda one: one[0])]
         for group, found in zip(groups, fan_out(self._read_pack, groups, self.num_threads), strict=True):
             for (_, _, part), data in zip(group, found, strict=False):

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from checkpoint.errors import FormatError
+from checkpoint.errors import FormatError, Misuse
 from checkpoint.format.placement import Only
 
 LAYER = r"(?:^|.*\.)layers\.(?P<number>\d+)\..*"
@@ -17,11 +17,12 @@ def deal_layers(num_layers: int, num_stages: int, num_rounds: int = 1) -> tuple[
     With several rounds (interleaved, virtual stages) the layers are first cut into so many runs, and each run
     is dealt over all stages.
 
-    Raises FormatError if a stage would get no layer.
+    Raises Misuse if a stage would get no layer.
     """
     if num_stages < 1 or num_rounds < 1 or num_layers < num_stages * num_rounds:
-        raise FormatError(
-            f"{num_layers} layers cannot be dealt to {num_stages} stages in {num_rounds} rounds"
+        rounds = "" if num_rounds == 1 else f" in {num_rounds} rounds"
+        raise Misuse(
+            f"the {num_layers} layers cannot be dealt to {num_stages} stages{rounds}: each needs its own"
         )
     turns = num_stages * num_rounds
     counts = [num_layers // turns + (turn < num_layers % turns) for turn in range(turns)]

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +26,9 @@ from checkpoint.errors import (
     StoreRefused,
 )
 from checkpoint.interop.place import DRAFT, Place, filesystem, told
+from checkpoint.interop.turns import BEAT, BUSY, TURNS, Beat, Turn, taking_turn
+from checkpoint.store.objects import ObjectStore
+from checkpoint.store.wrappers import Retrying
 from checkpoint.store.writeback import begin_writing
 
 _PARTIAL = ".partial"
@@ -36,7 +39,8 @@ _NUM_SYNCERS = 8
 _MOST_UNSYNCED = 64  # files: each holds a descriptor
 # Their objects are there whole or not at all, and renaming one is copying it.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci"}
-_BUSY = "another conversion is just writing {}: let it finish or end it, or give another target"
+_TAKEN = "{} exists: give a new one, nothing is overwritten"
+_UNFINISHED = "{} holds what another conversion did not finish: remove it, or give a new one"
 _LOCKLESS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 _DISPROVED = (FormatError, Incomplete, Mismatch, NotFound)
 
@@ -44,12 +48,24 @@ _DISPROVED = (FormatError, Incomplete, Mismatch, NotFound)
 class Draft:
     """A directory being written. Files that an earlier attempt of the same conversion finished are kept.
 
-    Several threads may write files of it.
+    Several threads may write files of it. `check` raises Conflict if somebody else writes it meanwhile.
     """
 
-    def __init__(self, fs: Any, root: str, *, url: str, kept: frozenset[str], attempt: str) -> None:
+    def __init__(
+        self,
+        fs: Any,
+        root: str,
+        *,
+        url: str,
+        kept: frozenset[str],
+        attempt: str,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self._fs, self._root, self._url, self._attempt = fs, root, url, attempt
         self.kept = kept
+        self.num_bytes = 0  # of the files that were written whole
+        self._check = check
+        self._lock = threading.Lock()
         self._syncing = _Syncing()
 
     @contextmanager
@@ -58,17 +74,21 @@ class Draft:
 
         On this machine it has its name once it is durable, which `settle` waits for.
         """
+        self._check()
         target, what = f"{self._root}/{path}", f"{path} in {self._root}"
         is_local = isinstance(self._fs, LocalFileSystem)
         partial = target if _is_object_store(self._fs) else target + _PARTIAL
         with told(what):
             self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
             file: Any = open(partial, "wb") if is_local else self._fs.open(partial, "wb")  # noqa: SIM115 - below
+        written = _Written(file, what, file.fileno() if is_local else None)
         try:
-            yield cast(BinaryIO, _Written(file, what, file.fileno() if is_local else None))
+            yield cast(BinaryIO, written)
         except BaseException:
             _abandon(self._fs, file, partial)
             raise
+        with self._lock:
+            self.num_bytes += written.num_bytes
         with told(what):
             if is_local:
                 self._syncing.add(lambda: _finish(file, partial, target, what))
@@ -103,7 +123,7 @@ class Draft:
                 return
             mark = f"{self._root}/{DRAFT}-{self._attempt}"
             for path in self._fs.find(self._root):
-                if not path.endswith(mark):
+                if not path.endswith(mark) and f"/{TURNS}/" not in path:
                     self._fs.rm_file(path)
             self._fs.rm_file(mark)  # last, so that no reader ever believes what is left
 
@@ -143,16 +163,16 @@ class _Written:
 
     def __init__(self, file: Any, what: str, descriptor: int | None) -> None:
         self._file, self._what, self._descriptor = file, what, descriptor
-        self._position = self._begun = 0
+        self.num_bytes = self._begun = 0
 
     def write(self, data: Any) -> int:
         """Write bytes."""
         with told(self._what):
             count = int(self._file.write(data))
-            self._position += count
-            if self._descriptor is not None and self._position - self._begun >= _STRETCH_BYTES:
-                begin_writing(self._descriptor, self._begun, self._position - self._begun)
-                self._begun = self._position
+            self.num_bytes += count
+            if self._descriptor is not None and self.num_bytes - self._begun >= _STRETCH_BYTES:
+                begin_writing(self._descriptor, self._begun, self.num_bytes - self._begun)
+                self._begun = self.num_bytes
             return count
 
     def flush(self) -> None:
@@ -160,29 +180,41 @@ class _Written:
 
 
 @contextmanager
-def drafting(url: str, attempt: str) -> Iterator[Draft]:
+def drafting(url: str, attempt: str, beat: Beat = BEAT) -> Iterator[Draft]:
     """Write a new directory, whole or not at all; `attempt` identifies the conversion that is resumed.
 
     On this machine the directory is renamed into place at the end, when all of it is durable. Behind a URL
     each file lies where it belongs at once, and until the end an object says that they are a draft, which no
     reader then believes. Where an error or a kill left a draft of the same attempt, its files are kept.
+    Here the kernel lets go of a killed writer's draft at once, behind a URL it takes the `beat`'s silence.
 
-    Raises AlreadyExists if something else is there, Conflict if another conversion is just writing it here.
+    Raises AlreadyExists if something else is there, Conflict if another conversion is just writing it.
     """
     if not _ATTEMPT.fullmatch(attempt):
         raise StoreRefused(f"an attempt is called by letters and digits, not {attempt!r}")
     with told(url):
         fs, root = filesystem(url)
-    write = _drafting_here if isinstance(fs, LocalFileSystem) else _drafting_there
-    with write(fs, root, url, attempt) as draft:
-        yield draft
+    if isinstance(fs, LocalFileSystem):
+        with _drafting_here(fs, root, url, attempt) as draft:
+            yield draft
+        return
+    if not _is_unfinished(found := _files(fs, root, url)) and found:
+        raise AlreadyExists(_TAKEN.format(url))
+    turns = Retrying(ObjectStore(f"{url.removeprefix('obstore+').rstrip('/')}/{TURNS}"))
+    try:
+        with taking_turn(turns, url, beat) as turn, _drafting_there(fs, root, url, attempt, turn) as draft:
+            yield draft
+    finally:
+        for folder in (f"{root}/{TURNS}/.incoming", f"{root}/{TURNS}"):
+            with suppress(Exception):  # there are no folders on object stores, and others' turns keep theirs
+                fs.rmdir(folder)
 
 
 @contextmanager
 def _drafting_here(fs: Any, root: str, url: str, attempt: str) -> Iterator[Draft]:
     path = Path(os.path.realpath(root))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise AlreadyExists(f"{url} exists: give a new one, nothing is overwritten")
+        raise AlreadyExists(_TAKEN.format(url))
     folder = path.with_name(f"{path.name}{DRAFT}-{attempt}")
     with told(url):
         for stale in path.parent.glob(f"{glob.escape(path.name)}{DRAFT}-*"):
@@ -214,35 +246,48 @@ def _held(folder: Path, url: str) -> Iterator[None]:
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
-        raise Conflict(_BUSY.format(url)) from None
+        raise Conflict(BUSY.format(url)) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Conflict(_BUSY.format(url)) from None
+            raise Conflict(BUSY.format(url)) from None
         except OSError as error:  # file systems that cannot lock a directory leave it to people
             if error.errno not in _LOCKLESS:
                 raise
         if not folder.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
-            raise Conflict(_BUSY.format(url))  # it was finished or swept away before it was locked
+            raise Conflict(BUSY.format(url))  # it was finished or swept away before it was locked
         yield
     finally:
         os.close(descriptor)
 
 
 @contextmanager
-def _drafting_there(fs: Any, root: str, url: str, attempt: str) -> Iterator[Draft]:
+def _drafting_there(fs: Any, root: str, url: str, attempt: str, turn: Turn) -> Iterator[Draft]:
     mark = f"{root}/{DRAFT}-{attempt}"
+    there = _files(fs, root, url)  # once more, for who had the turn before may have finished
+    if there and f"{DRAFT}-{attempt}" not in there:
+        raise AlreadyExists((_UNFINISHED if _is_unfinished(there) else _TAKEN).format(url))
     with told(url):
-        there = {path.removeprefix(f"{root}/") for path in fs.find(root)} if fs.exists(root) else set()
-        if there and f"{DRAFT}-{attempt}" not in there:
-            raise AlreadyExists(f"{url} exists: give a new one, nothing is overwritten")
         fs.makedirs(root, exist_ok=True)
         fs.pipe_file(mark, b"This conversion has not finished.\n")
     kept = frozenset(path for path in there if not path.startswith(DRAFT) and _PARTIAL not in path)
-    yield Draft(fs, root, url=url, kept=kept, attempt=attempt)
+    yield Draft(fs, root, url=url, kept=kept, attempt=attempt, check=turn.check)
+    turn.show()
     with told(url):
         fs.rm_file(mark)
+
+
+def _files(fs: Any, root: str, url: str) -> set[str]:
+    """Return the files that lie behind a URL, but for those that tell whose turn it is."""
+    with told(url):
+        found = fs.find(root) if fs.exists(root) else []
+    files = {path.removeprefix(f"{root}/") for path in found if path.startswith(f"{root}/")}
+    return {path for path in files if not path.startswith(f"{TURNS}/")}
+
+
+def _is_unfinished(files: Iterable[str]) -> bool:
+    return any(path.startswith(DRAFT) for path in files)
 
 
 @contextmanager

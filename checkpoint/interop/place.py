@@ -19,6 +19,7 @@ from checkpoint.errors import (
     StoreRefused,
     StoreUnavailable,
 )
+from checkpoint.interop.turns import TURNS
 
 DRAFT = ".holdfast-draft"
 _READ_AHEAD_BYTES = 1 << 20
@@ -142,11 +143,14 @@ def _list(fs: Any, root: str, url: str, draft: str | None) -> tuple[str, Mapping
     if fs.isfile(root):
         parent, _, name = root.rpartition("/")
         return parent, {name: int(fs.size(root))}
-    found = fs.find(root, detail=True)
-    if not found:
+    found, prefix = fs.find(root, detail=True), f"{root}/"
+    files = {
+        path.removeprefix(prefix): int(each["size"])
+        for path, each in sorted(found.items())
+        if path.startswith(prefix) and not path.startswith(f"{prefix}{TURNS}/")
+    }
+    if not files:
         raise NotFound(f"{url} is neither a file nor a directory with files")
-    prefix = f"{root}/"
-    files = {path.removeprefix(prefix): int(each["size"]) for path, each in sorted(found.items())}
     if draft is not None:
         files.pop(f"{DRAFT}-{draft}", None)
     if any(name.startswith(DRAFT) for name in files):

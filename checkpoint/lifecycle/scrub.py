@@ -43,13 +43,16 @@ def verify(
     Raises NoCheckpoint if there is nothing to verify, StoreUnavailable if the store cannot be read.
     """
     check_store("store", store)
+    check_kind("pace", pace, Pace | None)
+    catalog = Catalog(store)
     if step is not None:
         check_step(step)
-    check_kind("pace", pace, Pace | None)
-    there = Catalog(store).steps()
-    if not there or (step is not None and step not in there):
-        what = "no checkpoint at all" if step is None else f"no checkpoint of step {step}"
-        raise NoCheckpoint(f"{store} holds {what}: is the URL right, and has a checkpoint become durable?")
+        catalog.check_named(step)
+    there = catalog.steps()
+    if not there:
+        raise NoCheckpoint(
+            f"{store} holds no checkpoint at all: is the URL right, and has one become durable?"
+        )
     scrub = _Scrub(store, pace)
     recent = set() if since_s is None else {key for key, at_s in verified(store).items() if at_s >= since_s}
     left: list[int] = []

@@ -116,8 +116,9 @@ class ObjectStore:
                     raise
                 found = {}
         entries = (_entry(path[len(root) :].lstrip("/"), info) for path, info in found.items())
-        wanted = [entry for entry in entries if entry.key.startswith(prefix) and "/." not in f"/{entry.key}"]
-        return sorted(wanted, key=lambda entry: entry.key)
+        # What is put first while it is listed, s3fs lists as the root itself: no key.
+        keyed = (entry for entry in entries if entry.key and "/." not in f"/{entry.key}")
+        return sorted((entry for entry in keyed if entry.key.startswith(prefix)), key=lambda one: one.key)
 
     def delete(self, key: str) -> None:
         """Remove the object."""

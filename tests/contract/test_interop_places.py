@@ -4,8 +4,10 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -23,9 +25,13 @@ from checkpoint.errors import (
 )
 from checkpoint.interop.drafts import drafting
 from checkpoint.interop.place import Place
+from checkpoint.interop.turns import TURNS, Beat
+from checkpoint.store.objects import ObjectStore
 from tests.contract.s3_suite import BUCKET, credentials
 
 DATA = bytes(range(256)) * 40
+NUM_WRITERS = 4
+QUICK = Beat(every_s=0.05, silence_s=3.0)
 
 
 def write_until(root: str, attempt: str, files: Mapping[str, bytes], failing: str, data: bytes) -> None:
@@ -106,10 +112,98 @@ class PlaceContract:
                 file.write(b"all of it")
         assert dict(Place(root).files) == {"done.bin": 4, "failed.bin": 9}
 
+    def test_of_many_who_begin_at_once_one_writes_and_the_others_are_told_so(self, root):
+        def write(number: int) -> str:
+            try:
+                with drafting(root, "same", QUICK) as draft:
+                    with draft.writing("x") as file:
+                        file.write(b"x")
+                    others.wait()
+                    return "wrote"
+            except (Conflict, AlreadyExists):
+                return "was told"
+            finally:
+                done.append(number)
+                if len(done) == NUM_WRITERS - 1:
+                    others.set()
+
+        done: list[int] = []
+        others = threading.Event()
+        with ThreadPoolExecutor(NUM_WRITERS) as pool:
+            told = list(pool.map(write, range(NUM_WRITERS)))
+        assert sorted(told) == ["was told"] * (NUM_WRITERS - 1) + ["wrote"]
+        assert dict(Place(root).files) == {"x": 1}
+
     def test_an_attempt_has_a_plain_name(self, root):
         for attempt in ("", "../x", "a b", "x" * 65):
             with pytest.raises(StoreRefused, match="attempt"), drafting(root, attempt):
                 raise AssertionError("it was let in")
+
+
+class FarContract(PlaceContract):
+    """What is promised behind a URL, where no kernel tells who lives."""
+
+    @pytest.mark.parametrize("attempt", ["mine", "another"])
+    def test_a_second_writer_is_told_so_and_leaves_no_trace(self, root, attempt):
+        with drafting(root, "mine", QUICK) as draft:
+            with pytest.raises(Conflict, match="just writing"), drafting(root, attempt, QUICK):
+                raise AssertionError("it was let in")
+            with draft.writing("x") as file:
+                file.write(b"x")
+        assert not ObjectStore(f"{root}/{TURNS}").list("")
+
+    def test_a_writer_that_was_silent_for_too_long_is_succeeded_and_told_so(self, root):
+        dull, quick = Beat(every_s=1000.0, silence_s=0.2), Beat(every_s=0.05, silence_s=0.2)
+        turn = drafting(root, "same", dull)
+        late = turn.__enter__()
+        with late.writing("one") as file:
+            file.write(b"one")
+        with drafting(root, "same", quick) as draft:
+            assert draft.kept == {"one"}
+            with draft.writing("two") as file:
+                file.write(b"two")
+        with pytest.raises(Conflict, match="went on with"), late.writing("two"):
+            raise AssertionError("it was let in")
+        with pytest.raises(Conflict, match="went on with"):
+            turn.__exit__(None, None, None)
+        assert dict(Place(root).files) == {"one": 3, "two": 3}
+        assert Place(root).read("two") == b"two"
+
+    def test_a_writer_that_was_succeeded_cannot_finish(self, root):
+        dull, quick = Beat(every_s=1000.0, silence_s=0.2), Beat(every_s=0.05, silence_s=0.2)
+        late = drafting(root, "same", dull)
+        late.__enter__()
+        with drafting(root, "same", quick) as draft:
+            with pytest.raises(Conflict, match="went on with"):
+                late.__exit__(None, None, None)
+            with pytest.raises(Incomplete):
+                _ = Place(root).files
+            with draft.writing("x") as file:
+                file.write(b"x")
+        assert dict(Place(root).files) == {"x": 1}
+
+    def test_a_late_writer_does_not_take_a_later_turn_of_its_number_for_its_own(self, root):
+        dull, quick = Beat(every_s=1000.0, silence_s=0.2), Beat(every_s=0.05, silence_s=0.2)
+        late = drafting(root, "same", dull)
+        late.__enter__()
+        with pytest.raises(ZeroDivisionError), drafting(root, "same", quick):
+            raise ZeroDivisionError
+        with drafting(root, "same", QUICK) as draft:
+            with pytest.raises(Conflict, match="went on with"):
+                late.__exit__(None, None, None)
+            with draft.writing("x") as file:
+                file.write(b"x")
+        assert dict(Place(root).files) == {"x": 1}
+
+    def test_what_another_attempt_left_unfinished_is_not_overwritten(self, root):
+        with pytest.raises(ZeroDivisionError):
+            write_until(root, "old", {"one": b"1"}, "two", b"")
+        with pytest.raises(AlreadyExists, match="did not finish"), drafting(root, "new", QUICK):
+            raise AssertionError("it was let in")
+
+    def test_what_a_kill_leaves_of_a_turn_does_not_spoil_what_was_finished(self, written):
+        ObjectStore(f"{written}/{TURNS}").put("000007", b"killed")
+        assert dict(Place(written).files) == {"one.bin": len(DATA), "deeper/two.bin": 0}
 
 
 class TestHere(PlaceContract):
@@ -186,7 +280,7 @@ class TestHere(PlaceContract):
             assert not Path(root).exists()
 
 
-class TestMemory(PlaceContract):
+class TestMemory(FarContract):
     @pytest.fixture
     def root(self) -> Iterator[str]:
         name = f"memory://{uuid.uuid4().hex}/out"
@@ -209,10 +303,31 @@ def endpoint() -> Iterator[str]:
 
 
 @pytest.mark.slow
-class TestS3(PlaceContract):
+class TestS3(FarContract):
     @pytest.fixture
     def root(self, endpoint: str) -> str:
         return f"s3://{BUCKET}/{uuid.uuid4().hex}/out"
+
+    def test_whoever_is_killed_lets_go_of_the_draft_once_it_was_silent_for_long(self, root):
+        program = (
+            "import sys\nfrom checkpoint.interop.drafts import drafting\n"
+            "from checkpoint.interop.turns import Beat\n"
+            f"with drafting({root!r}, 'mine', Beat(0.05, 3.0)) as draft:\n"
+            "    with draft.writing('one') as file:\n        file.write(b'1')\n"
+            "    print('in', flush=True)\n    sys.stdin.read()"
+        )
+        child = subprocess.Popen(
+            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        with child:
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"in\n"
+            with pytest.raises(Conflict), drafting(root, "mine", QUICK):
+                raise AssertionError("it was let in")
+            child.kill()
+        with drafting(root, "mine", QUICK) as draft:
+            assert draft.kept == {"one"}
+        assert dict(Place(root).files) == {"one": 1}
 
     def test_a_large_file_goes_in_parts_and_an_abandoned_one_leaves_none(self, root):
         with pytest.raises(ZeroDivisionError):

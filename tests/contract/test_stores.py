@@ -92,3 +92,11 @@ class TestFaultyWithoutFaults(StoreContract):
     @pytest.fixture
     def other(self, store: Store) -> Store:
         return store
+
+
+def test_the_root_that_a_client_lists_while_the_first_value_is_put_is_no_key(monkeypatch):
+    store = ObjectStore(f"memory://{uuid.uuid4().hex}/store")
+    root = store._fs()._strip_protocol(str(store))
+    # As s3fs does: it finds nothing below the root, asks what the root is, and by then it is a folder.
+    monkeypatch.setattr(store._fs(), "find", lambda *_, **__: {root: {"type": "directory", "size": 0}})
+    assert store.list("") == []

@@ -105,7 +105,7 @@ def test_a_run_is_inspected_by_its_name(store, tmp_path):
 
 def test_a_step_that_is_not_there_is_refused_with_those_that_are(store):
     done = ask("inspect", store, "--step", "9")
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "1, 2, 3" in done.output
 
 

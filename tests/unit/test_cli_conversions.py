@@ -73,7 +73,7 @@ def test_a_copy_is_the_same_objects_and_says_what_was_there(source, tmp_path):
     assert [each["is_new"] for each in told("copy", source, target, "--all")] == [True, False]
     assert "was there" in ask("copy", source, target, "--step", "3").output
     done = ask("copy", source, target, "--step", "9")
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "no checkpoint of step 9; it has: 3, 4" in done.output
 
 
@@ -275,13 +275,13 @@ def test_wrong_usage_is_told_and_exits_with_2(source, tmp_path, arguments, words
     assert all(word in done.output for word in words), done.output
 
 
-def test_what_fails_exits_with_1_and_debug_shows_where(source, tmp_path):
-    done = ask("reshard", source, str(tmp_path / "target"), "--step", "9")
+def test_what_fails_exits_with_1_and_debug_shows_where(tmp_path):
+    (tmp_path / "empty").mkdir()
+    words = ("reshard", str(tmp_path / "empty"), str(tmp_path / "target"))
+    done = ask(*words)
     assert done.exit_code == 1
     assert done.output.startswith("error: ")
-    assert isinstance(
-        ask("--debug", "reshard", source, "x", "--step", "9").exception, checkpoint.NoCheckpoint
-    )
+    assert isinstance(ask("--debug", *words).exception, checkpoint.NoCheckpoint)
 
 
 def test_an_interruption_says_that_it_can_go_on(source, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import checkpoint
 from flows.cli import app, main
 from flows.cli_checkpoints import FORMATS
+from flows.console import mode
 from tests.conversion_samples import adam_state, block_weights, save_state
 
 
@@ -52,6 +53,97 @@ def test_what_no_checkpoint_could_be_asked_is_wrong_usage(source, tmp_path, argu
     assert not (tmp_path / "target").exists()
 
 
+_NO_STEP = "SOURCE has no checkpoint of step 99; it has: 3"
+_NO_NAME = "'zz*' fits nothing of step 3 of SOURCE: `holdfast inspect` lists its names"
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("inspect SOURCE --step 99", _NO_STEP),
+        ("verify SOURCE --step 99", _NO_STEP),
+        ("copy SOURCE TARGET --step 99", _NO_STEP),
+        ("copy SOURCE TARGET --step 3 --step 99", _NO_STEP),
+        ("plan SOURCE --to shard=2 --step 99", _NO_STEP),
+        ("diff SOURCE SOURCE --step 99", _NO_STEP),
+        ("diff SOURCE SOURCE --other-step 99", _NO_STEP),
+        ("reshard SOURCE TARGET --step 99", _NO_STEP),
+        ("export SOURCE TARGET --format hf --step 99", _NO_STEP),
+        ("inspect FOREIGN --step 4", "FOREIGN is no store of checkpoints, so it has no step 4"),
+        ("export FOREIGN TARGET --format hf --step 4", "FOREIGN is no store"),
+        ("diff FOREIGN SOURCE --step 4", "FOREIGN is no store"),
+        ("reshard SOURCE TARGET --only zz*", _NO_NAME),
+        ("reshard SOURCE TARGET --only zz* --dry-run", _NO_NAME),
+        ("export SOURCE TARGET --format hf --only zz*", _NO_NAME),
+        ("export FOREIGN TARGET --format hf --only zz*", "'zz*' fits nothing of step 0 of FOREIGN"),
+        (
+            "export SOURCE TARGET --format hf --only optimizer/*",
+            "hf has a place for nothing that 'optimizer/*' fits",
+        ),
+        ("import FOREIGN TARGET --tie a=b", "'a' cannot be tied to 'b': there is no weight 'b'"),
+        ("plan SOURCE --to pipeline=99", "the 2 layers cannot be dealt to 99 stages"),
+        ("reshard SOURCE TARGET --to pipeline=99", "the 2 layers cannot be dealt to 99 stages"),
+    ],
+)
+def test_what_names_something_that_is_not_there_has_to_be_called_otherwise_and_exits_with_2(
+    source, tmp_path, command, words
+):
+    torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
+    places = {"SOURCE": source, "TARGET": str(tmp_path / "target"), "FOREIGN": str(tmp_path / "a.pt")}
+    done = ask(*(places.get(word, word) for word in command.split()), "--json")
+    assert done.exit_code == 2, done.output
+    told = json.loads(done.stdout)
+    assert told["exit_code"] == 2
+    for word, place in places.items():
+        words = words.replace(word, place)
+    assert words in told["error"].replace("file://", "")
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "inspect MISSING",
+        "verify MISSING",
+        "verify EMPTY",
+        "prune MISSING --keep latest:1",
+        "prune EMPTY --keep latest:1",
+        "copy MISSING TARGET",
+        "copy EMPTY TARGET",
+        "diff SOURCE MISSING",
+        "plan EMPTY --to shard=2",
+        "reshard EMPTY TARGET",
+        "reshard SPOILT TARGET",
+        "plan SPOILT --to shard=2",
+        "verify SPOILT",
+        "inspect SPOILT",
+        "import MISSING TARGET",
+        "export MISSING TARGET --format hf",
+        "export SOURCE SOURCE --format hf",
+        "import FOREIGN TAKEN",
+    ],
+)
+def test_a_place_that_has_not_what_it_should_is_no_wrong_usage_and_exits_with_1(source, tmp_path, command):
+    torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
+    places = {"SOURCE": source, "FOREIGN": str(tmp_path / "a.pt")}
+    for place in ("TARGET", "EMPTY", "SPOILT", "TAKEN"):
+        places[place] = str(tmp_path / place)
+    for place in ("EMPTY", "SPOILT", "TAKEN"):
+        checkpoint.claim_generation(checkpoint.open_store(places[place]), 1, "token")
+    checkpoint.open_store(places["SPOILT"]).put("manifests/000000000003", b"spoilt")
+    save_state(checkpoint.open_store(places["TAKEN"]), {"model": {"v": torch.ones(3)}}, step=0)
+    done = ask(*(places.get(word, word) for word in command.split()))
+    assert done.exit_code == 1, done.output
+    assert "Traceback" not in done.output
+
+
+def test_a_store_whose_only_manifest_is_damaged_is_not_said_to_hold_none(tmp_path):
+    checkpoint.open_store(str(tmp_path / "spoilt")).put("manifests/000000000003", b"spoilt")
+    done = ask("reshard", str(tmp_path / "spoilt"), str(tmp_path / "target"))
+    assert "holds no checkpoint" not in done.output
+    assert "manifests/000000000003" in done.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind", "code"),
     [
@@ -70,6 +162,32 @@ def test_what_reads_json_reads_the_error_as_json(tmp_path, monkeypatch, capsys, 
     told = json.loads(capsys.readouterr().out)
     assert (told["kind"], told["exit_code"], end.value.code) == (kind, code, code)
     assert told["error"]
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("diff --no-such-option", ["diff: ", "--no-such-option", "holdfast diff --help"]),
+        ("plan made", ["plan: ", "--to", "holdfast plan --help"]),
+        (
+            "plan made --to shard=2 --rank -1",
+            ["plan: ", "--rank", "than or equal to 0. ", "holdfast plan --help"],
+        ),
+        ("export made x --format pickle", ["pickle", "deepspeed-universal", "holdfast export --help"]),
+        ("expotr made x", ["expotr", "export", "holdfast --help"]),
+        ("reshard made", ["reshard: ", "DST", "holdfast reshard --help"]),
+    ],
+)
+def test_wrong_usage_says_in_json_all_that_it_says_to_people(monkeypatch, capsys, command, words):
+    monkeypatch.setattr("sys.argv", ["holdfast", *command.split(), "--json"])
+    monkeypatch.setattr(mode, "is_told", False)  # as in a process of its own
+    with pytest.raises(SystemExit) as end:
+        main()
+    shown = capsys.readouterr()
+    told = json.loads(shown.out)
+    assert (told["kind"], told["exit_code"], end.value.code) == ("UsageError", 2, 2)
+    assert all(word in told["error"] for word in words), told
+    assert "Usage: holdfast" in shown.err
 
 
 @pytest.mark.parametrize("verb", ["inspect", "import", "export", "diff"])
@@ -114,5 +232,5 @@ def test_a_place_that_is_no_store_is_an_error_and_a_store_without_checkpoints_is
     assert "holds no checkpoint" in " ".join(done.output.split())
     torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
     done = ask("inspect", str(tmp_path / "a.pt"), "--step", "3")
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "is no store of checkpoints, so it has no step 3" in done.output

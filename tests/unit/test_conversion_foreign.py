@@ -320,7 +320,7 @@ def test_weights_that_differ_are_not_tied():
     for ties, error, words in [
         ({"b": "a"}, Mismatch, "differ"),
         ({"c": "a"}, Mismatch, "type or shape"),
-        ({"b": "z"}, FormatError, "'z', which is not there"),
+        ({"b": "z"}, FormatError, "'z': there is no weight"),
     ]:
         with pytest.raises(error, match=words):
             import_checkpoint(InMemory(shards), "memory:", MemoryStore("s"), Adoption(ties=ties))

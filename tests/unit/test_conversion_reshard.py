@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint.errors import AlreadyExists, Corrupt, FormatError, Mismatch, Misuse, NoCheckpoint
+from checkpoint.errors import AlreadyExists, Corrupt, Mismatch, Misuse, NoCheckpoint
 from checkpoint.format.layout import Shard, StridedShard
 from checkpoint.format.notation import layout_from_json
 from checkpoint.interop.conversion import roles
@@ -98,7 +98,7 @@ def test_a_glob_chooses_tensors_and_plain_values_by_their_paths(source):
     state = checkpoint.load(target).state
     assert list(state) == ["model"]
     assert len(state["model"]) == 6
-    with pytest.raises(FormatError, match=r"no tensor of step 3 fits 'nothing\*'"):
+    with pytest.raises(Misuse, match=r"'nothing\*' fits nothing of step 3"):
         reshard(source, MemoryStore("other"), Change(only="nothing*"))
 
 
@@ -123,7 +123,7 @@ def test_a_dry_run_tells_what_would_be_read_and_writes_nothing(source):
     planned = plan_reshard(source, target, change)
     assert target.list("") == []
     done = reshard(source, target, change)
-    assert planned.is_dry and planned.read_bytes <= done.read_bytes <= 1.05 * planned.read_bytes
+    assert planned.is_dry and planned.read_bytes == done.read_bytes
     assert (planned.num_chunks, planned.num_bytes) == (done.num_chunks, done.num_bytes)
 
 

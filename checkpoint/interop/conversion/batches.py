@@ -3,13 +3,9 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from checkpoint.engine.plan import Piece, TensorSpec, deal_pieces
-from checkpoint.engine.regions import Regions, meet
 from checkpoint.format.box import Box
 from checkpoint.format.dtypes import itemsize
-from checkpoint.format.table import ChunkTable
 from checkpoint.interop.conversion.contract import Wish
 
 
@@ -52,11 +48,3 @@ def batches_of(cuts: Iterable[Cut], most_bytes: int) -> Iterator[list[Cut]]:
 def wishes_of(batch: Iterable[Cut]) -> list[Wish]:
     """Return what has to be read for a batch."""
     return [(cut.tensor, cut.box) for cut in batch]
-
-
-def needed_bytes(table: ChunkTable, batch: Sequence[Cut]) -> int:
-    """Return how many stored bytes of a checkpoint a batch needs, if its chunks are as the table says."""
-    wanted = Regions.of([cut.box for cut in batch], [cut.tensor for cut in batch])
-    chunks = np.unique(meet(Regions.of_table(table), wanted).left)
-    owners = table.owners()
-    return int(table.rows["num_bytes"][np.isin(owners, chunks)].astype(np.int64).sum())

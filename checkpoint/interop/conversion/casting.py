@@ -67,10 +67,15 @@ def reference_fingerprint(source: GlobalTensors, number: int, new: str) -> int:
     """Return the fingerprint that a source's tensor has when it is cast, by the simpler code."""
     spec = source.tensors[number]
     total = 0
-    for band in split_box(Box.whole(spec.shape), itemsize(spec.dtype), _BAND_BYTES):
+    for band in bands_of(spec):
         bits = reference_cast(source.read([(number, band)])[0], spec.dtype, new)
         total += fingerprint(np.ascontiguousarray(bits), new, spec.shape, band)
     return total % MODULUS
+
+
+def bands_of(spec: TensorSpec) -> list[Box]:
+    """Return the boxes in which a tensor is read for its reference."""
+    return split_box(Box.whole(spec.shape), itemsize(spec.dtype), _BAND_BYTES)
 
 
 def reference_cast(bits: Array, old: str, new: str) -> Array:

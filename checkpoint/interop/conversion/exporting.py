@@ -1,6 +1,5 @@
 """Exporting: a universal checkpoint in another framework's names, shards and format."""
 
-import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,18 +28,20 @@ from checkpoint.interop.conversion.contract import (
     unheard,
 )
 from checkpoint.interop.conversion.importing import check_sure
+from checkpoint.interop.conversion.marking import Counted
 from checkpoint.interop.conversion.measuring import high_water_bytes
 from checkpoint.interop.conversion.moving import target_part, turned_back
 from checkpoint.interop.conversion.names import rule_name, to_foreign
 from checkpoint.interop.conversion.origins import Origin
 from checkpoint.interop.conversion.resharding import ONE_RANK, Chosen, num_bytes_of
 from checkpoint.interop.conversion.roles import owner_of
-from checkpoint.interop.conversion.ruled import RuleChoice
-from checkpoint.interop.conversion.skeletons import matches
+from checkpoint.interop.conversion.ruled import RuleChoice, knowing
+from checkpoint.interop.conversion.skeletons import matches, nothing_fits
 from checkpoint.interop.conversion.tying import TIED, with_copies
 from checkpoint.interop.formats.contract import About
 from checkpoint.interop.formats.contract import Contents as ForeignContents
 from checkpoint.interop.moves import Foreign, Move, Plan
+from checkpoint.interop.placing import resolve_sizes
 from checkpoint.interop.writing import plan_export
 
 _BAND_BYTES = 8 << 20
@@ -146,20 +147,6 @@ class Outward:
         return sum(map(num_bytes_of, specs))
 
     @property
-    def planned_read_bytes(self) -> int:
-        """How many bytes are read: of the source, again of it for what is cast, and back what was written."""
-        names = {spec.name: number for number, spec in enumerate(self.source.contents.tensors)}
-        sizes = self.source.planned_bytes()
-        planned = [sizes[names[spec.name]] for spec in self.contents.tensors]
-        uncast = self.uncast
-        times = [float(spec.name not in uncast) for spec in self.contents.tensors]
-        for move in self.plan.moves:
-            spec = self.contents.tensors[move.target]
-            times[move.target] += move.target_box.numel / max(1, math.prod(spec.shape))
-        again = sum(size * often for size, often in zip(planned, times, strict=True))
-        return self.written_bytes + round(again)
-
-    @property
     def attempt(self) -> str:
         """What identifies the export: the same one is resumed."""
         told = [str(self.plan), repr(self.outbound.about), self.source.digest]
@@ -169,8 +156,12 @@ class Outward:
 def plan_emigration(source: Origin, emigration: Emigration, holds_optimizer: Holds) -> Outward:
     """Work out an export, before anything is read. Raises Mismatch, Incomplete, FormatError, Misuse."""
     _check_layout(emigration)
+    if emigration.rules is not None:
+        emigration = replace(emigration, rules=knowing(emigration.rules, source.sizes))
     keeps, notes = matches(emigration.only), list(source.notes)
     names = [spec.name for spec in source.contents.tensors if keeps(spec.name)]
+    if not names:
+        raise nothing_fits(emigration.only, source.step, source.url)
     if not holds_optimizer(emigration.format):
         weights = [name for name in names if name.startswith("model/")]
         if len(weights) < len(names):
@@ -187,7 +178,9 @@ def plan_emigration(source: Origin, emigration: Emigration, holds_optimizer: Hol
     if any(owner_of(name) for name in names):
         check_sure(source.doubts, source.url)
     if not names:
-        raise FormatError(f"{source.url} holds nothing that {emigration.format} would hold")
+        kind = FormatError if emigration.only is None else Misuse
+        what = "nothing of it" if emigration.only is None else f"nothing that {emigration.only!r} fits"
+        raise kind(f"{source.url}: {emigration.format} has a place for {what}; another --format may have")
     chosen = Chosen(source.contents, names)
     contents = Cast(chosen, _casts(chosen.tensors, emigration.dtype))
     if emigration.format in _HOLD_ROUNDED:
@@ -215,11 +208,12 @@ def export_checkpoint(
     """
     settings = settings or ConversionSettings()
     began_s, before = time.monotonic(), high_water_bytes()
-    watched = _Watched(outward.outbound, outward.written_bytes, listener)
+    watched = Watched(outward.outbound, outward.written_bytes, listener)
     write(watched)
     listener(Progress("proving", watched.num_done_bytes, watched.num_bytes))
     known = outward.source.fingerprints(outward.uncast, settings)
-    proofs = _prove(outward, known, reopen(), url=url, settings=settings)
+    back = Counted(reopen())
+    proofs = _prove(outward, known, back, url=url, settings=settings)
     return ConversionReport(
         source=outward.source.url,
         target=url,
@@ -229,7 +223,7 @@ def export_checkpoint(
         num_tensors=len(outward.contents.tensors),
         num_chunks=len(outward.plan.foreign),
         num_bytes=sum(num_bytes_of(spec) for spec in outward.contents.tensors),
-        read_bytes=outward.source.num_read_bytes() + watched.num_bytes,
+        read_bytes=outward.source.num_read_bytes() + back.num_bytes,
         written_bytes=watched.num_bytes,
         peak_bytes=settings.peak_bytes,
         grown_bytes=high_water_bytes() - before,
@@ -239,7 +233,7 @@ def export_checkpoint(
     )
 
 
-class _Watched:
+class Watched:
     """What a writer reads, counted."""
 
     def __init__(self, inner: Outbound, num_bytes: int, listener: Listener) -> None:
@@ -317,7 +311,9 @@ def _about(origin: Origin, emigration: Emigration, plan: Plan) -> About:
     scheme = parse_layout(emigration.to)
     if scheme.zero and emigration.format == "deepspeed":  # it names the ranks that its files are for
         told |= {"zero_stage": scheme.zero, "dp_world_size": scheme.mesh.size}
-    return About(emigration.format, axes, origin.step, told)
+    chosen = resolve_sizes(emigration.rules.rules, emigration.rules.sizes) if emigration.rules else {}
+    sizes = {**origin.sizes, **{name: size for name, size in chosen.items() if isinstance(size, int)}}
+    return About(emigration.format, axes, origin.step, told, sizes)
 
 
 def _prove(

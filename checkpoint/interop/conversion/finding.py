@@ -10,15 +10,19 @@ from checkpoint.store.contract import Store
 
 
 def manifest_of(store: Store, step: int | None) -> Manifest:
-    """Return the manifest of a step, or of the newest checkpoint that can be read. Raises NoCheckpoint."""
+    """Return the manifest of a step, or of the newest checkpoint that can be read.
+
+    Raises NoCheckpoint, Corrupt or Unsupported if none can be read.
+    """
     catalog = Catalog(store)
-    chosen = catalog.latest() if step is None else step
-    if chosen is None:
+    if step is not None:
+        catalog.check_named(step)
+        return catalog.manifest(step)
+    if (newest := catalog.newest()) is not None:
+        return newest
+    if not (steps := catalog.steps()):
         raise NoCheckpoint(f"{store} holds no checkpoint; check the URL")
-    if chosen not in (steps := catalog.steps()):
-        there = ", ".join(map(str, steps)) or "none"
-        raise NoCheckpoint(f"{store} has no checkpoint of step {chosen}; it has: {there}")
-    return catalog.manifest(chosen)
+    return catalog.manifest(steps[-1])
 
 
 def index_of(store: Store, manifest: Manifest) -> ChunkTable:

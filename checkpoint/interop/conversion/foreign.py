@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from checkpoint.engine.catalog import Catalog
 from checkpoint.engine.plan import TensorSpec
-from checkpoint.errors import NoCheckpoint, StoreRefused
+from checkpoint.errors import NoSuchStep, StoreRefused
 from checkpoint.interop.conversion.assembling import Assembled
 from checkpoint.interop.conversion.comparing import Compared, Side, compare
 from checkpoint.interop.conversion.contract import (
@@ -22,14 +22,17 @@ from checkpoint.interop.conversion.exporting import Emigration, export_checkpoin
 from checkpoint.interop.conversion.importing import Adoption, import_checkpoint, plan_adoption, sight
 from checkpoint.interop.conversion.marking import planned_bytes
 from checkpoint.interop.conversion.origins import Origin, foreign_origin, stored_origin
+from checkpoint.interop.conversion.rehearsing import BlankForeign, BlankStored, rehearse_export
 from checkpoint.interop.conversion.resharding import num_bytes_of
 from checkpoint.interop.conversion.ruled import RuleChoice
 from checkpoint.interop.conversion.stored import Stored
 from checkpoint.interop.conversion.tying import ties_of
+from checkpoint.interop.conversion.writing import most_stored_bytes
 from checkpoint.interop.drafts import drafting
 from checkpoint.interop.formats.contract import Contents, ForeignCheckpoint
 from checkpoint.interop.formats.known import FORMATS, open_foreign, open_place, write_foreign
 from checkpoint.interop.moves import Foreign
+from checkpoint.interop.rehearsal import rehearsing
 from checkpoint.store.contract import Store
 from checkpoint.store.open import open_store
 
@@ -114,7 +117,7 @@ def plan_import_foreign(
             num_chunks=len(draft.pieces),
             num_bytes=num_bytes,
             read_bytes=sum(planned_bytes(sighted.plan, range(len(draft.tensors)))),
-            written_bytes=num_bytes,
+            written_bytes=most_stored_bytes(draft, settings),
             peak_bytes=settings.peak_bytes,
             is_dry=True,
             notes=(*foreign.about.notes, *sighted.notes),
@@ -135,9 +138,10 @@ def export_foreign(
     """
     settings = settings or ConversionSettings()
     began_s = time.monotonic()
-    with _origin(source) as origin:
+    with _opened(source) as checkpoint:
+        origin = _origin_of(checkpoint, source)
         outward = plan_emigration(origin, emigration, _holds_optimizer)
-        most_bytes = min(settings.budget_bytes, _AT_HAND_BYTES if origin.is_at_hand else sys.maxsize)
+        most_bytes = _most_bytes(origin, settings)
         with drafting(url, outward.attempt[:_ATTEMPT_DIGITS]) as draft, ExitStack() as opened:
 
             def write(contents: Contents) -> None:
@@ -148,16 +152,31 @@ def export_foreign(
                 return opened.enter_context(closing(open_place(place, emigration.format)))
 
             report = export_checkpoint(outward, url, write, reopen, settings=settings, listener=listener)
-    return replace(report, seconds=time.monotonic() - began_s)
+    return replace(report, written_bytes=draft.num_bytes, seconds=time.monotonic() - began_s)
 
 
 def plan_export_foreign(
-    source: Whereabouts, url: str, emigration: Emigration, *, settings: ConversionSettings | None = None
+    source: Whereabouts,
+    url: str,
+    emigration: Emigration,
+    *,
+    settings: ConversionSettings | None = None,
+    listener: Listener = unheard,
 ) -> ConversionReport:
-    """Tell what an export would read and write."""
+    """Tell what an export would read and write, headers, padding and all; nothing of any tensor is read."""
     settings = settings or ConversionSettings()
-    with _origin(source) as origin:
+    draft = rehearsing()
+    with _opened(source) as opened:
+        blank = BlankStored(opened) if isinstance(opened, Stored) else BlankForeign(opened)
+        origin = _origin_of(blank, source)
         outward = plan_emigration(origin, emigration, _holds_optimizer)
+        most_bytes = _most_bytes(origin, settings)
+        read_bytes = rehearse_export(
+            outward,
+            lambda contents: write_foreign(emigration.format, draft, contents, most_bytes),
+            settings=settings,
+            listener=listener,
+        )
     num_bytes = sum(num_bytes_of(one) for one in outward.contents.tensors)
     return ConversionReport(
         source=origin.url,
@@ -167,8 +186,8 @@ def plan_export_foreign(
         num_tensors=len(outward.contents.tensors),
         num_chunks=len(outward.plan.foreign),
         num_bytes=num_bytes,
-        read_bytes=outward.planned_read_bytes,
-        written_bytes=outward.written_bytes,
+        read_bytes=read_bytes,
+        written_bytes=draft.num_bytes,
         peak_bytes=settings.peak_bytes,
         is_dry=True,
         notes=outward.notes,
@@ -208,19 +227,29 @@ def is_store(url: str) -> bool:
 
 
 @contextmanager
-def _origin(place: Whereabouts) -> Iterator[Origin]:
+def _opened(place: Whereabouts) -> Iterator[Stored | ForeignCheckpoint]:
     """Open what an export is made of."""
     if place.format is None and is_store(place.url):
-        yield stored_origin(Stored(open_store(place.url), place.step))
+        yield Stored(open_store(place.url), place.step)
         return
     _check_stepless(place)
     with closing(open_foreign(place.url, place.format)) as foreign:
-        yield foreign_origin(foreign, place.url, place.rules, place.numbering)
+        yield foreign
+
+
+def _origin_of(opened: Stored | BlankStored | ForeignCheckpoint, place: Whereabouts) -> Origin:
+    if isinstance(opened, Stored | BlankStored):
+        return stored_origin(opened)
+    return foreign_origin(opened, place.url, place.rules, place.numbering)
+
+
+def _most_bytes(origin: Origin, settings: ConversionSettings) -> int:
+    return min(settings.budget_bytes, _AT_HAND_BYTES if origin.is_at_hand else sys.maxsize)
 
 
 def _check_stepless(place: Whereabouts) -> None:
     if place.step is not None:
-        raise NoCheckpoint(f"{place.url} is no store of checkpoints, so it has no step {place.step}")
+        raise NoSuchStep(f"{place.url} is no store of checkpoints, so it has no step {place.step}")
 
 
 @contextmanager

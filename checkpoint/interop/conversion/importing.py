@@ -27,7 +27,7 @@ from checkpoint.interop.conversion.measuring import high_water_bytes
 from checkpoint.interop.conversion.names import from_foreign, from_rules
 from checkpoint.interop.conversion.resharding import ONE_RANK, layout_meta
 from checkpoint.interop.conversion.roles import lay_out, owner_of, pieces_of
-from checkpoint.interop.conversion.ruled import RuleChoice, placements_by
+from checkpoint.interop.conversion.ruled import SIZES, RuleChoice, knowing, model_sizes, placements_by
 from checkpoint.interop.conversion.tying import TIED, Ties, merged, tie
 from checkpoint.interop.conversion.writing import Draft, write_checkpoint
 from checkpoint.interop.expression import Size
@@ -163,8 +163,9 @@ def plan_adoption(foreign: ForeignCheckpoint, origin: str, adoption: Adoption) -
     sighted = sight(foreign, adoption.rules, adoption.ties)
     specs = sighted.plan.tensors
     scheme = parse_layout(adoption.to)
-    by_rules = adoption.rules is not None and scheme.mesh.size > 1
-    on = placements_by(adoption.rules, specs, scheme) if adoption.rules and by_rules else None
+    sizes = model_sizes(about.sizes, adoption.rules.sizes if adoption.rules else {})
+    is_cut = adoption.rules is not None and scheme.mesh.size > 1
+    on = placements_by(knowing(adoption.rules, sizes), specs, scheme) if adoption.rules and is_cut else None
     layout = lay_out(specs, scheme, on)
     told = [[one.name, one.dtype, list(one.shape), dict(one.at)] for one in foreign.tensors]
     meta = {
@@ -176,6 +177,7 @@ def plan_adoption(foreign: ForeignCheckpoint, origin: str, adoption: Adoption) -
             "axes": dict(about.axes),
             "rules": adoption.rules.rules.name if adoption.rules else None,
         },
+        **({SIZES: sizes} if sizes else {}),
     }
     draft = Draft(
         run=adoption.run,

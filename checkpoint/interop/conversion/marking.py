@@ -40,10 +40,6 @@ class Marked:
         """How many bytes of tensors were read so far, for whatever reason."""
         return self._foreign.num_bytes
 
-    def planned_bytes(self) -> list[int]:
-        """Return how many bytes are read for each global tensor; what is not marked is read twice."""
-        return planned_bytes(self._plan, self._unmarked)
-
     def read(self, number: int, box: Box) -> Array:
         """Return the bits of a box. Raises Mismatch if they are others than they were before."""
         bits = self._foreign.read(number, box)

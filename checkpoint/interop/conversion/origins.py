@@ -1,22 +1,22 @@
 """What an export is made of: a stored checkpoint, or a foreign one that goes straight into another format."""
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from checkpoint.format.codec import checksum
-from checkpoint.format.manifest import encode_manifest
+from checkpoint.format.manifest import Manifest, encode_manifest
 from checkpoint.format.tree import unflatten
 from checkpoint.interop.conversion.assembling import Assembled
 from checkpoint.interop.conversion.contract import ConversionSettings, GlobalTensors, Numbering
 from checkpoint.interop.conversion.importing import EXTRA, MODEL, sight
 from checkpoint.interop.conversion.marking import Marked
-from checkpoint.interop.conversion.ruled import RuleChoice
-from checkpoint.interop.conversion.stored import Stored
+from checkpoint.interop.conversion.ruled import RuleChoice, model_sizes, sizes_in
 from checkpoint.interop.conversion.tying import Ties, ties_of
 from checkpoint.interop.formats.contract import ForeignCheckpoint
 from checkpoint.interop.place import is_here
+from checkpoint.store.contract import Store
 
 _TENSOR = object()
 
@@ -26,7 +26,7 @@ class Origin:
     """Global tensors by their universal names, and what is told besides.
 
     `digest` identifies it; `fingerprints` are those of the tensors named, known or worked out from it.
-    `num_read_bytes` tells how much of it was read so far, `planned_bytes` how much each tensor takes.
+    `num_read_bytes` tells how much of it was read so far. `sizes` are what rules may know of the model.
     `doubts` are parameters whose optimizer states could be another's. Of one that `is_at_hand` small parts
     are read as cheaply as large ones.
     """
@@ -38,14 +38,25 @@ class Origin:
     extra: Mapping[str, Any]
     fingerprints: Callable[[Collection[str], ConversionSettings], Mapping[str, int]]
     num_read_bytes: Callable[[], int]
-    planned_bytes: Callable[[], Sequence[int]]
     ties: Ties = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     doubts: tuple[tuple[str, ...], ...] = ()
     is_at_hand: bool = False
 
 
-def stored_origin(stored: Stored) -> Origin:
+class StoredContents(GlobalTensors, Protocol):
+    """A checkpoint of a store: its tensors, the manifest that they are by, and how much of it was read."""
+
+    store: Store
+    manifest: Manifest
+
+    @property
+    def read_bytes(self) -> int:
+        """How many bytes were read of packs so far."""
+
+
+def stored_origin(stored: StoredContents) -> Origin:
     """Return a stored checkpoint as what an export is made of."""
     manifest = stored.manifest
     known = {one.name: one.fingerprint for one in manifest.tensors}
@@ -56,9 +67,9 @@ def stored_origin(stored: Stored) -> Origin:
         contents=stored,
         extra=_plain_parts(unflatten(manifest.skeleton, _Tensors())),
         ties=ties_of(manifest.skeleton),
+        sizes=sizes_in(manifest),
         fingerprints=lambda *_: known,
         num_read_bytes=lambda: stored.read_bytes,
-        planned_bytes=stored.bytes_by_tensor,
     )
 
 
@@ -81,8 +92,8 @@ def foreign_origin(
         extra=about.extra,
         fingerprints=marked.fingerprints,
         num_read_bytes=lambda: marked.num_read_bytes,
-        planned_bytes=marked.planned_bytes,
         ties=sighted.ties,
+        sizes=model_sizes(about.sizes, rules.sizes if rules else {}),
         notes=(*about.notes, *sighted.notes),
         doubts=() if numbering is Numbering.BY_ORDER else about.doubts,
         is_at_hand=is_here(url),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from checkpoint.engine.catalog import Catalog
 from checkpoint.engine.plan import TensorSpec
-from checkpoint.errors import AlreadyExists, FormatError, Mismatch
+from checkpoint.errors import AlreadyExists, Mismatch
 from checkpoint.format.codec import checksum
 from checkpoint.format.dtypes import itemsize
 from checkpoint.format.layout import Layout
@@ -15,8 +15,8 @@ from checkpoint.format.manifest import Manifest, encode_manifest, metrics_to_jso
 from checkpoint.format.notation import layout_to_json
 from checkpoint.format.scheme import format_layout, parse_layout
 from checkpoint.format.tree import leaf_names
-from checkpoint.interop.conversion.batches import batches_of, cuts_of, needed_bytes
-from checkpoint.interop.conversion.casting import FLOATS, Cast, parse_dtype, reference_fingerprint
+from checkpoint.interop.conversion.batches import batches_of, cuts_of, wishes_of
+from checkpoint.interop.conversion.casting import FLOATS, Cast, bands_of, parse_dtype, reference_fingerprint
 from checkpoint.interop.conversion.contract import (
     Array,
     ConversionReport,
@@ -30,10 +30,10 @@ from checkpoint.interop.conversion.contract import (
 )
 from checkpoint.interop.conversion.measuring import high_water_bytes
 from checkpoint.interop.conversion.roles import lay_out, pieces_of
-from checkpoint.interop.conversion.ruled import RuleChoice, placements_by
-from checkpoint.interop.conversion.skeletons import matches, select
+from checkpoint.interop.conversion.ruled import RuleChoice, knowing, placements_by, sizes_in
+from checkpoint.interop.conversion.skeletons import matches, nothing_fits, select
 from checkpoint.interop.conversion.stored import Stored
-from checkpoint.interop.conversion.writing import Draft, write_checkpoint
+from checkpoint.interop.conversion.writing import Draft, most_stored_bytes, write_checkpoint
 from checkpoint.store.contract import Store
 
 ONE_RANK = "replica=1"
@@ -65,7 +65,11 @@ class Chosen:
 
     def read(self, wishes: Sequence[Wish]) -> list[Array]:
         """Return the bits of boxes."""
-        return self._source.read([(self._numbers[number], box) for number, box in wishes])
+        return self._source.read(self.wishes(wishes))
+
+    def wishes(self, wishes: Sequence[Wish]) -> list[Wish]:
+        """Return boxes as the source counts its tensors."""
+        return [(self._numbers[number], box) for number, box in wishes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,17 +144,17 @@ def plan_reshard(
     settings = settings or ConversionSettings()
     plan = _plan(source, change, step)
     _present(target, plan)
-    numbers = [number for number, spec in enumerate(plan.source.tensors) if spec in plan.chosen.tensors]
     cuts = cuts_of(plan.draft.tensors, plan.draft.pieces)
-    read = sum(
-        needed_bytes(plan.source.table, [replace(cut, tensor=numbers[cut.tensor]) for cut in batch])
-        for batch in batches_of(cuts, settings.batch_bytes)
-    )
+    reads = [wishes_of(batch) for batch in batches_of(cuts, settings.batch_bytes)]
+    for number, spec in enumerate(plan.chosen.tensors):
+        if spec.name in plan.changed:
+            reads += [[(number, band)] for band in bands_of(spec)]
+    read = sum(plan.source.foreseen_bytes(plan.chosen.wishes(wishes)) for wishes in reads)
     return replace(
         _report(target, plan, settings, plan.source.manifest),
         num_chunks=len(cuts),
         read_bytes=read,
-        written_bytes=sum(cut.num_bytes for cut in cuts),
+        written_bytes=most_stored_bytes(plan.draft, settings),
         is_dry=True,
         proofs=(),
     )
@@ -168,13 +172,14 @@ def _plan(store: Store, change: Change, step: int | None) -> _Plan:
     skeleton = select(manifest.skeleton, keeps)
     names = list(dict.fromkeys(leaf_names(skeleton)))
     if not names:
-        raise FormatError(f"no tensor of step {manifest.step} fits {change.only!r}: see `holdfast inspect`")
+        raise nothing_fits(change.only, manifest.step, str(store))
     chosen = Chosen(source, names)
     dtype = None if change.dtype is None else parse_dtype(change.dtype)
     contents = Cast(chosen, _casts(chosen.tensors, dtype))
     scheme = parse_layout(change.to)
     specs = tuple(contents.tensors)
-    on = None if change.rules is None else placements_by(change.rules, specs, scheme)
+    rules = None if change.rules is None else knowing(change.rules, sizes_in(manifest))
+    on = None if rules is None else placements_by(rules, specs, scheme)
     layout = lay_out(specs, scheme, on)
     meta = {
         **manifest.meta,

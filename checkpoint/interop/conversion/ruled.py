@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from checkpoint.engine.plan import TensorSpec
 from checkpoint.errors import FormatError
 from checkpoint.format.box import Box
 from checkpoint.format.layout import Only, Placement, Replicate, SectionShard, Shard
+from checkpoint.format.manifest import Manifest
 from checkpoint.format.placement import chunk
 from checkpoint.format.scheme import Scheme
 from checkpoint.interop.builtin import builtin_names, builtin_rules, find_document
@@ -17,6 +19,12 @@ from checkpoint.interop.expression import Size
 from checkpoint.interop.grammar import read_rules
 from checkpoint.interop.writing import plan_export
 
+SIZES = "sizes"  # what a manifest's meta calls them
+# Whatever files say of it; others, such as the padding of a vocabulary, are how files are written.
+_OF_THE_MODEL = {
+    *("layers", "heads", "kv_heads", "head_dim", "hidden", "inner"),
+    *("vocab", "positions", "experts", "tied", "qkv_bias"),
+}
 _SPREADING = ("tensor", "pipeline", "expert")  # the others hold copies, or divide whatever is left
 Held = dict[int, list[Box]]  # by coordinate
 
@@ -43,6 +51,24 @@ def choose_rules(text: str, settings: Sequence[str] = ()) -> RuleChoice:
             f"{text!r} is neither a file nor a built-in rule set; there are {', '.join(builtin_names())}"
         )
     return RuleChoice(rules, parse_sizes(settings))
+
+
+def model_sizes(*told: Mapping[str, Any]) -> dict[str, int]:
+    """Return what is told of the model, and not of its files or ranks; what is told later is right."""
+    known = {name: size for sizes in told for name, size in sizes.items() if name in _OF_THE_MODEL}
+    return {name: size for name, size in known.items() if type(size) is int and size >= 0}
+
+
+def sizes_in(manifest: Manifest) -> dict[str, int]:
+    """Return what a stored checkpoint knows of its model's sizes, from the files that it came from."""
+    sizes = manifest.meta.get(SIZES)
+    return model_sizes(sizes) if isinstance(sizes, dict) else {}
+
+
+def knowing(choice: RuleChoice, known: Mapping[str, int]) -> RuleChoice:
+    """Return rules that are told what a checkpoint knows of its model, where people did not tell them."""
+    asked = {name: size for name, size in known.items() if name in choice.rules.sizes}
+    return RuleChoice(choice.rules, {**asked, **choice.sizes})
 
 
 def rule_names() -> list[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 
+from checkpoint.errors import FormatError, Misuse
 from checkpoint.format.tree import Json
 
 _GONE = object()
@@ -14,6 +15,13 @@ Keeps = Callable[[str], bool]
 def matches(pattern: str | None) -> Keeps:
     """Return what tells whether a name fits a glob; without one, all do."""
     return lambda name: pattern is None or fnmatchcase(name, pattern)
+
+
+def nothing_fits(pattern: str | None, step: int, where: str) -> FormatError:
+    """Return the error for a checkpoint of which nothing is left to convert."""
+    if pattern is None:
+        return FormatError(f"step {step} of {where} holds no tensor")
+    return Misuse(f"{pattern!r} fits nothing of step {step} of {where}: `holdfast inspect` lists its names")
 
 
 def select(skeleton: Json, keeps: Keeps) -> Json:

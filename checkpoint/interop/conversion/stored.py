@@ -6,6 +6,7 @@ import numpy as np
 
 from checkpoint.engine.candidate import prove_index
 from checkpoint.engine.filling import Filling, Opened
+from checkpoint.engine.foreseeing import foresee
 from checkpoint.engine.plan import TensorSpec
 from checkpoint.engine.reading import Holes, ReadPolicy, Tally
 from checkpoint.engine.regions import Regions
@@ -39,11 +40,17 @@ class Stored:
         """The manifest's tensors."""
         return [TensorSpec(one.name, one.dtype, one.shape) for one in self.manifest.tensors]
 
-    def bytes_by_tensor(self) -> list[int]:
-        """Return how many bytes of packs the chunks of each tensor take, with the bases that deltas need."""
-        owners = self.table.tensor[self.table.owners()]
-        sizes = self.table.rows["num_bytes"]
-        return [int(one) for one in np.bincount(owners, sizes, len(self.manifest.tensors))]
+    def foreseen_bytes(self, wishes: Sequence[Wish]) -> int:
+        """Return how many bytes of packs a read of boxes takes."""
+        some = [(number, box) for number, box in wishes if not box.is_empty]
+        asked = foresee(
+            self.manifest,
+            self._chunks_of({number for number, _ in some}),
+            wanted=Regions.of([box for _, box in some], [number for number, _ in some]),
+            can_read_into=self._source.can_read_into,
+            policy=_POLICY,
+        )
+        return sum(at.num_bytes for _, at in asked)
 
     @property
     def read_bytes(self) -> int:

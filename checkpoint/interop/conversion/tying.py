@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from checkpoint.engine.plan import TensorSpec
-from checkpoint.errors import FormatError, Mismatch
+from checkpoint.errors import FormatError, Mismatch, Misuse
 from checkpoint.format.box import Box
 from checkpoint.format.tree import Json
 from checkpoint.interop.moves import Foreign, How, Move, Plan
@@ -46,14 +46,17 @@ def ties_of(skeleton: Json) -> dict[str, str]:
 def tie(plan: Plan, ties: Ties) -> Plan:
     """Make one tensor of those that are tied: what else is there of it has to be an equal copy.
 
-    Raises FormatError if there is no such weight, Mismatch if the two cannot be one.
+    Raises Misuse if there is no such weight, Mismatch if the two cannot be one.
     """
     numbers = {spec.name: number for number, spec in enumerate(plan.tensors)}
     gone: dict[int, int] = {}
     for other, name in ties.items():
         number = numbers.get(f"{_MODEL}/{name}")
         if number is None:
-            raise FormatError(f"{other!r} cannot be tied to {name!r}, which is not there")
+            raise Misuse(
+                f"{other!r} cannot be tied to {name!r}: there is no weight {name!r} (`holdfast inspect` "
+                "lists them; --tie OTHER=NAME tells of ties)"
+            )
         copy = numbers.get(f"{_MODEL}/{other}")
         if copy is not None:
             one, two = plan.tensors[number], plan.tensors[copy]

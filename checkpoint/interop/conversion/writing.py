@@ -19,11 +19,11 @@ from checkpoint.engine.pipeline import Crew
 from checkpoint.engine.plan import Piece, TensorSpec
 from checkpoint.engine.receipt import Receipt, now_utc, write_receipt
 from checkpoint.errors import AlreadyExists, Conflict, Mismatch, StoreUnavailable
-from checkpoint.format.blocks import digest_many
+from checkpoint.format.blocks import BLOCK_BYTES, SUM_BYTES, digest_many
 from checkpoint.format.codec import Buffer, checksum, encode
 from checkpoint.format.keys import pack_key
 from checkpoint.format.manifest import Manifest, PackRef
-from checkpoint.format.pack import PackBuilder
+from checkpoint.format.pack import ALIGNMENT, PackBuilder
 from checkpoint.format.records import MAX_CHUNKS_PER_PAGE, ChunkRecord
 from checkpoint.format.table import ChunkTable
 from checkpoint.format.tree import Json
@@ -39,6 +39,8 @@ from checkpoint.interop.conversion.salvage import GENERATION, Salvage, discard_a
 from checkpoint.store.contract import Store
 
 _HOST_DIGITS = 24
+# Of a pack's index: a row, and what a tensor's line has besides name, dtype and shape. And a pack's two ends.
+_MOST_ROW_BYTES, _MOST_ENDS_BYTES = 640, 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,17 @@ class Written:
     num_bytes: int
     num_resumed_bytes: int
     stored_bytes: int
+
+
+def most_stored_bytes(draft: Draft, settings: ConversionSettings) -> int:
+    """Return what a draft's packs have at most: every chunk raw, what lies around it, its index."""
+    cuts, most = cuts_of(draft.tensors, draft.pieces), 0
+    for cut in cuts:
+        spec = draft.tensors[cut.tensor]
+        sums = 2 * SUM_BYTES * (1 + cut.num_bytes // BLOCK_BYTES)
+        described = len(json.dumps([spec.name, spec.dtype, spec.shape]))
+        most += cut.num_bytes + ALIGNMENT + sums + described + _MOST_ROW_BYTES
+    return most + _MOST_ENDS_BYTES * (1 + most // settings.pack_bytes)
 
 
 Check = Callable[[Mapping[str, int]], None]

@@ -208,10 +208,13 @@ def _about(
 
 def _notes(directory: Directory) -> Iterator[str]:
     keys = [*directory.tensors, *directory.objects]
-    if any(_BUCKETS in key and not is_bucket(key) for key in directory.tensors):
+    strange = [key for key in directory.tensors if _BUCKETS in key and not is_bucket(key)]
+    chained = sorted({key.partition(_BUCKETS)[0] + _BUCKETS.rstrip(".") for key in strange})
+    if chained:
         yield (
-            "the states of several distributed optimizers are left out: they lie in buckets of each rank's "
-            "own order. Save with --dist-ckpt-optim-fully-reshardable to have them"
+            f"the states of {', '.join(chained)} are left out: several distributed optimizers (experts have "
+            "one of their own), or buffers, lie in buckets of each rank's own order. Save with "
+            "--dist-ckpt-optim-fully-reshardable to have them"
         )
     objects = sorted({key.partition("/")[0] for key in keys if "/" in key and _BUCKETS not in key})
     if objects:

@@ -155,8 +155,8 @@ def _metadata(layers: Layers) -> dict[str, Any]:
 def _arguments(about: About) -> dict[str, Any]:
     said = about.extra.get("args")
     return {
-        **said_by(about.sizes),
         **(said if isinstance(said, dict) else {}),
+        **said_by(about.sizes),
         **dict.fromkeys(AXES.values(), 1),
     }
 

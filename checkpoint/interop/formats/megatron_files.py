@@ -118,13 +118,18 @@ def _prefix(place: Place) -> str:
 def _read(place: Place, path: str) -> Archive:
     archive = read_archive(place, path)
     if not isinstance(archive.tree, dict) or "model" not in archive.tree:
-        what = (
-            "virtual pipeline stages" if isinstance(archive.tree, dict) and "model0" in archive.tree else ""
-        )
-        if what:
-            raise Unsupported(f"{path} in {place} has {what} (model0, model1, ...), which are not read")
+        stages = [key for key in (archive.tree if isinstance(archive.tree, dict) else ()) if _is_stage(key)]
+        if stages:
+            raise Unsupported(
+                f"{path} in {place} has {len(stages)} virtual pipeline stages ({', '.join(stages)}), which "
+                "are not read: load it in Megatron and save it with --ckpt-format torch_dist, which has none"
+            )
         raise Corrupt(f"{path} in {place} holds no model of Megatron's")
     return archive
+
+
+def _is_stage(key: Any) -> bool:
+    return isinstance(key, str) and re.fullmatch(r"model[0-9]+", key) is not None
 
 
 def _check_same(files: Sequence[ShardFile]) -> None:

@@ -55,5 +55,5 @@ def write_megatron(draft: Draft, contents: Contents, budget_bytes: int) -> None:
 
 def _arguments(about: About, axes: Mapping[str, int]) -> dict[str, Any]:
     said = about.extra.get("args")
-    ranks = {name: axes.get(axis, 1) for axis, name in AXES.items()}  # not those of the source
-    return {**said_by(about.sizes), **(said if isinstance(said, dict) else {}), **ranks}
+    ranks = {name: axes.get(axis, 1) for axis, name in AXES.items()}  # not the source's, nor its padding
+    return {**(said if isinstance(said, dict) else {}), **said_by(about.sizes), **ranks}
