@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.experimental import implicit_replication
 
 from elastic.control.resharding import Arrangement, Cut, arrange
 from elastic.training.elementwise import only_elements
@@ -95,14 +96,14 @@ class FullyShardedLearner:
         return False
 
     def update(self) -> None:
-        """Apply the bound gradients to the rows that are here.
+        """Apply the bound gradients to what is here: rows, and whole small parameters among them.
 
         In one thread: several would cut a CPU kernel's vectors elsewhere, for every number of rows. The first
         one is watched; raises JobRejected for an optimizer that needs more than rows.
         """
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        with nullcontext() if self._is_watched else only_elements():
+        with implicit_replication(), nullcontext() if self._is_watched else only_elements():
             self.live.learner.update()
         self._is_watched = True
         torch.set_num_threads(num_threads)

@@ -55,6 +55,7 @@ class Props:
     optimizer_copies: int = 0
     parameter_copies: int = 0
     store: str | None = None
+    width: int = SETTINGS.width
 
 
 @dataclass
@@ -186,7 +187,8 @@ def live(
         )
         job, diary = DoomedJob(), Diary()
         storage = _storage(props.store, name, str(member)) if props.store else Storage()
-        trainer = Trainer(job, SETTINGS, plan, member=str(member), device=CPU, storage=storage)
+        settings = SETTINGS.model_copy(update={"width": props.width})
+        trainer = Trainer(job, settings, plan, member=str(member), device=CPU, storage=storage)
         for generation, chapter in enumerate(chapters, first_generation):
             if member in chapter.members:
                 play(member, (generation, chapter), (former, endpoint), (trainer, job, diary))

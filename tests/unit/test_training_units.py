@@ -1,5 +1,6 @@
 """A model under `fully_shard` in a world of one: which layers are units, ties, and what is refused."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -140,6 +141,83 @@ def test_a_loss_that_torch_cannot_shard_is_refused_with_the_remedy_and_its_words
     trained(trainer_of(plan, PenaltyJob(kind)))
     with pytest.raises(JobRejected, match=rf"training\.parameter_copies = 0 .*virtual rank 0.*{words}"):
         trained(trainer_of(replace(plan, parameter_copies=1), PenaltyJob(kind)))
+
+
+class AlikeJob(GPTJob):
+    """The shipped job with all parameters in one group, as one of torch's optimizers likes them."""
+
+    schedule = None  # type: ignore[assignment]  # it needs none
+
+    def __init__(self, kind: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
+        self._kind, self._options = kind, options
+
+    def optimizer(self, model: Any) -> Any:
+        return self._kind(model.parameters(), **{"lr": 1e-2, **self._options})
+
+
+def shas_of(plan: TrainPlan, job: Callable[[], Any]) -> list[str]:
+    """Return what a job learns in replicas, and in shards."""
+    shas = []
+    for copies in (0, 1):
+        trainer = trainer_of(replace(plan, parameter_copies=copies, num_steps=2), job())
+        assert trained(trainer)[0] is Ending.FINISHED
+        shas.append(trainer.weights_sha256())
+    return shas
+
+
+def test_the_shipped_job_learns_the_same_bits_in_shards_where_its_groups_hold_small_matrices_too(
+    plan: TrainPlan,
+):
+    assert len(set(shas_of(plan, GPTJob))) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.AdamW, {"fused": True}),
+        (torch.optim.AdamW, {"foreach": True, "amsgrad": True}),
+        (torch.optim.SGD, {"foreach": True, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+        (torch.optim.RAdam, {"foreach": True}),
+        (torch.optim.Adadelta, {"foreach": True}),
+    ],
+)
+def test_a_group_of_rows_and_small_whole_parameters_learns_the_same_bits_in_shards(
+    plan: TrainPlan, kind: type[torch.optim.Optimizer], options: dict[str, Any]
+):
+    assert len(set(shas_of(plan, lambda: AlikeJob(kind, options)))) == 1
+
+
+class RenewingSGD(torch.optim.SGD):
+    """Keeps an average of a group's gradients, in new tensors every time."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # it has no loss to return
+        for group in self.param_groups:
+            gradients = [parameter.grad for parameter in group["params"]]
+            before = [self.state[each].get("average", torch.zeros_like(each)) for each in group["params"]]
+            averages = torch._foreach_lerp(before, gradients, 0.1)
+            torch._foreach_add_([each.data for each in group["params"]], averages, alpha=-group["lr"])
+            for parameter, average in zip(group["params"], averages, strict=True):
+                self.state[parameter]["average"] = average
+
+
+def test_what_an_optimizer_keeps_of_small_parameters_beside_rows_can_be_saved(plan: TrainPlan):
+    trainer = trainer_of(replace(plan, parameter_copies=1), AlikeJob(RenewingSGD, {}))
+    trained(trainer)
+    kept = trainer._learner.whole_tree(6)["optimizer"]["state"]["embedding.weight"]
+    assert type(kept["average"]) is Tensor
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(torch.optim.SGD, {"fused": True}), (torch.optim.Rprop, {}), (torch.optim.Rprop, {"foreach": True})],
+)
+def test_an_optimizer_that_torch_cannot_apply_to_rows_is_refused_with_the_remedy(
+    plan: TrainPlan, kind: type[torch.optim.Optimizer], options: dict[str, Any]
+):
+    trainer = trainer_of(replace(plan, parameter_copies=1), AlikeJob(kind, options))
+    with pytest.raises(JobRejected, match=r"torch cannot apply .* to rows.*training\.parameter_copies = 0"):
+        trained(trainer)
+    assert trainer.standing.committed == 0
 
 
 class NormedSGD(torch.optim.SGD):
