@@ -17,12 +17,11 @@ _NO_RULE = ("does not have a sharding strategy", "require placement changes")
 
 @contextmanager
 def only_elements() -> Iterator[None]:
-    """Raise JobRejected when a sharded tensor is reduced inside, or would have to be gathered, or when torch
-    has no rule for what is done to it.
+    """Raise JobRejected when a sharded tensor would have to be gathered inside, or when torch has no rule for
+    what is done to it.
     """
     try:
-        with _NoPartialSums():  # type: ignore[no-untyped-call]  # torch has no types here
-            yield
+        yield
     except RuntimeError as error:
         if _NO_BACKEND in str(error):
             raise _rejected() from None
@@ -34,8 +33,10 @@ def only_elements() -> Iterator[None]:
         raise
 
 
-class _NoPartialSums(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
-    """Looks at every result: a rank's part of a sum reads as if it were the whole one."""
+class NoPartialSums(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
+    """Raises JobRejected when a sharded tensor is reduced inside, even to one shard. Looks at every result,
+    which is slow.
+    """
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -17,10 +17,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.experimental import implicit_replication
 
 from elastic.control.resharding import Arrangement, Cut, arrange
-from elastic.training.elementwise import only_elements
+from elastic.training.elementwise import NoPartialSums, only_elements
 from elastic.training.holdings import Holding, cut_anew, local_rows, put_together, take_apart
 from elastic.training.lockstep import GATHER, Lockstep
 from elastic.training.ports import World
+from elastic.training.readings import no_readings
 from elastic.training.state import Learner, check_model, check_origin, tensors_sha256
 from elastic.training.units import Mould, Sharded, Wires
 
@@ -103,8 +104,11 @@ class FullyShardedLearner:
         """
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        with implicit_replication(), nullcontext() if self._is_watched else only_elements():
-            self.live.learner.update()
+        live = self.live
+        watched = nullcontext() if self._is_watched else NoPartialSums()  # type: ignore[no-untyped-call]  # torch's
+        numbers = no_readings("optimizer", live.sharded.parameters)
+        with implicit_replication(), only_elements(), numbers, watched:
+            live.learner.update()
         self._is_watched = True
         torch.set_num_threads(num_threads)
 
@@ -120,7 +124,8 @@ class FullyShardedLearner:
         cuts = [arrangement.cut(rank) for rank in range(world.size)]
         held = cut_anew(world, self._hold(), cuts, self._mould.sharded, self._device)
         sharded = self._pour(held, cuts[world.rank])
-        learner = self._build(sharded.model)
+        with no_readings("optimizer", sharded.parameters):
+            learner = self._build(sharded.model)
         learner.load_without_model(put_together(held, sharded.spread))
         mine = cuts[world.rank].index
         others = [rank for rank in range(world.size) if rank != world.rank]

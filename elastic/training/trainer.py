@@ -78,6 +78,7 @@ class Trainer:
         )
         self._pace = Pace(device)
         self._settings = settings
+        self._standing = Standing(BLANK)
         with blaming_the_job(0):
             self._dataset = job.dataset(split)
             learner = self._first_learner()
@@ -86,7 +87,6 @@ class Trainer:
         )
         self._restore = storage.restore
         self._snapshots = Snapshots(storage.saver, member, _meta(job, plan))
-        self._standing = Standing(BLANK)
         self._has_begun = False
         self._attempt = _Attempt()
         self._dealing: Dealing | None = None  # of the step that a lost rank interrupted
@@ -153,7 +153,8 @@ class Trainer:
         return self._learner_of(model if self._plan.parameter_copies else model.to(self._device))
 
     def _learner_of(self, model: nn.Module) -> Learner:
-        return Learner(self._job, model, self._plan.seed, self._plan.num_steps)
+        with blaming_the_job(max(self._standing.committed, 0)):
+            return Learner(self._job, model, self._plan.seed, self._plan.num_steps)
 
     def _train(self, world: World, orders: Orders, emit: Emit) -> Ending:
         if self._is_save_point():
