@@ -22,6 +22,7 @@ from elastic.training.holdings import Holding, cut_anew, local_rows, put_togethe
 from elastic.training.lockstep import GATHER, Lockstep
 from elastic.training.ports import World
 from elastic.training.readings import no_readings
+from elastic.training.replicas import Replicated, held_by_all, leaf_name
 from elastic.training.state import Learner, check_model, check_origin, tensors_sha256
 from elastic.training.units import Mould, Sharded, Wires
 
@@ -91,11 +92,6 @@ class FullyShardedLearner:
         """Whether all of the state is here."""
         return self._live is not None and self._live.sharded.cut.shards == 1
 
-    @property
-    def is_replica(self) -> bool:
-        """Whether every rank holds the same."""
-        return False
-
     def update(self) -> None:
         """Apply the bound gradients to what is here: rows, and whole small parameters among them.
 
@@ -139,6 +135,18 @@ class FullyShardedLearner:
         self._live = Live(world, arrangement, sharded, learner, cuts, frozenset(takers), givers, lockstep)
         self._held = None
         gc.collect()  # torch's models refer to themselves, and the old one's memory is wanted now
+
+    def replicas(self, world: World) -> list[Replicated]:
+        """List what several ranks hold alike: the rows of one cut, and what has no rows."""
+        held, cuts = self._hold(), self.live.cuts
+        groups = tuple(
+            tuple(rank for rank, each in enumerate(cuts) if each == cut) for cut in dict.fromkeys(cuts)
+        )
+        rows = [
+            Replicated(leaf_name(name, key), groups, tensor)
+            for (name, key), tensor in sorted(held.rows.items(), key=lambda leaf: leaf[0])
+        ]
+        return [*held_by_all(world, held.rest), *rows]
 
     def tree(self, step: int) -> dict[str, Any]:
         """Return what every rank holds alike of the state after `step` committed steps."""

@@ -24,7 +24,7 @@ from elastic.training.pace import Pace
 from elastic.training.plan import TrainPlan
 from elastic.training.ports import Broken, Emit, Flags, Orders, World
 from elastic.training.randomness import keyed, make_deterministic, seed_for
-from elastic.training.replicas import compare
+from elastic.training.replicas import compare, heal
 from elastic.training.saving import Snapshots
 from elastic.training.state import Learner, StateLost, first_model
 
@@ -301,19 +301,21 @@ class Trainer:
         raise Broken(world.generation, why)
 
     def _compare(self, world: World) -> None:
-        """Find replicas that hold other bits than the majority, and heal them from one that does not.
+        """Find copies of state that hold other bits than the majority of copies, and heal them.
 
         Without a majority nobody's state can be trusted: raises Broken, and the next world restores.
         """
-        step = self._standing.committed
-        found = compare(world, self._learner.tree(step))
-        corrupt, source = found.verdict.corrupt, found.verdict.source
-        if source is None or (corrupt and not self._learner.is_replica):
-            self._give_up(world, f"the replicas differ at step {step}, and none has a majority")
-        if corrupt and world.rank == source:
-            hand_over(world, sorted(corrupt), Parcel(self._learner.tree(step), "self"), self._device)
-        if world.rank in corrupt:
-            self._take_over(accept(world, source, self._device).state)
+        step, replicas = self._standing.committed, self._learner.replicas(world)
+        found = compare(world, replicas)
+        if found.undecided:
+            one, more = found.undecided[0], len(found.undecided) - 1
+            of = f"{one} and {more} more tensors" if more else one
+            self._give_up(world, f"the replicas differ at step {step} in {of}, and none has a majority")
+        if found.healings:
+            self._snapshots.wait_captured()
+            heal(world, replicas, found, self._device)
+            self._learner.complete(world)
+        if found.differing:
             self._untold.append(ReplicaHealed(self._member, world.generation, step, found.differing))
 
     def _deal_rest(self, held: list[Sequence[int]]) -> None:
