@@ -29,7 +29,7 @@ def no_readings(reader: str, parameters: Mapping[str, nn.Parameter]) -> Iterator
             "the parameter, or set training.parameter_copies = 0"
         )
 
-    handlers = DTensor._op_dispatcher._custom_op_handlers
+    handlers: dict[Any, Any] = DTensor._op_dispatcher._custom_op_handlers
     handlers[_READ] = read
     try:
         yield
@@ -39,12 +39,13 @@ def no_readings(reader: str, parameters: Mapping[str, nn.Parameter]) -> Iterator
 
 def _origin(tensor: Tensor, parameters: Mapping[str, nn.Parameter]) -> str:
     """Name the parameters that autograd remembers a tensor was computed from."""
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    found, seen, left = {names.get(id(tensor))}, set[Any](), [tensor.grad_fn]
+    seen, left = set[Any](), [tensor.grad_fn]
+    found = {id(tensor)}
     while left:
         node = left.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            found.add(names.get(id(getattr(node, "variable", None))))
+            found.add(id(getattr(node, "variable", None)))
             left.extend(before for before, _ in node.next_functions)
-    return ", ".join(sorted(found - {None})) or "a parameter or its gradient"
+    names = [name for name, parameter in parameters.items() if id(parameter) in found]
+    return ", ".join(names) or "a parameter or its gradient"

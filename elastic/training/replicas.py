@@ -91,7 +91,8 @@ def compare(world: World, replicas: Sequence[Replicated]) -> Comparison:
 def heal(world: World, replicas: Sequence[Replicated], found: Comparison, device: torch.device) -> None:
     """Give the corrupt ranks what the majority holds, in place. Raises Broken."""
     for each in found.healings:
-        tensors = [replicas[number].tensor for number in each.numbers]
+        held = [replicas[number].tensor for number in each.numbers]
+        tensors = [tensor for tensor in held if tensor is not None]
         if world.rank == each.source:
             hand_over(world, sorted(each.corrupt), Parcel(tensors, "self"), device)
         if world.rank in each.corrupt:

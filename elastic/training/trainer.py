@@ -25,7 +25,7 @@ from elastic.training.plan import TrainPlan
 from elastic.training.ports import Broken, Emit, Flags, Orders, World
 from elastic.training.randomness import keyed, make_deterministic, seed_for
 from elastic.training.replicas import compare, heal
-from elastic.training.saving import Snapshots
+from elastic.training.saving import Snapshots, describe
 from elastic.training.state import Learner, StateLost, first_model
 
 FINAL_DRAIN_S = 600.0
@@ -333,8 +333,7 @@ class Trainer:
             self._standing = Standing(0)
             return Parcel(None, "fresh")
         self._take_over(loaded.state)
-        passed_over = (f"passed over step {each.step}: {each.why}" for each in loaded.report.fallbacks)
-        return Parcel(None, "store", "; ".join(passed_over))
+        return Parcel(None, "store", describe(loaded))
 
     def _take_over(self, state: Any) -> None:
         self._snapshots.wait_captured()

@@ -294,7 +294,7 @@ class TwoPartsJob(GPTJob):
 
     def loss(self, model: Any, batch: Tensor, rng: torch.Generator) -> Tensor:
         half = super().loss(model, batch, rng) / 2
-        half.backward(retain_graph=True)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        half.backward(retain_graph=True)
         return half
 
 
