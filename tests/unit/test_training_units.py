@@ -177,8 +177,6 @@ def test_the_shipped_job_learns_the_same_bits_in_shards_where_its_groups_hold_sm
     [
         (torch.optim.AdamW, {"fused": True}),
         (torch.optim.AdamW, {"foreach": True, "amsgrad": True}),
-        (torch.optim.SGD, {"foreach": True, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
-        (torch.optim.RAdam, {"foreach": True}),
         (torch.optim.Adadelta, {"foreach": True}),
     ],
 )
@@ -210,7 +208,7 @@ def test_what_an_optimizer_keeps_of_small_parameters_beside_rows_can_be_saved(pl
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [(torch.optim.SGD, {"fused": True}), (torch.optim.Rprop, {}), (torch.optim.Rprop, {"foreach": True})],
+    [(torch.optim.SGD, {"fused": True}), (torch.optim.Rprop, {})],
 )
 def test_an_optimizer_that_torch_cannot_apply_to_rows_is_refused_with_the_remedy(
     plan: TrainPlan, kind: type[torch.optim.Optimizer], options: dict[str, Any]
