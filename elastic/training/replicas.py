@@ -35,7 +35,7 @@ class Replicated:
 
 @dataclass(frozen=True, slots=True)
 class Healing:
-    """What rank `source`, of the majority of its group, has to give the others: the tensors `numbers`."""
+    """The tensors `numbers` of what was compared, which rank `source` gives each of the ranks `corrupt`."""
 
     source: int
     corrupt: frozenset[int]
@@ -44,8 +44,8 @@ class Healing:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What a comparison found, alike on every rank: what can be healed, and the tensors of which no majority
-    holds the same. `differing` are those that are corrupt on this rank.
+    """What a comparison found: what can be healed, and the tensors of which no majority holds the same, alike
+    on every rank; `differing` are those that are corrupt on this one.
     """
 
     healings: Sequence[Healing]
@@ -67,25 +67,29 @@ def leaf_name(parameter: str, key: str) -> str:
 def compare(world: World, replicas: Sequence[Replicated]) -> Comparison:
     """Compare what the ranks of a world hold; all of them list the same tensors. Raises Broken."""
     fingerprints = _everyones(world, replicas)
-    numbers_of: dict[Groups, list[int]] = defaultdict(list)
+    numbers_of: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for number, each in enumerate(replicas):
-        numbers_of[each.groups].append(number)
+        for group in each.groups:
+            numbers_of[group].append(number)
     healings: list[Healing] = []
-    undecided: list[str] = []
-    wrong: list[int] = []
-    for groups, numbers in numbers_of.items():
-        for group in groups:
-            differing = [n for n in numbers if len({fingerprints[rank][n] for rank in group}) > 1]
-            verdict = judge([[fingerprints[rank][n] for n in differing] for rank in group])
-            if verdict.source is None:
-                undecided.extend(replicas[n].name for n in differing)
-            elif differing:
-                source, corrupt = group[verdict.source], frozenset(group[each] for each in verdict.corrupt)
-                healings.append(Healing(source, corrupt, tuple(differing)))
-                if world.rank in corrupt:
-                    mine, right = fingerprints[world.rank], fingerprints[source]
-                    wrong.extend(n for n in differing if mine[n] != right[n])
-    return Comparison(healings, undecided, tuple(replicas[n].name for n in sorted(wrong)))
+    undecided: dict[str, None] = {}
+    for group, numbers in numbers_of.items():
+        differing = [n for n in numbers if len({fingerprints[rank][n] for rank in group}) > 1]
+        verdict = judge([[fingerprints[rank][n] for n in differing] for rank in group])
+        if verdict.source is None:
+            undecided |= dict.fromkeys(replicas[n].name for n in differing)
+        elif differing:
+            corrupt = frozenset(group[index] for index in verdict.corrupt)
+            healings.append(Healing(group[verdict.source], corrupt, tuple(differing)))
+    mine = fingerprints[world.rank]
+    wrong = [
+        replicas[n].name
+        for each in healings
+        if world.rank in each.corrupt
+        for n in each.numbers
+        if mine[n] != fingerprints[each.source][n]
+    ]
+    return Comparison(healings, list(undecided), tuple(wrong))
 
 
 def heal(world: World, replicas: Sequence[Replicated], found: Comparison, device: torch.device) -> None:
