@@ -93,11 +93,8 @@ class ShardedLearner:
         """
         model, state = self._learner.model.state_dict(keep_vars=True), self._learner.optimizer.state
         dealt = set(map(id, self._parameters))
-        rest = {
-            **self.tree(0),
-            "model": {name: each for name, each in model.items() if id(each) not in dealt},
-        }
-        found = held_by_all(world, rest)
+        others = {name: each.detach() for name, each in model.items() if id(each) not in dealt}
+        found = held_by_all(world, {**self.tree(0), "model": others})
         for number, (name, parameter) in enumerate(zip(self._names, self._parameters, strict=True)):
             here = {"": parameter.detach(), **state.get(parameter, {})} if number in self._mine else {}
             found.extend(
