@@ -18,7 +18,7 @@ from tests.unit.test_training_trainer import CPU, SETTINGS, PoisonedJob, Told, W
 
 __all__ = ["plan"]
 
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "replicas": {},
     "a sharded optimizer": {"optimizer_copies": 2},
     "sharded parameters": {"parameter_copies": 2},
