@@ -1,27 +1,23 @@
-"""Ray, and nothing else: join the cluster, start members as named actors, hear them, end them."""
+"""A run's members on Ray: start them as named actors, hear them, end them."""
 
 import gc
 import logging
-import os
-import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import ray
-from ray._private.authentication import authentication_token_setup as authentication
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic.control.events import Cause, Event, MemberLeaving, MemberLost, MemberReady, StacksKept, Tick
-from elastic.errors import JobRejected, TrainingFailed
+from elastic.errors import JobRejected
 from elastic.runtime.autopsy import examine
+from elastic.runtime.joining import connect, own_address, runtime_env
 from elastic.runtime.lifeline import Anchor, Lifelines
 from elastic.runtime.local_ray import LocalRay
 from elastic.runtime.notices import Answer, LogLine
@@ -30,7 +26,6 @@ from elastic.runtime.preemption import Draining
 from elastic.runtime.worker import Assignment, Member
 
 log = logging.getLogger("holdfast.cluster")
-LOOPBACK = "127.0.0.1"
 POLL_S = 0.2
 AUTOPSY_S = 10.0
 MAX_AUTOPSIES = 4  # at a time
@@ -47,7 +42,7 @@ class Actor(Member):
         # A local Ray's node has another id each time, but the host's keeper may still be there.
         is_local = order.cluster.address is None
         host = "local" if is_local else ray.get_runtime_context().get_node_id()[:12]
-        super().__init__(Assignment(member, host, _own_address(order), order))
+        super().__init__(Assignment(member, host, own_address(order), order))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +83,7 @@ class Cluster:
 
     def _join(self) -> None:
         """Join the cluster, and listen."""
-        _connect(
+        connect(
             self._order.cluster.address or (self._local.join_or_start() if self._local else ""), self._order
         )
         # Once: each anew would be sent to Ray again, in a recovery's midst.
@@ -115,7 +110,7 @@ class Cluster:
     @property
     def address(self) -> str:
         """The driver's own network address, where members can reach it."""
-        return _own_address(self._order)
+        return own_address(self._order)
 
     @property
     def anchor(self) -> Anchor:
@@ -143,7 +138,7 @@ class Cluster:
             num_cpus=cluster.threads_per_worker if cluster.address else 0,
             num_gpus=cluster.gpus_per_worker,
             scheduling_strategy="SPREAD",
-            runtime_env=_runtime_env(self._order),
+            runtime_env=runtime_env(self._order),
         ).remote(member, self._order)
         self._seat(member, actor)
 
@@ -316,68 +311,6 @@ def check_portable(order: TrainOrder) -> None:
                 f"job.settings.{name} cannot travel to a worker: {type(error).__name__}: {error}; "
                 "settings are plain data, make what they describe in the job"
             ) from error
-
-
-def _own_address(order: TrainOrder) -> str:
-    """Return the address at which members on this node are reached; a local Ray needs no other node."""
-    if order.cluster.address is None:
-        return LOOPBACK
-    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray has no types here
-
-
-def _connect(address: str, order: TrainOrder) -> None:
-    """Join a cluster; Ray replaces the process's SIGTERM handler meanwhile, which is put back.
-
-    A Ray that was started locally demands this user's token, which Ray does not show to an explicit address
-    of its own accord.
-    """
-    handler = signal.getsignal(signal.SIGTERM)
-    logging.getLogger(authentication.__name__).setLevel(logging.ERROR)  # it warns of what is the default
-    authentication.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-    try:
-        ray.init(
-            address=address,
-            namespace=order.run,
-            runtime_env=_code(order),
-            log_to_driver=False,
-            configure_logging=False,
-        )
-        # Else it prints each lost worker, with general advice.
-        ray._private.worker.print_to_stdstream = _log  # type: ignore[assignment]  # Ray names its option
-    except (RayError, OSError, RuntimeError) as error:
-        raise TrainingFailed(
-            f"cannot reach the Ray cluster at {address}: {error}; check world.address"
-        ) from error
-    finally:
-        if handler is not None:
-            _restore(handler)
-
-
-def _log(data: dict[str, Any], **_: object) -> None:
-    log.debug("Ray: %s", data.get("lines"))
-
-
-def _restore(handler: Any) -> None:
-    try:
-        signal.signal(signal.SIGTERM, handler)
-    except ValueError:
-        log.debug("not in the main thread: Ray has not touched the handler")
-
-
-def _runtime_env(order: TrainOrder) -> dict[str, Any]:
-    threads = str(order.cluster.threads_per_worker)
-    variables = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    if order.cluster.address is None:
-        paths = [str(order.job.code_dir), *(path for path in sys.path if Path(path).is_dir())]
-        return {"env_vars": {**variables, "PYTHONPATH": os.pathsep.join(paths)}}
-    return {"env_vars": variables}
-
-
-def _code(order: TrainOrder) -> dict[str, Any]:
-    """Say what code travels to the nodes of a cluster; Ray uploads it for a driver, not for an actor."""
-    if order.cluster.address is None or order.job.path.startswith("elastic."):
-        return {}
-    return {"working_dir": str(order.job.code_dir), "excludes": ["runs", ".venv", ".git"]}
 
 
 def _cause(error: RayActorError) -> Cause:

@@ -49,7 +49,7 @@ class Watch:
         self._now = Progress(0, order.training.num_steps, float("nan"), 0.0, 0, 0, -1, "starting")
         self._told_at = 0.0
         self._position = (0, -1)  # (generation, step); a world that is only ordered does not move it
-        self._settled: set[tuple[int, str]] = set()
+        self._settled: set[tuple[int, str, str]] = set()
 
     def tell(self, line: LogLine) -> None:
         """Pass a worker's log line on."""
@@ -95,9 +95,10 @@ class Watch:
 
     def _tell_message(self, entry: Entry | Instruction) -> None:
         kind, message = _message(entry)
-        if isinstance(entry, Settled) and not entry.note:
-            key = (entry.generation, entry.source)
-            message = "" if key in self._settled or entry.source == "self" else message
+        if isinstance(entry, Settled):
+            key = (entry.generation, entry.source, entry.note)
+            is_usual = entry.source == "self" and not entry.note
+            message = "" if key in self._settled or is_usual else message
             self._settled.add(key)
         if message:
             self.happen(kind, message)

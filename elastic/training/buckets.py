@@ -50,6 +50,7 @@ class Buckets:
         self._usual = [0] * len(rows.parameters)
         self._seen = [0] * len(rows.parameters)
         self._starting: _Starting | None = None
+        self._num_writes: int | None = None  # to the bound row before a micro-batch, until its backward comes
         for index, parameter in enumerate(rows.parameters):
             hook = partial(self._add, index)
             parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # torch's
@@ -70,6 +71,7 @@ class Buckets:
         """Watch one micro-batch; start buckets as they are completed, and after it those that are left."""
         self._seen = [0] * len(self._seen)
         self._starting = starting = _Starting(cut, start)
+        self._num_writes = self._rows.num_writes
         try:
             yield
         finally:
@@ -83,6 +85,9 @@ class Buckets:
         self._seen[index] += 1
         if self._starting is None:
             return
+        if self._num_writes is not None:
+            self._check_untouched(self._num_writes)
+            self._num_writes = None
         if self._starting.is_started(index):
             raise JobRejected(
                 f"parameter {self._rows.names[index]} got its gradient in {self._seen[index]} pieces, more "
@@ -90,6 +95,14 @@ class Buckets:
             )
         if self._seen[index] == self._usual[index]:
             self._starting.complete(index)
+
+    def _check_untouched(self, num_writes: int) -> None:
+        """Raise JobRejected if more than backward's first addition was written since."""
+        if self._rows.num_writes > num_writes + 1:
+            raise JobRejected(
+                "the job's loss changed gradients (as zero_grad does), which may be of other micro-batches: "
+                "they are the trainer's, which zeroes them itself; leave zero_grad out of the job's loss"
+            )
 
 
 class _Starting:

@@ -9,24 +9,34 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from elastic.errors import JobRejected
+from elastic.training.blame import explain
 
 _NO_BACKEND = "No backend type associated"
+_NO_RULE = ("does not have a sharding strategy", "require placement changes")
 
 
 @contextmanager
 def only_elements() -> Iterator[None]:
-    """Raise JobRejected when a sharded tensor is reduced inside, or would have to be gathered."""
+    """Raise JobRejected when a sharded tensor would have to be gathered inside, or when torch has no rule for
+    what is done to it.
+    """
     try:
-        with _NoPartialSums():  # type: ignore[no-untyped-call]  # torch has no types here
-            yield
+        yield
     except RuntimeError as error:
-        if _NO_BACKEND not in str(error):
-            raise
-        raise _rejected() from None
+        if _NO_BACKEND in str(error):
+            raise _rejected() from None
+        if any(words in str(error) for words in _NO_RULE):
+            raise JobRejected(
+                "torch cannot apply the job's optimizer to rows of a tensor: make it with foreach=False and "
+                f"fused=False, take another one, or set training.parameter_copies = 0 ({explain(error)})"
+            ) from None
+        raise
 
 
-class _NoPartialSums(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
-    """Looks at every result: a rank's part of a sum reads as if it were the whole one."""
+class NoPartialSums(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
+    """Raises JobRejected when a sharded tensor is reduced inside, even to one shard. Looks at every result,
+    which is slow.
+    """
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.experimental import implicit_replication
 
 from elastic.control.resharding import Arrangement, Cut, arrange
-from elastic.training.elementwise import only_elements
+from elastic.training.elementwise import NoPartialSums, only_elements
 from elastic.training.holdings import Holding, cut_anew, local_rows, put_together, take_apart
 from elastic.training.lockstep import GATHER, Lockstep
 from elastic.training.ports import World
+from elastic.training.readings import no_readings
+from elastic.training.replicas import Replicated, held_by_all, leaf_name
 from elastic.training.state import Learner, check_model, check_origin, tensors_sha256
 from elastic.training.units import Mould, Sharded, Wires
 
@@ -89,21 +92,19 @@ class FullyShardedLearner:
         """Whether all of the state is here."""
         return self._live is not None and self._live.sharded.cut.shards == 1
 
-    @property
-    def is_replica(self) -> bool:
-        """Whether every rank holds the same."""
-        return False
-
     def update(self) -> None:
-        """Apply the bound gradients to the rows that are here.
+        """Apply the bound gradients to what is here: rows, and whole small parameters among them.
 
         In one thread: several would cut a CPU kernel's vectors elsewhere, for every number of rows. The first
         one is watched; raises JobRejected for an optimizer that needs more than rows.
         """
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        with nullcontext() if self._is_watched else only_elements():
-            self.live.learner.update()
+        live = self.live
+        watched = nullcontext() if self._is_watched else NoPartialSums()  # type: ignore[no-untyped-call]  # torch's
+        numbers = no_readings("optimizer", live.sharded.parameters)
+        with implicit_replication(), only_elements(), numbers, watched:
+            live.learner.update()
         self._is_watched = True
         torch.set_num_threads(num_threads)
 
@@ -119,7 +120,8 @@ class FullyShardedLearner:
         cuts = [arrangement.cut(rank) for rank in range(world.size)]
         held = cut_anew(world, self._hold(), cuts, self._mould.sharded, self._device)
         sharded = self._pour(held, cuts[world.rank])
-        learner = self._build(sharded.model)
+        with no_readings("optimizer", sharded.parameters):
+            learner = self._build(sharded.model)
         learner.load_without_model(put_together(held, sharded.spread))
         mine = cuts[world.rank].index
         others = [rank for rank in range(world.size) if rank != world.rank]
@@ -133,6 +135,18 @@ class FullyShardedLearner:
         self._live = Live(world, arrangement, sharded, learner, cuts, frozenset(takers), givers, lockstep)
         self._held = None
         gc.collect()  # torch's models refer to themselves, and the old one's memory is wanted now
+
+    def replicas(self, world: World) -> list[Replicated]:
+        """List what several ranks hold alike: the rows of one cut, and what has no rows."""
+        held, cuts = self._hold(), self.live.cuts
+        groups = tuple(
+            tuple(rank for rank, each in enumerate(cuts) if each == cut) for cut in dict.fromkeys(cuts)
+        )
+        rows = [
+            Replicated(leaf_name(name, key), groups, tensor)
+            for (name, key), tensor in sorted(held.rows.items(), key=lambda leaf: leaf[0])
+        ]
+        return [*held_by_all(world, held.rest), *rows]
 
     def tree(self, step: int) -> dict[str, Any]:
         """Return what every rank holds alike of the state after `step` committed steps."""

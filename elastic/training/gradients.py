@@ -66,6 +66,11 @@ class GradientRows:
                     "leave zero_grad and backward out of the job's loss"
                 )
 
+    @property
+    def num_writes(self) -> int:
+        """How often anything was written to the bound row; 0 while none is."""
+        return self._bound[0]._version if self._bound else 0
+
     def gradient(self, row: Tensor) -> Tensor:
         """Return the part of a row that holds gradients."""
         return row[self.places[0].start : self.num_elements]

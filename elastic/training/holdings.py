@@ -42,12 +42,13 @@ def take_apart(tree: Mapping[str, Any], shapes: Shapes, cut: Cut) -> Holding:
             if isinstance(value, Tensor) and value.shape == shapes.get(name)
         ]
         rows |= {(name, key): local_rows(kept[key]) for key in spread}
-        if other := [key for key, each in kept.items() if isinstance(each, DTensor) and key not in spread]:
+        alike = {key: _whole(value) for key, value in kept.items() if key not in spread}
+        if other := [key for key, each in alike.items() if isinstance(each, DTensor)]:
             raise JobRejected(
                 f"the optimizer keeps {other[0]!r} of {name} in another shape than the parameter's, which "
                 "cannot be cut anew with it: set training.parameter_copies = 0"
             )
-        state[name] = {key: value for key, value in kept.items() if key not in spread}
+        state[name] = alike
     rest = {
         **tree,
         "model": {name: tensor for name, tensor in tree["model"].items() if name not in shapes},
@@ -108,6 +109,13 @@ def local_rows(tensor: Tensor) -> Tensor:
     """Return what is here of a tensor: the rows of a DTensor, all of another one."""
     with torch.no_grad():
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _whole(value: Any) -> Any:
+    """Return as a plain tensor what torch makes of whole tensors in a list with rows."""
+    if isinstance(value, DTensor) and all(placement.is_replicate() for placement in value.placements):
+        return value.to_local()
+    return value
 
 
 def _make_room(holding: Holding, cut: Cut, shapes: Shapes, device: torch.device) -> dict[Leaf, Tensor]:

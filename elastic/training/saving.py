@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from checkpoint import Durable, Outcome, Saver, Share, Skipped
+from checkpoint import Durable, Loaded, Outcome, Saver, Share, Skipped
 from elastic.control.events import CheckpointCaptured, CheckpointDurable, CheckpointLost, Event
 
 _MEMORIES = ("memory", "parity")
+_STORE = "store"  # as reports of restores call it
 
 
 class Snapshots:
@@ -79,6 +80,16 @@ class Snapshots:
                 outcome.seconds,
             )
         return CheckpointLost(self._member, outcome.generation, outcome.step, outcome.why)
+
+
+def describe(loaded: Loaded) -> str:
+    """Say what a person should know of a restore: what it passed over, and whose memories it came from."""
+    report = loaded.report
+    told = [f"passed over step {each.step}: {each.why}" for each in report.fallbacks]
+    read = [
+        f"{num_bytes} bytes from {source}" for source, num_bytes in sorted(report.bytes_by_source.items())
+    ]
+    return "; ".join([*told, *(read if set(report.bytes_by_source) - {_STORE} else [])])
 
 
 def _is_of_memory(outcome: Outcome) -> bool:

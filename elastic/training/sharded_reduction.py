@@ -41,7 +41,7 @@ class ShardedReduction:
             self._turn = range(first, min(first + world.size, self._virtual_ranks))
             self._collected.clear()
             leaf = first + world.rank
-            with only_through_layers():
+            with only_through_layers(self._learner.live.sharded.parameters):
                 loss = compute(leaf if leaf in self._turn else first)
             if leaf in self._turn:
                 losses[leaf] = loss

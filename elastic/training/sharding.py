@@ -16,6 +16,7 @@ from elastic.errors import JobRejected
 from elastic.training.exchange import gather_words
 from elastic.training.handover import Parcel, accept, hand_over
 from elastic.training.ports import World
+from elastic.training.replicas import Replicated, held_by_all, leaf_name
 from elastic.training.state import Learner, StateLost
 
 
@@ -43,11 +44,6 @@ class ShardedLearner:
     def is_whole(self) -> bool:
         """Whether all of the optimizer's state is here."""
         return len(self._mine) == len(self._names)
-
-    @property
-    def is_replica(self) -> bool:
-        """Whether every rank holds the same."""
-        return False
 
     def update(self) -> None:
         """Apply the bound gradients to the parameters whose state is here; the others are stale then."""
@@ -89,6 +85,23 @@ class ShardedLearner:
         """Return what every rank holds alike of the state after `step` committed steps."""
         tree = self._learner.tree(step)
         return {**tree, "optimizer": {**tree["optimizer"], "state": {}}, "held": []}
+
+    def replicas(self, world: World) -> list[Replicated]:
+        """List what several ranks hold alike: values and state of a parameter on its holders, and the rest.
+
+        A parameter's values on other ranks come from its first holder in every step: they have no say.
+        """
+        model, state = self._learner.model.state_dict(keep_vars=True), self._learner.optimizer.state
+        dealt = set(map(id, self._parameters))
+        others = {name: each.detach() for name, each in model.items() if id(each) not in dealt}
+        found = held_by_all(world, {**self.tree(0), "model": others})
+        for number, (name, parameter) in enumerate(zip(self._names, self._parameters, strict=True)):
+            here = {"": parameter.detach(), **state.get(parameter, {})} if number in self._mine else {}
+            found.extend(
+                Replicated(leaf_name(name, key), (self._holders[number],), here.get(key))
+                for key in ("", *sorted(self._kinds[name]))
+            )
+        return found
 
     def weights_sha256(self) -> str:
         """Hash the model."""

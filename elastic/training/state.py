@@ -13,6 +13,7 @@ from elastic.errors import JobRejected
 from elastic.training.job import Job
 from elastic.training.ports import World
 from elastic.training.randomness import INITIAL, keyed, seed_for
+from elastic.training.replicas import Replicated, held_by_all
 
 _NAMED = 3
 
@@ -56,11 +57,6 @@ class Learner:
         """Whether all of the state is here."""
         return True
 
-    @property
-    def is_replica(self) -> bool:
-        """Whether every rank holds the same."""
-        return True
-
     def settle(self, world: World) -> None:
         """Do nothing: every rank of the world holds everything."""
 
@@ -72,6 +68,10 @@ class Learner:
         self.optimizer.step()
         if self._schedule is not None:
             self._schedule.step()
+
+    def replicas(self, world: World) -> list[Replicated]:
+        """List what several ranks of a world hold alike: here everything."""
+        return held_by_all(world, self.tree(0))
 
     def tree(self, step: int) -> dict[str, Any]:
         """Return the state after `step` committed steps. Its tensors are the live ones."""

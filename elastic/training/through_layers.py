@@ -1,10 +1,13 @@
-"""Says what to do where a loss uses sharded parameters in a way that torch refuses in its own words."""
+"""Says what to do where a loss uses sharded parameters in a way that torch does not name, or even allows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+
+from torch import nn
 
 from elastic.errors import JobRejected
 from elastic.training.blame import UserFailure
+from elastic.training.readings import no_readings
 
 _TORCHS_WORDS = (
     "mixed torch.Tensor and DTensor",  # rows of a parameter, beside a whole tensor
@@ -14,10 +17,13 @@ _TORCHS_WORDS = (
 
 
 @contextmanager
-def only_through_layers() -> Iterator[None]:
-    """Raise JobRejected for what torch says inside of a parameter that is used outside of its layer."""
+def only_through_layers(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Raise JobRejected for what torch says inside of a parameter that is used outside of its layer, and for
+    numbers that are read from one.
+    """
     try:
-        yield
+        with no_readings("loss", parameters):
+            yield
     except UserFailure as failure:
         if not any(words in str(failure) for words in _TORCHS_WORDS):
             raise

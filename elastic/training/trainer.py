@@ -24,8 +24,8 @@ from elastic.training.pace import Pace
 from elastic.training.plan import TrainPlan
 from elastic.training.ports import Broken, Emit, Flags, Orders, World
 from elastic.training.randomness import keyed, make_deterministic, seed_for
-from elastic.training.replicas import compare
-from elastic.training.saving import Snapshots
+from elastic.training.replicas import compare, heal
+from elastic.training.saving import Snapshots, describe
 from elastic.training.state import Learner, StateLost, first_model
 
 FINAL_DRAIN_S = 600.0
@@ -78,6 +78,7 @@ class Trainer:
         )
         self._pace = Pace(device)
         self._settings = settings
+        self._standing = Standing(BLANK)
         with blaming_the_job(0):
             self._dataset = job.dataset(split)
             learner = self._first_learner()
@@ -86,7 +87,6 @@ class Trainer:
         )
         self._restore = storage.restore
         self._snapshots = Snapshots(storage.saver, member, _meta(job, plan))
-        self._standing = Standing(BLANK)
         self._has_begun = False
         self._attempt = _Attempt()
         self._dealing: Dealing | None = None  # of the step that a lost rank interrupted
@@ -153,7 +153,8 @@ class Trainer:
         return self._learner_of(model if self._plan.parameter_copies else model.to(self._device))
 
     def _learner_of(self, model: nn.Module) -> Learner:
-        return Learner(self._job, model, self._plan.seed, self._plan.num_steps)
+        with blaming_the_job(max(self._standing.committed, 0)):
+            return Learner(self._job, model, self._plan.seed, self._plan.num_steps)
 
     def _train(self, world: World, orders: Orders, emit: Emit) -> Ending:
         if self._is_save_point():
@@ -300,19 +301,21 @@ class Trainer:
         raise Broken(world.generation, why)
 
     def _compare(self, world: World) -> None:
-        """Find replicas that hold other bits than the majority, and heal them from one that does not.
+        """Find copies of state that hold other bits than the majority of copies, and heal them.
 
         Without a majority nobody's state can be trusted: raises Broken, and the next world restores.
         """
-        step = self._standing.committed
-        found = compare(world, self._learner.tree(step))
-        corrupt, source = found.verdict.corrupt, found.verdict.source
-        if source is None or (corrupt and not self._learner.is_replica):
-            self._give_up(world, f"the replicas differ at step {step}, and none has a majority")
-        if corrupt and world.rank == source:
-            hand_over(world, sorted(corrupt), Parcel(self._learner.tree(step), "self"), self._device)
-        if world.rank in corrupt:
-            self._take_over(accept(world, source, self._device).state)
+        step, replicas = self._standing.committed, self._learner.replicas(world)
+        found = compare(world, replicas)
+        if found.undecided:
+            one, more = found.undecided[0], len(found.undecided) - 1
+            of = f"{one} and {more} more tensors" if more else one
+            self._give_up(world, f"the replicas differ at step {step} in {of}, and none has a majority")
+        if found.healings:
+            self._snapshots.wait_captured()
+            heal(world, replicas, found, self._device)
+            self._learner.complete(world)
+        if found.differing:
             self._untold.append(ReplicaHealed(self._member, world.generation, step, found.differing))
 
     def _deal_rest(self, held: list[Sequence[int]]) -> None:
@@ -330,8 +333,7 @@ class Trainer:
             self._standing = Standing(0)
             return Parcel(None, "fresh")
         self._take_over(loaded.state)
-        passed_over = (f"passed over step {each.step}: {each.why}" for each in loaded.report.fallbacks)
-        return Parcel(None, "store", "; ".join(passed_over))
+        return Parcel(None, "store", describe(loaded))
 
     def _take_over(self, state: Any) -> None:
         self._snapshots.wait_captured()

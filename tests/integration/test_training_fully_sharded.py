@@ -26,6 +26,10 @@ LOSS = [
 ]
 EARLY_LOSS = [Chapter((4, 5), victim=5, dies_at=1, phase="leaf"), Chapter((4,)), Chapter((4,))]
 
+# Of three copies two agree; of two nobody knows which is right.
+FLIP = [Chapter((0, 1, 2, 3, 4, 5), flipped=4, flips_at=3)]
+FLIP_OF_TWO = [Chapter((0, 1, 2, 3), flipped=2, flips_at=3), Chapter((0, 1, 2, 3))]
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -47,6 +51,13 @@ def diaries(text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
     told = {
         "replicated": ([Chapter((0,))], Props(text)),
         **quiet,
+        "narrow": ([Chapter((0,))], Props(text, width=16)),
+        "narrow, in shards": ([Chapter((0, 1, 2))], Props(text, parameter_copies=1, width=16)),
+        "flip": (FLIP, Props(text, parameter_copies=3)),
+        "flip of two": (
+            FLIP_OF_TWO,
+            Props(text, parameter_copies=2, store=str(tmp_path_factory.mktemp("flipped"))),
+        ),
         "churn": (CHURN, Props(text, parameter_copies=2)),
         "loss": (LOSS, stored),
         "loss before a checkpoint": (EARLY_LOSS, Props(text, parameter_copies=1)),
@@ -61,7 +72,10 @@ def test_shards_and_replicas_of_shards_give_the_bits_of_the_replicated_run_in_ev
     expected = diaries["replicated"][0].sha256
     assert expected
     finished = {name: {each.sha256 for each in found.values()} - {""} for name, found in diaries.items()}
-    assert finished == {name: {expected} for name in diaries}
+    narrow = finished.pop("narrow")
+    assert len(narrow) == 1
+    assert finished.pop("narrow, in shards") == narrow  # rows and small whole matrices in one group
+    assert finished == {name: {expected} for name in finished}
 
 
 def test_no_committed_step_is_computed_twice_while_a_copy_of_each_shard_lives(diaries):
@@ -92,3 +106,23 @@ def test_a_shard_that_was_on_the_lost_rank_only_comes_from_the_newest_checkpoint
 def test_without_a_checkpoint_a_lost_shard_costs_all_steps_but_no_bit(diaries):
     steps = [step for step, _ in diaries["loss before a checkpoint"][4].steps]
     assert steps == [1, *range(1, NUM_STEPS + 1)]
+
+
+def test_a_bit_that_flips_in_one_of_three_copies_of_rows_is_found_named_and_healed(diaries):
+    healed = {member: diary.healed for member, diary in diaries["flip"].items()}
+    assert healed.pop(4) == [(4, ("model/blocks.0.up.weight",))]
+    assert not any(healed.values())
+
+
+def test_two_copies_of_rows_that_differ_are_told_and_the_newest_checkpoint_is_restored(diaries):
+    for member in range(4):
+        diary = diaries["flip of two"][member]
+        (why,) = diary.broken
+        assert "the replicas differ at step 4 in model/blocks.0.up.weight" in why
+        assert diary.healed == []
+    told = {
+        name
+        for name, found in diaries.items()
+        if any("differ" in why for each in found.values() for why in each.broken)
+    }
+    assert told == {"flip of two"}

@@ -17,6 +17,9 @@ CHURN = [
     Chapter((4, 6), victim=6, dies_at=12, phase="leaf"),
     Chapter((4,)),
 ]
+# Of three copies two agree; of two nobody knows which is right.
+FLIP = [Chapter((0, 1, 2, 3, 4), flipped=1, flips_at=3)]
+FLIP_OF_TWO = [Chapter((0, 1, 2, 3), flipped=1, flips_at=3), Chapter((0, 1, 2, 3))]
 # With one copy a death takes state along: the world after finds out, and the one after that restores.
 LOSS = [Chapter((0, 1, 2), victim=1, dies_at=5, phase="leaf"), Chapter((0, 2)), Chapter((0, 2))]
 # Nothing was saved yet, and whoever began the state is gone: a survivor makes it anew. Who died in one story
@@ -51,9 +54,18 @@ def replicated(text: str) -> Diary:
 
 
 @pytest.fixture(scope="module")
-def churned(text: str) -> dict[str, dict[int, Diary]]:
+def churned(text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, Diary]]:
     quiet = {f"a world of {size}": [Chapter(tuple(range(size)))] for size in (1, 2, 3, 5)}
-    return perform({**quiet, "churn": CHURN}, Props(text, optimizer_copies=2))
+    two, three = Props(text, optimizer_copies=2), Props(text, optimizer_copies=3)
+    stored = Props(text, optimizer_copies=2, store=str(tmp_path_factory.mktemp("store")))
+    told = {
+        **{name: (chapters, two) for name, chapters in quiet.items()},
+        "flip": (FLIP, three),
+        "flip of two": (FLIP_OF_TWO, stored),
+        "churn": (CHURN, two),
+    }
+    stories = {name: chapters for name, (chapters, _) in told.items()}
+    return perform(stories, {name: props for name, (_, props) in told.items()})
 
 
 def test_a_sharded_optimizer_gives_the_bits_of_the_replicated_one_in_every_world_and_under_churn(
@@ -64,7 +76,7 @@ def test_a_sharded_optimizer_gives_the_bits_of_the_replicated_one_in_every_world
 
 
 def test_no_committed_step_is_computed_twice_while_a_copy_of_the_state_lives(replicated, churned):
-    for diaries in churned.values():
+    for diaries in (each for name, each in churned.items() if name != "flip of two"):
         for diary in diaries.values():
             assert set(diary.steps) <= set(replicated.steps)
             assert len({step for step, _ in diary.steps}) == len(diary.steps)
@@ -79,6 +91,21 @@ def test_each_rank_holds_its_share_of_the_optimizer_state_and_no_more(churned):
         held = [churned[f"a world of {size}"][rank].state_bytes for rank in range(size)]
         assert sum(held) == 2 * whole
         assert max(held) <= 1.5 * 2 * whole / size
+
+
+def test_a_bit_that_flips_in_one_of_three_copies_is_healed_and_nobody_else_is_blamed(churned):
+    healed = {member: diary.healed for member, diary in churned["flip"].items()}
+    ((step, tensors),) = healed.pop(1)
+    assert step == 4
+    assert [name.startswith("model/") for name in tensors] == [True]
+    assert not any(healed.values())
+
+
+def test_two_copies_that_differ_are_told_and_the_newest_checkpoint_is_restored(churned):
+    for member in range(4):
+        (why,) = churned["flip of two"][member].broken
+        assert "the replicas differ at step 4 in model/" in why
+        assert churned["flip of two"][member].healed == []
 
 
 @pytest.fixture(scope="module")

@@ -55,6 +55,7 @@ class Props:
     optimizer_copies: int = 0
     parameter_copies: int = 0
     store: str | None = None
+    width: int = SETTINGS.width
 
 
 @dataclass
@@ -138,6 +139,7 @@ class Diary:
     state_bytes: int = 0
     num_losses: int = 0
     healed: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
 
     def write(self, event: Event) -> None:
         if isinstance(event, StepCommitted):
@@ -186,7 +188,8 @@ def live(
         )
         job, diary = DoomedJob(), Diary()
         storage = _storage(props.store, name, str(member)) if props.store else Storage()
-        trainer = Trainer(job, SETTINGS, plan, member=str(member), device=CPU, storage=storage)
+        settings = SETTINGS.model_copy(update={"width": props.width})
+        trainer = Trainer(job, settings, plan, member=str(member), device=CPU, storage=storage)
         for generation, chapter in enumerate(chapters, first_generation):
             if member in chapter.members:
                 play(member, (generation, chapter), (former, endpoint), (trainer, job, diary))
@@ -208,6 +211,15 @@ def _state_bytes(trainer: Trainer) -> int:
     return sum(local_rows(tensor).nbytes for state in states.values() for tensor in state.values())
 
 
+def _victim(trainer: Trainer) -> torch.Tensor:
+    """Return a matrix of which this process holds something that others hold too."""
+    name = "blocks.0.up.weight"
+    if isinstance(trainer._learner, ShardedLearner):
+        learner = trainer._learner
+        name = next(learner._names[n] for n in sorted(learner._mine) if learner._parameters[n].dim() == 2)
+    return trainer.model.get_parameter(name)
+
+
 def play(
     member: int,
     scene: tuple[int, Chapter],
@@ -225,8 +237,7 @@ def play(
 
     def flip() -> None:
         if member == chapter.flipped:
-            weight = trainer.model.get_parameter("blocks.0.up.weight").detach().view(torch.int32)
-            weight[3, 5] ^= 1 << 20
+            local_rows(_victim(trainer)).view(torch.int32)[3, 5] ^= 1 << 20
 
     world = former.form(place, endpoint, lambda: True, time.sleep)
     job.wait_s = SLOW_S if member == chapter.slow else 0.0
@@ -243,6 +254,7 @@ def play(
             diary.num_losses = job.num_losses
     except Broken as broken:
         broken.__traceback__ = None
+        diary.broken.append(broken.why)
     finally:
         world.leave()
 

@@ -12,7 +12,7 @@ from elastic.control.events import Entry, Settled, StepCommitted
 from elastic.control.instructions import FormWorld, Instruction, Manner
 from elastic.control.report import Moment
 from elastic.runtime.journal import NAME, Journal, read_moments
-from elastic.runtime.notices import LogLine, Notice, Progress
+from elastic.runtime.notices import Happening, LogLine, Notice, Progress
 from elastic.runtime.watch import Watch
 
 ORDER: Any = SimpleNamespace(training=SimpleNamespace(num_steps=200))
@@ -66,6 +66,17 @@ def test_progress_goes_on_while_a_world_waits_for_its_boundary(steps_shown):
         world(1), settled(1, 0), committed(1, 1), world(2, Manner.AT_BOUNDARY), committed(1, 2)
     )
     assert shown[-1] == (2, 2)
+
+
+def test_what_memories_a_restore_came_from_is_told_once_however_many_members_it_reached():
+    seen: list[Notice] = []
+    watch = Watch(ORDER, seen.append)
+    for member in ("w0", "w1", "w2"):
+        watch.see(Settled(member, 2, 80, "store", 0.1, "9 bytes from parity"))
+    watch.see(Settled("w0", 3, 80, "self", 0.1))
+    assert [each.message for each in seen if isinstance(each, Happening)] == [
+        "w0 is at step 80 of world 2, from store (0.10 s). 9 bytes from parity"
+    ]
 
 
 def test_an_observer_that_raises_is_dropped_with_one_line_and_ends_nothing(caplog):

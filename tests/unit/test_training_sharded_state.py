@@ -18,7 +18,7 @@ from tests.unit.test_training_trainer import CPU, SETTINGS, PoisonedJob, Told, W
 
 __all__ = ["plan"]
 
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "replicas": {},
     "a sharded optimizer": {"optimizer_copies": 2},
     "sharded parameters": {"parameter_copies": 2},
@@ -159,3 +159,26 @@ def _train(trainer: Trainer, world: WorldOfOne, told: Told | None = None) -> Non
 
 
 _ignore: Callable[[Any], None] = list[Any]().append
+
+
+class PartlyTrainedJob(GPTJob):
+    """A job whose optimizer leaves some parameters alone."""
+
+    schedule = None  # type: ignore[assignment]  # it needs none
+
+    def optimizer(self, model: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.blocks.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_no_optimizer_holds_is_compared_as_well(plan: TrainPlan, layout: str):
+    watched = replace(plan, num_steps=2, compare_every=1, **LAYOUTS[layout])
+    trainer = Trainer(PartlyTrainedJob(), SETTINGS, watched, member="a", device=CPU, storage=Storage())
+    trained(trainer)
+    names = [each.name for each in trainer._learner.replicas(WorldOfOne())]
+    assert len(names) == len(set(names))
+    assert {
+        "model/head.weight",
+        "model/blocks.0.up.weight",
+        "optimizer/state/blocks.0.up.weight/exp_avg",
+    } <= set(names)

@@ -256,21 +256,50 @@ def test_a_model_with_running_statistics_is_refused_for_its_state_would_depend_o
 
 
 class ZeroingJob(GPTJob):
-    """A job that takes the gradients away that it finds."""
+    """A job that takes the gradients away that it finds, or wipes or scales them."""
+
+    def __init__(self, take: Callable[[Any], object]) -> None:
+        self._take = take
 
     def loss(self, model: Any, batch: Tensor, rng: torch.Generator) -> Tensor:
-        model.zero_grad()
+        self._take(model)
         return super().loss(model, batch, rng)
 
 
 @pytest.mark.parametrize("determinism", ["bitwise", "fast"])
+@pytest.mark.parametrize(
+    ("take", "words"),
+    [
+        (lambda model: model.zero_grad(), r"gradient in place of that of [\w.]+ "),
+        (lambda model: model.zero_grad(set_to_none=False), "changed gradients "),
+        (lambda model: model.head.zero_grad(set_to_none=False), "changed gradients "),
+        (
+            lambda model: torch._foreach_zero_([each.grad for each in model.parameters()]),
+            "changed gradients ",
+        ),
+        (lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1.0), "changed gradients "),
+    ],
+)
 def test_a_job_that_takes_the_trainers_gradients_away_is_refused_instead_of_learning_nothing(
-    plan, determinism
+    plan, determinism, take, words
 ):
-    trainer = trainer_of(replace(plan, determinism=determinism), ZeroingJob())
-    with pytest.raises(JobRejected, match=r"gradient in place of that of [\w.]+ .*zero_grad"):
+    trainer = trainer_of(replace(plan, determinism=determinism), ZeroingJob(take))
+    with pytest.raises(JobRejected, match=rf"{words}.*zero_grad"):
         trained(trainer)
     assert trainer.standing.committed == 0
+
+
+class TwoPartsJob(GPTJob):
+    """A job that goes back through half of its loss by itself."""
+
+    def loss(self, model: Any, batch: Tensor, rng: torch.Generator) -> Tensor:
+        half = super().loss(model, batch, rng) / 2
+        half.backward(retain_graph=True)
+        return half
+
+
+def test_a_job_that_only_adds_to_gradients_by_itself_learns_on(plan):
+    assert trained(trainer_of(plan, TwoPartsJob()))[0] is Ending.FINISHED
 
 
 def test_a_loss_that_is_not_a_number_is_told_as_it_is(plan):
