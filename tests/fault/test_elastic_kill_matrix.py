@@ -81,7 +81,7 @@ class Victims:
         """Start a successor of the driver."""
         self.driver = self._drive(self.order)
 
-    def until(self, what: str, is_so: Callable[[], bool], seconds: float = 60.0) -> None:
+    def until(self, what: str, is_so: Callable[[], bool], seconds: float = 200.0) -> None:
         """Wait until something is so in the story."""
         deadline = time.monotonic() + seconds
         while not is_so():

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from checkpoint import Catalog, LocalHost, Saver, load, open_store
+from checkpoint import Catalog, LocalHost, Saver, Store, claim_generation, load, open_store
 from elastic.control.events import Ending, Event, ReplicaHealed, StepCommitted
 from elastic.runtime.world import Endpoint, Former, Place, World, open_rendezvous
 from elastic.training.fully_sharded import FullyShardedLearner
@@ -187,12 +187,13 @@ def live(
             parameter_copies=props.parameter_copies,
         )
         job, diary = DoomedJob(), Diary()
-        storage = _storage(props.store, name, str(member)) if props.store else Storage()
+        store = open_store(f"{props.store}/{name}") if props.store else None
+        storage = _storage(store, str(member)) if store else Storage()
         settings = SETTINGS.model_copy(update={"width": props.width})
         trainer = Trainer(job, settings, plan, member=str(member), device=CPU, storage=storage)
         for generation, chapter in enumerate(chapters, first_generation):
             if member in chapter.members:
-                play(member, (generation, chapter), (former, endpoint), (trainer, job, diary))
+                play(member, (generation, chapter, store), (former, endpoint), (trainer, job, diary))
         first_generation += len(chapters)
         told.put((name, member, diary))
     told.close()
@@ -222,12 +223,12 @@ def _victim(trainer: Trainer) -> torch.Tensor:
 
 def play(
     member: int,
-    scene: tuple[int, Chapter],
+    scene: tuple[int, Chapter, Store | None],
     stage: tuple[Former, Endpoint],
     cast: tuple[Trainer, DoomedJob, Diary],
 ) -> None:
     """Live through one world."""
-    (generation, chapter), (former, endpoint), (trainer, job, diary) = scene, stage, cast
+    (generation, chapter, store), (former, endpoint), (trainer, job, diary) = scene, stage, cast
 
     def committed() -> int:
         return trainer.standing.committed
@@ -240,6 +241,8 @@ def play(
             local_rows(_victim(trainer)).view(torch.int32)[3, 5] ^= 1 << 20
 
     world = former.form(place, endpoint, lambda: True, time.sleep)
+    if store:  # as a driver does, so that nobody waits for long for the dead of an older world
+        claim_generation(store, generation, "stage")
     job.wait_s = SLOW_S if member == chapter.slow else 0.0
     job.doom = Doom(chapter, committed, member == chapter.victim)
     doomed = DoomedWorld(world, job.doom)
@@ -259,9 +262,8 @@ def play(
         world.leave()
 
 
-def _storage(root: str, name: str, member: str) -> Storage:
+def _storage(store: Store, member: str) -> Storage:
     """Let this process save, as a host of its own, and restore."""
-    store = open_store(f"{root}/{name}")
     saver = Saver(LocalHost(store, arena_bytes=1 << 24, host=member), "run")
     return Storage(saver, lambda: load(store) if Catalog(store).steps() else None)
 
