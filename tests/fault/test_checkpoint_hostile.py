@@ -25,7 +25,7 @@ from checkpoint.format.keys import manifest_key
 from tests.fault.checkpoint_attacks import ATTACKS, NEWEST, OLDER, state_at, write_run
 from tests.fault.checkpoint_worlds import same_bits
 
-FOREIGN = {"a tensor of a terabyte", "a skeleton of many storeys"}  # as another model's checkpoint would be
+FOREIGN = ("a tensor of a terabyte", "a skeleton of many storeys")  # as another model's checkpoint would be
 HERE = Options(kept="in this process", arena_mib=8)
 
 
