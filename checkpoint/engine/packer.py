@@ -78,7 +78,7 @@ class Packer:
                 self._look_back(filing, work)
         if work.share is None:
             return Ahead(work, filing, None)
-        memory, is_held = self._intake.arena.memory, self._intake.hold > 0
+        memory, is_held = self._intake.arena.memory, work.entry.is_to_be_held
         job = Job(work.share, work.chunks, memory, is_held, filing.known, filing.bases)
         return Ahead(work, filing, self._submit(work_on, job))
 

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint import Catalog, Failed, LocalHost, Skipped, load, verify
+from checkpoint.engine.arena import Sizing
 from checkpoint.engine.contract import Depth, Outcome
 from checkpoint.engine.source import HeldSource
 from checkpoint.errors import StoreUnavailable
-from checkpoint.format.codec import checksum
+from checkpoint.format.codec import Codec, checksum
 from checkpoint.store.memory import MemoryStore
 from tests.fault.checkpoint_shares import begin, give, handling, held_rows, plan_of, rows_of, same_rows, told
 from tests.fault.checkpoint_worlds import MIB, QUICK
@@ -278,3 +279,27 @@ def test_whatever_comes_the_arena_is_never_overdrawn_and_every_snapshot_gets_its
         assert len(mine) == 1, (step, mine)
     for step in Catalog(store).steps():
         assert load(store, step).manifest.step == step and finals[step] == ["store"]
+
+
+def test_a_pinned_snapshot_stays_as_it_is_when_no_more_are_to_be_held_from_now_on():
+    class Stuck(MemoryStore):
+        def __init__(self):
+            super().__init__("stuck")
+            self.goes_on = threading.Event()
+
+        def put_new(self, key, data):
+            self.goes_on.wait(20)
+            super().put_new(key, data)
+
+    rng = np.random.default_rng(0)
+    rows = {f"t{number}": rng.standard_normal(1 << 16, dtype=np.float32) for number in range(100)}
+    store = Stuck()
+    with host_of(store, arena_bytes=32 * MIB) as host:
+        assert give(host, 1, rows, handling(codec=Codec.PLANES))
+        await_told(host, [], ("Durable", "memory", 1))
+        with host.held() as held:  # most of it waits for the store, which would be given it compressed
+            assert held is not None
+            host.intake.adopt(0, 32 * MIB, Sizing())
+            store.goes_on.set()
+            assert host.intake.drain(20)
+            assert same_rows(held_rows(held), rows)
