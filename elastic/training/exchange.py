@@ -26,6 +26,13 @@ def gather_words(world: World, mine: Any) -> list[Any]:
     ]
 
 
+def meet(world: World) -> None:
+    """Return once every rank of a world has come here: if on one rank, then on none is anything left to be
+    done that comes before. Raises Broken.
+    """
+    world.all_gather(torch.empty(world.size, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+
+
 def gather_standings(
     world: World, standing: Standing, held: Sequence[int], num_virtual: int
 ) -> tuple[list[Standing], list[list[int]]]:

@@ -18,6 +18,7 @@ from torch.distributed.tensor.experimental import implicit_replication
 
 from elastic.control.resharding import Arrangement, Cut, arrange
 from elastic.training.elementwise import NoPartialSums, only_elements
+from elastic.training.exchange import meet
 from elastic.training.holdings import Holding, cut_anew, local_rows, put_together, take_apart
 from elastic.training.lockstep import GATHER, Lockstep
 from elastic.training.ports import World
@@ -132,6 +133,7 @@ class FullyShardedLearner:
             if shard != mine
         }
         lockstep = Lockstep(sharded.layers, self._waiting)
+        meet(world)  # the rows of before are let go once all have their new ones, whoever dies meanwhile
         self._live = Live(world, arrangement, sharded, learner, cuts, frozenset(takers), givers, lockstep)
         self._held = None
         gc.collect()  # torch's models refer to themselves, and the old one's memory is wanted now

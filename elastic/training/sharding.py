@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from checkpoint import OnRanks
 from elastic.control.sharding import Holders, deal_states, lost_states, moves
 from elastic.errors import JobRejected
-from elastic.training.exchange import gather_words
+from elastic.training.exchange import gather_words, meet
 from elastic.training.handover import Parcel, accept, hand_over
 from elastic.training.ports import World
 from elastic.training.replicas import Replicated, held_by_all, leaf_name
@@ -74,6 +74,7 @@ class ShardedLearner:
         holders = deal_states(sizes, held, world.hosts, self._copies)
         for (sender, receiver), numbers in sorted(moves(held, holders).items()):
             self._move(world, sender, receiver, numbers)
+        meet(world)  # what was moved is let go here once it is there, whoever dies meanwhile
         for number in self._mine - {each for each, ranks in enumerate(holders) if world.rank in ranks}:
             self._learner.optimizer.state.pop(self._parameters[number], None)
             self._mine.discard(number)

@@ -13,7 +13,8 @@ CHURN = [
     Chapter((0, 2, 4, 5), victim=5, dies_at=7, phase="exchange"),
     Chapter((0, 2, 4), victim=0, dies_at=9, phase="sharing"),
     Chapter((2, 4), until=11),
-    Chapter((2, 4, 6), victim=2, dies_at=9, phase="send"),
+    # Rank 0 has sent the newcomer its share of the state when rank 1 dies with the other copies.
+    Chapter((4, 2, 6), victim=2, dies_at=9, phase="sending"),
     Chapter((4, 6), victim=6, dies_at=12, phase="leaf"),
     Chapter((4,)),
 ]

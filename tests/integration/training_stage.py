@@ -27,7 +27,7 @@ NUM_STEPS, NUM_MEMBERS = 14, 7
 SETTINGS = GPTSettings(num_layers=2, num_heads=2, width=32, sequence=32, dropout=0.2)
 BUCKETS_MIB = (0.02, 0.0, 4.0)  # stories take turns: their bits must not tell
 SLOW_S = 0.15
-Phase = Literal["leaf", "exchange", "all_gather", "agreement", "agreed", "sharing", "send"]
+Phase = Literal["leaf", "exchange", "all_gather", "agreement", "agreed", "sharing", "sending", "send"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ class DoomedWorld:
         self._world.join()
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
+        self._doom.comes("sending")
         self._world.send(tensor, to)
         self._doom.comes("send")
 
