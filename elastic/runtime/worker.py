@@ -129,6 +129,13 @@ class Member:
 
     def _live(self) -> None:
         torch.set_num_threads(self._assignment.order.cluster.threads_per_worker)
+        self._train_or_tell()
+        while self._mailbox.next() is not None:
+            pass  # no world can have this worker: its driver was told, and ends it
+        os._exit(0)  # nothing outlives its lease
+
+    def _train_or_tell(self) -> None:
+        """Train until the lease ends; tell the driver what went wrong otherwise."""
         try:
             self._train_until_told()
         except UserFailure as failure:
@@ -168,7 +175,7 @@ class Member:
             _save_alone(assignment, trainer)
             saver.close()
         finally:
-            os._exit(0)  # nothing outlives its lease
+            os._exit(0)
 
     def _serve(self, order: WorldOrder, former: Former, trainer: Trainer) -> None:
         """Live through one world, from its forming until it ends or breaks."""
