@@ -69,6 +69,8 @@ def blocks_of(dtype: str, shape: Sequence[int], box: Box) -> Blocks | None:
 
 def sums_of(raw: Buffer, dtype: str, shape: Sequence[int], box: Box) -> bytes:
     """Return what is to lie behind a chunk stored as it is: the fingerprints of its blocks, in order."""
+    if memoryview(raw).nbytes <= BLOCK_BYTES:
+        return b""
     blocks, first = blocks_of(dtype, shape, box), start_of_run(dtype, shape, box)
     if blocks is None or first is None:
         return b""
