@@ -200,7 +200,8 @@ def drafting(url: str, attempt: str, beat: Beat = BEAT) -> Iterator[Draft]:
         return
     if not _is_unfinished(found := _files(fs, root, url)) and found:
         raise AlreadyExists(_TAKEN.format(url))
-    turns = Retrying(ObjectStore(f"{url.removeprefix('obstore+').rstrip('/')}/{TURNS}"))
+    behind = url.removeprefix("obstore+").rpartition("::")[2]  # of a chain of clients, the last one's
+    turns = Retrying(ObjectStore(f"{behind.rstrip('/')}/{TURNS}"))
     try:
         with taking_turn(turns, url, beat) as turn, _drafting_there(fs, root, url, attempt, turn) as draft:
             yield draft

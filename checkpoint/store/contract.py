@@ -83,9 +83,15 @@ def joined(data: Data) -> bytes | bytearray:
     return data if isinstance(data, bytes | bytearray) else b"".join(parts_of(data))
 
 
+_AZURE = {"abfs", "abfss", "wasb", "wasbs"}  # container@account is how these name a place
+
+
 def check_url(url: str) -> str:
     """Return the URL without slashes at its end. Raises StoreRefused if there are credentials in it."""
-    if "@" in urlsplit(url).netloc:
+    parts = urlsplit(url)
+    user, at, _ = parts.netloc.rpartition("@")
+    is_container = parts.scheme in _AZURE and ":" not in user
+    if at and not is_container:
         raise StoreRefused("a store's URL holds no credentials: put them into the environment")
     return url.rstrip("/")
 

@@ -144,7 +144,9 @@ class ObjectStore:
                 "read_timeout": _S3_READ_TIMEOUT_S,
                 "retries": {"total_max_attempts": 1},
             }
-        client = fsspec.filesystem(self._protocol, **options)
+        client, _ = fsspec.core.url_to_fs(
+            self._url, **options
+        )  # it takes the host from the URL, if there is one
         if self._protocol in _S3:
             client.retries = 1  # one layer retries, and it is not this one
         return client

@@ -67,7 +67,8 @@ def sizes_in(manifest: Manifest) -> dict[str, int]:
 
 def knowing(choice: RuleChoice, known: Mapping[str, int]) -> RuleChoice:
     """Return rules that are told what a checkpoint knows of its model, where people did not tell them."""
-    asked = {name: size for name, size in known.items() if name in choice.rules.sizes}
+    own = choice.rules.sizes  # a list there says how ranks share: no default, and no model knows it
+    asked = {name: size for name, size in known.items() if name in own and not isinstance(own[name], tuple)}
     return RuleChoice(choice.rules, {**asked, **choice.sizes})
 
 
