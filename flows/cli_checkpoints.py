@@ -129,7 +129,7 @@ def verify(
             print(json.dumps(results, indent=2))
         else:
             stores.draw_verification(screen, results)
-        if not all(each["whole"] for each in results):
+        if any(each["whole"] is False for each in results):
             raise typer.Exit(EXIT_FAILED)
 
 

@@ -262,12 +262,15 @@ def _row(each: dict[str, Any]) -> tuple[object, ...]:
 def verify(
     url: str, step: int | None, *, since_s: float | None = None, budget_bytes: int | None = None
 ) -> list[dict[str, Any]]:
-    """Read one checkpoint back, or all of them but those proved since; what they share is read once."""
+    """Read one checkpoint back, or all of them but those proved since; what they share is read once.
+
+    Of what was not read `whole` is None, and `note` says why.
+    """
     store = checkpoint.open_store(url)
     if step is None and not checkpoint.Catalog(store).steps():
         raise checkpoint.NoCheckpoint(f"{url} holds no checkpoint; check the URL")
     found = checkpoint.verify(store, step, since_s=since_s, budget_bytes=budget_bytes)
-    return [
+    results: list[dict[str, Any]] = [
         {
             "step": each.step,
             "whole": each.is_sound,
@@ -275,9 +278,20 @@ def verify(
             "bytes": each.num_bytes,
             "bad": [f"{bad.item}: {bad.why}" for bad in each.bad],
             "spare": [f"{bad.item}: {bad.why}" for bad in each.spare],
+            "note": found.unrecorded and f"the store does not know of it: {found.unrecorded}",
         }
-        for each in sorted(found.checkpoints, key=lambda one: one.step)
+        for each in found.checkpoints
     ]
+    unread = {
+        **dict.fromkeys(found.skipped, "not read: it was proved recently enough"),
+        **dict.fromkeys(found.left, "not read: the budget was spent; verify again"),
+    }
+    nothing: dict[str, Any] = {"whole": None, "chunks": 0, "bytes": 0, "bad": [], "spare": []}
+    results += [{"step": each, **nothing, "note": why} for each, why in unread.items()]
+    return sorted(results, key=lambda each: int(each["step"]))
+
+
+_CONTENT = {True: "whole", False: "DAMAGED", None: "?"}
 
 
 def draw_verification(console: Console, results: list[dict[str, Any]]) -> None:
@@ -285,10 +299,10 @@ def draw_verification(console: Console, results: list[dict[str, Any]]) -> None:
     rows = [
         (
             each["step"],
-            "whole" if each["whole"] else "DAMAGED",
+            _CONTENT[each["whole"]],
             each["chunks"],
             spell_bytes(each["bytes"]),
-            "\n".join([*each["bad"], *each["spare"]]),
+            "\n".join(filter(None, [*each["bad"], *each["spare"], each["note"]])),
         )
         for each in results
     ]

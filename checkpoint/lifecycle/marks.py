@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from numbers import Real
 
 from checkpoint.engine.bounds import check_kind, check_step, check_store
 from checkpoint.engine.catalog import Catalog, read_manifest
@@ -63,11 +64,14 @@ def record_score(store: Store, step: int, metrics: Mapping[str, float]) -> None:
     """Write down what was found out about a checkpoint after it was made; `BestByMetric` goes by it.
 
     A metric that is recorded again replaces its old value; the others stay. One process at a time scores a
-    checkpoint. Raises NoCheckpoint.
+    checkpoint. Raises NoCheckpoint, TypeError naming a metric that is no number.
     """
     check_store("store", store)
     check_step(step)
     check_kind("metrics", metrics, Mapping)
+    for name, value in metrics.items():
+        check_kind("a metric's name", name, str)
+        check_kind(f"metrics[{name!r}]", value, Real)
     _, data = read_manifest(store, step)
     digest = digest_of(data)
     both = {**scores(store, step, digest), **metrics}

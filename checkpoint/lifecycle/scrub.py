@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from checkpoint.engine.bounds import check_kind, check_step, check_store
+from checkpoint.engine.bounds import check_kind, check_seconds, check_step, check_store, check_whole
 from checkpoint.engine.catalog import Catalog, read_manifest
 from checkpoint.engine.plan import check_chunks, check_cover
 from checkpoint.errors import FormatError, Incomplete, NoCheckpoint, NotFound, StoreRefused
@@ -44,6 +44,10 @@ def verify(
     """
     check_store("store", store)
     check_kind("pace", pace, Pace | None)
+    if since_s is not None:
+        check_seconds("since_s", since_s)
+    if budget_bytes is not None:
+        check_whole("budget_bytes", budget_bytes, 1)
     catalog = Catalog(store)
     if step is not None:
         check_step(step)

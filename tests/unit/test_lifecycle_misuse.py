@@ -106,3 +106,30 @@ def test_anything_else_is_refused_by_its_name(store, call, told):
 def test_a_number_that_is_text_is_refused_where_it_is_given(policy):
     with pytest.raises(TypeError, match="'3'"):
         policy("3")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"budget_bytes": "1G"}, TypeError, "`budget_bytes` is a whole number of 1 or more, not '1G'"),
+        ({"budget_bytes": 0}, ValueError, "`budget_bytes` is a whole number of 1 or more, not 0"),
+        ({"since_s": "yesterday"}, TypeError, "`since_s` is a number of seconds, not 'yesterday'"),
+        ({"since_s": float("nan")}, ValueError, "`since_s` is a number of seconds, 0 or more, not nan"),
+    ],
+)
+def test_a_scrub_that_is_given_no_number_says_so(store, options, error, words):
+    with pytest.raises(error, match=words):
+        checkpoint.verify(store, **options)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        ({"loss": "abc"}, r"`metrics\['loss'\]` is a Real, not 'abc'"),
+        ({"loss": None}, r"`metrics\['loss'\]` is a Real, not None"),
+        ({3: 0.5}, "`a metric's name` is a str, not 3"),
+    ],
+)
+def test_a_score_that_is_no_number_is_refused_by_name(store, metrics, words):
+    with pytest.raises(TypeError, match=words):
+        checkpoint.record_score(store, 1, metrics)

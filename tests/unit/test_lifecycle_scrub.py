@@ -25,6 +25,7 @@ from checkpoint.lifecycle.scrub import verify
 from checkpoint.store.contract import Data
 from checkpoint.store.local import LocalStore
 from checkpoint.store.memory import MemoryStore
+from flows import stores
 from tests.format_samples import write_checkpoint
 from tests.lifecycle_worlds import save, write_chain
 from tests.wrapped_stores import Faulty, Lost
@@ -331,3 +332,15 @@ def test_memory_stays_bounded_however_large_the_checkpoint(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 48 << 20
+
+
+def test_the_command_line_tells_what_it_did_not_read_and_why(tmp_path):
+    store = LocalStore(tmp_path)
+    for step in (1, 2, 3):
+        write_checkpoint(store, step)
+    seen = stores.verify(str(tmp_path), None, since_s=0.0, budget_bytes=1)
+    assert [(each["step"], each["whole"]) for each in seen] == [(1, None), (2, None), (3, True)]
+    assert "the budget was spent" in seen[0]["note"]
+    seen = stores.verify(str(tmp_path), None, since_s=0.0)
+    assert [(each["step"], each["whole"]) for each in seen] == [(1, True), (2, True), (3, None)]
+    assert "proved recently" in seen[2]["note"]
