@@ -228,8 +228,14 @@ def sight(foreign: ForeignCheckpoint, choice: RuleChoice | None, ties: Ties | No
     sizes = {**_known_sizes(choice, about.sizes), **choice.sizes}
     plan = plan_import(choice.rules, sizes, about.axes, [foreign.tensors[number] for number in numbers])
     plan = tie(_renamed(_renumbered(plan, numbers, foreign.tensors), from_rules), ties)
-    notes = [f"{len(others)} tensors that are neither weights nor optimizer states are left out"]
-    return Sighted(plan, _skeleton(plan.tensors, extra, ties), tuple(notes if others else []), ties)
+    notes = [
+        f"{name}={size} was given, but the files say {about.sizes[name]}; where both fit, the shapes cannot tell"
+        for name, size in choice.sizes.items()
+        if about.sizes.get(name, size) != size
+    ]
+    if others:
+        notes.append(f"{len(others)} tensors that are neither weights nor optimizer states are left out")
+    return Sighted(plan, _skeleton(plan.tensors, extra, ties), tuple(notes), ties)
 
 
 @dataclass(frozen=True, slots=True)
