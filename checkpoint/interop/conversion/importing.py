@@ -229,7 +229,7 @@ def sight(foreign: ForeignCheckpoint, choice: RuleChoice | None, ties: Ties | No
     plan = plan_import(choice.rules, sizes, about.axes, [foreign.tensors[number] for number in numbers])
     plan = tie(_renamed(_renumbered(plan, numbers, foreign.tensors), from_rules), ties)
     notes = [
-        f"{name}={size} was given, but the files say {about.sizes[name]}; where both fit, the shapes cannot tell"
+        f"{name}={size} was given, but the files say {about.sizes[name]}; where both fit, no shape tells"
         for name, size in choice.sizes.items()
         if about.sizes.get(name, size) != size
     ]
