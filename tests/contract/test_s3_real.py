@@ -104,9 +104,10 @@ def test_of_many_writers_that_wait_out_an_outage_exactly_one_is_admitted(server:
 
 
 def test_a_gateway_that_hangs_is_given_up_and_asked_again(server: S3Server, quiet_retries, monkeypatch):
+    url = f"s3://{BUCKET}/hung"
+    ObjectStore(url).put("before", b"abc")
     monkeypatch.setattr(objects, "_S3_READ_TIMEOUT_S", 1)
-    hung = ObjectStore(f"s3://{BUCKET}/hung")
-    hung.put("before", b"abc")
+    hung = ObjectStore(url)
 
     def resume() -> bool:
         server.resume_gateway()
@@ -120,5 +121,7 @@ def test_a_gateway_that_hangs_is_given_up_and_asked_again(server: S3Server, quie
         Retrying(hung, SOON, may_go_on=resume).put_new(KEY, b"once")
     finally:
         server.resume_gateway()
-    assert [bytes(hung.read(key)[0]) for key in ("before", KEY)] == [b"abc", b"once"]
-    assert [entry.key for entry in hung.list("")] == ["before", KEY]
+    monkeypatch.undo()
+    found = ObjectStore(url)
+    assert [bytes(found.read(key)[0]) for key in ("before", KEY)] == [b"abc", b"once"]
+    assert [entry.key for entry in found.list("")] == ["before", KEY]

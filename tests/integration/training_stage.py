@@ -60,14 +60,18 @@ class Props:
 
 @dataclass
 class Doom:
-    """Kills this process, by SIGKILL, once it comes to a phase of a step."""
+    """Kills this process, by SIGKILL, once it comes to a phase of a step, and what was saved is durable."""
 
     chapter: Chapter
     committed: Callable[[], int]
     is_victim: bool
+    store: Store | None = None
 
     def comes(self, phase: Phase) -> None:
         if self.is_victim and self.chapter.phase == phase and self.committed() >= self.chapter.dies_at:
+            deadline = time.monotonic() + 60
+            while self.store and not Catalog(self.store).steps() and time.monotonic() < deadline:
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -245,7 +249,7 @@ def play(
     if store:  # as a driver does, so that nobody waits for long for the dead of an older world
         claim_generation(store, generation, "stage")
     job.wait_s = SLOW_S if member == chapter.slow else 0.0
-    job.doom = Doom(chapter, committed, member == chapter.victim)
+    job.doom = Doom(chapter, committed, member == chapter.victim, store)
     doomed = DoomedWorld(world, job.doom)
     try:
         diary.sources.append(trainer.settle(doomed).source)
