@@ -27,9 +27,7 @@ def gather_words(world: World, mine: Any) -> list[Any]:
 
 
 def meet(world: World) -> None:
-    """Return once every rank of a world has come here: if on one rank, then on none is anything left to be
-    done that comes before. Raises Broken.
-    """
+    """Return once every rank of a world has come here. Raises Broken."""
     world.all_gather(torch.empty(world.size, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
 
 

@@ -31,7 +31,7 @@ news = []
 while not any(type(each).__name__ == "UserFailed" for each in news):
     news += member.poll(1.0).news
 print("told", flush=True)
-time.sleep(120)
+time.sleep(120)  # the lease ends this process long before
 sys.exit(3)
 """
 
