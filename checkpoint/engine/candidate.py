@@ -128,7 +128,7 @@ class Candidate:
                 if manifest is None:
                     continue
                 first = first or manifest
-                if _content(manifest) != _content(first):
+                if manifest is not first and _content(manifest) != _content(first):
                     self._manifests[number] = None
                     self._tally.note(
                         source.name, f"the manifest of step {self.step}", "it is of other content"

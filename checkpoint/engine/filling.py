@@ -69,6 +69,7 @@ class Filling:
         """
         copies = plan_copies(self._stock.boxes, holes.regions)
         self._copies = copies = copies.take(np.argsort(copies.left, kind="stable"))
+        self._firsts = np.searchsorted(copies.left, np.arange(len(self._stock.boxes) + 1))
         self._wanted = holes.wanted[copies.right]
         is_done = self._is_done = np.zeros(len(copies), np.bool_)
         failure = None
@@ -93,6 +94,7 @@ class Filling:
 
     def _read(self, chunks: Column) -> None:
         self._requests = Requests(self._stock, self._opened.table, self._policy)
+        self._is_large_and_raw = self._requests.large_and_raw()
         for _ in fan_out(self._read_batch, self._requests.batches(chunks), self._policy.num_readers):
             pass
 
@@ -151,7 +153,7 @@ class Filling:
         """
         source, row = self._direct, self._stock.rows[chunk]
         pack = int(row["pack"])
-        if source is None or not self._requests.is_large_and_raw(chunk) or not source.can_read_into(pack):
+        if source is None or not self._is_large_and_raw[chunk] or not source.can_read_into(pack):
             return False
         first, last = self._copies_of(chunk)
         pieces = self._pieces(chunk, first, source.piece_bytes) if last == first + 1 else None
@@ -186,6 +188,7 @@ class Filling:
                 return expected.prove_by_sample(memory, piece_bytes, blocks)
             if first is None:
                 return expected.prove_whole(memory)
+            return expected.prove_coming(cut_pieces([memory], first, piece_bytes), first)
         begin = start_of_run(expected.dtype, box.size, part.moved(box.start, (0,) * len(box.start)))
         if begin is None or first is None:
             return None
@@ -226,8 +229,7 @@ class Filling:
 
     def _copies_of(self, chunk: int) -> tuple[int, int]:
         """Return the first of a chunk's copies, and the first of the next chunk's."""
-        first, last = np.searchsorted(self._copies.left, [chunk, chunk + 1]).tolist()
-        return first, last
+        return int(self._firsts[chunk]), int(self._firsts[chunk + 1])
 
     def _described(self, chunk: int) -> str:
         row = self._stock.rows[chunk]

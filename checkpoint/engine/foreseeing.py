@@ -63,12 +63,13 @@ class _Straight:
     """Tells which chunks are read straight into the one box that wants them."""
 
     def __init__(self, manifest: Manifest, requests: Requests, copies: Meetings, wanted: Regions) -> None:
-        self._manifest, self._requests, self._copies, self._wanted = manifest, requests, copies, wanted
+        self._manifest, self._copies, self._wanted = manifest, copies, wanted
+        self._stock, self._is_large_and_raw = requests.stock, requests.large_and_raw()
 
     def __call__(self, chunk: int) -> bool:
-        copies, stock = self._copies, self._requests.stock
+        copies, stock = self._copies, self._stock
         first, last = np.searchsorted(copies.left, [chunk, chunk + 1]).tolist()
-        if not self._requests.is_large_and_raw(chunk) or last != first + 1:
+        if not self._is_large_and_raw[chunk] or last != first + 1:
             return False
         tensor, box = self._manifest.tensors[int(stock.rows["tensor"][chunk])], stock.box(chunk)
         part = copies.common.box(first, len(box.size))

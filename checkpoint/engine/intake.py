@@ -94,6 +94,9 @@ class Intake:
         """Hold so many snapshots from now on, in an arena of that size at least. Raises ArenaFull."""
         with self._changed:
             self.hold = hold
+            self._let_excess_go()
+            self._register.sweep()
+            self._changed.notify_all()
             self._room.adopt(arena_bytes, sizing)
 
     def ready(self, ticket: Ticket, chunks: tuple[int, ...]) -> None:
@@ -325,15 +328,18 @@ class Intake:
 
     def _advance(self, entry: SnapshotEntry) -> None:
         """Do what a change of a snapshot made possible: let others go, free regions, hand out its end."""
-        for one in choose_excess(self._register.held(), self.hold):
-            one.is_held = False
-            self._room.free(one)
+        self._let_excess_go()
         self._room.free(entry)
         if entry.is_captured and entry.is_live and entry.depth == "store" and not entry.is_handed_out:
             entry.is_handed_out = True
             self._work.add_end(entry)
         self._register.sweep()
         self._changed.notify_all()
+
+    def _let_excess_go(self) -> None:
+        for one in choose_excess(self._register.held(), self.hold):
+            one.is_held = False
+            self._room.free(one)
 
     def _fail(self, entry: SnapshotEntry, why: str) -> None:
         if entry.is_live:

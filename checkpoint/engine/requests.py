@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from checkpoint.engine.parts import Stock
 from checkpoint.engine.reading import DECODING, WASTE, ReadPolicy, Span
@@ -87,8 +88,8 @@ class Requests:
             last.places.append(place)
         return runs
 
-    def is_large_and_raw(self, chunk: int) -> bool:
-        """Whether it is worth to be read straight to where it belongs, if that is one stretch of memory."""
-        row = self.stock.rows[chunk]
-        is_raw = row["codec"] == Codec.RAW and row["base"] == NO_BASE
-        return bool(is_raw and row["num_bytes"] >= _DIRECT_BYTES)
+    def large_and_raw(self) -> NDArray[np.bool_]:
+        """Tell which are worth to be read straight to where they belong, if that is one stretch of memory."""
+        rows = self.stock.rows
+        found: NDArray[np.bool_] = (rows["codec"] == Codec.RAW) & (rows["base"] == NO_BASE)
+        return found & (rows["num_bytes"] >= _DIRECT_BYTES)

@@ -11,7 +11,7 @@ from checkpoint.format.manifest import Manifest, chunks_of_page, pages_with
 from checkpoint.format.table import ChunkTable
 from checkpoint.store.contract import ByteRange, Store, check_ranges
 
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 2 << 20
 
 
 @runtime_checkable
@@ -121,7 +121,7 @@ class StoreSource:
 
     @property
     def piece_bytes(self) -> int:
-        """As much as stays in a core's cache until it is proved."""
+        """As much as stays in a processor's cache until it is proved, and keeps a thread busy for a while."""
         return _PIECE_BYTES
 
     def can_read_into(self, pack: int) -> bool:  # noqa: ARG002 -- all packs of a store are alike

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from operator import add, gt, lt
 
 from checkpoint.errors import FormatError
 
@@ -18,7 +19,7 @@ class Box:
     def __post_init__(self) -> None:
         if len(self.start) != len(self.size):
             raise FormatError(f"a box needs one start and one size per dim, not {self.start} and {self.size}")
-        if any(n < 0 for n in self.start) or any(n < 0 for n in self.size):
+        if min(self.start, default=0) < 0 or min(self.size, default=0) < 0:
             raise FormatError(f"a box cannot start or reach below zero: start {self.start}, size {self.size}")
 
     @classmethod
@@ -29,7 +30,7 @@ class Box:
     @property
     def stop(self) -> tuple[int, ...]:
         """Where the box ends along each dim, exclusive."""
-        return tuple(a + n for a, n in zip(self.start, self.size, strict=True))
+        return tuple(map(add, self.start, self.size))
 
     @property
     def numel(self) -> int:
@@ -56,9 +57,7 @@ class Box:
         Raises FormatError if the box reaches outside of it.
         """
         _same_rank(self, other)
-        if any(a < b for a, b in zip(self.start, other.start, strict=True)) or any(
-            a > b for a, b in zip(self.stop, other.stop, strict=True)
-        ):
+        if any(map(lt, self.start, other.start)) or any(map(gt, self.stop, other.stop)):
             raise FormatError(f"{self} does not lie within {other}")
         return tuple(
             slice(a - origin, a - origin + n)

@@ -38,7 +38,7 @@ _LONG_RUN_BYTES = 1 << 16  # from here on a run is worth a call of its own,
 _LOOSE_RUN_BYTES = 1 << 13  # and from here on, if every run begins elsewhere in its block
 _SMALL_BYTES = BLOCK * WORD_BYTES  # tensors that are worth to be put side by side; they are one block
 _SEGMENT = 512  # words of a row for which weights are looked up at a time
-_HOT_BLOCKS = 16  # that are worked on at a time, so that what is read twice is still in a core's cache
+_HOT_BLOCKS = 64  # worked on at a time: few enough for a core's cache, and so many that threads seldom meet
 _NUM_KNOWN_B = 1 << 16  # those of the first GiB are looked up
 
 Bytes = NDArray[np.uint8]

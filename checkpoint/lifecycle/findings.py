@@ -25,6 +25,7 @@ class Verified:
     `num_bytes` were read of it: what an earlier one shares with it was not read again. `spare` is damaged as
     well, but no restore needs it: receipts, which hosts told each other before the commit, and sums of
     blocks, without which one that wants parts of chunks reads more; of it, too, a thousand are listed.
+    `blamed` are the keys of all objects that are to blame for either, listed or not.
     """
 
     step: int
@@ -34,6 +35,7 @@ class Verified:
     num_bad: int
     bad: tuple[Bad, ...]
     spare: tuple[Bad, ...] = ()
+    blamed: frozenset[str] = frozenset()
 
     @property
     def is_sound(self) -> bool:
@@ -102,13 +104,24 @@ class VerifyReport:
 
 @dataclass(slots=True)
 class Tally:
-    """What is bad about one checkpoint, so far."""
+    """What is bad about one checkpoint, or damaged and not needed, so far."""
 
     step: int
     num_bad: int = 0
     bad: list[Bad] = field(default_factory=list)
+    spare: list[Bad] = field(default_factory=list)
+    blamed: set[str] = field(default_factory=set)
 
     def note(self, item: str, why: object, key: str = "") -> None:
+        """Count, and list, what is bad."""
         self.num_bad += 1
-        if len(self.bad) < MAX_LISTED:
-            self.bad.append(Bad(self.step, item, str(why), key))
+        self._list(self.bad, Bad(self.step, item, str(why), key))
+
+    def note_spare(self, one: Bad) -> None:
+        """List what no restore needs."""
+        self._list(self.spare, one)
+
+    def _list(self, listed: list[Bad], one: Bad) -> None:
+        self.blamed |= {one.key} - {""}
+        if len(listed) < MAX_LISTED:
+            listed.append(one)

@@ -106,7 +106,7 @@ class _Mending:
         """Mend what can be, until nothing new turns up; return what is found then."""
         while True:
             found = examine(self._store, self._manifest)
-            blamed = {bad.key for bad in (*found.bad, *found.spare)} - self._tried
+            blamed = found.blamed - self._tried
             refs: Iterable[ObjectRef] = [page for page in self._manifest.pages if page.key in blamed]
             table = ChunkTable.of([])
             if not refs and not self.problems:  # packs are held against the index, once all of it is there

@@ -12,7 +12,7 @@ from checkpoint.format.keys import manifest_key
 from checkpoint.format.manifest import Manifest, chunks_of_page
 from checkpoint.format.table import ChunkTable
 from checkpoint.lifecycle.contents import Contents, Identities, Places
-from checkpoint.lifecycle.findings import MAX_LISTED, Bad, Tally, Verified, VerifyReport
+from checkpoint.lifecycle.findings import Bad, Tally, Verified, VerifyReport
 from checkpoint.lifecycle.marks import forget_verified, record_verified, verified
 from checkpoint.lifecycle.pace import Pace
 from checkpoint.lifecycle.proof import read_starts
@@ -121,14 +121,15 @@ class _Scrub:
         if self._proved:
             wanted = wanted[~np.isin(contents.identities[wanted], np.concatenate(self._proved))]
         num_bytes = 0
-        spare = list(damaged_receipts(self._store, manifest))
+        for receipt in damaged_receipts(self._store, manifest):
+            tally.note_spare(receipt)
         for batch in contents.prove(wanted):
             num_bytes += batch.num_bytes
             self._remember(batch.proved)
             for flaw in batch.flaws:
                 tally.note(flaw.item, flaw.why, flaw.key)
-            spare += [Bad(manifest.step, one.item, one.why, one.key) for one in batch.spare]
-            del spare[MAX_LISTED:]
+            for one in batch.spare:
+                tally.note_spare(Bad(manifest.step, one.item, one.why, one.key))
             if self._pace is not None:
                 self._pace.spend(batch.num_bytes)
         _check_tensors(manifest, table, tally)
@@ -139,7 +140,8 @@ class _Scrub:
             num_bytes,
             tally.num_bad,
             tuple(tally.bad),
-            tuple(spare),
+            tuple(tally.spare),
+            frozenset(tally.blamed),
         )
 
     def _index(self, manifest: Manifest, tally: Tally) -> ChunkTable:

@@ -66,22 +66,20 @@ class LocalStore:
 
     def read(self, key: str, ranges: Sequence[ByteRange] | None = None) -> list[Buffer]:
         """Return the ranges, or the whole value."""
-        with self._told("read", key), open(self._path(key), "rb", 0, opener=_open_file) as file:
-            num_bytes = os.fstat(file.fileno()).st_size
+        with self._opened(key) as (descriptor, num_bytes):
             wanted = [ByteRange(0, num_bytes)] if ranges is None else ranges
             check_ranges(key, wanted, num_bytes)
-            return [_read(file.fileno(), part) for part in wanted]
+            return [_read(descriptor, part) for part in wanted]
 
     def read_into(self, key: str, offset: int, pieces: Iterable[memoryview]) -> None:
         """Fill pieces of memory, one by one, with the bytes of a value from an offset on.
 
         Raises NotFound if there are too few.
         """
-        with self._told("read", key), open(self._path(key), "rb", 0, opener=_open_file) as file:
-            num_bytes = os.fstat(file.fileno()).st_size
+        with self._opened(key) as (descriptor, num_bytes):
             for piece in pieces:
                 check_ranges(key, [ByteRange(offset, piece.nbytes)], num_bytes)
-                _fill(file.fileno(), offset, piece.cast("B"))
+                _fill(descriptor, offset, piece.cast("B"))
                 offset += piece.nbytes
 
     def list(self, prefix: str) -> list[Entry]:
@@ -119,6 +117,16 @@ class LocalStore:
                 if not stat.S_ISREG(status.st_mode):
                     continue
                 yield Entry(f"{prefix}{entry.name}", status.st_size, status.st_mtime)
+
+    @contextmanager
+    def _opened(self, key: str) -> Iterator[tuple[int, int]]:
+        """Hold a value open for reading: its descriptor, and how many bytes it has."""
+        with self._told("read", key):
+            descriptor, num_bytes = _open_file(f"{self._root}/{check_key(key)}")
+            try:
+                yield descriptor, num_bytes
+            finally:
+                os.close(descriptor)
 
     @contextmanager
     def _written(self, data: Data) -> Iterator[Path]:
@@ -162,13 +170,14 @@ class LocalStore:
             raise StoreUnavailable(message) from error
 
 
-def _open_file(path: str, flags: int) -> int:
-    """Open a file, but nothing else that has a name: a pipe would be waited for, for ever."""
-    descriptor = os.open(path, flags | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+def _open_file(path: str) -> tuple[int, int]:
+    """Open a file to be read, but nothing else that has a name: a pipe would be waited for, for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         raise FileNotFoundError(errno.ENOENT, "it is no file", path)
-    return descriptor
+    return descriptor, status.st_size
 
 
 def _make_directory(path: Path) -> None:

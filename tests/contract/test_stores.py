@@ -1,17 +1,18 @@
 """The contract, on memory, a directory, what fsspec makes of both, and on every wrapper."""
 
 import uuid
+from typing import get_args
 
 import pytest
 
-from checkpoint.errors import NotFound
+from checkpoint.errors import NotFound, StoreRefused, StoreUnavailable
 from checkpoint.store.contract import Store
 from checkpoint.store.memory import MemoryStore
 from checkpoint.store.objects import ObjectStore
 from checkpoint.store.open import open_store
-from checkpoint.store.wrappers import Retrying
+from checkpoint.store.wrappers import Retrying, RetryPolicy
 from tests.contract.suite import StoreContract
-from tests.wrapped_stores import Faulty, Metered
+from tests.wrapped_stores import Faulty, Full, Lost, Metered, Slow, Unanswered, Verb
 
 
 class TestMemoryStore(StoreContract):
@@ -92,6 +93,50 @@ class TestFaultyWithoutFaults(StoreContract):
     @pytest.fixture
     def other(self, store: Store) -> Store:
         return store
+
+
+class TestRetryingOverAStoreThatFails(StoreContract):
+    """Every third request is lost, of every fifth the answer: who tries again keeps the whole contract."""
+
+    @pytest.fixture
+    def store(self, quiet_retries) -> Store:
+        faults = [
+            fault(verb, nth)
+            for verb in get_args(Verb)
+            for fault, every in ((Lost, 3), (Unanswered, 5))
+            for nth in range(every, 3000, every)
+        ]
+        return Retrying(Faulty(MemoryStore(), faults), RetryPolicy(first_wait_s=1e-4, longest_wait_s=1e-3))
+
+    @pytest.fixture
+    def other(self, store: Store) -> Store:
+        return store
+
+
+class TestAStoreThatIsSlowAndHasLittleRoom(StoreContract):
+    @pytest.fixture
+    def store(self) -> Store:
+        slow = [Slow(verb, 1e-4) for verb in get_args(Verb)]
+        return Faulty(MemoryStore(), [*slow, Full(1 << 30)])
+
+    @pytest.fixture
+    def other(self, store: Store) -> Store:
+        return store
+
+
+@pytest.mark.parametrize("verb", ["put", "put_new"])
+def test_what_does_not_fit_is_refused_once_and_for_all_and_leaves_nothing(verb):
+    store = Retrying(Faulty(MemoryStore(), [Full(10)]), RetryPolicy(first_wait_s=1e-4))
+    store.put("a", b"12345678")
+    with pytest.raises(StoreRefused, match="no space left"):
+        getattr(store, verb)("b", b"123")
+    assert [entry.key for entry in store.list("")] == ["a"]
+
+
+def test_who_has_tried_long_enough_tells_the_last_error(quiet_retries):
+    silent = Faulty(MemoryStore(), [Lost("read", nth) for nth in range(1, 3000)])
+    with pytest.raises(StoreUnavailable, match="on purpose"):
+        Retrying(silent, RetryPolicy(deadline_s=0.05, first_wait_s=1e-3, longest_wait_s=1e-2)).read("a")
 
 
 def test_the_root_that_a_client_lists_while_the_first_value_is_put_is_no_key(monkeypatch):

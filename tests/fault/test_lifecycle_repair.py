@@ -5,6 +5,7 @@ import pytest
 from checkpoint.engine.catalog import Catalog
 from checkpoint.errors import NoCheckpoint, StoreUnavailable
 from checkpoint.format.keys import DAMAGED, PROMOTING, manifest_key
+from checkpoint.lifecycle import findings
 from checkpoint.lifecycle.marks import verified
 from checkpoint.lifecycle.promotion import promote
 from checkpoint.lifecycle.repair import repair
@@ -93,6 +94,19 @@ def test_a_copy_that_is_damaged_as_well_replaces_nothing_and_is_named(near, far,
     report = repair(near, STEP, far)
     assert not report.is_sound and report.mended == () and key in report.problems[0]
     assert bytes(near.read(key)[0]) == left
+
+
+def test_what_a_full_list_leaves_out_is_mended_all_the_same(monkeypatch):
+    monkeypatch.setattr(findings, "MAX_LISTED", 1)
+    near, far = MemoryStore("near"), MemoryStore("far")
+    save(near, STEP, [1, 2, 3])
+    promote(near, far, STEP)
+    first, second, third = (pack.key for pack in Catalog(near).manifest(STEP).packs)
+    for store, key in ((near, first), (far, first), (near, second), (near, third)):
+        flip(store, key)
+    report = repair(near, STEP, far)
+    assert set(report.mended) == {second, third} and first in report.problems[0]
+    assert report.after is not None and {bad.key for bad in report.after.bad} == {first}
 
 
 def test_a_pack_of_another_run_replaces_nothing_however_sound_it_is():

@@ -108,6 +108,19 @@ def test_a_new_capture_takes_the_place_of_older_held_ones_but_not_of_the_newest(
         assert [entry.step for entry in host._intake._register.held()] == [3, 4, 5]
 
 
+@pytest.mark.parametrize("hold", [0, 1])
+def test_who_asks_to_hold_fewer_gets_the_room_at_once(store, hold):
+    with host_of(store, hold=3, arena_bytes=4 * MIB) as host:
+        for step in (1, 2, 3):
+            give(host, step, rows_of(step))
+            assert held_step(host) == step
+        assert host.intake.drain(20)
+        size = host._arena.num_lent_bytes // 3
+        host.intake.adopt(hold, 4 * MIB, Sizing())
+        assert host._arena.num_lent_bytes == hold * size
+        assert [entry.step for entry in host.intake._register.held()] == [3][:hold]
+
+
 @pytest.mark.parametrize("depth", ["memory", "store"])
 def test_what_one_rank_has_sealed_stays_until_its_neighbours_have_too(store, depth):
     rows, treated = rows_of(1), handling(depth)
