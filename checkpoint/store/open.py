@@ -13,7 +13,6 @@ from checkpoint.errors import AlreadyExists, StoreError, StoreRefused
 from checkpoint.store.contract import Store
 from checkpoint.store.local import LocalStore
 from checkpoint.store.memory import MemoryStore
-from checkpoint.store.objects import ObjectStore
 from checkpoint.store.obstore import PREFIX, ObStore
 from checkpoint.store.wrappers import Retrying
 
@@ -70,6 +69,8 @@ def open_store(url: str) -> Store:
         case _ if scheme.startswith(PREFIX):
             return Retrying(ObStore(url))
         case _:
+            from checkpoint.store.objects import ObjectStore  # noqa: PLC0415 -- whose client takes 4 MiB
+
             return Retrying(ObjectStore(url))
 
 

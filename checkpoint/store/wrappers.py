@@ -6,8 +6,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
 
-import stamina
-
 from checkpoint.errors import AlreadyExists, StoreRefused, StoreUnavailable
 from checkpoint.store.contract import Buffer, ByteRange, Data, Entry, Store, joined
 
@@ -17,7 +15,7 @@ _is_wanted: ContextVar[Callable[[], bool]] = ContextVar("is_wanted", default=lam
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How long a request is tried again: none begins more than `deadline_s` after the first; 0: never."""
+    """How long a request is tried again: not beyond `deadline_s` after it first failed; 0: never."""
 
     deadline_s: float = 60.0
     first_wait_s: float = 0.1
@@ -73,16 +71,30 @@ class Retrying:
         self._tried(lambda: self._store.delete(key))
 
     def _tried(self, request: Callable[[], Answer]) -> Answer:
-        policy = self._policy
+        try:
+            return request()
+        except StoreUnavailable as error:
+            if not self._policy.deadline_s:
+                raise
+            first = error
+        return self._tried_again(request, first)
+
+    def _tried_again(self, request: Callable[[], Answer], first: StoreUnavailable) -> Answer:
+        """Go on after a first failure."""
+        import stamina  # noqa: PLC0415 -- 6 MiB, which a keeper whose store never fails does not need
+
+        policy, failed = self._policy, [first]
         for attempt in stamina.retry_context(
             on=lambda error: _may_pass(error) and self._may_go_on() and _is_wanted.get()(),
-            attempts=None if policy.deadline_s else 1,
-            timeout=policy.deadline_s or None,
+            attempts=None,
+            timeout=policy.deadline_s,
             wait_initial=policy.first_wait_s,
             wait_max=policy.longest_wait_s,
             wait_jitter=policy.first_wait_s,
         ):
             with attempt:
+                if failed:
+                    raise failed.pop()
                 return request()
         raise AssertionError("unreachable: the last attempt returns or raises")
 
