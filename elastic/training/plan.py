@@ -43,6 +43,6 @@ class TrainPlan:
         """Whether the state after so many committed steps is saved."""
         return step > 0 and (step % self.save_every == 0 or step >= self.num_steps)
 
-    def is_compared(self, step: int, *, is_saved: bool) -> bool:
-        """Whether replicas are compared: every so many steps, and before their state is saved or given on."""
-        return self.compare_every > 0 and (is_saved or step % self.compare_every == 0)
+    def is_compared(self, step: int) -> bool:
+        """Whether the replicas are compared after so many steps: at times, and before they are saved."""
+        return self.compare_every > 0 and (step % self.compare_every == 0 or self.is_saved(step))

@@ -162,8 +162,9 @@ class Trainer:
             self._save(world)  # the world before may have died before all of its ranks had saved
         while self._standing.committed < self._plan.num_steps:
             agreed = self._step(world, orders)
-            is_saved = self._plan.is_saved(self._standing.committed) or bool(agreed.stop)
-            is_compared = self._plan.is_compared(self._standing.committed, is_saved=is_saved)
+            is_saved = self._plan.is_saved(self._standing.committed) or agreed.stop
+            is_last = self._plan.compare_every and agreed.stop
+            is_compared = self._plan.is_compared(self._standing.committed) or is_last
             if is_compared and self._compare(world, self._learner.replicas()):
                 self._learner.complete(world)
             if is_saved:
@@ -323,8 +324,8 @@ class Trainer:
         who was healed, and gave up the gradients that it had computed.
         """
         step, plan = settlement.step, self._plan
-        is_moved = plan.is_sharded or bool(settlement.receivers)
-        if step == BLANK or not plan.is_compared(step, is_saved=is_moved or plan.is_saved(step)):
+        is_moved = plan.compare_every and (plan.is_sharded or settlement.receivers)
+        if step == BLANK or not (is_moved or plan.is_compared(step)):
             return frozenset()
         is_blank = world.rank in settlement.receivers
         healed = self._compare(world, () if is_blank else self._learner.replicas())
