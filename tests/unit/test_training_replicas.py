@@ -205,6 +205,14 @@ def test_a_dispute_that_computing_again_does_not_settle_ends_the_run_by_name_aft
         assert "computes wrongly" in str(told)
 
 
+def test_who_is_alone_does_not_even_take_fingerprints():
+    (world,) = worlds_of(1)
+    (watch,) = watching(1)
+    nothing = Replicated("model/w", torch.empty(0, device="meta"))
+    assert watch.look(world, 1, [nothing], lambda: None) == GOOD
+    assert world.table.num_bytes == 0
+
+
 def test_a_dispute_is_over_once_a_comparison_gets_as_far():
     watches = watching(2)
     for step in range(1, 2 * MAX_DISPUTES):
