@@ -2,6 +2,7 @@
 
 ElasticError
 ├── JobRejected      the job's path, shape or settings, or its data: a person has to mend it
+├── ReplicasDiffer   copies of the state come out different again and again: a machine computes wrongly
 ├── TrainingFailed   the run ended without finishing; says why and what to do
 ├── Fenced           another driver owns this run now
 └── RunGone          the run to resume has nothing to resume from
@@ -14,6 +15,10 @@ class ElasticError(Exception):
 
 class JobRejected(ElasticError):
     """The job cannot be trained as it is."""
+
+
+class ReplicasDiffer(ElasticError):
+    """Copies of the state differ each time they are computed, and nobody can tell which is right."""
 
 
 class TrainingFailed(ElasticError):

@@ -81,7 +81,7 @@ class WorldCourse:
                 self.formed[member] = at
             case Settled(member=member, step=step, source=source):
                 self.settled[member] = at
-                self.sources.add(source)
+                self.sources.update(source.split("+"))
                 self.step = step if self.step is None else self.step
             case StepCommitted():
                 self.resumed_at = min(self.resumed_at, at)

@@ -74,7 +74,9 @@ class WorldFormed:
 class Settled:
     """A member holds the world's state: `step` committed steps, got from `source` in `seconds`.
 
-    `source` is "fresh", "self", "peer" or "store"; `note` tells what a person should know (a fallback, say).
+    `source` is "fresh" (the seed), "self", "peer" (another rank), or where the restored bytes were, nearest
+    first: "memory" (the host's), "peers" (other hosts'), "parity", "store", a further tier's name; joined by
+    +. `note` tells what a person should know (a fallback, say).
     """
 
     member: str

@@ -4,14 +4,14 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorUnschedulableError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic.control.events import Cause, Event, MemberLeaving, MemberLost, MemberReady, StacksKept, Tick
@@ -22,6 +22,7 @@ from elastic.runtime.lifeline import Anchor, Lifelines
 from elastic.runtime.local_ray import LocalRay
 from elastic.runtime.notices import Answer, LogLine
 from elastic.runtime.order import TrainOrder
+from elastic.runtime.placement import HOST_LENGTH, Room, choose_room, list_rooms, strategy_for
 from elastic.runtime.preemption import Draining
 from elastic.runtime.worker import Assignment, Member
 
@@ -41,7 +42,7 @@ class Actor(Member):
     def __init__(self, member: str, order: TrainOrder) -> None:
         # A local Ray's node has another id each time, but the host's keeper may still be there.
         is_local = order.cluster.address is None
-        host = "local" if is_local else ray.get_runtime_context().get_node_id()[:12]
+        host = "local" if is_local else ray.get_runtime_context().get_node_id()[:HOST_LENGTH]
         super().__init__(Assignment(member, host, own_address(order), order))
 
 
@@ -119,16 +120,15 @@ class Cluster:
 
     def find(self) -> list[str]:
         """Return the living members that an earlier driver of this run left, and greet them."""
-        names: list[str] = [str(name) for name in ray.util.list_named_actors()]
-        for name in names:
-            actor: Any = ray.get_actor(name)
+        found = dict(living(map(str, ray.util.list_named_actors()), ray.get_actor))
+        for name, actor in found.items():
             actor.greet.remote()
             self._seat(name, actor)
-        return names
+        return list(found)
 
     def start(self, member: str) -> None:
         """Start a member's process. Whether it came up is heard from its first news."""
-        cluster = self._order.cluster
+        cluster, room = self._order.cluster, self._choose_room()
         actor = self._actor.options(
             name=member,
             lifetime="detached",
@@ -137,10 +137,28 @@ class Cluster:
             # A local Ray is the run's own: counting its cores would only keep the run from growing.
             num_cpus=cluster.threads_per_worker if cluster.address else 0,
             num_gpus=cluster.gpus_per_worker,
-            scheduling_strategy="SPREAD",
+            scheduling_strategy=strategy_for(room),
             runtime_env=runtime_env(self._order),
         ).remote(member, self._order)
-        self._seat(member, actor)
+        self._seat(member, actor, room.node[:HOST_LENGTH] if room else "")
+
+    def _choose_room(self) -> Room | None:
+        """Choose the node that a member starts on; None: Ray chooses."""
+        cluster = self._order.cluster
+        if self._draining is None:
+            return None
+        with self._seating:
+            seats = list(self._seats.values())
+        try:
+            rooms = list_rooms(
+                [seat.host for seat in seats],
+                [seat.host for seat in seats if not seat.pid],
+                self._draining.hosts,
+            )
+        except RayError as error:
+            log.warning("the cluster's nodes are not known for now, Ray places the next worker: %s", error)
+            return None
+        return choose_room(rooms, {"CPU": cluster.threads_per_worker, "GPU": cluster.gpus_per_worker})
 
     def tell(self, member: str, method: str, *arguments: object) -> None:
         """Call a member without waiting; one that is gone is heard of as lost."""
@@ -238,9 +256,9 @@ class Cluster:
         if self._local is not None:
             self._local.end()
 
-    def _seat(self, member: str, actor: Any) -> None:
+    def _seat(self, member: str, actor: Any, host: str = "") -> None:
         with self._seating:
-            self._seats[member] = Seat(actor, actor.poll.remote(POLL_S), time.monotonic())
+            self._seats[member] = Seat(actor, actor.poll.remote(POLL_S), time.monotonic(), host=host)
 
     def _unseat(self, member: str) -> Seat | None:
         with self._seating:
@@ -288,7 +306,7 @@ class Cluster:
     def _read(self, member: str, call: Any) -> None:
         try:
             answer: Answer = ray.get(call)
-        except RayActorError as error:
+        except (RayActorError, ActorUnschedulableError) as error:
             if self._unseat(member) is not None:
                 self._news.put(MemberLost(member, _cause(error), _evidence(error)))
             return
@@ -299,6 +317,15 @@ class Cluster:
                 seat.call = seat.actor.poll.remote(POLL_S)
         for message in answer.news:
             self._news.put(message)
+
+
+def living(names: Iterable[str], actor_of: Callable[[str], Any]) -> Iterator[tuple[str, Any]]:
+    """Yield named actors with their handles; one that Ray names but cannot give is dying, or may be."""
+    for name in names:
+        try:
+            yield name, actor_of(name)
+        except (ValueError, RayError) as error:
+            log.warning("%s, which an earlier driver left, is taken for lost: %s", name, error)
 
 
 def check_portable(order: TrainOrder) -> None:
@@ -313,14 +340,14 @@ def check_portable(order: TrainOrder) -> None:
             ) from error
 
 
-def _cause(error: RayActorError) -> Cause:
+def _cause(error: RayError) -> Cause:
     text = str(error)
-    if "creation task" in text or "__init__" in text:
+    if isinstance(error, ActorUnschedulableError) or "creation task" in text or "__init__" in text:
         return Cause.START_FAILED
     return Cause.HOST_DIED if "node has died" in text else Cause.PROCESS_DIED
 
 
-def _evidence(error: RayActorError) -> str:
+def _evidence(error: RayError) -> str:
     """Take the sentence in which Ray says why, leaving out its general advice."""
     text = " ".join(str(error).split())
     reason = text[text.find("The actor is dead because") :] if "The actor is dead because" in text else text

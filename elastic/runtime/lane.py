@@ -5,6 +5,7 @@ again. Broken is kept until somebody joins.
 """
 
 import threading
+import time
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Protocol
@@ -15,6 +16,7 @@ from elastic.training.ports import Broken
 
 Work = Callable[[], None]
 CLOSE_TIMEOUT_S = 10.0
+POLL_S = 0.001
 
 
 class Lane(Protocol):
@@ -96,7 +98,11 @@ class StreamLane:
 
     def close(self) -> None:
         """Wait until the stream is empty; its communicator has been aborted."""
-        self._stream.synchronize()
+        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        while not self._stream.query():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the device still computes {CLOSE_TIMEOUT_S:g} s after the abort")
+            time.sleep(POLL_S)  # `synchronize` has no timeout
 
 
 def _run(work: Work) -> Exception | None:

@@ -11,6 +11,8 @@ from types import FrameType
 import ray
 from ray.exceptions import RayError
 
+from elastic.runtime.placement import HOST_LENGTH
+
 log = logging.getLogger("holdfast.worker")
 LOOK_EVERY_S = 1.0
 
@@ -35,6 +37,11 @@ class Draining:
         self._told: set[str] = set()
         self._looked_at = time.monotonic()
 
+    @property
+    def hosts(self) -> frozenset[str]:
+        """The nodes that were being drained when Ray was last asked, as the members' hosts."""
+        return frozenset(node[:HOST_LENGTH] for node in self._told)
+
     def news(self) -> Mapping[str, str]:
         """Return the nodes whose draining is news, as the members' hosts, and what is known of it."""
         now = time.monotonic()
@@ -46,7 +53,7 @@ class Draining:
         except (RayError, OSError) as error:
             log.debug("which nodes Ray drains is not known for now: %s", error)
             return {}
-        fresh = {node[:12]: deadline for node, deadline in nodes.items() if node not in self._told}
+        fresh = {node[:HOST_LENGTH]: deadline for node, deadline in nodes.items() if node not in self._told}
         self._told |= nodes.keys()
         return {node: _notice(deadline_ms) for node, deadline_ms in fresh.items()}
 

@@ -44,7 +44,7 @@ from elastic.control.events import (
     WorldFormed,
 )
 from elastic.control.instructions import Manner, StopWorld
-from elastic.errors import JobRejected
+from elastic.errors import JobRejected, ReplicasDiffer
 from elastic.runtime import autopsy
 from elastic.runtime.lifeline import Lifeline
 from elastic.runtime.mailbox import Mailbox, Outbox, WorldOrder
@@ -140,7 +140,7 @@ class Member:
             self._train_until_told()
         except UserFailure as failure:
             self._blame(failure.step, str(failure), failure.traceback)
-        except (JobRejected, Mismatch, NoCheckpoint) as error:
+        except (JobRejected, Mismatch, NoCheckpoint, ReplicasDiffer) as error:
             self._blame(0, str(error), "")
         except Exception as error:  # the border: another machine may do better
             if is_out_of_memory(error):  # elsewhere it would not fit either
@@ -188,6 +188,7 @@ class Member:
                 place, order.endpoint, lambda: not self._mailbox.has_newer(), time.sleep
             )
             self._outbox.put(WorldFormed(member, form.generation, time.monotonic() - started))
+            self._mailbox.check(form.generation)  # called off before there was a world to cut
             if self._assignment.order.checkpoint.hold and self._neighbours is not None:
                 self._neighbours.meet(form, member, order.endpoint)
             self._outbox.put(self._train(self._world, trainer))

@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import stat
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,6 +25,7 @@ from elastic.training.ports import Broken
 
 CONNECT_TIMEOUT = timedelta(seconds=5)
 COLLECTIVE_TIMEOUT = timedelta(seconds=600)
+ABORT_TIMEOUT_S = 10.0
 POLL_S = 0.002
 Address = tuple[str, int]
 _OPS: dict[str, Any] = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -63,6 +65,8 @@ class World:
         self._groups = groups
         self._listeners = listeners
         self._lane = lane
+        self._cutting = threading.Lock()
+        self._is_left = False
 
     def exchange(self, send: Sequence[torch.Tensor | None], receive: Sequence[torch.Tensor | None]) -> None:
         """Swap tensors with every other rank; index is the peer, None means nothing."""
@@ -111,19 +115,31 @@ class World:
         self._wait(self._call(lambda group, t, p: group.recv([t], p, 1), tensor, source))
 
     def cut(self) -> None:
-        """Break this world from any thread: whoever is blocked in it, here or elsewhere, gets Broken."""
-        _shut(self._listeners)
+        """Break this world from any thread: whoever is blocked in it, here or elsewhere, gets Broken.
+
+        Does nothing once this member has left it: a newer world's connections go to the same listeners.
+        """
+        with self._cutting:
+            if not self._is_left:
+                _shut(self._listeners)
 
     def leave(self) -> None:
-        """Drop the groups, so that their sockets close and peers that still wait are freed."""
+        """Drop the groups, so that their sockets close and peers that still wait are freed.
+
+        Raises TimeoutError if the device does not let go of them: nothing else can run there then.
+        """
         if self.size > 1:
             self.cut()
-        for backend, group in self._groups.items():
-            if backend == "cuda":
-                group.abort()
-        self._lane.close()
-        self._groups = {}
-        gc.collect()
+        with self._cutting:
+            self._is_left = True
+        groups, self._groups = self._groups, {}
+        try:
+            if (on_device := groups.pop("cuda", None)) is not None:
+                _abort(on_device, self.generation)
+            self._lane.close()
+        finally:
+            del groups
+            gc.collect()
 
     def _call(self, start: Callable[..., dist.Work], tensor: torch.Tensor, argument: object) -> dist.Work:
         group = self._groups.get(tensor.device.type)
@@ -209,6 +225,18 @@ def open_rendezvous(host: str) -> tuple[TCPStore, Endpoint]:
     port = int(listener.getsockname()[1])
     store = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     return store, Endpoint(host, port)
+
+
+def _abort(group: Any, generation: int) -> None:
+    """Abort a communicator, which waits for the device without an end of its own: a broken one may hang."""
+    thread = threading.Thread(target=group.abort, name="abort", daemon=True)
+    thread.start()
+    thread.join(ABORT_TIMEOUT_S)
+    if thread.is_alive():
+        raise TimeoutError(
+            f"the device's communicator of world {generation} has not aborted within {ABORT_TIMEOUT_S:g} s: "
+            "this process cannot use the device any more"
+        )
 
 
 def _first_line(error: BaseException) -> str:

@@ -23,7 +23,7 @@ from elastic.training.holdings import Holding, cut_anew, local_rows, put_togethe
 from elastic.training.lockstep import GATHER, Lockstep
 from elastic.training.ports import World
 from elastic.training.readings import no_readings
-from elastic.training.replicas import Replicated, held_by_all, leaf_name
+from elastic.training.replicas import Replicated, held_alike, leaf_name
 from elastic.training.state import Learner, check_model, check_origin, tensors_sha256
 from elastic.training.units import Mould, Sharded, Wires
 
@@ -112,14 +112,15 @@ class FullyShardedLearner:
     def complete(self, world: World) -> None:
         """Do nothing: the next forward gathers what it needs."""
 
-    def settle(self, world: World) -> None:
-        """Cut the state anew for a world whose ranks stand at one step, and move what has to move.
+    def settle(self, world: World) -> int:
+        """Cut the state anew for a world whose ranks stand at one step, and move what has to move; return how
+        many pieces of rows came here.
 
         Raises Broken, having changed nothing, and StateLost if no rank has some of the rows any more.
         """
         arrangement = arrange(world.hosts, self._copies)
         cuts = [arrangement.cut(rank) for rank in range(world.size)]
-        held = cut_anew(world, self._hold(), cuts, self._mould.sharded, self._device)
+        held, num_taken = cut_anew(world, self._hold(), cuts, self._mould.sharded, self._device)
         sharded = self._pour(held, cuts[world.rank])
         with no_readings("optimizer", sharded.parameters):
             learner = self._build(sharded.model)
@@ -137,18 +138,14 @@ class FullyShardedLearner:
         self._live = Live(world, arrangement, sharded, learner, cuts, frozenset(takers), givers, lockstep)
         self._held = None
         gc.collect()  # torch's models refer to themselves, and the old one's memory is wanted now
+        return num_taken
 
-    def replicas(self, world: World) -> list[Replicated]:
-        """List what several ranks hold alike: the rows of one cut, and what has no rows."""
-        held, cuts = self._hold(), self.live.cuts
-        groups = tuple(
-            tuple(rank for rank, each in enumerate(cuts) if each == cut) for cut in dict.fromkeys(cuts)
-        )
-        rows = [
-            Replicated(leaf_name(name, key), groups, tensor)
-            for (name, key), tensor in sorted(held.rows.items(), key=lambda leaf: leaf[0])
-        ]
-        return [*held_by_all(world, held.rest), *rows]
+    def replicas(self) -> list[Replicated]:
+        """List what other ranks hold alike: the rows of one cut, and what has no rows."""
+        held = self._hold()
+        part = f"{held.cut.index} of {held.cut.shards}" if held.cut else ""
+        rows = [Replicated(leaf_name(*leaf), tensor, part) for leaf, tensor in held.rows.items()]
+        return [*held_alike(held.rest), *rows]
 
     def tree(self, step: int) -> dict[str, Any]:
         """Return what every rank holds alike of the state after `step` committed steps."""

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,15 +12,16 @@ from checkpoint import fingerprint_tensor, flatten_state, unflatten_state
 from elastic.training.ports import Broken, World
 
 PIECE_BYTES = 8 << 20
-Origin = Literal["fresh", "self", "store"]
 
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """A state, where its holder has it from, and what a person should know of that."""
+    """A state, where its holder has it from ("fresh", "self", or what it was restored from), and what a
+    person should know of that.
+    """
 
     state: Any
-    origin: Origin
+    origin: str
     note: str = ""
 
 

@@ -75,8 +75,9 @@ def put_together(holding: Holding, spread: Callable[[str, Tensor], Tensor]) -> d
 
 def cut_anew(
     world: World, holding: Holding, wanted: Sequence[Cut], shapes: Shapes, device: torch.device
-) -> Holding:
-    """Come to hold the rows of `wanted[rank]`: those that are here already, and the others from peers.
+) -> tuple[Holding, int]:
+    """Come to hold the rows of `wanted[rank]`: those that are here already, and the others from peers. Return
+    that, and how many pieces came.
 
     Raises Broken, and StateLost if no rank has some of the rows any more; the holding stays as it is.
     """
@@ -95,14 +96,16 @@ def cut_anew(
         first = cut.rows(num_rows[move.number]).start if cut else 0
         return rows[leaves[move.number]][move.start - first : move.stop - first]
 
-    for (sender, receiver), moves in sorted(plan_moves(num_rows, cuts, wanted).items()):
+    planned = plan_moves(num_rows, cuts, wanted)
+    for (sender, receiver), moves in sorted(planned.items()):
         if world.rank == sender:
             sent = [part(holding.rows, cuts[sender], each) for each in moves]
             hand_over(world, [receiver], Parcel(sent, "self"), device)
         if world.rank == receiver:
             for each, taken in zip(moves, accept(world, sender, device).state, strict=True):
                 part(made, wanted[receiver], each).copy_(taken)
-    return Holding(wanted[world.rank], made, holding.rest)
+    num_taken = sum(len(moves) for (_, receiver), moves in planned.items() if receiver == world.rank)
+    return Holding(wanted[world.rank], made, holding.rest), num_taken
 
 
 def local_rows(tensor: Tensor) -> Tensor:

@@ -33,3 +33,16 @@ class TrainPlan:
     parameter_copies: int = 0
     when_not_finite: Literal["fail", "skip"] = "fail"
     bucket_mib: float = BUCKET_MIB
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds a share of the state, which moves with every change of the world."""
+        return bool(self.optimizer_copies or self.parameter_copies)
+
+    def is_saved(self, step: int) -> bool:
+        """Whether the state after so many committed steps is saved."""
+        return step > 0 and (step % self.save_every == 0 or step >= self.num_steps)
+
+    def is_compared(self, step: int) -> bool:
+        """Whether the replicas are compared after so many steps: at times, and before they are saved."""
+        return self.compare_every > 0 and (step % self.compare_every == 0 or self.is_saved(step))

@@ -5,9 +5,12 @@ from typing import Any
 
 from checkpoint import Durable, Loaded, Outcome, Saver, Share, Skipped
 from elastic.control.events import CheckpointCaptured, CheckpointDurable, CheckpointLost, Event
+from elastic.training.job import Job
+from elastic.training.plan import TrainPlan
 
 _MEMORIES = ("memory", "parity")
 _STORE = "store"  # as reports of restores call it
+_NEAREST_FIRST = ("memory", "peers", "parity", _STORE)  # any other is a further tier
 
 
 class Snapshots:
@@ -90,6 +93,25 @@ def describe(loaded: Loaded) -> str:
         f"{num_bytes} bytes from {source}" for source, num_bytes in sorted(report.bytes_by_source.items())
     ]
     return "; ".join([*told, *(read if set(report.bytes_by_source) - {_STORE} else [])])
+
+
+def sources_of(loaded: Loaded) -> str:
+    """Name the places that a restored state was read from, nearest first, joined by +."""
+    used = sorted(name for name, num_bytes in loaded.report.bytes_by_source.items() if num_bytes)
+    nearest = [name for name in _NEAREST_FIRST if name in used]
+    return "+".join([*nearest, *(name for name in used if name not in nearest)]) or _STORE
+
+
+def origin_of(job: Job, plan: TrainPlan) -> dict[str, Any]:
+    """Return what a checkpoint's manifest says of its training."""
+    return {
+        "job": f"{type(job).__module__}:{type(job).__qualname__}",
+        "source": plan.source,
+        "seed": plan.seed,
+        "virtual_ranks": plan.virtual_ranks,
+        "micro_batch": plan.micro_batch,
+        "spec_digest": plan.spec_digest,
+    }
 
 
 def _is_of_memory(outcome: Outcome) -> bool:

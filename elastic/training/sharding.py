@@ -16,7 +16,7 @@ from elastic.errors import JobRejected
 from elastic.training.exchange import gather_words, meet
 from elastic.training.handover import Parcel, accept, hand_over
 from elastic.training.ports import World
-from elastic.training.replicas import Replicated, held_by_all, leaf_name
+from elastic.training.replicas import Replicated, held_alike, leaf_name
 from elastic.training.state import Learner, StateLost
 
 
@@ -59,8 +59,9 @@ class ShardedLearner:
             self._learn_kinds(world)
         self._share_values(world)
 
-    def settle(self, world: World) -> None:
-        """Deal the state anew over a world whose ranks stand at one step, and move what has to move.
+    def settle(self, world: World) -> int:
+        """Deal the state anew over a world whose ranks stand at one step, and move what has to move; return
+        how many parameters' state came here.
 
         Raises Broken, and StateLost if no rank has some of the state any more.
         """
@@ -72,7 +73,8 @@ class ShardedLearner:
             )
         sizes = [parameter.numel() for parameter in self._parameters]
         holders = deal_states(sizes, held, world.hosts, self._copies)
-        for (sender, receiver), numbers in sorted(moves(held, holders).items()):
+        moved = moves(held, holders)
+        for (sender, receiver), numbers in sorted(moved.items()):
             self._move(world, sender, receiver, numbers)
         meet(world)  # what was moved is let go here once it is there, whoever dies meanwhile
         for number in self._mine - {each for each, ranks in enumerate(holders) if world.rank in ranks}:
@@ -81,27 +83,26 @@ class ShardedLearner:
         self._holders, self._num_updates = holders, 0
         self._learn_kinds(world)
         self._share_values(world)
+        return sum(len(numbers) for (_, receiver), numbers in moved.items() if receiver == world.rank)
 
     def tree(self, step: int) -> dict[str, Any]:
         """Return what every rank holds alike of the state after `step` committed steps."""
         tree = self._learner.tree(step)
         return {**tree, "optimizer": {**tree["optimizer"], "state": {}}, "held": []}
 
-    def replicas(self, world: World) -> list[Replicated]:
-        """List what several ranks hold alike: values and state of a parameter on its holders, and the rest.
+    def replicas(self) -> list[Replicated]:
+        """List what other ranks hold alike: values and state of a parameter on its holders, and the rest.
 
         A parameter's values on other ranks come from its first holder in every step: they have no say.
         """
         model, state = self._learner.model.state_dict(keep_vars=True), self._learner.optimizer.state
         dealt = set(map(id, self._parameters))
         others = {name: each.detach() for name, each in model.items() if id(each) not in dealt}
-        found = held_by_all(world, {**self.tree(0), "model": others})
-        for number, (name, parameter) in enumerate(zip(self._names, self._parameters, strict=True)):
-            here = {"": parameter.detach(), **state.get(parameter, {})} if number in self._mine else {}
-            found.extend(
-                Replicated(leaf_name(name, key), (self._holders[number],), here.get(key))
-                for key in ("", *sorted(self._kinds[name]))
-            )
+        found = held_alike({**self.tree(0), "model": others})
+        for number in sorted(self._mine):
+            name, parameter = self._names[number], self._parameters[number]
+            here = {"": parameter.detach(), **state.get(parameter, {})}
+            found.extend(Replicated(leaf_name(name, key), tensor) for key, tensor in here.items())
         return found
 
     def weights_sha256(self) -> str:

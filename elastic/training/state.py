@@ -13,7 +13,7 @@ from elastic.errors import JobRejected
 from elastic.training.job import Job
 from elastic.training.ports import World
 from elastic.training.randomness import INITIAL, keyed, seed_for
-from elastic.training.replicas import Replicated, held_by_all
+from elastic.training.replicas import Replicated, held_alike
 
 _NAMED = 3
 
@@ -57,8 +57,9 @@ class Learner:
         """Whether all of the state is here."""
         return True
 
-    def settle(self, world: World) -> None:
-        """Do nothing: every rank of the world holds everything."""
+    def settle(self, world: World) -> int:  # noqa: ARG002  (who holds shares asks it)
+        """Return that nothing had to come from other ranks: every rank holds everything."""
+        return 0
 
     def complete(self, world: World) -> None:
         """Do nothing: every rank of the world has updated everything."""
@@ -69,9 +70,9 @@ class Learner:
         if self._schedule is not None:
             self._schedule.step()
 
-    def replicas(self, world: World) -> list[Replicated]:
-        """List what several ranks of a world hold alike: here everything."""
-        return held_by_all(world, self.tree(0))
+    def replicas(self) -> list[Replicated]:
+        """List what other ranks hold alike: here everything."""
+        return held_alike(self.tree(0))
 
     def tree(self, step: int) -> dict[str, Any]:
         """Return the state after `step` committed steps. Its tensors are the live ones."""

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from checkpoint import Loaded, Saver, Share
 from elastic.control.dealing import Dealing, deal_rest
 from elastic.control.events import Ending, Event, LossJumped, ReplicaHealed, StepCommitted, StepSkipped
 from elastic.control.guard import LossWatch, why_not_finite
-from elastic.control.standing import BLANK, Standing, settle
+from elastic.control.standing import BLANK, Settlement, Standing, settle
 from elastic.errors import JobRejected
 from elastic.training.blame import UserFailure, blaming_the_job
 from elastic.training.exchange import gather_standings
@@ -24,13 +24,13 @@ from elastic.training.pace import Pace
 from elastic.training.plan import TrainPlan
 from elastic.training.ports import Broken, Emit, Flags, Orders, World
 from elastic.training.randomness import keyed, make_deterministic, seed_for
-from elastic.training.replicas import compare, heal
-from elastic.training.saving import Snapshots, describe
+from elastic.training.replicas import Replicated
+from elastic.training.saving import Snapshots, describe, origin_of, sources_of
 from elastic.training.state import Learner, StateLost, first_model
+from elastic.training.watching import Disputed, ReplicaWatch
 
 FINAL_DRAIN_S = 600.0
 _DRAIN_POLL_S = 0.2
-Source = Literal["fresh", "self", "peer", "store"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Settling:
     """How this member came to hold the world's state: `step` committed steps, from `source`, in `seconds`."""
 
     step: int
-    source: Source
+    source: str
     seconds: float
     note: str = ""
 
@@ -86,11 +86,12 @@ class Trainer:
             learner, self._learner_of, plan, device=device, waiting=self._pace.waiting
         )
         self._restore = storage.restore
-        self._snapshots = Snapshots(storage.saver, member, _meta(job, plan))
+        self._snapshots = Snapshots(storage.saver, member, origin_of(job, plan))
         self._has_begun = False
         self._attempt = _Attempt()
         self._dealing: Dealing | None = None  # of the step that a lost rank interrupted
         self._loss_watch = LossWatch()
+        self._replica_watch = ReplicaWatch(member, device)
         self._num_tokens = 0
         self._untold: list[Event] = []
 
@@ -157,20 +158,22 @@ class Trainer:
             return Learner(self._job, model, self._plan.seed, self._plan.num_steps)
 
     def _train(self, world: World, orders: Orders, emit: Emit) -> Ending:
-        if self._is_save_point():
+        if self._plan.is_saved(self._standing.committed):
             self._save(world)  # the world before may have died before all of its ranks had saved
         while self._standing.committed < self._plan.num_steps:
             agreed = self._step(world, orders)
-            if self._plan.compare_every and self._standing.committed % self._plan.compare_every == 0:
-                self._compare(world)
-            if self._is_save_point() or agreed.stop:
+            is_saved = self._plan.is_saved(self._standing.committed) or agreed.stop
+            is_last = self._plan.compare_every and agreed.stop
+            is_compared = self._plan.is_compared(self._standing.committed) or is_last
+            if is_compared and self._compare(world, self._learner.replicas()):
+                self._learner.complete(world)
+            if is_saved:
                 self._save(world)
             self._tell(emit)
             if agreed.stop:
                 return self._finish(world, orders, emit, Ending.STOPPED)
             if agreed.next_generation > world.generation:
                 return Ending.REGROUP
-        self._save(world)
         return self._finish(world, orders, emit, Ending.FINISHED)
 
     def _step(self, world: World, orders: Orders) -> Flags:
@@ -269,6 +272,7 @@ class Trainer:
         settlement = settle(standings)
         if world.rank in settlement.appliers:
             self._commit()
+        healed = self._compare_survivors(world, settlement)
         parcel = Parcel(None, "self")
         if settlement.step == BLANK and world.rank == settlement.source:
             parcel = self._begin()
@@ -277,20 +281,21 @@ class Trainer:
             hand_over(
                 world, sorted(settlement.receivers), Parcel(state, parcel.origin, parcel.note), self._device
             )
-        source: Source = parcel.origin
+        source = parcel.origin
         if world.rank in settlement.receivers:
             parcel = accept(world, settlement.source, self._device)
             source = "peer" if parcel.origin == "self" else parcel.origin
             self._take_over(parcel.state)
-        if parcel.origin == "store":
+        if parcel.origin == "store":  # of what memories gave the store may lack the step
             self._snapshots.hold(world.generation, self._standing.committed)
         try:
-            self._learner.settle(world)
+            num_taken = self._learner.settle(world)
         except StateLost as lost:
             self._give_up(world, str(lost))
-        self._deal_rest(
-            [held[rank] if standings[rank].committed == settlement.step else () for rank in range(world.size)]
-        )
+        up_to_date = [rank for rank, each in enumerate(standings) if each.committed == settlement.step]
+        self._deal_rest([held[r] if r in up_to_date and r not in healed else () for r in range(world.size)])
+        if source == "self" and num_taken:
+            source = "self+peer"
         return Settling(self._standing.committed, source, time.perf_counter() - started, parcel.note)
 
     def _give_up(self, world: World, why: str) -> NoReturn:
@@ -300,23 +305,33 @@ class Trainer:
         self._standing = Standing(BLANK)
         raise Broken(world.generation, why)
 
-    def _compare(self, world: World) -> None:
-        """Find copies of state that hold other bits than the majority of copies, and heal them.
+    def _compare(self, world: World, replicas: Sequence[Replicated]) -> frozenset[int]:
+        """Find ranks whose copies of state hold other bits than the majority's, heal and return them.
 
         Without a majority nobody's state can be trusted: raises Broken, and the next world restores.
         """
-        step, replicas = self._standing.committed, self._learner.replicas(world)
-        found = compare(world, replicas)
-        if found.undecided:
-            one, more = found.undecided[0], len(found.undecided) - 1
-            of = f"{one} and {more} more tensors" if more else one
-            self._give_up(world, f"the replicas differ at step {step} in {of}, and none has a majority")
-        if found.healings:
-            self._snapshots.wait_captured()
-            heal(world, replicas, found, self._device)
-            self._learner.complete(world)
-        if found.differing:
-            self._untold.append(ReplicaHealed(self._member, world.generation, step, found.differing))
+        step = self._standing.committed
+        try:
+            found = self._replica_watch.look(world, step, replicas, self._snapshots.wait_captured)
+        except Disputed as disputed:
+            self._give_up(world, str(disputed))
+        if found.corrupt:
+            self._untold.append(ReplicaHealed(self._member, world.generation, step, found.corrupt))
+        return found.healed
+
+    def _compare_survivors(self, world: World, settlement: Settlement) -> frozenset[int]:
+        """Let those who hold state compare it before it is saved, or given to those who hold none; return
+        who was healed, and gave up the gradients that it had computed.
+        """
+        step, plan = settlement.step, self._plan
+        is_moved = plan.compare_every and (plan.is_sharded or settlement.receivers)
+        if step == BLANK or not (is_moved or plan.is_compared(step)):
+            return frozenset()
+        is_blank = world.rank in settlement.receivers
+        healed = self._compare(world, () if is_blank else self._learner.replicas())
+        if world.rank in healed:
+            self._reduction.forget()
+        return healed
 
     def _deal_rest(self, held: list[Sequence[int]]) -> None:
         """Deal the interrupted step so that nothing that survived is computed again; the pace begins anew."""
@@ -333,7 +348,7 @@ class Trainer:
             self._standing = Standing(0)
             return Parcel(None, "fresh")
         self._take_over(loaded.state)
-        return Parcel(None, "store", describe(loaded))
+        return Parcel(None, sources_of(loaded), describe(loaded))
 
     def _take_over(self, state: Any) -> None:
         self._snapshots.wait_captured()
@@ -341,9 +356,6 @@ class Trainer:
         self._has_begun = True
         self._standing = Standing(BLANK)  # in between it is neither the old state nor the new one
         self._standing = Standing(self._learner.load(state))
-
-    def _is_save_point(self) -> bool:
-        return self._standing.committed > 0 and self._standing.committed % self._plan.save_every == 0
 
     def _save(self, world: World) -> None:
         share = Share(world.generation, world.rank, world.size, world.hosts)
@@ -375,15 +387,3 @@ class Trainer:
 
 def _buffers(model: nn.Module) -> list[tuple[int, int]]:
     return [(id(buffer), buffer._version) for buffer in model.buffers()]
-
-
-def _meta(job: Job, plan: TrainPlan) -> dict[str, Any]:
-    """What a checkpoint's manifest should say about its training."""
-    return {
-        "job": f"{type(job).__module__}:{type(job).__qualname__}",
-        "source": plan.source,
-        "seed": plan.seed,
-        "virtual_ranks": plan.virtual_ranks,
-        "micro_batch": plan.micro_batch,
-        "spec_digest": plan.spec_digest,
-    }

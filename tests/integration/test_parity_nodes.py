@@ -82,7 +82,8 @@ def test_rows_that_only_a_lost_node_held_are_rebuilt_from_its_peers_memory_and_n
     cluster.remove_node(node, allow_graceful=False)
     until(story, "the loss is known", lambda: victim in story.gone)
     until(story, "a world without it", lambda: len(story.holders - {victim}) == 2 and story.newest_settled)
-    restored = [each for each in story.moments if each["kind"] == "Settled" and each["source"] == "store"]
+    settled = [each for each in story.moments if each["kind"] == "Settled"]
+    restored = [each for each in settled if "parity" in each["source"]]
     lost = story.steps
     until(story, "steps that were not committed before", lambda: story.steps > lost + 5)
     driver.terminate()
@@ -92,7 +93,8 @@ def test_rows_that_only_a_lost_node_held_are_rebuilt_from_its_peers_memory_and_n
             kill_keeper(order, survivors)  # it would stay for a lease
     notes = {each["note"] for each in restored}
     assert {each["step"] for each in restored} == {EVERY}, restored
-    assert all("from parity" in note and "from store" not in note for note in notes), notes
+    assert {each["source"] for each in restored} <= {"memory+parity", "memory+peers+parity"}, restored
+    assert all("from parity" in note for note in notes), notes
     report = elastic.read_report(order.run_dir)
     assert report.failures[0].member == victim
     quiet = tiny_order(tmp_path, "quiet", Settings(), num_steps=report.committed_steps)

@@ -21,13 +21,23 @@ CHURN = [
 
 SLOW = [Chapter((0, 1, 2, 3), slow=1)]
 FLIP = [Chapter((0, 1, 2), flipped=1, flips_at=3)]
+# Rank 0, who would give its state to the newcomer, is corrupt by then.
+JOIN = [Chapter((0, 1, 2), until=6), Chapter((0, 1, 2, 3), spoiled=0)]
+# A rank dies in the comparison that would have found the flipped bit.
+CUT_SHORT = [
+    Chapter((0, 1, 2, 7), victim=7, dies_at=5, phase="compare", flipped=1, flips_at=4),
+    Chapter((0, 1, 2)),
+]
 
 
 @pytest.fixture(scope="module")
 def performed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, Diary]]:
     text = tmp_path_factory.mktemp("data") / "text"
     text.write_text("".join(f"{number} is followed by {number + 1}.\n" for number in range(4000)))
-    return perform({**QUIET, "slow": SLOW, "flip": FLIP, "churn": CHURN}, Props(str(text)))
+    return perform(
+        {**QUIET, "slow": SLOW, "flip": FLIP, "join": JOIN, "cut short": CUT_SHORT, "churn": CHURN},
+        Props(str(text)),
+    )
 
 
 def test_worlds_of_every_size_and_a_world_that_loses_and_gains_members_end_with_the_same_bits(performed):
@@ -65,4 +75,15 @@ def test_a_slow_member_computes_less_than_the_others_and_the_bits_stay_the_same(
 def test_a_bit_that_flips_in_one_replica_is_found_named_and_healed_by_the_majority(performed):
     assert performed["flip"][1].healed == [(4, ("model/blocks.0.up.weight",))]
     assert performed["flip"][0].healed == performed["flip"][2].healed == []
-    assert not any(diary.healed for name in performed if name != "flip" for diary in performed[name].values())
+    told = {name for name, diaries in performed.items() if any(each.healed for each in diaries.values())}
+    assert told == {"flip", "join", "cut short"}
+
+
+def test_a_newcomer_is_given_nothing_by_a_corrupt_member_that_the_others_outvote(performed):
+    assert performed["join"][0].healed == [(6, ("model/blocks.0.up.weight",))]
+    assert performed["join"][3].sources == ["peer"]
+    assert performed["join"][3].healed == []
+
+
+def test_a_comparison_that_a_death_cut_short_is_made_before_anything_else(performed):
+    assert performed["cut short"][1].healed == [(5, ("model/blocks.0.up.weight",))]

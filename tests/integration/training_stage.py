@@ -23,16 +23,22 @@ from elastic.training.sharding import ShardedLearner
 from elastic.training.trainer import Storage, Trainer
 
 LOOPBACK, CPU = "127.0.0.1", torch.device("cpu")
-NUM_STEPS, NUM_MEMBERS = 14, 7
+NUM_STEPS, NUM_MEMBERS = 14, 8
 SETTINGS = GPTSettings(num_layers=2, num_heads=2, width=32, sequence=32, dropout=0.2)
 BUCKETS_MIB = (0.02, 0.0, 4.0)  # stories take turns: their bits must not tell
 SLOW_S = 0.15
-Phase = Literal["leaf", "exchange", "all_gather", "agreement", "agreed", "sharing", "sending", "send"]
+Phase = Literal[
+    "leaf", "exchange", "all_gather", "agreement", "agreed", "compare", "sharing", "sending", "send"
+]
 
 
 @dataclass(frozen=True)
 class Chapter:
-    """A world in a story: its members by rank, the step at whose boundary it ends, or who dies when."""
+    """A world in a story: its members by rank, the step at whose boundary it ends, or who dies when.
+
+    A bit flips in `flipped` once it has committed `flips_at` steps and has the next one's gradients, and in
+    `spoiled` before its state settles in this world.
+    """
 
     members: tuple[int, ...]
     until: int = NUM_STEPS
@@ -41,6 +47,7 @@ class Chapter:
     phase: Phase = "leaf"
     flipped: int = -1
     flips_at: int = -1
+    spoiled: int = -1
     slow: int = -1
 
 
@@ -96,6 +103,8 @@ class DoomedWorld:
     def all_gather(self, out: torch.Tensor, mine: torch.Tensor) -> None:
         if mine.is_floating_point():
             self._doom.comes("sharing" if self._is_agreed else "all_gather")
+        elif self._is_agreed:
+            self._doom.comes("compare")
         self._world.all_gather(out, mine)
 
     def all_reduce(self, tensor: torch.Tensor, op: Any) -> None:
@@ -157,14 +166,14 @@ class Boundary:
     """Orders the next world once a step is committed; may flip a bit when all gradients are reduced."""
 
     def __init__(
-        self, chapter: Chapter, generation: int, committed: Callable[[], int], flip: Callable[[], None]
+        self, chapter: Chapter, generation: int, committed: Callable[[], int], flip: Callable[[int], None]
     ) -> None:
         self._chapter, self._generation, self._committed = chapter, generation, committed
         self._flip = flip
 
     def pending(self) -> Flags:
         if self._committed() == self._chapter.flips_at:
-            self._flip()
+            self._flip(self._chapter.flipped)
         is_due = self._committed() + 1 >= self._chapter.until < NUM_STEPS
         return Flags(next_generation=self._generation + 1 if is_due else 0)
 
@@ -241,8 +250,8 @@ def play(
     hosts = tuple(map(str, chapter.members))
     place = Place(generation, chapter.members.index(member), hosts, LOOPBACK)
 
-    def flip() -> None:
-        if member == chapter.flipped:
+    def flip(victim: int) -> None:
+        if member == victim:
             local_rows(_victim(trainer)).view(torch.int32)[3, 5] ^= 1 << 20
 
     world = former.form(place, endpoint, lambda: True, time.sleep)
@@ -251,6 +260,7 @@ def play(
     job.wait_s = SLOW_S if member == chapter.slow else 0.0
     job.doom = Doom(chapter, committed, member == chapter.victim, store)
     doomed = DoomedWorld(world, job.doom)
+    flip(chapter.spoiled)
     try:
         diary.sources.append(trainer.settle(doomed).source)
         if (

@@ -167,6 +167,22 @@ def test_a_stopped_run_goes_on_from_its_checkpoint_to_the_bits_of_an_undisturbed
     assert weights_sha256(resumed.model) == weights_sha256(quiet.model)
 
 
+def test_a_last_step_that_only_memories_had_is_saved_again_before_the_run_is_called_finished(plan):
+    older, newer = open_store("memory://older"), open_store("memory://newer")
+    with LocalHost(older, arena_bytes=1 << 24) as host:
+        trained(trainer_of(plan, storage=Storage(Saver(host, "run"))))
+    loaded = load(older)
+    in_memory = replace(loaded.report, bytes_by_source={"parity": 5, "memory": loaded.report.num_bytes})
+    with LocalHost(newer, arena_bytes=1 << 24) as host:
+        storage = Storage(Saver(host, "run"), lambda: replace(loaded, report=in_memory))
+        resumed = trainer_of(plan, storage=storage)
+        assert resumed.settle(WorldOfOne(2)).source == "memory+parity"
+        events: list[Event] = []
+        ending = resumed.run(WorldOfOne(2), Told(), events.append)
+    assert ending is Ending.FINISHED
+    assert [event.step for event in events if isinstance(event, CheckpointDurable)] == [6]
+
+
 def test_a_checkpoint_of_another_model_or_seed_is_refused_by_name(plan):
     store = open_store("memory://another")
     with LocalHost(store, arena_bytes=1 << 24) as host:

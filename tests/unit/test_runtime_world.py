@@ -1,0 +1,92 @@
+"""Worlds of two members in one process: a late cut, and a device that does not let go."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from elastic.runtime import world as worlds
+from elastic.runtime.lane import ThreadLane
+from elastic.runtime.world import Endpoint, Former, Place, World, open_rendezvous
+from elastic.training.ports import Broken
+
+LOOPBACK, CPU = "127.0.0.1", torch.device("cpu")
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    store, endpoint = open_rendezvous(LOOPBACK)
+    yield endpoint
+    del store
+
+
+@pytest.fixture
+def ranks() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
+def formed(ranks: ThreadPoolExecutor, formers: list[Former], endpoint: Endpoint, generation: int) -> Any:
+    places = [Place(generation, rank, ("h", "h"), LOOPBACK) for rank in range(2)]
+    return list(
+        ranks.map(
+            lambda former, place: former.form(place, endpoint, lambda: True, time.sleep), formers, places
+        )
+    )
+
+
+def total(ranks: ThreadPoolExecutor, pair: list[World]) -> list[float]:
+    def reduce(world: World) -> float:
+        tensor = torch.ones(3)
+        world.all_reduce(tensor, "sum")
+        return float(tensor[0])
+
+    return list(ranks.map(reduce, pair))
+
+
+def test_a_late_cut_of_a_world_that_was_left_does_not_break_the_next_one(ranks, endpoint):
+    formers = [Former(LOOPBACK, CPU), Former(LOOPBACK, CPU)]
+    older = formed(ranks, formers, endpoint, 1)
+    assert total(ranks, older) == [2.0, 2.0]
+    for each in older:
+        each.leave()
+    newer = formed(ranks, formers, endpoint, 2)
+    for each in older:
+        each.cut()  # by a driver's call that came late
+    assert total(ranks, newer) == [2.0, 2.0]
+    newer[0].cut()
+    with pytest.raises(Broken):
+        total(ranks, newer)
+    for each in newer:
+        each.leave()
+
+
+class Stuck:
+    """A communicator on a device that has died: its abort waits for it."""
+
+    def __init__(self) -> None:
+        self.may_end = threading.Event()
+
+    def abort(self) -> None:
+        self.may_end.wait(60)
+
+
+def test_a_communicator_that_does_not_abort_holds_nobody_up_and_frees_the_peers(ranks, endpoint, monkeypatch):
+    monkeypatch.setattr(worlds, "ABORT_TIMEOUT_S", 0.2)
+    pair, stuck = formed(ranks, [Former(LOOPBACK, CPU), Former(LOOPBACK, CPU)], endpoint, 1), Stuck()
+    place = Place(1, 0, ("h", "h"), LOOPBACK)
+    first = World(place, {**pair[0]._groups, "cuda": stuck}, pair[0]._listeners, ThreadLane())
+    waiting = ranks.submit(pair[1].all_reduce, torch.ones(1), "sum")
+    with pytest.raises(TimeoutError, match=r"of world 1 has not aborted within 0\.2 s"):
+        first.leave()
+    with pytest.raises(Broken):
+        waiting.result(timeout=20)
+    with pytest.raises(Broken, match="has left"):
+        first.all_reduce(torch.ones(1), "sum")
+    stuck.may_end.set()
+    for each in pair:
+        each.leave()
