@@ -12,7 +12,6 @@ from checkpoint.errors import CheckpointError, Incomplete
 from checkpoint.interop.expression import Scope, evaluate, parse_expression
 from checkpoint.interop.grammar import read_rules
 from checkpoint.interop.moves import Foreign
-from checkpoint.interop.proof import fingerprints_of_sources
 from checkpoint.interop.rules import plan_import
 from checkpoint.interop.template import parse_template
 from checkpoint.interop.writing import plan_export
@@ -23,6 +22,7 @@ from tests.interop_samples import (
     disperse,
     fingerprints,
     foreign,
+    proved,
     random_bits,
     specs_for,
 )
@@ -113,7 +113,7 @@ def test_a_fused_weight_is_taken_apart_as_numpy_put_it_together(fusion):
     found = assemble(plan, arrays)
     assert found.keys() == fusion.tensors.keys()
     assert all((found[name] == bits).all() for name, bits in fusion.tensors.items())
-    assert fingerprints_of_sources(plan, arrays.__getitem__) == fingerprints(fusion.tensors)
+    assert proved(rules, {}, fusion.axes, plan.foreign, arrays.__getitem__) == fingerprints(fusion.tensors)
 
 
 @given(fusions())

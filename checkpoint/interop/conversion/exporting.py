@@ -15,9 +15,17 @@ from checkpoint.format.box import Box, split_box
 from checkpoint.format.codec import checksum
 from checkpoint.format.dtypes import dtype_of, itemsize
 from checkpoint.format.scheme import parse_layout
-from checkpoint.interop.conversion.assembling import as_they_are, prove_from_sources
-from checkpoint.interop.conversion.casting import FLOATS, Cast, cast, parse_dtype, reference_fingerprint
+from checkpoint.interop.conversion.assembling import as_they_are
+from checkpoint.interop.conversion.casting import (
+    FLOATS,
+    Cast,
+    Reach,
+    cast,
+    parse_dtype,
+    reference_fingerprint,
+)
 from checkpoint.interop.conversion.contract import (
+    READ_BYTES,
     Array,
     ConversionReport,
     ConversionSettings,
@@ -27,24 +35,28 @@ from checkpoint.interop.conversion.contract import (
     Proof,
     unheard,
 )
-from checkpoint.interop.conversion.importing import check_sure
+from checkpoint.interop.conversion.importing import accounted, check_sure
 from checkpoint.interop.conversion.marking import Counted
 from checkpoint.interop.conversion.measuring import high_water_bytes
 from checkpoint.interop.conversion.moving import target_part, turned_back
-from checkpoint.interop.conversion.names import rule_name, to_foreign
+from checkpoint.interop.conversion.names import from_foreign, rule_name, to_foreign
 from checkpoint.interop.conversion.origins import Origin
+from checkpoint.interop.conversion.proving import prove
 from checkpoint.interop.conversion.resharding import ONE_RANK, Chosen, num_bytes_of
 from checkpoint.interop.conversion.roles import owner_of
-from checkpoint.interop.conversion.ruled import RuleChoice, knowing
+from checkpoint.interop.conversion.ruled import RuleChoice, knowing, uncast
 from checkpoint.interop.conversion.skeletons import matches, nothing_fits
-from checkpoint.interop.conversion.tying import TIED, with_copies
+from checkpoint.interop.conversion.tying import TIED, Ties, universal, with_copies
 from checkpoint.interop.formats.contract import About
 from checkpoint.interop.formats.contract import Contents as ForeignContents
+from checkpoint.interop.formats.hf_config import retyped
 from checkpoint.interop.moves import Foreign, Move, Plan
 from checkpoint.interop.placing import resolve_sizes
+from checkpoint.interop.reference import Account, account_as_named
 from checkpoint.interop.writing import plan_export
 
 _BAND_BYTES = 8 << 20
+_NUM_BANDS = 4  # of a thread: what is read, turned, cast, and on its way into a file
 _AS_NAMED = (
     "no rules are given, so names and shapes stay as they are: Megatron loads only what has its own names "
     "(--rules; docs/rules.md)"
@@ -132,6 +144,8 @@ class Outward:
     contents: Cast
     plan: Plan
     outbound: Outbound
+    emigration: Emigration
+    ties: Ties
     notes: tuple[str, ...]
 
     @property
@@ -145,6 +159,20 @@ class Outward:
         """How many bytes the tensors to write have."""
         specs = (TensorSpec(one.name, one.dtype, one.shape) for one in self.plan.foreign)
         return sum(map(num_bytes_of, specs))
+
+    def account(self, foreign: Mapping[int, Foreign]) -> Account:
+        """Tell what foreign tensors, by number, are by the words of the rules, or by their names."""
+        rules = self.emigration.rules
+        if rules is not None:
+            return accounted(uncast(rules), _axes(self.emigration), foreign, self.ties)
+        known = {to_foreign(spec.name): spec.name for spec in self.contents.tensors}
+        names = {number: known.get(one.name, from_foreign(one.name)) for number, one in foreign.items()}
+        return account_as_named(foreign, names).tied(universal(self.ties))
+
+    def most_held_bytes(self, settings: ConversionSettings) -> int:
+        """Return the most that buffers hold: of each thread a block and what it is made of."""
+        whole = max(self.written_bytes, sum(map(num_bytes_of, self.chosen.tensors)))
+        return min(settings.num_workers * (READ_BYTES + _NUM_BANDS * _BAND_BYTES), 2 * whole)
 
     @property
     def attempt(self) -> str:
@@ -186,11 +214,11 @@ def plan_emigration(source: Origin, emigration: Emigration, holds_optimizer: Hol
     if emigration.format in _HOLD_ROUNDED:
         _check_rounded(chosen.tensors, contents.tensors, emigration)
     plan = _plan(contents.tensors, emigration)
-    ties = source.ties if holds_optimizer(emigration.format) and emigration.rules is None else {}
-    if emigration.only is None:
-        plan = with_copies(plan, contents.tensors, ties)
-    about = _about(source, emigration, plan)
-    return Outward(source, chosen, contents, plan, Outbound(contents, plan, about), tuple(notes))
+    holds_copies = holds_optimizer(emigration.format) and emigration.rules is None and emigration.only is None
+    ties = source.ties if holds_copies else {}
+    plan = with_copies(plan, contents.tensors, ties)
+    outbound = Outbound(contents, plan, _about(source, emigration, plan))
+    return Outward(source, chosen, contents, plan, outbound, emigration, ties, tuple(notes))
 
 
 def export_checkpoint(
@@ -213,7 +241,9 @@ def export_checkpoint(
     listener(Progress("proving", watched.num_done_bytes, watched.num_bytes))
     known = outward.source.fingerprints(outward.uncast, settings)
     back = Counted(reopen())
-    proofs = _prove(outward, known, back, url=url, settings=settings)
+    reach = Reach()
+    proofs = _prove(outward, known, back, reach, url=url, settings=settings)
+    notes = (*outward.notes, *reach.settle(settings.overflow), *outward.source.padding(settings))
     return ConversionReport(
         source=outward.source.url,
         target=url,
@@ -225,11 +255,11 @@ def export_checkpoint(
         num_bytes=sum(num_bytes_of(spec) for spec in outward.contents.tensors),
         read_bytes=outward.source.num_read_bytes() + back.num_bytes,
         written_bytes=watched.num_bytes,
-        peak_bytes=settings.peak_bytes,
+        peak_bytes=outward.most_held_bytes(settings),
         grown_bytes=high_water_bytes() - before,
         seconds=time.monotonic() - began_s,
         proofs=proofs,
-        notes=outward.notes,
+        notes=notes,
     )
 
 
@@ -297,17 +327,23 @@ def _plan(specs: Sequence[TensorSpec], emigration: Emigration) -> Plan:
         plan = as_they_are([Foreign(to_foreign(one.name), one.dtype, one.shape) for one in specs])
         return replace(plan, tensors=tuple(specs))
     named = {rule_name(spec.name): number for number, spec in enumerate(specs)}
-    axes = {axis: ranks for axis, ranks in parse_layout(emigration.to).mesh.axes if ranks > 1}
-    choice = emigration.rules
+    axes, choice = _axes(emigration), emigration.rules
     renamed = [TensorSpec(rule_name(one.name), one.dtype, one.shape) for one in specs]
     plan = plan_export(choice.rules, choice.sizes, axes, renamed)
     moves = tuple(replace(move, target=named[plan.tensors[move.target].name]) for move in plan.moves)
     return replace(plan, tensors=tuple(specs), moves=moves)
 
 
+def _axes(emigration: Emigration) -> dict[str, int]:
+    """Return the axes that tensors are spread over, and their ranks."""
+    return {axis: ranks for axis, ranks in parse_layout(emigration.to).mesh.axes if ranks > 1}
+
+
 def _about(origin: Origin, emigration: Emigration, plan: Plan) -> About:
     axes = {axis: 1 + max(one.at[axis] for one in plan.foreign) for axis in plan.foreign[0].at}
     told = {"step": origin.step, **({TIED: dict(origin.ties)} if origin.ties else {}), **origin.extra}
+    if emigration.dtype is not None and isinstance(told.get("config"), dict):
+        told["config"] = retyped(told["config"], parse_dtype(emigration.dtype))
     scheme = parse_layout(emigration.to)
     if scheme.zero and emigration.format == "deepspeed":  # it names the ranks that its files are for
         told |= {"zero_stage": scheme.zero, "dp_world_size": scheme.mesh.size}
@@ -320,6 +356,7 @@ def _prove(
     outward: Outward,
     known: Mapping[str, int],
     back: ForeignContents,
+    reach: Reach,
     *,
     url: str,
     settings: ConversionSettings,
@@ -330,14 +367,16 @@ def _prove(
     if missing:
         raise Mismatch(f"what was written to become {url} lacks {missing[:5]}: it is not left there")
     numbers = [places[_place(one)] for one in outward.plan.foreign]
-    found = prove_from_sources(outward.plan, _Reordered(back, numbers), settings)
+    found = prove(outward.account({number: back.tensors[number] for number in numbers}), back, settings)
     proofs, wrong = [], []
     uncast = outward.uncast
     for number, new in enumerate(outward.contents.tensors):
         is_cast = new.name not in uncast
-        wanted = reference_fingerprint(outward.chosen, number, new.dtype) if is_cast else known[new.name]
-        proofs.append(Proof(new.name, "reference" if is_cast else "fingerprint", found[new.name]))
-        if found[new.name] != wanted:
+        wanted = (
+            reference_fingerprint(outward.chosen, number, new.dtype, reach) if is_cast else known[new.name]
+        )
+        proofs.append(Proof(new.name, "reference" if is_cast else "fingerprint", wanted))
+        if found.get(new.name) != wanted:
             wrong.append(new.name)
     if wrong:
         raise Mismatch(
@@ -345,19 +384,6 @@ def _prove(
             f"differ from the source's: {wrong[:5]}"
         )
     return tuple(proofs)
-
-
-class _Reordered:
-    """A foreign checkpoint whose tensors are counted in another order."""
-
-    def __init__(self, inner: ForeignContents, numbers: Sequence[int]) -> None:
-        self.about = inner.about
-        self.tensors: Sequence[Foreign] = [inner.tensors[number] for number in numbers]
-        self._inner = inner
-        self._numbers = numbers
-
-    def read(self, number: int, box: Box) -> Array:
-        return self._inner.read(self._numbers[number], box)
 
 
 def _place(one: Foreign) -> tuple[str, tuple[tuple[str, int], ...]]:

@@ -2,8 +2,9 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from checkpoint.engine.catalog import Catalog
@@ -12,7 +13,9 @@ from checkpoint.errors import AlreadyExists, FormatError, Mismatch, Misuse, Unsu
 from checkpoint.format.codec import checksum
 from checkpoint.format.scheme import format_layout, parse_layout
 from checkpoint.format.tree import flatten
-from checkpoint.interop.conversion.assembling import Assembled, as_they_are, prove_from_sources
+from checkpoint.interop.conversion.assembling import Assembled, as_they_are
+from checkpoint.interop.conversion.batches import cuts_of, most_held_bytes
+from checkpoint.interop.conversion.casting import Reach
 from checkpoint.interop.conversion.contract import (
     ConversionReport,
     ConversionSettings,
@@ -25,15 +28,17 @@ from checkpoint.interop.conversion.contract import (
 from checkpoint.interop.conversion.marking import Counted
 from checkpoint.interop.conversion.measuring import high_water_bytes
 from checkpoint.interop.conversion.names import from_foreign, from_rules
+from checkpoint.interop.conversion.proving import changed, check_described, look_at_padding, prove
 from checkpoint.interop.conversion.resharding import ONE_RANK, layout_meta
 from checkpoint.interop.conversion.roles import lay_out, owner_of, pieces_of
 from checkpoint.interop.conversion.ruled import SIZES, RuleChoice, knowing, model_sizes, placements_by
-from checkpoint.interop.conversion.tying import TIED, Ties, merged, tie
+from checkpoint.interop.conversion.tying import TIED, Ties, merged, tie, universal
 from checkpoint.interop.conversion.writing import Draft, write_checkpoint
 from checkpoint.interop.expression import Size
-from checkpoint.interop.formats.contract import ForeignCheckpoint
+from checkpoint.interop.formats.contract import LEAST_VOCAB, About, ForeignCheckpoint
 from checkpoint.interop.formats.numbered import listed
-from checkpoint.interop.moves import Foreign, How, Plan
+from checkpoint.interop.moves import Foreign, Plan
+from checkpoint.interop.reference import Account, account_as_named, account_by_rules
 from checkpoint.interop.rules import plan_import
 from checkpoint.store.contract import Store
 
@@ -72,9 +77,13 @@ class Adoption:
 
 @dataclass(frozen=True, slots=True)
 class Sighted:
-    """A foreign checkpoint's plan, with universal names; `notes` tell what is left out."""
+    """A foreign checkpoint's plan, with universal names; `notes` tell what is left out.
+
+    `account` is what the same tensors are by the words alone, of which the plan knows nothing.
+    """
 
     plan: Plan
+    account: Callable[[], Account]
     skeleton: Any
     notes: tuple[str, ...] = ()
     ties: Ties = field(default_factory=dict)
@@ -105,13 +114,17 @@ def import_checkpoint(
     settings = settings or ConversionSettings()
     began_s, before = time.monotonic(), high_water_bytes()
     sighted, draft = plan_adoption(foreign, origin, adoption)
-    if draft.step in Catalog(target).steps():
-        raise AlreadyExists(f"{target} has a checkpoint of step {draft.step}: give another store, or a step")
+    check_new(target, draft)
     proofs: list[Proof] = []
+    notes = [*foreign.about.notes, *sighted.notes]
 
     def check(found: Mapping[str, int]) -> None:
         listener(Progress("proving", 0, 0))
-        proofs.extend(prove(sighted.plan, counted, found, settings))
+        account = sighted.account()
+        check_described(account, draft.tensors)
+        proofs.extend(_held_against(account, counted, found, reach := Reach(), settings))
+        notes.extend(reach.settle(settings.overflow))
+        notes.extend(look_at_padding(account, counted, settings))
 
     counted = Counted(foreign)
     contents = Assembled(counted, sighted.plan)
@@ -126,33 +139,34 @@ def import_checkpoint(
         num_bytes=written.num_bytes,
         read_bytes=counted.num_bytes,
         written_bytes=written.stored_bytes,
-        peak_bytes=settings.peak_bytes,
+        peak_bytes=most_held_bytes(cuts_of(draft.tensors, draft.pieces), settings),
         grown_bytes=high_water_bytes() - before,
         num_resumed_bytes=written.num_resumed_bytes,
         seconds=time.monotonic() - began_s,
         proofs=tuple(proofs),
-        notes=(*foreign.about.notes, *sighted.notes),
+        notes=tuple(notes),
     )
 
 
-def prove(plan: Plan, foreign: Any, found: Mapping[str, int], settings: ConversionSettings) -> list[Proof]:
+def check_new(target: Store, draft: Draft) -> None:
+    """See that a store has no checkpoint of the step that is to be written. Raises AlreadyExists."""
+    if draft.step in Catalog(target).steps():
+        raise AlreadyExists(f"{target} has a checkpoint of step {draft.step}: give another store, or a step")
+
+
+def _held_against(
+    account: Account, foreign: Counted, found: Mapping[str, int], reach: Reach, settings: ConversionSettings
+) -> list[Proof]:
     """Hold fingerprints against those of the foreign side. Raises Mismatch naming the tensors that differ."""
-    wanted = prove_from_sources(plan, foreign, settings)
-    wrong = [name for name, value in wanted.items() if found.get(name) != value]
+    wanted = prove(account, foreign, settings, reach)
+    wrong = [name for name in wanted.keys() | found.keys() if found.get(name) != wanted.get(name)]
     if wrong:
         raise Mismatch(
             f"the content of {len(wrong)} of {len(wanted)} tensors differs from the foreign checkpoint's: "
-            f"{wrong[:5]}; nothing was committed"
+            f"{sorted(wrong)[:5]}; nothing was committed"
         )
-    changed = {
-        plan.tensors[move.target].name
-        for move in plan.moves
-        if move.how is How.MEAN or plan.foreign[move.source].dtype != plan.tensors[move.target].dtype
-    }
-    return [
-        Proof(name, "reference" if name in changed else "fingerprint", value)
-        for name, value in wanted.items()
-    ]
+    other = changed(account, foreign)
+    return [Proof(name, "reference" if name in other else "fingerprint", wanted[name]) for name in found]
 
 
 def plan_adoption(foreign: ForeignCheckpoint, origin: str, adoption: Adoption) -> tuple[Sighted, Draft]:
@@ -221,11 +235,14 @@ def sight(foreign: ForeignCheckpoint, choice: RuleChoice | None, ties: Ties | No
             )
         ties = merged({**about.ties, **known}, ties or {})
         plan = tie(_renamed(as_they_are(foreign.tensors), from_foreign), ties)
-        return Sighted(plan, _skeleton(plan.tensors, extra, ties), ties=ties)
+        account = partial(_account_as_named, foreign.tensors, ties)
+        return Sighted(plan, account, _skeleton(plan.tensors, extra, ties), ties=ties)
     ties = merged(known, ties or {})  # what the files call tied, the rules speak of
     others = [number for number, one in enumerate(foreign.tensors) if one.name.startswith(_OTHER)]
     numbers = [number for number in range(len(foreign.tensors)) if number not in set(others)]
     sizes = {**_known_sizes(choice, about.sizes), **choice.sizes}
+    if any(rule.padding for rule in choice.rules.rules):
+        _check_vocabulary(sizes, about)
     plan = plan_import(choice.rules, sizes, about.axes, [foreign.tensors[number] for number in numbers])
     plan = tie(_renamed(_renumbered(plan, numbers, foreign.tensors), from_rules), ties)
     notes = [
@@ -235,7 +252,22 @@ def sight(foreign: ForeignCheckpoint, choice: RuleChoice | None, ties: Ties | No
     ]
     if others:
         notes.append(f"{len(others)} tensors that are neither weights nor optimizer states are left out")
-    return Sighted(plan, _skeleton(plan.tensors, extra, ties), tuple(notes), ties)
+    chosen = {number: foreign.tensors[number] for number in numbers}
+    account = partial(accounted, RuleChoice(choice.rules, sizes), about.axes, chosen, ties)
+    return Sighted(plan, account, _skeleton(plan.tensors, extra, ties), tuple(notes), ties)
+
+
+def accounted(
+    choice: RuleChoice, axes: Mapping[str, int], foreign: Mapping[int, Foreign], ties: Ties
+) -> Account:
+    """Tell what foreign tensors, by number, are by the words of rules, with universal names."""
+    account = account_by_rules(choice.rules, choice.sizes, axes, foreign)
+    return account.renamed(from_rules).tied(universal(ties))
+
+
+def _account_as_named(foreign: Sequence[Foreign], ties: Ties) -> Account:
+    names = {number: from_foreign(one.name) for number, one in enumerate(foreign)}
+    return account_as_named(dict(enumerate(foreign)), names).tied(universal(ties))
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +319,17 @@ def _skeleton(specs: Sequence[TensorSpec], extra: Mapping[str, Any], ties: Ties)
 
 def _known_sizes(choice: RuleChoice, sizes: Mapping[str, int]) -> dict[str, Size]:
     return {name: size for name, size in sizes.items() if name in choice.rules.sizes}
+
+
+def _check_vocabulary(sizes: Mapping[str, Size], about: About) -> None:
+    """Refuse a vocabulary of which words would be taken for padding. Raises Misuse."""
+    least = about.sizes.get("vocab", about.sizes.get(LEAST_VOCAB, 0))
+    given = sizes.get("vocab")
+    if isinstance(given, int) and given < least:
+        raise Misuse(
+            f"vocab={given} would leave out words as if they were padding: by what the files say of their "
+            f"run there are at least {least}"
+        )
 
 
 def _renamed(plan: Plan, rename: Any) -> Plan:
