@@ -25,7 +25,7 @@ from checkpoint.interop.conversion.assembling import as_they_are
 from checkpoint.interop.conversion.exporting import Emigration, export_checkpoint, plan_emigration
 from checkpoint.interop.conversion.importing import Adoption, import_checkpoint
 from checkpoint.interop.conversion.names import from_rules
-from checkpoint.interop.conversion.origins import stored_origin
+from checkpoint.interop.conversion.origins import Origin, foreign_origin, stored_origin
 from checkpoint.interop.conversion.ruled import RuleChoice
 from checkpoint.interop.conversion.stored import Stored
 from checkpoint.interop.expression import evaluate
@@ -51,6 +51,7 @@ from tests.interop_samples import (
 )
 
 AXES = {"tensor": 3, "pipeline": 2}
+SPREAD = "tensor=3,pipeline=2"
 Change = Callable[[Move], Move]
 
 
@@ -88,16 +89,16 @@ def choice_of(name: str, sizes=LLAMA) -> RuleChoice:
     return RuleChoice(builtin_rules(name), sizes)
 
 
-def stored(weights: Arrays) -> MemoryStore:
-    """Return a store with weights under their universal names."""
+def stored(weights: Arrays) -> Origin:
+    """Return a stored checkpoint of weights under their universal names."""
     plain = {name: torch.from_numpy(bits.view(np.float32)) for name, bits in weights.items()}
     save_state(store := MemoryStore("source"), {"model": plain})
-    return store
+    return stored_origin(Stored(store))
 
 
-def export_by(choice: RuleChoice, store: MemoryStore, to: str, spoil=lambda name, bits: bits) -> Files:
+def export_by(emigration: Emigration, origin: Origin, spoil=lambda name, bits: bits) -> Files:
     """Export to memory; `spoil` changes what is written."""
-    outward = plan_emigration(stored_origin(Stored(store)), Emigration("files", to, choice), lambda _: True)
+    outward = plan_emigration(origin, emigration, lambda _: True)
     kept: list[Files] = []
 
     def write(contents) -> None:
@@ -117,7 +118,7 @@ def test_what_a_sound_plan_makes_is_believed():
     files = Files(plan.foreign, arrays.__getitem__, AXES)
     found = import_by(choice_of("llama-megatron"), files, MemoryStore("target"))
     check_equal({from_rules(name): mark for name, mark in fingerprints(weights).items()}, found)
-    export_by(choice_of("llama-megatron"), stored(weights), "tensor=3,pipeline=2")
+    export_by(Emigration("files", SPREAD, choice_of("llama-megatron")), stored(weights))
 
 
 def cut_in_halves(plan: Plan) -> Plan:
@@ -155,7 +156,19 @@ def test_a_gate_and_up_weight_split_at_the_wrong_boundary_is_caught(monkeypatch)
 
     monkeypatch.setattr(exporting, "plan_export", lambda *told: cut_in_halves(plan_export(*told)))
     with pytest.raises(Mismatch, match=r"8 of its 38 tensors differ from the source's: .*mlp.gate"):
-        export_by(choice, stored(weights), "tensor=3,pipeline=2")
+        export_by(Emigration("files", SPREAD, choice), stored(weights))
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+def test_a_source_that_is_read_by_a_wrong_plan_is_caught_on_its_way_into_another_format(dtype, monkeypatch):
+    plan, arrays = megatron(llama())
+    choice, files = choice_of("llama-megatron"), Files(plan.foreign, arrays.__getitem__, AXES)
+    emigration = Emigration("files", "replica=1", choice_of("llama-hf"), dtype)
+    if dtype is None:
+        export_by(emigration, foreign_origin(files, "memory://files", choice))
+    monkeypatch.setattr(importing, "plan_import", lambda *told: cut_in_halves(plan_import(*told)))
+    with pytest.raises(Mismatch, match=r"mlp\.(gate|up)"):
+        export_by(emigration, foreign_origin(files, "memory://files", choice))
 
 
 def test_experts_that_change_places_are_caught(monkeypatch):
@@ -269,7 +282,7 @@ def test_weights_that_a_writer_left_zero_are_caught():
         return np.zeros_like(bits) if next(spoiled) else bits
 
     with pytest.raises(Mismatch, match="37 of its 38 tensors differ from the source's"):
-        export_by(choice_of("llama-hf"), stored(llama()), "replica=1", spoil)
+        export_by(Emigration("files", "replica=1", choice_of("llama-hf")), stored(llama()), spoil)
 
 
 def test_only_the_first_rank_s_shards_are_not_enough():

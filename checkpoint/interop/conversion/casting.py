@@ -12,7 +12,7 @@ import torch
 
 from checkpoint.engine.plan import TensorSpec
 from checkpoint.engine.tensors import torch_dtype
-from checkpoint.errors import FormatError, Misuse
+from checkpoint.errors import FormatError, Mismatch, Misuse
 from checkpoint.format.box import Box, split_box
 from checkpoint.format.dtypes import dtype_of, itemsize
 from checkpoint.format.fingerprint import MODULUS, fingerprint
@@ -106,15 +106,21 @@ class Reach:
         return notes
 
 
-def reference_fingerprint(source: GlobalTensors, number: int, new: str, reach: Reach) -> int:
-    """Return the fingerprint that a source's tensor has when it is cast, by the simpler code."""
+def reference_fingerprint(source: GlobalTensors, number: int, *, new: str, known: int, reach: Reach) -> int:
+    """Return the fingerprint that a source's tensor has when it is cast, by the simpler code.
+
+    Raises Mismatch if what is cast has not the fingerprint that the source's tensor is known by.
+    """
     spec = source.tensors[number]
-    total = 0
+    total = plain = 0
     for band in bands_of(spec):
         bits = source.read([(number, band)])[0]
+        plain += fingerprint(np.ascontiguousarray(bits), spec.dtype, spec.shape, band)
         made = reference_cast(bits, spec.dtype, new)
         reach.see(spec.name, bits, spec.dtype, made, new)
         total += fingerprint(np.ascontiguousarray(made), new, spec.shape, band)
+    if plain % MODULUS != known:
+        raise Mismatch(f"the content of {spec.name!r}, as it was cast, differs from the source's")
     return total % MODULUS
 
 

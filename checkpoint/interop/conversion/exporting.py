@@ -149,6 +149,11 @@ class Outward:
     notes: tuple[str, ...]
 
     @property
+    def names(self) -> set[str]:
+        """The names of all tensors."""
+        return {spec.name for spec in self.chosen.tensors}
+
+    @property
     def uncast(self) -> set[str]:
         """The names of the tensors that keep their values."""
         pairs = zip(self.chosen.tensors, self.contents.tensors, strict=True)
@@ -239,7 +244,7 @@ def export_checkpoint(
     watched = Watched(outward.outbound, outward.written_bytes, listener)
     write(watched)
     listener(Progress("proving", watched.num_done_bytes, watched.num_bytes))
-    known = outward.source.fingerprints(outward.uncast, settings)
+    known = outward.source.fingerprints(outward.names, settings)
     back = Counted(reopen())
     reach = Reach()
     proofs = _prove(outward, known, back, reach, url=url, settings=settings)
@@ -372,9 +377,9 @@ def _prove(
     uncast = outward.uncast
     for number, new in enumerate(outward.contents.tensors):
         is_cast = new.name not in uncast
-        wanted = (
-            reference_fingerprint(outward.chosen, number, new.dtype, reach) if is_cast else known[new.name]
-        )
+        wanted = known[new.name]
+        if is_cast:
+            wanted = reference_fingerprint(outward.chosen, number, new=new.dtype, known=wanted, reach=reach)
         proofs.append(Proof(new.name, "reference" if is_cast else "fingerprint", wanted))
         if found.get(new.name) != wanted:
             wrong.append(new.name)

@@ -79,14 +79,20 @@ class Adoption:
 class Sighted:
     """A foreign checkpoint's plan, with universal names; `notes` tell what is left out.
 
-    `account` is what the same tensors are by the words alone, of which the plan knows nothing.
+    `words` tell what the same tensors are by what is written alone, of which the plan knows nothing.
     """
 
     plan: Plan
-    account: Callable[[], Account]
+    words: Callable[[], Account]
     skeleton: Any
     notes: tuple[str, ...] = ()
     ties: Ties = field(default_factory=dict)
+
+    def account(self) -> Account:
+        """Return what proofs go by. Raises Mismatch if the plan makes tensors of other types or shapes."""
+        account = self.words()
+        check_described(account, self.plan.tensors)
+        return account
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +127,6 @@ def import_checkpoint(
     def check(found: Mapping[str, int]) -> None:
         listener(Progress("proving", 0, 0))
         account = sighted.account()
-        check_described(account, draft.tensors)
         proofs.extend(_held_against(account, counted, found, reach := Reach(), settings))
         notes.extend(reach.settle(settings.overflow))
         notes.extend(look_at_padding(account, counted, settings))
@@ -235,8 +240,8 @@ def sight(foreign: ForeignCheckpoint, choice: RuleChoice | None, ties: Ties | No
             )
         ties = merged({**about.ties, **known}, ties or {})
         plan = tie(_renamed(as_they_are(foreign.tensors), from_foreign), ties)
-        account = partial(_account_as_named, foreign.tensors, ties)
-        return Sighted(plan, account, _skeleton(plan.tensors, extra, ties), ties=ties)
+        words = partial(_account_as_named, foreign.tensors, ties)
+        return Sighted(plan, words, _skeleton(plan.tensors, extra, ties), ties=ties)
     ties = merged(known, ties or {})  # what the files call tied, the rules speak of
     others = [number for number, one in enumerate(foreign.tensors) if one.name.startswith(_OTHER)]
     numbers = [number for number in range(len(foreign.tensors)) if number not in set(others)]
@@ -253,8 +258,8 @@ def sight(foreign: ForeignCheckpoint, choice: RuleChoice | None, ties: Ties | No
     if others:
         notes.append(f"{len(others)} tensors that are neither weights nor optimizer states are left out")
     chosen = {number: foreign.tensors[number] for number in numbers}
-    account = partial(accounted, RuleChoice(choice.rules, sizes), about.axes, chosen, ties)
-    return Sighted(plan, account, _skeleton(plan.tensors, extra, ties), tuple(notes), ties)
+    words = partial(accounted, RuleChoice(choice.rules, sizes), about.axes, chosen, ties)
+    return Sighted(plan, words, _skeleton(plan.tensors, extra, ties), tuple(notes), ties)
 
 
 def accounted(

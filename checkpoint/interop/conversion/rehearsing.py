@@ -63,7 +63,7 @@ def rehearse_export(
 ) -> int:
     """Do what an export does, of a blank source, with `write`. Returns how many bytes it would read."""
     write(Watched(outward.outbound, outward.written_bytes, listener))
-    outward.source.fingerprints(outward.uncast, settings)
+    outward.source.fingerprints(outward.names, settings)
     for number, new in enumerate(outward.contents.tensors):
         if new.name not in outward.uncast:
             for band in bands_of(outward.chosen.tensors[number]):

@@ -256,7 +256,10 @@ def _prove(plan: _Plan, found: Mapping[str, int], reach: Reach, listener: Listen
     for number, spec in enumerate(specs):
         how, wanted = "fingerprint", known[spec.name]
         if spec.name in changed:
-            how, wanted = "reference", reference_fingerprint(plan.chosen, number, spec.dtype, reach)
+            how = "reference"
+            wanted = reference_fingerprint(
+                plan.chosen, number, new=spec.dtype, known=known[spec.name], reach=reach
+            )
             listener(Progress(f"proving {spec.name}", number, len(specs)))
         if found[spec.name] != wanted:
             wrong.append(spec.name)
