@@ -90,7 +90,7 @@ if TYPE_CHECKING:
         Progress,
         Proof,
     )
-    from checkpoint.interop.conversion.exporting import Emigration
+    from checkpoint.interop.conversion.emigrating import Emigration
     from checkpoint.interop.conversion.foreign import (
         ForeignSummary,
         Whereabouts,
@@ -263,7 +263,7 @@ _WITH_TORCH = {
 _ROOM = "checkpoint.interop.conversion"
 _CONVERSIONS = {
     "Adoption": f"{_ROOM}.importing",
-    "Emigration": f"{_ROOM}.exporting",
+    "Emigration": f"{_ROOM}.emigrating",
     "parse_dtype": f"{_ROOM}.casting",
     "parse_ties": f"{_ROOM}.tying",
     **dict.fromkeys(("Compared", "Verdict"), f"{_ROOM}.comparing"),

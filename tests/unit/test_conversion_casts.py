@@ -10,7 +10,7 @@ import checkpoint
 from checkpoint.errors import Misuse
 from checkpoint.interop.conversion.casting import cast, reference_cast
 from checkpoint.interop.conversion.contract import ConversionSettings, Overflow
-from checkpoint.interop.conversion.exporting import Emigration
+from checkpoint.interop.conversion.emigrating import Emigration
 from checkpoint.interop.conversion.foreign import Whereabouts, export_foreign
 from checkpoint.interop.conversion.resharding import Change, reshard
 from checkpoint.store.memory import MemoryStore

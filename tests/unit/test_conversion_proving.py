@@ -12,7 +12,7 @@ import checkpoint
 from checkpoint.errors import CheckpointError, Incomplete, Mismatch, NotFound
 from checkpoint.interop import draft
 from checkpoint.interop.conversion.contract import unheard
-from checkpoint.interop.conversion.exporting import Emigration
+from checkpoint.interop.conversion.emigrating import Emigration
 from checkpoint.interop.conversion.foreign import Whereabouts, export_foreign
 from checkpoint.interop.formats.known import FORMATS
 from checkpoint.interop.place import Place

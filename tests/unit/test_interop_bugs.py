@@ -20,9 +20,10 @@ from checkpoint.format.flat import share_of
 from checkpoint.format.layout import FlatGroup, Layout, Mesh, Replicate
 from checkpoint.interop import joining, naming
 from checkpoint.interop.builtin import builtin_rules
-from checkpoint.interop.conversion import exporting, importing
+from checkpoint.interop.conversion import emigrating, sighting
 from checkpoint.interop.conversion.assembling import as_they_are
-from checkpoint.interop.conversion.exporting import Emigration, export_checkpoint, plan_emigration
+from checkpoint.interop.conversion.emigrating import Emigration, plan_emigration
+from checkpoint.interop.conversion.exporting import export_checkpoint
 from checkpoint.interop.conversion.importing import Adoption, import_checkpoint
 from checkpoint.interop.conversion.names import from_rules
 from checkpoint.interop.conversion.origins import Origin, foreign_origin, stored_origin
@@ -78,7 +79,7 @@ def import_by(choice: RuleChoice | None, files: Files, store: MemoryStore) -> di
 
 def check_refused(monkeypatch, choice: RuleChoice | None, files: Files, wrong: Plan, message: str) -> None:
     """Let an import follow a plan that is wrong, and see that it does not believe itself."""
-    monkeypatch.setattr(importing, "plan_import" if choice else "as_they_are", lambda *_: wrong)
+    monkeypatch.setattr(sighting, "plan_import" if choice else "as_they_are", lambda *_: wrong)
     store = MemoryStore("target")
     with pytest.raises(Mismatch, match=message):
         import_by(choice, files, store)
@@ -154,7 +155,7 @@ def test_a_gate_and_up_weight_split_at_the_wrong_boundary_is_caught(monkeypatch)
     choice, files = choice_of("llama-megatron"), Files(plan.foreign, arrays.__getitem__, AXES)
     check_refused(monkeypatch, choice, files, cut_in_halves(plan), message)
 
-    monkeypatch.setattr(exporting, "plan_export", lambda *told: cut_in_halves(plan_export(*told)))
+    monkeypatch.setattr(emigrating, "plan_export", lambda *told: cut_in_halves(plan_export(*told)))
     with pytest.raises(Mismatch, match=r"8 of its 38 tensors differ from the source's: .*mlp.gate"):
         export_by(Emigration("files", SPREAD, choice), stored(weights))
 
@@ -166,7 +167,7 @@ def test_a_source_that_is_read_by_a_wrong_plan_is_caught_on_its_way_into_another
     emigration = Emigration("files", "replica=1", choice_of("llama-hf"), dtype)
     if dtype is None:
         export_by(emigration, foreign_origin(files, "memory://files", choice))
-    monkeypatch.setattr(importing, "plan_import", lambda *told: cut_in_halves(plan_import(*told)))
+    monkeypatch.setattr(sighting, "plan_import", lambda *told: cut_in_halves(plan_import(*told)))
     with pytest.raises(Mismatch, match=r"mlp\.(gate|up)"):
         export_by(emigration, foreign_origin(files, "memory://files", choice))
 
@@ -348,66 +349,3 @@ def test_an_optimizer_state_that_is_there_for_some_parameters_only_is_caught():
         Incomplete, match=r"'optimizer/exp_avg/\*' is there for 37 .* 1: \['final_norm.weight'\]"
     ):
         plan_import(builtin_rules("llama-hf"), LLAMA, {}, some)
-
-
-# ---------------------------------------------------------- the built-in rules compute what the model does
-
-
-def silu(x: np.ndarray) -> np.ndarray:
-    return np.asarray(x / (1 + np.exp(-x)))
-
-
-def test_the_gated_mlp_of_the_ranks_computes_what_the_global_weights_do():
-    """Each rank: y = down (silu(first half) * second half) of its fused weight; the sum is the layer's."""
-    random = np.random.default_rng(0)
-    weights = {name: random.normal(size=bits.shape).astype(np.float32) for name, bits in llama().items()}
-    bits = {name: array.view(np.uint32) for name, array in weights.items()}
-    plan = plan_export(builtin_rules("llama-megatron"), LLAMA, AXES, specs_for(bits))
-    files = {
-        str(t): array.view(np.float32) for t, array in zip(plan.foreign, disperse(plan, bits), strict=True)
-    }
-    x = random.normal(size=(5, 10)).astype(np.float32)
-    total = np.zeros((5, 10), np.float32)
-    for rank in range(3):
-        where = f"(tensor={rank}, pipeline=1)"
-        h = x @ files[f"decoder.layers.1.mlp.linear_fc1.weight {where}"].T
-        gate, up = np.split(h, 2, axis=1)
-        total += (silu(gate) * up) @ files[f"decoder.layers.1.mlp.linear_fc2.weight {where}"].T
-    w = {part: weights[f"layers.3.mlp.{part}.weight"] for part in ("gate", "up", "down")}
-    assert np.allclose(total, (silu(x @ w["gate"].T) * (x @ w["up"].T)) @ w["down"].T, atol=1e-3)
-
-
-def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    scores = np.exp(q @ k.T / np.sqrt(q.shape[1]))
-    return np.asarray(scores / scores.sum(1, keepdims=True) @ v)
-
-
-@pytest.mark.parametrize("groups", [(1, 1, 1), (2, 1)])
-def test_the_grouped_attention_of_the_ranks_computes_what_the_global_weights_do(groups):
-    """Each rank views its fused output as (group, queries + key + value, head_dim); a group has two heads."""
-    random = np.random.default_rng(1)
-    weights = {name: random.normal(size=bits.shape).astype(np.float32) for name, bits in llama().items()}
-    bits = {name: array.view(np.uint32) for name, array in weights.items()}
-    sizes, axes = {**LLAMA, "kv_heads": groups}, {"tensor": len(groups)}
-    plan = plan_export(builtin_rules("llama-megatron"), sizes, axes, specs_for(bits))
-    files = {
-        str(t): array.view(np.float32) for t, array in zip(plan.foreign, disperse(plan, bits), strict=True)
-    }
-    x = random.normal(size=(5, 10)).astype(np.float32)
-    total = np.zeros((5, 10), np.float32)
-    for rank, count in enumerate(groups):
-        where = f"(tensor={rank})"
-        mixed = x @ files[f"decoder.layers.2.self_attention.linear_qkv.weight {where}"].T
-        mixed = mixed.reshape(5, count, 4, 2)
-        heads = [
-            attend(mixed[:, g, h], mixed[:, g, 2], mixed[:, g, 3]) for g in range(count) for h in range(2)
-        ]
-        proj = files[f"decoder.layers.2.self_attention.linear_proj.weight {where}"]
-        total += np.concatenate(heads, axis=1) @ proj.T
-    q, k, v = (x @ weights[f"layers.2.attention.{part}.weight"].T for part in "qkv")
-    expected = []
-    for head in range(6):
-        kv = slice(2 * (head // 2), 2 * (head // 2) + 2)
-        expected.append(attend(q[:, 2 * head : 2 * head + 2], k[:, kv], v[:, kv]))
-    whole = np.concatenate(expected, axis=1) @ weights["layers.2.attention.out.weight"].T
-    assert np.allclose(total, whole, atol=1e-3)

@@ -19,7 +19,7 @@ import checkpoint
 from checkpoint.errors import CheckpointError, Corrupt, Incomplete, Mismatch, Unsupported
 from checkpoint.format.box import Box
 from checkpoint.interop.builtin import builtin_rules
-from checkpoint.interop.conversion.exporting import Emigration
+from checkpoint.interop.conversion.emigrating import Emigration
 from checkpoint.interop.conversion.foreign import Whereabouts, compare_places, export_foreign, import_foreign
 from checkpoint.interop.conversion.importing import Adoption
 from checkpoint.interop.conversion.ruled import choose_rules

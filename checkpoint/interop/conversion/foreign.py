@@ -19,19 +19,20 @@ from checkpoint.interop.conversion.contract import (
     Numbering,
     unheard,
 )
-from checkpoint.interop.conversion.exporting import Emigration, export_checkpoint, plan_emigration
+from checkpoint.interop.conversion.emigrating import Emigration, plan_emigration
+from checkpoint.interop.conversion.exporting import export_checkpoint
 from checkpoint.interop.conversion.importing import (
     Adoption,
     check_new,
     import_checkpoint,
     plan_adoption,
-    sight,
 )
 from checkpoint.interop.conversion.origins import Origin, foreign_origin, stored_origin
 from checkpoint.interop.conversion.proving import held_twice, padding_bytes, prove, shared_bytes
 from checkpoint.interop.conversion.rehearsing import BlankForeign, BlankStored, rehearse_export
 from checkpoint.interop.conversion.resharding import num_bytes_of
 from checkpoint.interop.conversion.ruled import RuleChoice
+from checkpoint.interop.conversion.sighting import sight
 from checkpoint.interop.conversion.stored import Stored
 from checkpoint.interop.conversion.tying import ties_of
 from checkpoint.interop.conversion.writing import most_stored_bytes

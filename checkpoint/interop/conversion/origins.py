@@ -10,9 +10,9 @@ from checkpoint.format.manifest import Manifest, encode_manifest
 from checkpoint.format.tree import unflatten
 from checkpoint.interop.conversion.assembling import Assembled
 from checkpoint.interop.conversion.contract import ConversionSettings, GlobalTensors, Numbering
-from checkpoint.interop.conversion.importing import EXTRA, MODEL, sight
 from checkpoint.interop.conversion.marking import Marked
 from checkpoint.interop.conversion.ruled import RuleChoice, model_sizes, sizes_in
+from checkpoint.interop.conversion.sighting import EXTRA, MODEL, sight
 from checkpoint.interop.conversion.tying import Ties, ties_of
 from checkpoint.interop.formats.contract import ForeignCheckpoint
 from checkpoint.interop.place import is_here

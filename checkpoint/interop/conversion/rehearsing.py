@@ -14,7 +14,8 @@ from checkpoint.format.box import Box
 from checkpoint.format.dtypes import dtype_of
 from checkpoint.interop.conversion.casting import bands_of
 from checkpoint.interop.conversion.contract import Array, ConversionSettings, Listener, Wish
-from checkpoint.interop.conversion.exporting import Outward, Watched
+from checkpoint.interop.conversion.emigrating import Outward
+from checkpoint.interop.conversion.exporting import Watched
 from checkpoint.interop.conversion.proving import shared_bytes
 from checkpoint.interop.conversion.stored import Stored
 from checkpoint.interop.formats.contract import Contents, ForeignCheckpoint
