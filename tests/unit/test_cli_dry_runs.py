@@ -94,9 +94,12 @@ print(json.dumps([report.peak_bytes, report.grown_bytes]))
 """
 
 
-@pytest.mark.parametrize("verb", ["reshard", "import", "hf", "dcp", "torch"])
+@pytest.mark.parametrize(
+    "verb",
+    ["reshard", "hf", *(pytest.param(one, marks=pytest.mark.slow) for one in ("import", "dcp", "torch"))],
+)
 def test_a_process_grows_by_no_more_than_was_told(verb, tmp_path):
-    """What buffers hold is a bound: half of it is used at least, a tenth of it is the allocator's."""
+    """What buffers hold is a bound, of which streams need a part; a tenth more is the allocator's."""
     torch.manual_seed(6)
     small, large = tmp_path / "small", tmp_path / "large"
     for place, rows in ((small, 8), (large, 3000)):
@@ -109,7 +112,7 @@ def test_a_process_grows_by_no_more_than_was_told(verb, tmp_path):
     command = [sys.executable, "-c", GROWTH, verb, str(large), str(tmp_path / "out"), str(small)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
     told, grown = json.loads(done.stdout)
-    assert grown <= 1.1 * told, (told >> 20, grown >> 20)
+    assert told / 10 <= grown <= 1.1 * told, (told >> 20, grown >> 20)
 
 
 def test_large_tensors_in_many_chunks_are_told_block_by_block(tmp_path):
