@@ -2,6 +2,7 @@
 
 import checkpoint
 from flows import stores
+from flows.following import Reached
 from tests.conversion_samples import adam_state, block_weights, save_state
 
 
@@ -13,7 +14,7 @@ def test_verify_and_copy_tell_how_much_they_have_read_of_how_much(tmp_path):
         lambda tell: stores.verify(url, None, listener=tell),
         lambda tell: stores.copy(url, other, 3, listener=tell),
     ):
-        seen = []
+        seen: list[Reached] = []
         act(seen.append)
         done = [each.num_done_bytes for each in seen]
         assert done == sorted(done)

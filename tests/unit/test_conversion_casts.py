@@ -79,5 +79,8 @@ def test_the_configuration_tells_the_type_that_weights_were_cast_to(tmp_path, ke
     save_state(checkpoint.open_store(url), {"model": {"w": torch.ones(3)}, "config": config})
     told("export", url, str(out), "--format", "hf", "--dtype", "bf16")
     assert json.loads((out / "config.json").read_text()) == {**config, key: "bfloat16"}
+    told("reshard", url, str(tmp_path / "cast"), "--dtype", "fp16")
+    told("export", str(tmp_path / "cast"), str(tmp_path / "half"), "--format", "hf")
+    assert json.loads((tmp_path / "half/config.json").read_text()) == {**config, key: "float16"}
     told("export", url, str(tmp_path / "same"), "--format", "hf")
     assert json.loads((tmp_path / "same/config.json").read_text()) == config

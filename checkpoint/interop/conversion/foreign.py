@@ -28,7 +28,8 @@ from checkpoint.interop.conversion.importing import (
     plan_adoption,
 )
 from checkpoint.interop.conversion.origins import Origin, foreign_origin, stored_origin
-from checkpoint.interop.conversion.proving import held_twice, padding_bytes, prove, shared_bytes
+from checkpoint.interop.conversion.padding import padding_bytes
+from checkpoint.interop.conversion.proving import held_twice, prove, shared_bytes
 from checkpoint.interop.conversion.rehearsing import BlankForeign, BlankStored, rehearse_export
 from checkpoint.interop.conversion.resharding import num_bytes_of
 from checkpoint.interop.conversion.ruled import RuleChoice

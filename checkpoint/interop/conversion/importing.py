@@ -23,7 +23,8 @@ from checkpoint.interop.conversion.contract import (
 )
 from checkpoint.interop.conversion.marking import Counted
 from checkpoint.interop.conversion.measuring import high_water_bytes
-from checkpoint.interop.conversion.proving import changed, look_at_padding, prove
+from checkpoint.interop.conversion.padding import look_at_padding
+from checkpoint.interop.conversion.proving import changed, prove
 from checkpoint.interop.conversion.resharding import ONE_RANK, layout_meta
 from checkpoint.interop.conversion.roles import lay_out, pieces_of
 from checkpoint.interop.conversion.ruled import SIZES, RuleChoice, knowing, model_sizes, placements_by

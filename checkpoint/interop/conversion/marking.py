@@ -12,7 +12,8 @@ from checkpoint.errors import Mismatch
 from checkpoint.format.box import Box
 from checkpoint.format.fingerprint import MODULUS
 from checkpoint.interop.conversion.contract import Array, ConversionSettings
-from checkpoint.interop.conversion.proving import changed, held_twice, look_at_padding, marked, prove
+from checkpoint.interop.conversion.padding import look_at_padding
+from checkpoint.interop.conversion.proving import changed, held_twice, marked, prove
 from checkpoint.interop.formats.contract import Contents
 from checkpoint.interop.moves import Foreign
 from checkpoint.interop.reference import Account, Share

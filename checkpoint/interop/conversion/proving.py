@@ -15,8 +15,7 @@ from checkpoint.format.fingerprint import MODULUS, fingerprint
 from checkpoint.interop.conversion.casting import Reach, reference_cast
 from checkpoint.interop.conversion.contract import Array, ConversionSettings
 from checkpoint.interop.formats.contract import Contents
-from checkpoint.interop.formats.numbered import listed
-from checkpoint.interop.reference import Account, Padded, Share
+from checkpoint.interop.reference import Account, Share
 
 _BAND_BYTES = 8 << 20
 
@@ -75,42 +74,8 @@ def marked(share: Share, bits: Array, part: Box, spec: TensorSpec) -> int:
 
 def shared_bytes(account: Account, foreign: Contents) -> int:
     """Return how many bytes a proof reads: every share once."""
-    return _bytes_of(account.shares, foreign)
-
-
-def padding_bytes(account: Account, foreign: Contents) -> int:
-    """Return how many bytes there are beyond the end of tensors."""
-    return _bytes_of(account.padding, foreign)
-
-
-def look_at_padding(account: Account, foreign: Contents, settings: ConversionSettings) -> list[str]:
-    """Read what lies beyond the end of tensors, on all ranks: tell how much it is, and if anything is in it.
-
-    Frameworks train these rows like the others (Megatron) or leave them zero: neither is an error.
-    """
-    has_values = fan_out(lambda one: _has_values(foreign, one), account.padding, settings.num_workers)
-    rows: dict[str, dict[int, int]] = {}
-    filled = set()
-    for one, value in zip(account.padding, has_values, strict=True):
-        rows.setdefault(one.name, {})[one.first] = one.num_rows
-        filled |= {one.name} if value else set()
-    kinds: dict[tuple[int, bool], list[str]] = {}
-    for name, there in rows.items():
-        kinds.setdefault((sum(there.values()), name in filled), []).append(name)
-    return [
-        f"{number} rows of padding are left out of {listed(names)}: "
-        + ("they hold values, as of a framework that trains its padding" if is_filled else "all of it zero")
-        for (number, is_filled), names in kinds.items()
-    ]
-
-
-def _bytes_of(parts: Sequence[Share] | Sequence[Padded], foreign: Contents) -> int:
-    return sum(one.box.numel * itemsize(foreign.tensors[one.source].dtype) for one in parts)
-
-
-def _has_values(foreign: Contents, one: Padded) -> bool:
-    bands = split_box(one.box, itemsize(foreign.tensors[one.source].dtype), _BAND_BYTES)
-    return sum(bool(np.any(foreign.read(one.source, band))) for band in bands) > 0  # all of it is read
+    sizes = (one.box.numel * itemsize(foreign.tensors[one.source].dtype) for one in account.shares)
+    return sum(sizes)
 
 
 def _works(account: Account) -> list[list[Share]]:

@@ -48,6 +48,7 @@ from checkpoint.interop.conversion.ruled import (
 from checkpoint.interop.conversion.skeletons import matches, nothing_fits, select
 from checkpoint.interop.conversion.stored import Stored
 from checkpoint.interop.conversion.writing import Draft, most_stored_bytes, write_checkpoint
+from checkpoint.interop.formats.hf_config import retyped
 from checkpoint.store.contract import Store
 
 ONE_RANK = "replica=1"
@@ -199,6 +200,9 @@ def _plan(store: Store, change: Change, step: int | None) -> _Plan:
     on = None if rules is None else placements_by(rules, specs, scheme)
     layout = lay_out(specs, scheme, on)
     sizes = model_sizes(sizes_in(manifest), {} if change.rules is None else change.rules.sizes)
+    config = skeleton.get("config") if isinstance(skeleton, dict) else None
+    if dtype is not None and isinstance(skeleton, dict) and isinstance(config, dict):
+        skeleton = {**skeleton, "config": retyped(config, dtype)}
     meta = {
         **manifest.meta,
         **layout_meta(layout, format_layout(scheme)),
