@@ -79,6 +79,20 @@ def proved(
     return prove(account, Files(tensors, read), ConversionSettings())
 
 
+def check_agreed(rules: RuleSet, sizes: Mapping[str, Size], axes: Mapping[str, int], plan: Plan) -> None:
+    """See that a plan and the account of the same foreign tensors tell the same, each in its own way."""
+    account = account_by_rules(rules, sizes, axes, dict(enumerate(plan.foreign)))
+    assert account.tensors == {spec.name: spec for spec in plan.tensors}
+    moves = {
+        (one.source, one.source_box, plan.tensors[one.target].name, one.target_box, one.how is How.MEAN)
+        for one in plan.moves
+    }
+    assert moves == {
+        (one.source, one.box, one.name, one.place(one.box), one.is_mean) for one in account.shares
+    }
+    assert set(plan.padding) == {(one.source, one.box) for one in account.padding}
+
+
 def check_equal(sources: Mapping[str, int], targets: Mapping[str, int]) -> None:
     """See that the same tensors have the same fingerprints. Raises Mismatch naming those that do not."""
     missing, extra = sorted(sources.keys() - targets.keys()), sorted(targets.keys() - sources.keys())

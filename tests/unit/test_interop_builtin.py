@@ -14,6 +14,7 @@ from tests.interop_samples import (
     LLAMA,
     Arrays,
     assemble,
+    check_agreed,
     disperse,
     fingerprints,
     foreign,
@@ -88,6 +89,7 @@ def test_what_a_rule_set_writes_it_reads_back_bit_for_bit(name, sizes, axes):
     found = assemble(back, written)
     assert found.keys() == tensors.keys()
     assert all((found[key] == bits).all() for key, bits in tensors.items())
+    check_agreed(builtin_rules(name), sizes, axes, back)
     marks = proved(builtin_rules(name), sizes, axes, plan.foreign, written.__getitem__)
     assert marks == fingerprints(tensors)
 

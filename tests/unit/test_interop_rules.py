@@ -15,6 +15,7 @@ from checkpoint.interop.writing import plan_export
 from tests.interop_samples import (
     Files,
     assemble,
+    check_agreed,
     check_equal,
     disperse,
     fingerprints,
@@ -30,7 +31,10 @@ def tensor(name: str, *shape: int, dtype: str = "float32", **at: int) -> Foreign
 
 
 def planned(document: str, foreign: list[Foreign], **axes: int):
-    return plan_import(read_rules("rules: 1\n" + document, "mine.yaml"), {}, axes, foreign)
+    rules = read_rules("rules: 1\n" + document, "mine.yaml")
+    plan = plan_import(rules, {}, axes, foreign)
+    check_agreed(rules, {}, axes, plan)
+    return plan
 
 
 def changed_by(document: str, plan: Plan, **axes: int) -> set[str]:
