@@ -5,13 +5,14 @@ Both read the same document, by the same templates and expressions; how an eleme
 here a second time, dim by dim: all that there is of a dim, in the order of ranks, turns and pieces.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, product
 
 from checkpoint.engine.plan import TensorSpec
 from checkpoint.errors import Mismatch
 from checkpoint.format.box import Box
+from checkpoint.interop.account import Account, Padded, Share, whole_share
 from checkpoint.interop.document import Concat, Duplicate, Held, Rule, RuleSet, State, Use
 from checkpoint.interop.expression import Scope, Size, evaluate
 from checkpoint.interop.grammar import PARAMETER
@@ -21,103 +22,6 @@ from checkpoint.interop.placing import resolve_sizes
 _Key = tuple[tuple[int, ...], int, int]  # what comes first along a dim: by ranks, turn, piece
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
-    """A box of a foreign tensor, and where it begins in a global one.
-
-    Dim d of the box runs along dim `dims[d]` of the global tensor, or along none, if it only counts tensors.
-    `copy` says of a second copy what it belongs to; together its shares are the tensor once more.
-    """
-
-    source: int
-    box: Box
-    name: str
-    start: tuple[int, ...]
-    dims: tuple[int | None, ...]
-    copy: str = ""
-    is_mean: bool = False
-
-    def place(self, part: Box) -> Box:
-        """Return where a part of the box lies in the global tensor."""
-        start, size = list(self.start), [1] * len(self.start)
-        for dim, there in enumerate(self.dims):
-            if there is not None:
-                start[there] += part.start[dim] - self.box.start[dim]
-                size[there] = part.size[dim]
-        return Box(tuple(start), tuple(size))
-
-    @property
-    def order(self) -> list[int]:
-        """The foreign dims in the order of the global ones."""
-        there = [-1 if dim is None else dim for dim in self.dims]
-        return sorted(range(len(there)), key=there.__getitem__)
-
-
-@dataclass(frozen=True, slots=True)
-class Padded:
-    """A box of a foreign tensor beyond the end of a global one: so many of its rows, from `first` on."""
-
-    source: int
-    box: Box
-    name: str
-    first: int
-    num_rows: int
-
-
-@dataclass(frozen=True, slots=True)
-class Account:
-    """All that foreign tensors hold of global ones: each of these with type and shape, by name."""
-
-    tensors: Mapping[str, TensorSpec]
-    shares: tuple[Share, ...]
-    padding: tuple[Padded, ...] = ()
-
-    def only(self, names: set[str]) -> "Account":
-        """Return what is told of some tensors."""
-        return Account(
-            {name: spec for name, spec in self.tensors.items() if name in names},
-            tuple(one for one in self.shares if one.name in names),
-            tuple(one for one in self.padding if one.name in names),
-        )
-
-    def renamed(self, rename: Callable[[str], str]) -> "Account":
-        """Return the account with other names of the global tensors."""
-        return Account(
-            {rename(name): replace(spec, name=rename(name)) for name, spec in self.tensors.items()},
-            tuple(replace(one, name=rename(one.name)) for one in self.shares),
-            tuple(replace(one, name=rename(one.name)) for one in self.padding),
-        )
-
-    def tied(self, ties: Mapping[str, str]) -> "Account":
-        """Return the account if what has another name of a tensor is a copy of it. Raises Mismatch."""
-        known = {other: name for other, name in ties.items() if other in self.tensors}
-        for other, name in known.items():
-            one, two = self.tensors[other], self.tensors[name]
-            if (one.dtype, one.shape) != (two.dtype, two.shape):
-                raise Mismatch(f"{other!r} cannot be {name!r}: they differ in type or shape")
-        return Account(
-            {name: spec for name, spec in self.tensors.items() if name not in known},
-            tuple(
-                replace(one, name=known[one.name], copy=f"{one.name} {one.copy}")
-                if one.name in known
-                else one
-                for one in self.shares
-            ),
-            self.padding,
-        )
-
-
-def account_as_named(foreign: Mapping[int, Foreign], names: Mapping[int, str]) -> Account:
-    """Tell of foreign tensors, by number, that are global ones of other names."""
-    specs = {
-        names[number]: TensorSpec(names[number], one.dtype, one.shape) for number, one in foreign.items()
-    }
-    if len(specs) < len(foreign):
-        raise Mismatch("two foreign tensors would be one global one")
-    shares = tuple(_whole(number, one, names[number]) for number, one in foreign.items())
-    return Account(specs, shares)
-
-
 def account_by_rules(
     rules: RuleSet, sizes: Mapping[str, Size], axes: Mapping[str, int], foreign: Mapping[int, Foreign]
 ) -> Account:
@@ -125,23 +29,15 @@ def account_by_rules(
     known = resolve_sizes(rules, sizes)
     anywhere = Scope(known, axes, {})
     active = [one for one in rules.rules if one.when is None or evaluate(one.when, anywhere)]
-    groups: dict[tuple[object, ...], list[_Strip]] = {}
-    shares: list[Share] = []
+    read = [
+        _read((rules.states, active), Scope(known, axes, one.at), number, one)
+        for number, one in foreign.items()
+    ]
+    spoken_of = [one for one in read if one is not None and not one.rule.is_dropped]
     tensors: dict[str, TensorSpec] = {}
-    for number, one in foreign.items():
-        read = _read((rules.states, active), Scope(known, axes, one.at), number, one)
-        if read is None or read.rule.is_dropped:
-            continue
-        if read.state is not None and read.state.is_single:
-            for name in read.names():
-                tensors[name] = TensorSpec(name, read.dtype, one.shape)
-                shares.append(_whole(number, one, name))
-            continue
-        for strip in read.strips():
-            groups.setdefault((strip.name, id(read.rule), read.captures), []).append(strip)
+    shares: list[Share] = []
     padding: list[Padded] = []
-    for strips in groups.values():
-        spec, mine, beyond = _laid_out(strips, anywhere)
+    for spec, mine, beyond in (*_numbers(spoken_of), *_wholes(spoken_of, anywhere)):
         if tensors.setdefault(spec.name, spec) != spec:
             raise Mismatch(f"{spec.name!r} is {tensors[spec.name]} by one rule, and {spec} by another")
         shares += mine
@@ -149,8 +45,26 @@ def account_by_rules(
     return Account(tensors, tuple(shares), tuple(padding))
 
 
-def _whole(number: int, one: Foreign, name: str) -> Share:
-    return Share(number, Box.whole(one.shape), name, (0,) * len(one.shape), tuple(range(len(one.shape))))
+_Told = tuple[TensorSpec, list[Share], list[Padded]]
+
+
+def _numbers(readings: Iterable["_Reading"]) -> Iterator[_Told]:
+    """Tell of states that are one number for all of a parameter, and so for each tensor that is in it."""
+    for one in readings:
+        if one.is_single:
+            for name in one.names():
+                spec = TensorSpec(name, one.dtype, one.tensor.shape)
+                yield spec, [whole_share(one.number, one.tensor, name)], []
+
+
+def _wholes(readings: Iterable["_Reading"], scope: Scope) -> Iterator[_Told]:
+    """Tell of global tensors that are laid out of what ranks have of them."""
+    groups: dict[tuple[object, ...], list[_Strip]] = {}
+    for one in readings:
+        for strip in one.strips() if not one.is_single else ():
+            groups.setdefault((strip.name, id(one.rule), one.captures), []).append(strip)
+    for strips in groups.values():
+        yield _laid_out(strips, scope)
 
 
 # ------------------------------------------------------------------------------------- one foreign tensor
@@ -186,6 +100,10 @@ class _Reading:
     def dtype(self) -> str:
         wanted = self.state.dtype if self.state else self.rule.dtype
         return wanted or self.tensor.dtype
+
+    @property
+    def is_single(self) -> bool:
+        return self.state is not None and self.state.is_single
 
     def called(self, piece: int, series: Mapping[str, int]) -> str:
         """Return the global name of a piece; `series` numbers it."""
@@ -289,7 +207,7 @@ def _before(rule: Rule, number: str, scope: Scope) -> int:
 # ------------------------------------------------------------------------------------- one global tensor
 
 
-def _laid_out(strips: Sequence[_Strip], scope: Scope) -> tuple[TensorSpec, list[Share], list[Padded]]:
+def _laid_out(strips: Sequence[_Strip], scope: Scope) -> _Told:
     """Lay the strips of a global tensor end to end along each of its dims."""
     rule, one = strips[0].reading.rule, strips[0]
     starts, lengths = [], []

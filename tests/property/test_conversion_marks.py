@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from checkpoint.errors import Mismatch
 from checkpoint.format.box import Box
+from checkpoint.interop.account import account_as_named
 from checkpoint.interop.conversion.assembling import Assembled
 from checkpoint.interop.conversion.marking import Marked
 from checkpoint.interop.moves import Foreign
-from checkpoint.interop.reference import account_as_named
 from tests.interop_samples import fingerprints
 from tests.property.test_conversion_boxes import SETTINGS, Arrays, accounted, boxes, planned
 from tests.unit.test_interop_builtin import MATRIX

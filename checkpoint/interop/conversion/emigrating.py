@@ -13,6 +13,7 @@ from checkpoint.format.box import Box, split_box
 from checkpoint.format.codec import checksum
 from checkpoint.format.dtypes import dtype_of, itemsize
 from checkpoint.format.scheme import parse_layout
+from checkpoint.interop.account import Account, account_as_named
 from checkpoint.interop.conversion.assembling import as_they_are
 from checkpoint.interop.conversion.casting import (
     FLOATS,
@@ -39,7 +40,6 @@ from checkpoint.interop.formats.contract import About
 from checkpoint.interop.formats.hf_config import retyped
 from checkpoint.interop.moves import Foreign, Move, Plan
 from checkpoint.interop.placing import resolve_sizes
-from checkpoint.interop.reference import Account, account_as_named
 from checkpoint.interop.writing import plan_export
 
 _BAND_BYTES = 8 << 20

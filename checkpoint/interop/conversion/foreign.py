@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from checkpoint.engine.catalog import Catalog
 from checkpoint.engine.plan import TensorSpec
 from checkpoint.errors import NoSuchStep, StoreRefused
+from checkpoint.interop.account import Account
 from checkpoint.interop.conversion.assembling import Assembled, assembled_bytes
 from checkpoint.interop.conversion.batches import cuts_of, most_held_bytes
 from checkpoint.interop.conversion.comparing import Compared, Side, compare
@@ -41,7 +42,6 @@ from checkpoint.interop.drafting import check_free, drafting
 from checkpoint.interop.formats.contract import Contents, ForeignCheckpoint
 from checkpoint.interop.formats.known import FORMATS, open_foreign, open_place, write_foreign
 from checkpoint.interop.moves import Foreign
-from checkpoint.interop.reference import Account
 from checkpoint.interop.rehearsal import rehearsing
 from checkpoint.store.contract import Store
 from checkpoint.store.open import open_store

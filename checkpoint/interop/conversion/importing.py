@@ -9,6 +9,7 @@ from checkpoint.engine.catalog import Catalog
 from checkpoint.errors import AlreadyExists, Mismatch, Misuse
 from checkpoint.format.codec import checksum
 from checkpoint.format.scheme import format_layout, parse_layout
+from checkpoint.interop.account import Account
 from checkpoint.interop.conversion.assembling import Assembled
 from checkpoint.interop.conversion.batches import cuts_of, most_held_bytes
 from checkpoint.interop.conversion.casting import Reach
@@ -32,7 +33,6 @@ from checkpoint.interop.conversion.sighting import Sighted, check_sure, sight
 from checkpoint.interop.conversion.tying import Ties
 from checkpoint.interop.conversion.writing import Draft, write_checkpoint
 from checkpoint.interop.formats.contract import ForeignCheckpoint
-from checkpoint.interop.reference import Account
 from checkpoint.store.contract import Store
 
 _DEFAULT_RUN = "run"  # as a Checkpointer calls it

@@ -11,12 +11,12 @@ from checkpoint.engine.regions import Regions, find_uncovered, padded
 from checkpoint.errors import Mismatch
 from checkpoint.format.box import Box
 from checkpoint.format.fingerprint import MODULUS
+from checkpoint.interop.account import Account, Share
 from checkpoint.interop.conversion.contract import Array, ConversionSettings
 from checkpoint.interop.conversion.padding import look_at_padding
 from checkpoint.interop.conversion.proving import changed, held_twice, marked, prove
 from checkpoint.interop.formats.contract import Contents
 from checkpoint.interop.moves import Foreign
-from checkpoint.interop.reference import Account, Share
 
 
 class Marked:

@@ -5,10 +5,10 @@ import numpy as np
 from checkpoint.engine.pipeline import fan_out
 from checkpoint.format.box import split_box
 from checkpoint.format.dtypes import itemsize
+from checkpoint.interop.account import Account, Padded
 from checkpoint.interop.conversion.contract import ConversionSettings
 from checkpoint.interop.formats.contract import Contents
 from checkpoint.interop.formats.numbered import listed
-from checkpoint.interop.reference import Account, Padded
 
 _BAND_BYTES = 8 << 20
 

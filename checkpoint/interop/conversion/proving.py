@@ -12,10 +12,10 @@ from checkpoint.errors import Mismatch
 from checkpoint.format.box import Box, split_box
 from checkpoint.format.dtypes import itemsize
 from checkpoint.format.fingerprint import MODULUS, fingerprint
+from checkpoint.interop.account import Account, Share
 from checkpoint.interop.conversion.casting import Reach, reference_cast
 from checkpoint.interop.conversion.contract import Array, ConversionSettings
 from checkpoint.interop.formats.contract import Contents
-from checkpoint.interop.reference import Account, Share
 
 _BAND_BYTES = 8 << 20
 

@@ -8,6 +8,7 @@ from typing import Any
 from checkpoint.engine.plan import TensorSpec
 from checkpoint.errors import FormatError, Misuse, Unsupported
 from checkpoint.format.tree import flatten
+from checkpoint.interop.account import Account, account_as_named
 from checkpoint.interop.conversion.assembling import as_they_are
 from checkpoint.interop.conversion.names import from_foreign, from_rules
 from checkpoint.interop.conversion.proving import check_described
@@ -18,7 +19,7 @@ from checkpoint.interop.expression import Size
 from checkpoint.interop.formats.contract import LEAST_VOCAB, About, ForeignCheckpoint
 from checkpoint.interop.formats.numbered import listed
 from checkpoint.interop.moves import Foreign, Plan
-from checkpoint.interop.reference import Account, account_as_named, account_by_rules
+from checkpoint.interop.reference import account_by_rules
 from checkpoint.interop.rules import plan_import
 
 MODEL, OPTIMIZER, OTHER, EXTRA = "model", "optimizer", "other", "extra"
