@@ -86,10 +86,11 @@ if TYPE_CHECKING:
         ConversionReport,
         ConversionSettings,
         Numbering,
+        Overflow,
         Progress,
         Proof,
     )
-    from checkpoint.interop.conversion.exporting import Emigration
+    from checkpoint.interop.conversion.emigrating import Emigration
     from checkpoint.interop.conversion.foreign import (
         ForeignSummary,
         Whereabouts,
@@ -97,6 +98,7 @@ if TYPE_CHECKING:
         export_foreign,
         format_names,
         import_foreign,
+        is_store,
         look_at_foreign,
         plan_export_foreign,
         plan_import_foreign,
@@ -153,6 +155,7 @@ __all__ = [
     "OnRanks",
     "Options",
     "Outcome",
+    "Overflow",
     "Pace",
     "Parity",
     "PeerPolicy",
@@ -204,6 +207,7 @@ __all__ = [
     "flatten_state",
     "format_names",
     "import_foreign",
+    "is_store",
     "load",
     "look_at_foreign",
     "newest_generation",
@@ -259,17 +263,18 @@ _WITH_TORCH = {
 _ROOM = "checkpoint.interop.conversion"
 _CONVERSIONS = {
     "Adoption": f"{_ROOM}.importing",
-    "Emigration": f"{_ROOM}.exporting",
+    "Emigration": f"{_ROOM}.emigrating",
     "parse_dtype": f"{_ROOM}.casting",
     "parse_ties": f"{_ROOM}.tying",
     **dict.fromkeys(("Compared", "Verdict"), f"{_ROOM}.comparing"),
     **dict.fromkeys(
-        ("ConversionReport", "ConversionSettings", "Numbering", "Progress", "Proof"), f"{_ROOM}.contract"
+        ("ConversionReport", "ConversionSettings", "Numbering", "Overflow", "Progress", "Proof"),
+        f"{_ROOM}.contract",
     ),
     **dict.fromkeys(
         (
             *("ForeignSummary", "Whereabouts", "compare_places", "export_foreign", "format_names"),
-            *("import_foreign", "look_at_foreign", "plan_export_foreign", "plan_import_foreign"),
+            *("import_foreign", "is_store", "look_at_foreign", "plan_export_foreign", "plan_import_foreign"),
         ),
         f"{_ROOM}.foreign",
     ),

@@ -124,7 +124,8 @@ def verify(
     budget_bytes = None if budget_mib is None else budget_mib << 20
     with clear_errors():
         url = stores.find(where, Path(runs_dir))
-        results = stores.verify(url, step, since_s=since_s, budget_bytes=budget_bytes)
+        with followed() as listener:
+            results = stores.verify(url, step, since_s=since_s, budget_bytes=budget_bytes, listener=listener)
         if as_json:
             print(json.dumps(results, indent=2))
         else:
@@ -190,7 +191,8 @@ def copy(
         chosen = stores.choose_steps(
             url, steps or (), stores.Extent.ALL if everything else stores.Extent.NEWEST
         )
-        copied = [stores.copy(url, target, step) for step in chosen]
+        with followed() as listener:
+            copied = [stores.copy(url, target, step, listener=listener) for step in chosen]
         if as_json:
             print(json.dumps(copied, indent=2))
         else:
@@ -209,6 +211,20 @@ def diff(
     other_format: Format = None,
     rules: Rules = None,
     sizes: Sizes = None,
+    other_rules: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="The second one's rules. Default: as --rules.",
+            autocompletion=rule_names,
+        ),
+    ] = None,
+    other_sizes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--other-set", metavar="size=N", help="A size for --other-rules. Default: as --set. Repeatable."
+        ),
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="How many threads read.")] = 2,
     runs_dir: RunsDir = "runs",
     as_json: AsJson = False,
@@ -216,20 +232,23 @@ def diff(
     """Compare two checkpoints of any layouts and formats, tensor by tensor. Exits with 1 if they differ.
 
     Tensors of equal fingerprints have equal bits and are not read. Rules, if given, name the tensors of
-    foreign checkpoints.
+    foreign checkpoints: --rules those of both, unless --other-rules names others for the second. Where ranks
+    hold copies of a tensor, these have to be equal, else there is nothing to compare.
     """
     with clear_errors(), resumable("Nothing was decided."):
         import checkpoint
         from flows import conversions, stores
 
         chosen = conversions.rules_of(conversions.Rules(rules, sizes or ()))
+        others = conversions.Rules(other_rules, other_sizes or (), "--other-")
+        other = conversions.rules_of(others) if other_rules or other_sizes else chosen
         settings = conversions.settings_of("1GiB", threads)
         one, two = (stores.find(each, Path(runs_dir)) for each in (first, second))
         last = step if other_step is None else other_step
         with followed() as listener:
             compared = checkpoint.compare_places(
                 checkpoint.Whereabouts(one, step, format, chosen),
-                checkpoint.Whereabouts(two, last if other_format is None else None, other_format, chosen),
+                checkpoint.Whereabouts(two, last if other_format is None else None, other_format, other),
                 settings=settings,
                 listener=listener,
             )

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,8 +17,12 @@ from flows.cli_checkpoints import (
     Where,
     format_names,
     known_format,
+    rule_names,
 )
 from flows.console import clear_errors, followed, resumable, screen
+
+if TYPE_CHECKING:
+    import checkpoint
 
 app = typer.Typer(rich_markup_mode="rich")
 
@@ -26,7 +30,7 @@ _GO_ON = "What is finished is kept: the same command goes on from there."
 
 Target = Annotated[str, typer.Argument(metavar="DST", help="A store's URL or directory.")]
 Budget = Annotated[str, typer.Option("--memory-budget", help="The most memory that buffers take.")]
-Threads = Annotated[int, typer.Option(min=1, help="How many threads read and encode.")]
+Threads = Annotated[int, typer.Option(min=1, help="How many threads read, encode and write.")]
 ByOrder = Annotated[
     bool,
     typer.Option(
@@ -44,6 +48,10 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="Cast the model's floats: bf16, fp16, fp32, fp64. Optimizer states stay as they are."),
 ]
+AllowOverflow = Annotated[
+    bool,
+    typer.Option("--allow-overflow", help="Casts may make numbers infinite that the new type does not have."),
+]
 Layout = Annotated[
     str, typer.Option(metavar="LAYOUT", help="Axes and their ranks, such as replica=2,shard=4,tensor=2.")
 ]
@@ -59,6 +67,7 @@ def reshard(
     dtype: Dtype = None,
     only: Only = None,
     step: Step = None,
+    allow_overflow: AllowOverflow = False,
     budget: Budget = "1GiB",
     threads: Threads = 2,
     dry_run: DryRun = False,
@@ -81,7 +90,7 @@ def reshard(
             only,
             conversions.rules_of(conversions.Rules(rules, sizes or ())),
         )
-        settings = conversions.settings_of(budget, threads)
+        settings = _settings(budget, threads, allow_overflow)
         old, new = (
             checkpoint.open_store(stores.find(source, Path(runs_dir))),
             checkpoint.open_store(target),
@@ -114,6 +123,7 @@ def import_(
     ] = None,
     by_order: ByOrder = False,
     run: Annotated[str, typer.Option(help="The name of its run; 'run' is a Checkpointer's default.")] = "run",
+    allow_overflow: AllowOverflow = False,
     budget: Budget = "1GiB",
     threads: Threads = 2,
     dry_run: DryRun = False,
@@ -133,7 +143,7 @@ def import_(
         ties = conversions.ties_of(tie or ())
         numbering = checkpoint.Numbering.BY_ORDER if by_order else checkpoint.Numbering.TOLD
         adoption = checkpoint.Adoption(run, step, chosen, conversions.layout_of(to), ties, numbering)
-        settings = conversions.settings_of(budget, threads)
+        settings = _settings(budget, threads, allow_overflow)
         store = checkpoint.open_store(target)
         if dry_run:
             report = checkpoint.plan_import_foreign(source, store, adoption, format=format, settings=settings)
@@ -163,7 +173,13 @@ def export(
     ] = None,
     source_rules: Annotated[
         str | None,
-        typer.Option(metavar="NAME|FILE", help="Rules that read a foreign source; sizes as --set."),
+        typer.Option(
+            metavar="NAME|FILE", help="Rules that read a foreign source.", autocompletion=rule_names
+        ),
+    ] = None,
+    source_sizes: Annotated[
+        list[str] | None,
+        typer.Option("--source-set", metavar="size=N", help="A size for --source-rules. Repeatable."),
     ] = None,
     rules: Rules = None,
     sizes: Sizes = None,
@@ -172,6 +188,7 @@ def export(
     dtype: Dtype = None,
     only: Only = None,
     step: Step = None,
+    allow_overflow: AllowOverflow = False,
     budget: Budget = "1GiB",
     threads: Threads = 2,
     dry_run: DryRun = False,
@@ -188,14 +205,12 @@ def export(
         import checkpoint
         from flows import conversions, stores
 
-        chosen = conversions.rules_of(
-            conversions.Rules(rules, (sizes or ()) if rules or not source_rules else ())
-        )
+        chosen = conversions.rules_of(conversions.Rules(rules, sizes or ()))
         emigration = checkpoint.Emigration(
             format, conversions.layout_of(to), chosen, conversions.dtype_of(dtype), only
         )
-        settings = conversions.settings_of(budget, threads)
-        named = conversions.Rules(source_rules, (sizes or ()) if source_rules else ())
+        settings = _settings(budget, threads, allow_overflow)
+        named = conversions.Rules(source_rules, source_sizes or (), "--source-")
         place = checkpoint.Whereabouts(
             stores.find(source, Path(runs_dir)),
             step,
@@ -214,6 +229,14 @@ def export(
                     place, target, emigration, settings=settings, listener=listener
                 )
         _tell(report, as_json)
+
+
+def _settings(budget: str, threads: int, allow_overflow: bool) -> "checkpoint.ConversionSettings":
+    import checkpoint
+    from flows import conversions
+
+    overflow = checkpoint.Overflow.ALLOWED if allow_overflow else checkpoint.Overflow.REFUSED
+    return conversions.settings_of(budget, threads, overflow)
 
 
 def _tell(report: object, as_json: bool) -> None:

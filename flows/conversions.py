@@ -16,10 +16,11 @@ _MAX_SHOWN = 50
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Rules as they are named on a command line."""
+    """Rules as they are named on a command line, by options that begin with `prefix`."""
 
     name: str | None
     sizes: Sequence[str]
+    prefix: str = "--"
 
 
 @contextmanager
@@ -36,15 +37,22 @@ def rules_of(rules: Rules) -> "checkpoint.RuleChoice | None":
     with asked():
         if rules.name is None:
             if rules.sizes:
-                raise ValueError("--set tells the rules of a model its sizes: name them with --rules")
+                raise ValueError(
+                    f"{rules.prefix}set tells the rules of a model its sizes: name them with "
+                    f"{rules.prefix}rules"
+                )
             return None
         return checkpoint.choose_rules(rules.name, list(rules.sizes))
 
 
-def settings_of(budget: str, threads: int) -> "checkpoint.ConversionSettings":
+def settings_of(
+    budget: str, threads: int, overflow: "checkpoint.Overflow | None" = None
+) -> "checkpoint.ConversionSettings":
     """Return settings within a memory budget such as "1GiB". Raises SpecError."""
     with asked():
-        return checkpoint.ConversionSettings(parse_bytes(budget), threads)
+        return checkpoint.ConversionSettings(
+            parse_bytes(budget), threads, overflow=overflow or checkpoint.Overflow.REFUSED
+        )
 
 
 def layout_of(text: str) -> str:

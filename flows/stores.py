@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 import checkpoint
+from flows.following import Followed, Listener
 from flows.tables import Leaf, draw_table, draw_tree, spell_bytes
 from tasks.errors import NoSuchRun, SpecError, Unusable
 
@@ -138,9 +139,23 @@ def choose_steps(url: str, steps: Sequence[int], extent: Extent) -> list[int]:
     return sorted(set(steps)) or (there if extent is Extent.ALL else there[-1:])
 
 
-def copy(source: str, target: str, step: int) -> dict[str, Any]:
+def copy(source: str, target: str, step: int, *, listener: Listener = lambda _: None) -> dict[str, Any]:
     """Copy a checkpoint to another store."""
-    return asdict(checkpoint.promote(checkpoint.open_store(source), checkpoint.open_store(target), step))
+    store = checkpoint.open_store(source)
+    followed = Followed(store, f"copying step {step}", _packed_bytes(store, [step]), listener)
+    return asdict(checkpoint.promote(followed, checkpoint.open_store(target), step))
+
+
+def _packed_bytes(store: checkpoint.Store, steps: Sequence[int]) -> int:
+    """Return how many bytes the packs of checkpoints have; what cannot be read tells nothing."""
+    packs: dict[str, int] = {}
+    for step in steps:
+        try:
+            manifest = checkpoint.Catalog(store).manifest(step)
+        except checkpoint.CheckpointError:  # whoever reads it next says what is wrong with it
+            continue
+        packs |= {pack.key: pack.num_bytes for pack in manifest.packs}
+    return sum(packs.values())
 
 
 def draw_copies(console: Console, copied: list[dict[str, Any]]) -> None:
@@ -260,16 +275,23 @@ def _row(each: dict[str, Any]) -> tuple[object, ...]:
 
 
 def verify(
-    url: str, step: int | None, *, since_s: float | None = None, budget_bytes: int | None = None
+    url: str,
+    step: int | None,
+    *,
+    since_s: float | None = None,
+    budget_bytes: int | None = None,
+    listener: Listener = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Read one checkpoint back, or all of them but those proved since; what they share is read once.
 
     Of what was not read `whole` is None, and `note` says why.
     """
     store = checkpoint.open_store(url)
-    if step is None and not checkpoint.Catalog(store).steps():
+    steps = checkpoint.Catalog(store).steps() if step is None else [step]
+    if not steps:
         raise checkpoint.NoCheckpoint(f"{url} holds no checkpoint; check the URL")
-    found = checkpoint.verify(store, step, since_s=since_s, budget_bytes=budget_bytes)
+    followed = Followed(store, "verifying", _packed_bytes(store, steps), listener)
+    found = checkpoint.verify(followed, step, since_s=since_s, budget_bytes=budget_bytes)
     results: list[dict[str, Any]] = [
         {
             "step": each.step,

@@ -22,12 +22,10 @@ class ConversionOrder(BaseModel):
     source: str = Field(description="URL or directory of a store, or of a foreign checkpoint.")
     target: str = Field(description="URL or directory of a store, or of a new foreign checkpoint.")
     source_format: str | None = Field(
-        None,
-        description="hf, dcp, torch, megatron, deepspeed or deepspeed-universal. Nothing: a store of ours.",
+        None, description=f"{', '.join(checkpoint.format_names())}. Nothing: what it looks like."
     )
     target_format: str | None = Field(
-        None,
-        description="hf, dcp, torch, megatron, deepspeed or deepspeed-universal. Nothing: a store of ours.",
+        None, description=f"{', '.join(checkpoint.format_names())}. Nothing: a store of ours."
     )
     step: int | None = Field(None, ge=0, description="Which checkpoint. Nothing: the newest.")
     to: str = Field("replica=1", description="The layout, such as replica=2,shard=4,tensor=2.")
@@ -35,6 +33,11 @@ class ConversionOrder(BaseModel):
     only: str | None = Field(None, description="A glob of names, such as model/*.")
     rules: str | None = Field(None, description="Rules of the model: a built-in set, or a YAML file.")
     sizes: list[str] = Field(default_factory=list, description="The model's sizes for the rules: layers=12.")
+    source_rules: str | None = Field(
+        None, description="Rules that read a foreign source which goes into another format."
+    )
+    source_sizes: list[str] = Field(default_factory=list, description="Sizes for the source's rules.")
+    run: str = Field("run", description="The name of an imported run; 'run' is a Checkpointer's default.")
     ties: list[str] = Field(
         default_factory=list,
         description="Other names of tied weights, in an import: lm_head.weight=wte.weight.",
@@ -42,6 +45,10 @@ class ConversionOrder(BaseModel):
     by_order: bool = Field(
         False, description="An optimizer without names numbers its parameters in the model's order."
     )
+    allow_overflow: bool = Field(
+        False, description="Casts may make numbers infinite that the new type does not have."
+    )
+    dry_run: bool = Field(False, description="Only tell what would be read and written.")
     memory_budget_mib: int = Field(1024, ge=128, description="The most memory that buffers take.")
     threads: int = Field(2, ge=1, description="How many threads read and encode.")
 
@@ -62,7 +69,8 @@ def may_pass(_task: Any, _run: Any, state: State[Any]) -> bool:
 def convert(order: ConversionOrder) -> checkpoint.ConversionReport:
     """Convert a checkpoint, and prove each tensor of it. A retry goes on from what was finished."""
     report = carry_out(order)
-    say("conversion", f"step {report.step}: {report.num_tensors} tensors, each of them proved")
+    did = "would be converted" if report.is_dry else "each of them proved"
+    say("conversion", f"step {report.step}: {report.num_tensors} tensors, {did}")
     return report
 
 
@@ -82,26 +90,61 @@ def report_conversion(report: checkpoint.ConversionReport) -> None:
 
 
 def carry_out(order: ConversionOrder) -> checkpoint.ConversionReport:
-    """Do what is ordered. Raises FormatError for what needs two conversions, and as they do."""
-    settings = checkpoint.ConversionSettings(order.memory_budget_mib << 20, order.threads)
-    numbering = checkpoint.Numbering.BY_ORDER if order.by_order else checkpoint.Numbering.TOLD
-    rules = None if order.rules is None else checkpoint.choose_rules(order.rules, order.sizes)
+    """Do what is ordered, or tell what it would do. Raises FormatError for what needs two conversions."""
     if order.target_format is not None:
-        emigration = checkpoint.Emigration(order.target_format, order.to, rules, order.dtype, order.only)
-        place = checkpoint.Whereabouts(order.source, order.step, order.source_format, numbering=numbering)
-        return checkpoint.export_foreign(place, order.target, emigration, settings=settings)
-    if order.source_format is not None:
-        if order.dtype is not None or order.only is not None:
-            raise checkpoint.FormatError("import it into a store first; from there it is cast and divided")
-        ties = checkpoint.parse_ties(order.ties)
-        adoption = checkpoint.Adoption(
-            step=order.step, rules=rules, to=order.to, ties=ties, numbering=numbering
-        )
-        target = checkpoint.open_store(order.target)
-        return checkpoint.import_foreign(
-            order.source, target, adoption, format=order.source_format, settings=settings
-        )
-    source = checkpoint.open_store(order.source)
-    change = checkpoint.Change(order.to, order.dtype, order.only, rules)
+        return _export(order)
+    if order.source_format is not None or not checkpoint.is_store(order.source):
+        return _import(order)
+    return _reshard(order)
+
+
+def _reshard(order: ConversionOrder) -> checkpoint.ConversionReport:
+    source, target = checkpoint.open_store(order.source), checkpoint.open_store(order.target)
+    change = checkpoint.Change(order.to, order.dtype, order.only, _rules(order.rules, order.sizes))
+    act = checkpoint.plan_reshard if order.dry_run else checkpoint.reshard
+    return act(source, target, change, step=order.step, settings=_settings(order))
+
+
+def _import(order: ConversionOrder) -> checkpoint.ConversionReport:
+    if order.dtype is not None or order.only is not None:
+        raise checkpoint.FormatError("import it into a store first; from there it is cast and divided")
+    adoption = checkpoint.Adoption(
+        run=order.run,
+        step=order.step,
+        rules=_rules(order.rules, order.sizes),
+        to=order.to,
+        ties=checkpoint.parse_ties(order.ties),
+        numbering=_numbering(order),
+    )
     target = checkpoint.open_store(order.target)
-    return checkpoint.reshard(source, target, change, step=order.step, settings=settings)
+    act = checkpoint.plan_import_foreign if order.dry_run else checkpoint.import_foreign
+    return act(order.source, target, adoption, format=order.source_format, settings=_settings(order))
+
+
+def _export(order: ConversionOrder) -> checkpoint.ConversionReport:
+    rules = _rules(order.rules, order.sizes)
+    emigration = checkpoint.Emigration(order.target_format or "", order.to, rules, order.dtype, order.only)
+    source = checkpoint.Whereabouts(
+        order.source,
+        order.step,
+        order.source_format,
+        _rules(order.source_rules, order.source_sizes),
+        _numbering(order),
+    )
+    act = checkpoint.plan_export_foreign if order.dry_run else checkpoint.export_foreign
+    return act(source, order.target, emigration, settings=_settings(order))
+
+
+def _rules(name: str | None, sizes: list[str]) -> checkpoint.RuleChoice | None:
+    if name is None and sizes:
+        raise checkpoint.FormatError(f"the sizes {sizes} are for rules: name these")
+    return None if name is None else checkpoint.choose_rules(name, sizes)
+
+
+def _numbering(order: ConversionOrder) -> checkpoint.Numbering:
+    return checkpoint.Numbering.BY_ORDER if order.by_order else checkpoint.Numbering.TOLD
+
+
+def _settings(order: ConversionOrder) -> checkpoint.ConversionSettings:
+    overflow = checkpoint.Overflow.ALLOWED if order.allow_overflow else checkpoint.Overflow.REFUSED
+    return checkpoint.ConversionSettings(order.memory_budget_mib << 20, order.threads, overflow=overflow)

@@ -10,7 +10,7 @@ import torch
 from checkpoint.engine.tensors import dtype_name, raw_bytes, torch_dtype
 from checkpoint.format.box import Box
 from checkpoint.format.dtypes import DTYPES
-from checkpoint.interop.drafts import drafting
+from checkpoint.interop.drafting import drafting
 from checkpoint.interop.formats.contract import About, ForeignCheckpoint
 from checkpoint.interop.formats.known import open_foreign, write_foreign
 from checkpoint.interop.moves import Foreign

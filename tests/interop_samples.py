@@ -1,14 +1,20 @@
 """Small models, their foreign shards cut by plain numpy, and a plan carried out without cleverness."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from checkpoint.engine.plan import TensorSpec
+from checkpoint.errors import Mismatch
 from checkpoint.format.fingerprint import fingerprint
 from checkpoint.format.layout import Box
+from checkpoint.interop.conversion.contract import ConversionSettings
+from checkpoint.interop.conversion.proving import prove
+from checkpoint.interop.document import RuleSet
 from checkpoint.interop.expression import Size
+from checkpoint.interop.formats.contract import About
 from checkpoint.interop.moves import Foreign, How, Plan
+from checkpoint.interop.reference import account_by_rules
 
 Arrays = dict[str, np.ndarray]
 Shards = list[tuple[Foreign, np.ndarray]]
@@ -40,6 +46,61 @@ def fingerprints(tensors: Arrays) -> dict[str, int]:
 def foreign(name: str, array: np.ndarray, **at: int) -> tuple[Foreign, np.ndarray]:
     """Return a foreign tensor and its bits."""
     return Foreign(name, "float32", array.shape, at), array
+
+
+class Files:
+    """A foreign checkpoint of which `read` returns the bits of a whole tensor, by its number."""
+
+    def __init__(
+        self,
+        tensors: Sequence[Foreign],
+        read: Callable[[int], np.ndarray],
+        axes: Mapping[str, int] | None = None,
+    ) -> None:
+        self.about, self.tensors, self._whole = About("files", axes or {}), tensors, read
+
+    def read(self, number: int, box: Box) -> np.ndarray:
+        """Return the bits of a box."""
+        return np.array(self._whole(number)[slices(box)])
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def proved(
+    rules: RuleSet,
+    sizes: Mapping[str, Size],
+    axes: Mapping[str, int],
+    tensors: Sequence[Foreign],
+    read: Callable[[int], np.ndarray],
+) -> dict[str, int]:
+    """Return the fingerprints that conversions are held against, of foreign tensors by the words of rules."""
+    account = account_by_rules(rules, sizes, axes, dict(enumerate(tensors)))
+    return prove(account, Files(tensors, read), ConversionSettings())
+
+
+def check_agreed(rules: RuleSet, sizes: Mapping[str, Size], axes: Mapping[str, int], plan: Plan) -> None:
+    """See that a plan and the account of the same foreign tensors tell the same, each in its own way."""
+    account = account_by_rules(rules, sizes, axes, dict(enumerate(plan.foreign)))
+    assert account.tensors == {spec.name: spec for spec in plan.tensors}
+    moves = {
+        (one.source, one.source_box, plan.tensors[one.target].name, one.target_box, one.how is How.MEAN)
+        for one in plan.moves
+    }
+    assert moves == {
+        (one.source, one.box, one.name, one.place(one.box), one.is_mean) for one in account.shares
+    }
+    assert set(plan.padding) == {(one.source, one.box) for one in account.padding}
+
+
+def check_equal(sources: Mapping[str, int], targets: Mapping[str, int]) -> None:
+    """See that the same tensors have the same fingerprints. Raises Mismatch naming those that do not."""
+    missing, extra = sorted(sources.keys() - targets.keys()), sorted(targets.keys() - sources.keys())
+    if missing or extra:
+        raise Mismatch(f"tensors are missing in the target: {missing[:5]}, or new in it: {extra[:5]}")
+    changed = [name for name, value in sources.items() if targets[name] != value]
+    if changed:
+        raise Mismatch(f"the content of {len(changed)} of {len(sources)} tensors differs: {changed[:5]}")
 
 
 def assemble(plan: Plan, arrays: Sequence[np.ndarray]) -> Arrays:

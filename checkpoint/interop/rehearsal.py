@@ -1,7 +1,7 @@
 """A draft that goes nowhere: whoever writes it learns how many bytes it would have."""
 
 from checkpoint.format.codec import Buffer
-from checkpoint.interop.drafts import Draft
+from checkpoint.interop.draft import Draft
 
 
 def rehearsing() -> Draft:

@@ -1,7 +1,8 @@
 """Turns at writing behind a URL, where no kernel locks: one writer at a time, and a killed one's turn ends.
 
 A turn is an object that only its writer makes (`put_new`) and keeps changing. Whoever finds one that has not
-changed for a while, by their own clock, takes the turn after it; of several that do, one gets it.
+changed for a while, by their own clock, takes the turn after it; of several that do, one gets it. So must its
+writer, if it was silent for that long itself: to change the object now could revive what was taken over.
 """
 
 import threading
@@ -59,13 +60,40 @@ class Turn:
     def show(self) -> None:
         """Change the turn's object, so that others wait. Raises Conflict if somebody else took over."""
         with self._lock:
-            there = _read(self._store)
+            there, began_s = _read(self._store), time.monotonic()
             self._is_lost = self._is_lost or not self._is_mine(there) or max(there) > self.key
+            if not self._is_lost:
+                self._is_lost = not (self._retake() if self._is_silent() else self._put())
             if self._is_lost:
                 raise Conflict(_LOST.format(self._url))
-            self._count += 1
-            self._store.put(self.key, self._value())
-            self._shown_s = time.monotonic()
+            self._shown_s = began_s
+
+    def _is_silent(self) -> bool:
+        """Whether others may have taken this turn for that of a writer that was killed."""
+        return time.monotonic() - self._shown_s > self._beat.silence_s
+
+    def _put(self) -> bool:
+        """Change the object; whether that was in time. One that was not is removed again."""
+        self._count += 1
+        self._store.put(self.key, self._value())
+        if self._is_silent():
+            self._store.delete(self.key)
+            return False
+        return True
+
+    def _retake(self) -> bool:
+        """Take the next turn, as whoever takes over would; whether it was free, and the old one untouched."""
+        old, value = self.key, self._value()
+        self.key = f"{int(old) + 1:06d}"
+        try:
+            self._store.put_new(self.key, value)
+        except AlreadyExists:
+            return False
+        if _read(self._store) == {old: value, self.key: value}:
+            self._store.delete(old)
+            return True
+        self._store.delete(self.key)
+        return False
 
     def show_until(self, end: threading.Event) -> None:
         """Show life regularly; what goes wrong with that, the next check tells."""

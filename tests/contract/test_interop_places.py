@@ -23,7 +23,7 @@ from checkpoint.errors import (
     StoreRefused,
     StoreUnavailable,
 )
-from checkpoint.interop.drafts import drafting
+from checkpoint.interop.drafting import drafting
 from checkpoint.interop.place import Place
 from checkpoint.interop.turns import TURNS, Beat
 from checkpoint.store.objects import ObjectStore
@@ -252,7 +252,7 @@ class TestHere(PlaceContract):
 
     def test_whoever_is_killed_lets_go_of_the_draft(self, root):
         program = (
-            "import sys\nfrom checkpoint.interop.drafts import drafting\n"
+            "import sys\nfrom checkpoint.interop.drafting import drafting\n"
             f"with drafting({root!r}, 'mine'):\n    print('in', flush=True)\n    sys.stdin.read()"
         )
         child = subprocess.Popen(
@@ -310,7 +310,7 @@ class TestS3(FarContract):
 
     def test_whoever_is_killed_lets_go_of_the_draft_once_it_was_silent_for_long(self, root):
         program = (
-            "import sys\nfrom checkpoint.interop.drafts import drafting\n"
+            "import sys\nfrom checkpoint.interop.drafting import drafting\n"
             "from checkpoint.interop.turns import Beat\n"
             f"with drafting({root!r}, 'mine', Beat(0.05, 3.0)) as draft:\n"
             "    with draft.writing('one') as file:\n        file.write(b'1')\n"

@@ -12,16 +12,18 @@ import checkpoint
 from checkpoint.errors import Mismatch
 from checkpoint.format.box import Box
 from checkpoint.interop.builtin import builtin_rules
-from checkpoint.interop.conversion.assembling import Assembled, prove_from_sources
+from checkpoint.interop.conversion.assembling import Assembled
 from checkpoint.interop.conversion.casting import cast, reference_cast
 from checkpoint.interop.conversion.contract import ConversionSettings
-from checkpoint.interop.conversion.exporting import Outbound
+from checkpoint.interop.conversion.emigrating import Outbound
 from checkpoint.interop.conversion.moving import source_part, target_part
+from checkpoint.interop.conversion.proving import prove
 from checkpoint.interop.conversion.resharding import Change, reshard
 from checkpoint.interop.conversion.sharing import share_of_rank
 from checkpoint.interop.formats.contract import About
 from checkpoint.interop.grammar import read_rules
 from checkpoint.interop.moves import Foreign
+from checkpoint.interop.reference import account_by_rules
 from checkpoint.interop.rules import plan_import
 from checkpoint.interop.writing import plan_export
 from checkpoint.store.memory import MemoryStore
@@ -77,6 +79,12 @@ def planned(case):
     return tensors, plan, disperse(plan, tensors)
 
 
+def accounted(case):
+    """Return what the reference tells of the foreign tensors of a case."""
+    name, sizes, axes = MATRIX[case]
+    return account_by_rules(builtin_rules(name), sizes, axes, dict(enumerate(planned(case)[1].foreign)))
+
+
 @pytest.mark.parametrize("case", range(0, len(MATRIX), 2))
 @settings(max_examples=25)
 @given(data=st.data())
@@ -103,13 +111,14 @@ def test_any_box_of_any_rule_set_is_read_and_written_as_the_whole_is(case, data)
 @pytest.mark.parametrize("case", range(0, len(MATRIX), 2))
 def test_the_foreign_side_alone_comes_to_the_global_fingerprints(case):
     tensors, plan, shards = planned(case)
-    assert prove_from_sources(plan, Arrays(plan.foreign, shards), SETTINGS) == fingerprints(tensors)
+    account = accounted(case)
+    assert prove(account, Arrays(plan.foreign, shards), SETTINGS) == fingerprints(tensors)
     for move in plan.moves[:: len(plan.moves) // NUM_SPOILED]:
         if move.source_box.numel > 1:
             spoiled = [array.copy() for array in shards]
             spoiled[move.source][tuple(start for start in move.source_box.start)] ^= 1
             try:
-                found = prove_from_sources(plan, Arrays(plan.foreign, spoiled), SETTINGS)
+                found = prove(account, Arrays(plan.foreign, spoiled), SETTINGS)
             except Mismatch:
                 continue  # one of several copies
             assert found != fingerprints(tensors)
@@ -143,7 +152,8 @@ def test_averages_and_casts_are_proved_by_the_rule_applied_anew():
     assert np.array_equal(mean, values.double().mean(0).float().numpy())
     half = assembled.read([(numbers["half"], Box.whole((24, 5)))])[0]
     assert np.array_equal(half, values.reshape(24, 5).bfloat16().view(torch.int16).numpy().view("<u2"))
-    proved = prove_from_sources(plan, source, SETTINGS)
+    account = account_by_rules(rules, {}, {"tensor": 3}, dict(enumerate(source.tensors)))
+    proved = prove(account, source, SETTINGS)
     for name, bits in (("mean", mean.view("<u4")), ("half", half)):
         stored = torch.from_numpy(np.ascontiguousarray(bits).view(f"i{bits.itemsize}"))
         assert proved[name] == checkpoint.fingerprint_tensor(stored)

@@ -12,7 +12,6 @@ from checkpoint.errors import CheckpointError, Incomplete
 from checkpoint.interop.expression import Scope, evaluate, parse_expression
 from checkpoint.interop.grammar import read_rules
 from checkpoint.interop.moves import Foreign
-from checkpoint.interop.proof import fingerprints_of_sources
 from checkpoint.interop.rules import plan_import
 from checkpoint.interop.template import parse_template
 from checkpoint.interop.writing import plan_export
@@ -20,9 +19,11 @@ from tests.interop_samples import (
     Arrays,
     Shards,
     assemble,
+    check_agreed,
     disperse,
     fingerprints,
     foreign,
+    proved,
     random_bits,
     specs_for,
 )
@@ -110,10 +111,11 @@ def test_a_fused_weight_is_taken_apart_as_numpy_put_it_together(fusion):
     rules = read_rules(fusion.document, "random")
     plan = plan_import(rules, {}, fusion.axes, [tensor for tensor, _ in fusion.shards])
     arrays = [bits for _, bits in fusion.shards]
+    check_agreed(rules, {}, fusion.axes, plan)
     found = assemble(plan, arrays)
     assert found.keys() == fusion.tensors.keys()
     assert all((found[name] == bits).all() for name, bits in fusion.tensors.items())
-    assert fingerprints_of_sources(plan, arrays.__getitem__) == fingerprints(fusion.tensors)
+    assert proved(rules, {}, fusion.axes, plan.foreign, arrays.__getitem__) == fingerprints(fusion.tensors)
 
 
 @given(fusions())
@@ -219,3 +221,51 @@ def test_a_template_reads_the_names_that_it_writes(literals, data):
     name = template.fill(captures)
     assert template.fill(template.match(name) or {}) == name
     assert template.match(name + "!") is None
+
+
+@st.composite
+def rules_and_shards(draw):
+    """Draw a rule of several steps, whichever, and shards of a shape that it may or may not fit."""
+    ranks, count, ndim = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(2, 3))
+    shape = [draw(st.sampled_from([2, 4, 6])) for _ in range(ndim)]
+    words, target = ["from: 'w.{n}'"], ["x"]
+    if draw(st.booleans()):
+        words.append(f"transpose: {draw(st.permutations(range(ndim)))}")
+    if draw(st.booleans()):
+        words.append(f"unstack: {{dim: {draw(st.integers(0, ndim - 1))}, number: u, count: 2}}")
+        target.append("{u}")
+    if draw(st.booleans()):
+        words.append(f"stack: {{dim: {draw(st.integers(0, 2))}, number: n, count: {count}}}")
+    else:
+        target.append("{n}")
+    use = draw(st.sampled_from(["0", "1", "same", "mean", "{dim: 0, copies: ranks(tensor)}"]))
+    words.append(f"axes: {{tensor: {use}}}")
+    if draw(st.booleans()):
+        words.append(f"pad: {{dim: 0, real: {draw(st.integers(1, 9))}, total: {draw(st.integers(1, 18))}}}")
+    name = ".".join(target)
+    match draw(st.sampled_from(["plain", "pieces", "series"])):
+        case "plain":
+            words.append(f"to: '{name}'")
+        case "pieces":
+            pieces = f"[{{to: 'a.{name}', size: {draw(st.integers(1, 2))}}}, {{to: 'b.{name}'}}]"
+            dim, repeat = draw(st.integers(0, 1)), draw(st.integers(1, 2))
+            words.append(f"split: {{dim: {dim}, repeat: {repeat}, pieces: {pieces}}}")
+        case _:
+            words.append(f"split: {{dim: 0, repeat: 2, number: t, pieces: [{{to: '{name}.{{t}}'}}]}}")
+    shards = [
+        Foreign(f"w.{n}", "float32", tuple(shape), {"tensor": rank})
+        for n in range(count)
+        for rank in range(ranks)
+    ]
+    return "rules: 1\nmap:\n  - {" + ", ".join(words) + "}\n", shards, {"tensor": ranks}
+
+
+@given(rules_and_shards())
+def test_the_plan_and_the_account_of_any_rule_tell_the_same(drawn):
+    document, shards, axes = drawn
+    rules = read_rules(document, "random")
+    try:
+        plan = plan_import(rules, {}, axes, shards)
+    except CheckpointError:
+        return  # a rule that does not fit its shards
+    check_agreed(rules, {}, axes, plan)

@@ -179,7 +179,8 @@ def test_a_llama_goes_by_rules_to_megatrons_ranks_and_from_there_to_hugging_face
     assert ask("import", ranks, str(tmp_path / "no")).exit_code == 1, "without rules nobody can tell"
     found = bits_of(checkpoint.open_store(back))
     assert found == {key: bits for key, bits in bits_of(truth.store).items() if key.startswith("model/")}
-    rules = ["--source-rules", name, "--rules", "llama-hf", *sizes]
+    read = [word if word != "--set" else "--source-set" for word in sizes]
+    rules = ["--source-rules", name, *read, "--rules", "llama-hf"]
     told("export", ranks, model, "--format", "hf", *rules)
     loaded = load_file(tmp_path / "model" / "model.safetensors")
     expected = checkpoint.load(truth.store).state["model"]["layers.1.attention.k.weight"]

@@ -1,9 +1,13 @@
 """What `--dry-run` tells comes true."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import checkpoint
 from tests.conversion_samples import adam_state, block_weights, save_state
@@ -69,6 +73,46 @@ def test_what_comes_from_a_foreign_file_is_told_as_well(tmp_path):
     check("export", str(tmp_path / "a.pt"), tmp_path / "hf", "--format", "hf")
     check("export", str(tmp_path / "a.pt"), tmp_path / "torch", "--format", "torch", "--dtype", "fp16")
     check("import", str(tmp_path / "a.pt"), tmp_path / "store")
+
+
+GROWTH = """
+import json, sys
+import numpy, torch  # what a conversion imports is no buffer
+from checkpoint import (Change, ConversionSettings, Emigration, Adoption, Whereabouts, export_foreign,
+                        import_foreign, open_store, reshard)
+verb, source, target, warm = sys.argv[1:]
+settings = ConversionSettings(budget_bytes=512 << 20)
+def convert(source, target):
+    if verb == "reshard":
+        return reshard(open_store(source), open_store(target), Change(to="shard=3"), settings=settings)
+    if verb == "import":
+        return import_foreign(source, open_store(target), Adoption(), settings=settings)
+    return export_foreign(Whereabouts(source), target, Emigration(verb), settings=settings)
+convert(warm, target + "-warm")
+report = convert(source, target)
+print(json.dumps([report.peak_bytes, report.grown_bytes]))
+"""
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["reshard", *(pytest.param(one, marks=pytest.mark.slow) for one in ("import", "hf", "dcp", "torch"))],
+)
+def test_a_process_grows_by_no_more_than_was_told(verb, tmp_path):
+    """What buffers hold is a bound, of which streams need a part; a tenth more is the allocator's."""
+    torch.manual_seed(6)
+    small, large = tmp_path / "small", tmp_path / "large"
+    for place, rows in ((small, 8), (large, 1500)):
+        state = {f"h.{n}.w": torch.randn(rows, 1100) for n in range(8)}
+        if verb == "import":
+            place.mkdir()
+            save_file(state, place / "model.safetensors")
+        else:
+            save_state(checkpoint.open_store(str(place)), {"model": state})
+    command = [sys.executable, "-c", GROWTH, verb, str(large), str(tmp_path / "out"), str(small)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    told, grown = json.loads(done.stdout)
+    assert told / 10 <= grown <= 1.1 * told, (told >> 20, grown >> 20)
 
 
 def test_large_tensors_in_many_chunks_are_told_block_by_block(tmp_path):

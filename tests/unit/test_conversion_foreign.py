@@ -8,7 +8,8 @@ import checkpoint
 from checkpoint.errors import AlreadyExists, FormatError, Mismatch, Misuse
 from checkpoint.format.box import Box
 from checkpoint.interop.builtin import builtin_rules
-from checkpoint.interop.conversion.exporting import Emigration, export_checkpoint, plan_emigration
+from checkpoint.interop.conversion.emigrating import Emigration, plan_emigration
+from checkpoint.interop.conversion.exporting import export_checkpoint
 from checkpoint.interop.conversion.importing import Adoption, import_checkpoint
 from checkpoint.interop.conversion.names import from_foreign, from_rules, rule_name, to_foreign
 from checkpoint.interop.conversion.origins import stored_origin

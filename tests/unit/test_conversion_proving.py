@@ -10,9 +10,9 @@ import torch
 
 import checkpoint
 from checkpoint.errors import CheckpointError, Incomplete, Mismatch, NotFound
-from checkpoint.interop import drafts
+from checkpoint.interop import draft
 from checkpoint.interop.conversion.contract import unheard
-from checkpoint.interop.conversion.exporting import Emigration
+from checkpoint.interop.conversion.emigrating import Emigration
 from checkpoint.interop.conversion.foreign import Whereabouts, export_foreign
 from checkpoint.interop.formats.known import FORMATS
 from checkpoint.interop.place import Place
@@ -42,7 +42,7 @@ def target(request, tmp_path) -> Iterator[str]:
 @pytest.fixture
 def damaged(monkeypatch) -> None:
     """Flip a bit of every large block on its way into a file."""
-    write = drafts._Written.write
+    write = draft._Written.write
 
     def write_damaged(file, data):
         data = bytearray(data)
@@ -50,7 +50,7 @@ def damaged(monkeypatch) -> None:
             data[len(data) // 2] ^= 1
         return write(file, bytes(data))
 
-    monkeypatch.setattr(drafts._Written, "write", write_damaged)
+    monkeypatch.setattr(draft._Written, "write", write_damaged)
 
 
 def export(source: str, target: str, format: str = "hf", listener=unheard) -> checkpoint.ConversionReport:
@@ -73,8 +73,8 @@ def test_an_export_that_is_damaged_on_the_way_never_appears_and_leaves_nothing(
 
 
 def test_an_export_that_cannot_even_be_opened_never_appears(source, target, monkeypatch):
-    write = drafts._Written.write
-    monkeypatch.setattr(drafts._Written, "write", lambda file, data: write(file, bytes(data)[::-1]))
+    write = draft._Written.write
+    monkeypatch.setattr(draft._Written, "write", lambda file, data: write(file, bytes(data)[::-1]))
     with pytest.raises(CheckpointError):
         export(source, target)
     with pytest.raises(NotFound):

@@ -1,13 +1,15 @@
 """Orders of conversions, as the UI's form gives them: there and back, and what is refused."""
 
 import pytest
+import torch
 from prefect.states import Failed
 from pydantic import ValidationError
 
 import checkpoint
-from checkpoint.errors import FormatError, NoCheckpoint, StoreUnavailable
+from checkpoint.errors import FormatError, Misuse, NoCheckpoint, StoreUnavailable
 from tasks.convert import ConversionOrder, carry_out, may_pass
 from tests.conversion_samples import bits_of, block_weights, save_state
+from tests.resharding_matrix import MODELS, make_truth
 
 
 def test_a_model_goes_out_and_comes_back(tmp_path):
@@ -35,3 +37,50 @@ def test_what_cannot_be_ordered_is_refused():
 )
 def test_only_what_may_pass_is_tried_again(error, again):
     assert may_pass(None, None, Failed(data=error)) is again
+
+
+def test_a_source_is_looked_at_for_what_it_is_and_a_dry_run_writes_nothing(tmp_path):
+    store, model, back = (str(tmp_path / name) for name in ("store", "model", "back"))
+    save_state(checkpoint.open_store(store), {"model": block_weights()})
+    order = ConversionOrder(source=store, target=model, target_format="hf", dry_run=True)
+    assert carry_out(order).is_dry
+    assert not (tmp_path / "model").exists()
+    carry_out(order.model_copy(update={"dry_run": False}))
+    order = ConversionOrder(source=model, target=back, run="taken over", step=4)
+    assert carry_out(order.model_copy(update={"dry_run": True})).is_dry
+    assert not carry_out(order).is_dry
+    assert checkpoint.Catalog(checkpoint.open_store(back)).manifest(4).run == "taken over"
+    order = ConversionOrder(source=back, target=str(tmp_path / "cut"), to="shard=2", dry_run=True)
+    assert carry_out(order).is_dry
+
+
+def test_a_foreign_source_goes_into_another_format_each_by_its_own_rules(tmp_path):
+    name, sizes = MODELS["Llama"]
+    told = [f"{key}={value}" for key, value in sizes.items()]
+    store, ranks, model = (str(tmp_path / one) for one in ("store", "ranks", "model"))
+    checkpoint.promote(make_truth("Llama").store, checkpoint.open_store(store), 9)
+    out = ConversionOrder(
+        source=store,
+        target=ranks,
+        target_format="megatron",
+        only="model/*",
+        to="tensor=2",
+        rules=name,
+        sizes=told,
+    )
+    assert carry_out(out).num_tensors == 21
+    order = ConversionOrder(
+        source=ranks, target=model, target_format="hf", source_rules=name, source_sizes=told, rules="llama-hf"
+    )
+    assert len(carry_out(order).proofs) == 21
+    with pytest.raises(FormatError, match="name these"):
+        carry_out(ConversionOrder(source=store, target=ranks, sizes=told))
+
+
+def test_a_cast_that_loses_numbers_takes_leave(tmp_path):
+    store, out = str(tmp_path / "store"), str(tmp_path / "out")
+    save_state(checkpoint.open_store(store), {"model": {"w": torch.tensor([7e4])}})
+    order = ConversionOrder(source=store, target=out, dtype="fp16")
+    with pytest.raises(Misuse, match="beyond float16"):
+        carry_out(order)
+    assert len(carry_out(order.model_copy(update={"allow_overflow": True})).notes) == 1

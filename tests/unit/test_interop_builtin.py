@@ -8,18 +8,19 @@ from checkpoint.interop.builtin import builtin_names, builtin_rules
 from checkpoint.interop.expression import Scope, Size, evaluate
 from checkpoint.interop.grammar import read_rules
 from checkpoint.interop.placing import resolve_sizes
-from checkpoint.interop.proof import changed_tensors, fingerprints_of_sources
 from checkpoint.interop.rules import plan_import
 from checkpoint.interop.writing import plan_export
 from tests.interop_samples import (
     LLAMA,
     Arrays,
     assemble,
+    check_agreed,
     disperse,
     fingerprints,
     foreign,
     llama,
     megatron_llama,
+    proved,
     specs_for,
     weights_for,
 )
@@ -88,8 +89,9 @@ def test_what_a_rule_set_writes_it_reads_back_bit_for_bit(name, sizes, axes):
     found = assemble(back, written)
     assert found.keys() == tensors.keys()
     assert all((found[key] == bits).all() for key, bits in tensors.items())
-    assert fingerprints_of_sources(back, written.__getitem__) == fingerprints(tensors)
-    assert changed_tensors(back) == set()
+    check_agreed(builtin_rules(name), sizes, axes, back)
+    marks = proved(builtin_rules(name), sizes, axes, plan.foreign, written.__getitem__)
+    assert marks == fingerprints(tensors)
 
 
 def test_every_rule_set_is_in_the_matrix():
@@ -112,7 +114,8 @@ def test_a_llama_in_megatron_files_is_read_as_it_is(groups, stages, tied):
     found = assemble(plan, arrays)
     assert found.keys() == weights.keys()
     assert all((found[name] == bits).all() for name, bits in weights.items())
-    assert fingerprints_of_sources(plan, arrays.__getitem__) == fingerprints(weights)
+    rules = builtin_rules("llama-megatron")
+    assert proved(rules, sizes, axes, plan.foreign, arrays.__getitem__) == fingerprints(weights)
     padding = sum(box.numel for _, box in plan.padding)
     assert padding == 10 * (1 + (tied == 0 or len(stages) > 1))  # one word for each copy of the vocabulary
 

@@ -15,7 +15,7 @@ import pytest
 from checkpoint.errors import Incomplete, Unsupported
 from checkpoint.format.box import Box
 from checkpoint.format.fingerprint import fingerprint
-from checkpoint.interop.drafts import drafting
+from checkpoint.interop.drafting import drafting
 from checkpoint.interop.formats.contract import ForeignCheckpoint
 from checkpoint.interop.formats.deepspeed import looks_like_deepspeed, open_deepspeed
 from checkpoint.interop.formats.deepspeed_universal import (

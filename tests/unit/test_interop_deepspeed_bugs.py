@@ -17,7 +17,7 @@ import pytest
 
 from checkpoint.errors import CheckpointError, Corrupt, Incomplete, Mismatch, Unsupported
 from checkpoint.format.box import Box
-from checkpoint.interop.drafts import drafting
+from checkpoint.interop.drafting import drafting
 from checkpoint.interop.formats import deepspeed, deepspeed_parts
 from checkpoint.interop.formats.deepspeed import open_deepspeed
 from checkpoint.interop.formats.deepspeed_parts import Fragment
@@ -27,8 +27,8 @@ from checkpoint.interop.formats.deepspeed_zero_writing import write_deepspeed
 from checkpoint.interop.formats.masters import is_rounded
 from checkpoint.interop.moves import Foreign
 from checkpoint.interop.place import Place
-from checkpoint.interop.proof import check_equal
 from tests.interop.unpacking import rewrite, unpack
+from tests.interop_samples import check_equal
 from tests.unit.test_interop_deepspeed import Relaid, fingerprints
 
 SWAPPED = "is not what .* was rounded from: .* of another rank or step|is one of another"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from checkpoint.errors import Unsupported
-from checkpoint.interop.drafts import drafting
+from checkpoint.interop.drafting import drafting
 from checkpoint.interop.formats.known import FORMATS, detect, write_foreign
 from checkpoint.interop.place import Place
 from tests.foreign_samples import Given

@@ -16,18 +16,17 @@ import torch
 from checkpoint.errors import CheckpointError, Corrupt, Incomplete, Mismatch, Unsupported
 from checkpoint.format.box import Box
 from checkpoint.interop.builtin import builtin_rules
-from checkpoint.interop.drafts import drafting
+from checkpoint.interop.drafting import drafting
 from checkpoint.interop.formats.contract import ForeignCheckpoint
 from checkpoint.interop.formats.megatron import looks_like_megatron, open_megatron
 from checkpoint.interop.formats.megatron_writing import write_megatron
 from checkpoint.interop.formats.rounding import round_bits
 from checkpoint.interop.moves import Plan
 from checkpoint.interop.place import Place
-from checkpoint.interop.proof import check_equal, fingerprints_of_sources
 from checkpoint.interop.rules import plan_import
 from tests.interop.megatron_expected import RULES, expected
 from tests.interop.unpacking import rewrite, unpack
-from tests.interop_samples import assemble, fingerprints
+from tests.interop_samples import assemble, check_equal, fingerprints, proved
 
 AXES = {
     "llama": {"tensor": 2, "pipeline": 2},
@@ -40,6 +39,12 @@ def plan_of(kind: str, opened: ForeignCheckpoint) -> Plan:
     rules = builtin_rules(RULES[kind])
     sizes = {name: size for name, size in opened.about.sizes.items() if name in rules.sizes}
     return plan_import(rules, sizes, opened.about.axes, opened.tensors)
+
+
+def marks_of(kind: str, opened: ForeignCheckpoint) -> dict[str, int]:
+    rules = builtin_rules(RULES[kind])
+    sizes = {name: size for name, size in opened.about.sizes.items() if name in rules.sizes}
+    return proved(rules, sizes, opened.about.axes, opened.tensors, reading(opened))
 
 
 def reading(opened: ForeignCheckpoint) -> Callable[[int], np.ndarray]:
@@ -69,7 +74,7 @@ def test_the_built_in_rules_read_what_megatron_core_itself_makes_of_a_model(kind
     for name, bits in states.items():
         assert (found[name] == bits).all(), name
     assert {float(found[name].view(np.float32)[()]) for name in steps} == {7.0}
-    sums = fingerprints_of_sources(plan, read)
+    sums = marks_of(kind, opened)
     plain = fingerprints({name: found[name] for name in states})
     assert {name: sums[name] for name in states} == plain
 
@@ -93,12 +98,8 @@ def test_weights_that_are_written_come_back_bit_by_bit(kind, tmp_path):
     assert back.about.axes == opened.about.axes
     assert back.about.sizes == opened.about.sizes
     check_equal(
-        fingerprints_of_sources(plan_of(kind, back), reading(back)),
-        {
-            name: value
-            for name, value in fingerprints_of_sources(plan_of(kind, opened), reading(opened)).items()
-            if not name.startswith("optimizer/")
-        },
+        marks_of(kind, back),
+        {name: value for name, value in marks_of(kind, opened).items() if not name.startswith("optimizer/")},
     )
     with (
         pytest.raises(Unsupported, match="numbers its optimizer's states by an order"),
@@ -182,13 +183,13 @@ def test_ranks_that_change_places_are_caught(tmp_path):
     """Every shape, count and norm agrees; the content of what they share out does not."""
     folder = made(tmp_path)
     opened = open_megatron(Place(str(folder)))
-    sound = fingerprints_of_sources(plan_of("llama", opened), reading(opened))
+    sound = marks_of("llama", opened)
     shutil.move(folder / "mp_rank_00_000", folder / "kept")
     shutil.move(folder / "mp_rank_01_000", folder / "mp_rank_00_000")
     shutil.move(folder / "kept", folder / "mp_rank_01_000")
     wrong = open_megatron(Place(str(folder)))
     with pytest.raises(Mismatch, match=r"the content of \d+ of 195 tensors differs"):
-        check_equal(sound, fingerprints_of_sources(plan_of("llama", wrong), reading(wrong)))
+        check_equal(sound, marks_of("llama", wrong))
 
 
 def test_an_optimizer_of_other_shapes_than_the_model_is_caught(tmp_path):

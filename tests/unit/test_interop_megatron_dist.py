@@ -19,7 +19,7 @@ import checkpoint
 from checkpoint.errors import CheckpointError, Corrupt, Incomplete, Mismatch, Unsupported
 from checkpoint.format.box import Box
 from checkpoint.interop.builtin import builtin_rules
-from checkpoint.interop.conversion.exporting import Emigration
+from checkpoint.interop.conversion.emigrating import Emigration
 from checkpoint.interop.conversion.foreign import Whereabouts, compare_places, export_foreign, import_foreign
 from checkpoint.interop.conversion.importing import Adoption
 from checkpoint.interop.conversion.ruled import choose_rules
@@ -28,12 +28,11 @@ from checkpoint.interop.formats.known import detect, open_foreign
 from checkpoint.interop.formats.rounding import round_bits
 from checkpoint.interop.moves import Plan
 from checkpoint.interop.place import Place
-from checkpoint.interop.proof import check_equal, fingerprints_of_sources
 from checkpoint.interop.rules import plan_import
 from tests.foreign_samples import Given, check_same, contents_of, rewritten
 from tests.interop.megatron_expected import RULES, expected
 from tests.interop.unpacking import unpack
-from tests.interop_samples import assemble
+from tests.interop_samples import assemble, check_equal, proved
 
 PYTHON = Path(__file__).resolve().parents[2] / ".venv-deepspeed/bin/python"
 STATES = ("exp_avg", "exp_avg_sq", "master")
@@ -43,6 +42,12 @@ def plan_of(kind: str, opened: ForeignCheckpoint) -> Plan:
     rules = builtin_rules(RULES[kind])
     sizes = {name: size for name, size in opened.about.sizes.items() if name in rules.sizes}
     return plan_import(rules, sizes, opened.about.axes, opened.tensors)
+
+
+def marks_of(kind: str, opened: ForeignCheckpoint) -> dict[str, int]:
+    rules = builtin_rules(RULES[kind])
+    sizes = {name: size for name, size in opened.about.sizes.items() if name in rules.sizes}
+    return proved(rules, sizes, opened.about.axes, opened.tensors, reading(opened))
 
 
 def reading(opened: ForeignCheckpoint) -> Callable[[int], np.ndarray]:
@@ -85,8 +90,8 @@ def test_what_is_written_comes_back_bit_by_bit(kind, tmp_path):
     check_same(contents_of(back), contents_of(opened))
     assert (back.about.sizes, back.about.step) == (opened.about.sizes, 7)
     assert back.about.extra["megatron_optimizer"] == opened.about.extra["megatron_optimizer"]
-    same = fingerprints_of_sources(plan_of(kind, opened), reading(opened))
-    check_equal(same, fingerprints_of_sources(plan_of(kind, back), reading(back)))
+    same = marks_of(kind, opened)
+    check_equal(same, marks_of(kind, back))
 
 
 def through_a_store(kind: str, tmp_path: Path) -> Path:
@@ -245,7 +250,7 @@ def test_masters_under_another_weight_s_name_are_caught(tmp_path):
 def test_layers_that_change_places_are_caught_by_the_fingerprints(tmp_path):
     folder = made("llama", tmp_path)
     opened = open_foreign(str(folder))
-    sound = fingerprints_of_sources(plan_of("llama", opened), reading(opened))
+    sound = marks_of("llama", opened)
 
     def swap(tree: Any) -> None:
         def other(index: Any) -> Any:
@@ -259,7 +264,7 @@ def test_layers_that_change_places_are_caught_by_the_fingerprints(tmp_path):
     rewrite_metadata(folder, swap)
     wrong = open_foreign(str(folder))
     with pytest.raises(Mismatch, match="the content of 16 of 195 tensors differs"):
-        check_equal(sound, fingerprints_of_sources(plan_of("llama", wrong), reading(wrong)))
+        check_equal(sound, marks_of("llama", wrong))
 
 
 @pytest.mark.parametrize(

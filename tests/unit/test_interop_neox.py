@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from checkpoint.interop.conversion.exporting import Emigration
+from checkpoint.interop.conversion.emigrating import Emigration
 from checkpoint.interop.conversion.foreign import Whereabouts, export_foreign, import_foreign
 from checkpoint.interop.conversion.importing import Adoption
 from checkpoint.interop.conversion.ruled import RuleChoice, choose_rules

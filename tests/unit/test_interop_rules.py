@@ -6,12 +6,24 @@ import pytest
 from checkpoint.engine.plan import TensorSpec
 from checkpoint.errors import CheckpointError, FormatError, Incomplete, Mismatch
 from checkpoint.format.layout import Box
+from checkpoint.interop.conversion.proving import changed
 from checkpoint.interop.grammar import read_rules
-from checkpoint.interop.moves import Foreign, How
-from checkpoint.interop.proof import changed_tensors, check_equal, fingerprints_of_sources
+from checkpoint.interop.moves import Foreign, How, Plan
+from checkpoint.interop.reference import account_by_rules
 from checkpoint.interop.rules import plan_import
 from checkpoint.interop.writing import plan_export
-from tests.interop_samples import assemble, disperse, random_bits, slices, specs_for
+from tests.interop_samples import (
+    Files,
+    assemble,
+    check_agreed,
+    check_equal,
+    disperse,
+    fingerprints,
+    proved,
+    random_bits,
+    slices,
+    specs_for,
+)
 
 
 def tensor(name: str, *shape: int, dtype: str = "float32", **at: int) -> Foreign:
@@ -19,7 +31,21 @@ def tensor(name: str, *shape: int, dtype: str = "float32", **at: int) -> Foreign
 
 
 def planned(document: str, foreign: list[Foreign], **axes: int):
-    return plan_import(read_rules("rules: 1\n" + document, "mine.yaml"), {}, axes, foreign)
+    rules = read_rules("rules: 1\n" + document, "mine.yaml")
+    plan = plan_import(rules, {}, axes, foreign)
+    check_agreed(rules, {}, axes, plan)
+    return plan
+
+
+def changed_by(document: str, plan: Plan, **axes: int) -> set[str]:
+    rules = read_rules("rules: 1\n" + document, "mine.yaml")
+    account = account_by_rules(rules, {}, axes, dict(enumerate(plan.foreign)))
+    return changed(account, Files(plan.foreign, lambda _: np.zeros(0)))
+
+
+def marks_of(document: str, plan: Plan, arrays: list[np.ndarray], **axes: int) -> dict[str, int]:
+    rules = read_rules("rules: 1\n" + document, "mine.yaml")
+    return proved(rules, {}, axes, plan.foreign, arrays.__getitem__)
 
 
 # ------------------------------------------------------------------------------------------- exactly once
@@ -146,12 +172,13 @@ map:
     assert all((a == b).all() for a, b in zip(disperse(written, found), arrays, strict=True))
     arrays[3][1] += 1
     with pytest.raises(Mismatch, match=r"'k': the copies in qk \(tensor=2\) and qk \(tensor=3\) differ"):
-        fingerprints_of_sources(plan, arrays.__getitem__)
+        marks_of(document, plan, arrays, tensor=4)
 
 
-def test_an_averaged_tensor_is_the_mean_and_has_no_fingerprint_of_its_sources():
+def test_an_averaged_tensor_is_the_mean_and_is_told_as_changed():
+    document = "map: [{from: a, to: x, axes: {tensor: mean}}, {from: b, to: y, axes: {tensor: same}}]"
     plan = planned(
-        "map: [{from: a, to: x, axes: {tensor: mean}}, {from: b, to: y, axes: {tensor: same}}]",
+        document,
         [tensor(name, 2, tensor=rank) for name in "ab" for rank in range(3)],
         tensor=3,
     )
@@ -159,8 +186,8 @@ def test_an_averaged_tensor_is_the_mean_and_has_no_fingerprint_of_its_sources():
     copies = [np.array([5, 6], np.uint32)] * 3
     found = assemble(plan, values + copies)
     assert found["x"].view(np.float32).tolist() == [1, 4]
-    assert changed_tensors(plan) == {"x"}
-    assert fingerprints_of_sources(plan, (values + copies).__getitem__).keys() == {"y"}
+    assert changed_by(document, plan, tensor=3) == {"x"}
+    assert marks_of(document, plan, values + copies, tensor=3) == fingerprints(found)
     with pytest.raises(FormatError, match="has copies over other axes as well"):
         planned(
             "map: [{from: a, to: x, axes: {tensor: mean, expert: same}}]",
@@ -171,11 +198,10 @@ def test_an_averaged_tensor_is_the_mean_and_has_no_fingerprint_of_its_sources():
 
 
 def test_a_cast_is_a_change_of_values_and_says_so():
-    plan = planned(
-        "map: [{from: a, to: x, dtype: bfloat16}, {from: b, to: y}]", [tensor("a", 2), tensor("b", 2)]
-    )
+    document = "map: [{from: a, to: x, dtype: bfloat16}, {from: b, to: y}]"
+    plan = planned(document, [tensor("a", 2), tensor("b", 2)])
     assert plan.tensors == (TensorSpec("x", "bfloat16", (2,)), TensorSpec("y", "float32", (2,)))
-    assert changed_tensors(plan) == {"x"}
+    assert changed_by(document, plan) == {"x"}
 
 
 def test_an_optimizer_follows_its_parameter_through_a_split_and_its_step_goes_to_all_pieces():

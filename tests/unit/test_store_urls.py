@@ -8,7 +8,7 @@ import pytest
 
 from checkpoint.errors import StoreRefused
 from checkpoint.interop.conversion.ruled import choose_rules, knowing
-from checkpoint.interop.drafts import drafting
+from checkpoint.interop.drafting import drafting
 from checkpoint.store.contract import check_url
 
 

@@ -5,20 +5,15 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from checkpoint.engine.pipeline import fan_out
 from checkpoint.engine.plan import TensorSpec
 from checkpoint.engine.tensors import torch_dtype
-from checkpoint.errors import Mismatch
-from checkpoint.format.box import Box, split_box
+from checkpoint.format.box import Box
 from checkpoint.format.dtypes import dtype_of, itemsize
-from checkpoint.format.fingerprint import MODULUS, fingerprint
-from checkpoint.interop.conversion.casting import cast, reference_cast
-from checkpoint.interop.conversion.contract import Array, ConversionSettings, Wish
-from checkpoint.interop.conversion.moving import source_part, target_part, turned
+from checkpoint.interop.conversion.casting import cast
+from checkpoint.interop.conversion.contract import Array, Wish
+from checkpoint.interop.conversion.moving import source_part, turned
 from checkpoint.interop.formats.contract import Contents
 from checkpoint.interop.moves import Foreign, How, Move, Plan
-
-_BAND_BYTES = 8 << 20
 
 
 def as_they_are(foreign: Sequence[Foreign]) -> Plan:
@@ -30,6 +25,12 @@ def as_they_are(foreign: Sequence[Foreign]) -> Plan:
         if not (box := Box.whole(one.shape)).is_empty
     )
     return Plan(tuple(foreign), specs, moves, (), ())
+
+
+def assembled_bytes(plan: Plan) -> int:
+    """Return how many bytes of foreign tensors are read to put all global ones together."""
+    moves = [move for move in plan.moves if move.how is not How.SAME]
+    return sum(move.source_box.numel * itemsize(plan.foreign[move.source].dtype) for move in moves)
 
 
 class Assembled:
@@ -73,60 +74,6 @@ class Assembled:
         """Return the bits that a move has for a part of its target box."""
         bits = turned(move, self._foreign.read(move.source, source_part(move, part)), part)
         return cast(bits, self._plan.foreign[move.source].dtype, self._plan.tensors[move.target].dtype)
-
-
-def prove_from_sources(plan: Plan, foreign: Contents, settings: ConversionSettings) -> dict[str, int]:
-    """Return the fingerprints of all global tensors, from the foreign side alone: share by share, in order.
-
-    A share's elements are counted where the move says that they belong; nothing is put together. Values that
-    rules cast or average are changed by the reference's code. Raises Mismatch if copies of a box differ.
-    """
-    shares: dict[tuple[int, Box], tuple[int, int]] = {}
-    sums = dict.fromkeys((spec.name for spec in plan.tensors), 0)
-    averaged: dict[tuple[int, Box], list[Move]] = {}
-    plain = []
-    for move in plan.moves:
-        if move.how is How.MEAN:
-            averaged.setdefault((move.target, move.target_box), []).append(move)
-        else:
-            plain.append(move)
-
-    def share_of(moves: Sequence[Move]) -> int:
-        return sum(_band_share(plan, foreign, moves, band) for band in _bands(plan, moves[0])) % MODULUS
-
-    works = [[move] for move in plain] + list(averaged.values())
-    for moves, value in zip(works, fan_out(share_of, works, settings.num_workers), strict=True):
-        move = moves[0]
-        name = plan.tensors[move.target].name
-        known, first = shares.setdefault((move.target, move.target_box), (value, move.source))
-        if known != value:
-            raise Mismatch(
-                f"{name!r}: the copies in {plan.foreign[first]} and {plan.foreign[move.source]} differ"
-            )
-        if move.how is not How.SAME:
-            sums[name] = (sums[name] + value) % MODULUS
-    return sums
-
-
-def _bands(plan: Plan, move: Move) -> list[Box]:
-    """Cut a move's source box into bands, so that little is held at a time."""
-    return split_box(move.source_box, itemsize(plan.foreign[move.source].dtype), _BAND_BYTES)
-
-
-def _band_share(plan: Plan, foreign: Contents, moves: Sequence[Move], band: Box) -> int:
-    spec, parts = plan.tensors[moves[0].target], []
-    place = target_part(moves[0], band)
-    for move in moves:
-        old = plan.foreign[move.source].dtype
-        bits = turned(move, foreign.read(move.source, source_part(move, place)), place)
-        parts.append((bits, old))
-    if len(moves) == 1:
-        bits, old = parts[0]
-        made = bits if old == spec.dtype else reference_cast(bits, old, spec.dtype)
-    else:
-        values = sum(reference_cast(bits, old, "float64").view("f8") for bits, old in parts) / len(parts)
-        made = reference_cast(np.asarray(values).view("<u8"), "float64", spec.dtype)
-    return fingerprint(np.ascontiguousarray(made), spec.dtype, spec.shape, place)
 
 
 def _mean(summands: Sequence[Array]) -> Array:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from checkpoint.engine.plan import Piece, TensorSpec, deal_pieces
 from checkpoint.format.box import Box
 from checkpoint.format.dtypes import itemsize
-from checkpoint.interop.conversion.contract import Wish
+from checkpoint.interop.conversion.contract import READ_BYTES, ConversionSettings, Wish
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,19 @@ def batches_of(cuts: Iterable[Cut], most_bytes: int) -> Iterator[list[Cut]]:
         held += cut.num_bytes
     if batch:
         yield batch
+
+
+def most_held_bytes(cuts: Iterable[Cut], settings: ConversionSettings) -> int:
+    """Return the most that buffers hold while chunks are made: never more than the settings allow.
+
+    Each thread reads, and has a batch raw and encoded; one batch waits, one pack is filled and one written.
+    """
+    batched = batches_of(cuts, settings.batch_bytes)
+    sizes = sorted((sum(cut.num_bytes for cut in one) for one in batched), reverse=True)
+    workers, total = settings.num_workers, sum(sizes)
+    batches = 2 * sum(sizes[:workers]) + sum(sizes[workers : workers + 1])
+    packs = min(2 * (settings.pack_bytes + max(sizes, default=0)), total)
+    return min(settings.peak_bytes, batches + packs + min(workers * READ_BYTES, total))
 
 
 def wishes_of(batch: Iterable[Cut]) -> list[Wish]:

@@ -4,6 +4,7 @@ The two share no code: torch casts, numpy's integers say what should have come o
 no number becomes the type's one quiet NaN, since what a cast makes of a NaN's payload depends on the machine.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,11 +12,11 @@ import torch
 
 from checkpoint.engine.plan import TensorSpec
 from checkpoint.engine.tensors import torch_dtype
-from checkpoint.errors import FormatError
+from checkpoint.errors import FormatError, Mismatch, Misuse
 from checkpoint.format.box import Box, split_box
 from checkpoint.format.dtypes import dtype_of, itemsize
 from checkpoint.format.fingerprint import MODULUS, fingerprint
-from checkpoint.interop.conversion.contract import Array, GlobalTensors, Wish
+from checkpoint.interop.conversion.contract import Array, GlobalTensors, Overflow, Wish
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 SHORT_NAMES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
@@ -55,21 +56,71 @@ def cast(bits: Array, old: str, new: str) -> Array:
         return bits if old == new else np.empty(bits.shape, dtype_of(new).carrier)
     integers = {2: np.int16, 4: np.int32, 8: np.int64}
     values = torch.from_numpy(bits.view(integers[bits.itemsize])).view(torch_dtype(old))
-    if (old, new) == ("float64", "float16") or (old, new) == ("float64", "bfloat16"):
-        values = values.to(torch.float32)
+    if old == "float64" and new in ("float16", "bfloat16"):
+        values = _rounded_to_odd(values)
     made = values.to(torch_dtype(new))
     made = made.masked_fill(torch.isnan(made), float("nan"))
     whole: Array = made.view(getattr(torch, f"int{8 * made.itemsize}")).numpy()
     return whole.view(dtype_of(new).carrier)
 
 
-def reference_fingerprint(source: GlobalTensors, number: int, new: str) -> int:
-    """Return the fingerprint that a source's tensor has when it is cast, by the simpler code."""
+def _rounded_to_odd(values: torch.Tensor) -> torch.Tensor:
+    """Return doubles as floats that another rounding makes what it makes of the doubles.
+
+    What is not exact is cut off, and its last bit set: so it lies on the side of a tie where the double does.
+    (Boldo and Melquiond, Emulation of FMA and correctly rounded sums, IEEE Trans. Computers 57, 2008.)
+    """
+    single = values.to(torch.float32)
+    back, bits = single.to(torch.float64), single.view(torch.int32)
+    is_inexact = (back != values) & ~torch.isnan(values)
+    cut = torch.where(back.abs() > values.abs(), bits - 1, bits)
+    return torch.where(is_inexact, cut | 1, bits).view(torch.float32)
+
+
+class Reach:
+    """Counts the numbers that are none any more in the type that they were cast to. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lost: dict[tuple[str, str], int] = {}
+        self._lock = threading.Lock()
+
+    def see(self, name: str, bits: Array, old: str, made: Array, new: str) -> None:
+        """Count what is infinite in the new type and was a number in the old one."""
+        before, after = (_as_numbers(one, dtype) for one, dtype in ((bits, old), (made, new)))
+        number = int((np.isfinite(before) & np.isinf(after)).sum())
+        if number:
+            with self._lock:
+                self._lost[name, new] = self._lost.get((name, new), 0) + number
+
+    def settle(self, overflow: Overflow) -> list[str]:
+        """Return a note for each tensor that lost something. Raises Misuse unless that is allowed."""
+        notes = [
+            f"{number} elements of {name} are beyond {new}, and became infinite"
+            for (name, new), number in sorted(self._lost.items())
+        ]
+        if notes and overflow is Overflow.REFUSED:
+            raise Misuse(
+                f"{'; '.join(notes[:5])} (in {len(notes)} tensors): another --dtype holds them, or "
+                "--allow-overflow lets them go; nothing was committed"
+            )
+        return notes
+
+
+def reference_fingerprint(source: GlobalTensors, number: int, *, new: str, known: int, reach: Reach) -> int:
+    """Return the fingerprint that a source's tensor has when it is cast, by the simpler code.
+
+    Raises Mismatch if what is cast has not the fingerprint that the source's tensor is known by.
+    """
     spec = source.tensors[number]
-    total = 0
+    total = plain = 0
     for band in bands_of(spec):
-        bits = reference_cast(source.read([(number, band)])[0], spec.dtype, new)
-        total += fingerprint(np.ascontiguousarray(bits), new, spec.shape, band)
+        bits = source.read([(number, band)])[0]
+        plain += fingerprint(np.ascontiguousarray(bits), spec.dtype, spec.shape, band)
+        made = reference_cast(bits, spec.dtype, new)
+        reach.see(spec.name, bits, spec.dtype, made, new)
+        total += fingerprint(np.ascontiguousarray(made), new, spec.shape, band)
+    if plain % MODULUS != known:
+        raise Mismatch(f"the content of {spec.name!r}, as it was cast, differs from the source's")
     return total % MODULUS
 
 
@@ -79,26 +130,37 @@ def bands_of(spec: TensorSpec) -> list[Box]:
 
 
 def reference_cast(bits: Array, old: str, new: str) -> Array:
-    """Return the bits of values in another type: by way of float32, as by a textbook."""
-    if old == "bfloat16":
-        values: Array = (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    else:
-        values = bits.view(np.dtype(old))
+    """Return the bits of values in another type: from one as wide as both, as by a textbook."""
+    values = _as_numbers(bits, old)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        if new == "float64":
-            made: Array = values.astype(np.float64)
-        else:
-            single = values.astype(np.float32)
-            if new == "bfloat16":
-                return _rounded_to_bfloat16(single)
-            made = single.astype(np.dtype(new))
+        if new == "bfloat16":
+            is_wide = values.dtype == np.float64
+            return (_double_to_bfloat16 if is_wide else _single_to_bfloat16)(values)
+        made: Array = values.astype(np.dtype(new))
     made[np.isnan(made)] = np.nan
     return made.view(dtype_of(new).carrier)
 
 
-def _rounded_to_bfloat16(single: Array) -> Array:
-    bits = single.view(np.uint32)
+def _as_numbers(bits: Array, dtype: str) -> Array:
+    """Return values in a type of numpy's that has them all."""
+    if dtype == "bfloat16":
+        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return bits.view(np.dtype(dtype))
+
+
+def _single_to_bfloat16(values: Array) -> Array:
+    bits = values.astype(np.float32).view(np.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     rounded = (bits.astype(np.uint64) + np.uint64(0x7FFF) + odd) >> np.uint64(16)
-    rounded[np.isnan(single)] = 0x7FC0
+    rounded[np.isnan(values)] = 0x7FC0
     return rounded.astype(np.uint16)
+
+
+def _double_to_bfloat16(values: Array) -> Array:
+    """Round to multiples of the last of 8 bits, ties to even: what is left is exact in a float."""
+    finest = np.maximum(np.frexp(values)[1] - 8, -133)
+    rounded = np.where(np.isfinite(values), np.ldexp(np.rint(np.ldexp(values, -finest)), finest), values)
+    bits = rounded.astype(np.float32).view(np.uint32)
+    made: Array = (bits >> np.uint32(16)).astype(np.uint16)
+    made[np.isnan(values)] = 0x7FC0
+    return made

@@ -38,6 +38,13 @@ class Numbering(Enum):
     BY_ORDER = "by order"  # people say that it numbers them in the model's order
 
 
+class Overflow(Enum):
+    """What becomes of a conversion whose casts turn numbers into infinities."""
+
+    REFUSED = "refused"
+    ALLOWED = "allowed"  # and noted
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a conversion is: raw bytes that are done, of all; `what` names the work at hand."""
@@ -56,7 +63,7 @@ def unheard(_: Progress) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ConversionSettings:
-    """How a conversion works: in how much memory, with how many threads, and how chunks are stored.
+    """How a conversion works: in how much memory, with how many threads, how chunks are stored, how it casts.
 
     What it holds at a time, besides indices, stays within `budget_bytes`: each thread reads, and holds a
     batch raw and encoded; one batch waits; one pack is filled while another is written.
@@ -66,6 +73,7 @@ class ConversionSettings:
     num_threads: int = 2
     codec: Codec = Codec.PLANES
     level: int = 1
+    overflow: Overflow = Overflow.REFUSED
 
     def __post_init__(self) -> None:
         if self.num_threads < 1 or self.budget_bytes < _MIN_BUDGET_BYTES:

@@ -1,196 +1,31 @@
-"""Exporting: a universal checkpoint in another framework's names, shards and format."""
+"""Exporting: a checkpoint is written in another framework's format, and proved by reading it back."""
 
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
 
-import numpy as np
-
-from checkpoint.engine.pipeline import fan_out
-from checkpoint.engine.plan import TensorSpec
-from checkpoint.errors import FormatError, Mismatch, Misuse
-from checkpoint.format.box import Box, split_box
-from checkpoint.format.codec import checksum
-from checkpoint.format.dtypes import dtype_of, itemsize
-from checkpoint.format.scheme import parse_layout
-from checkpoint.interop.conversion.assembling import as_they_are, prove_from_sources
-from checkpoint.interop.conversion.casting import FLOATS, Cast, cast, parse_dtype, reference_fingerprint
+from checkpoint.errors import Mismatch
+from checkpoint.format.box import Box
+from checkpoint.interop.conversion.casting import (
+    Reach,
+    reference_fingerprint,
+)
 from checkpoint.interop.conversion.contract import (
     Array,
     ConversionReport,
     ConversionSettings,
-    GlobalTensors,
     Listener,
     Progress,
     Proof,
     unheard,
 )
-from checkpoint.interop.conversion.importing import check_sure
+from checkpoint.interop.conversion.emigrating import Outbound, Outward
 from checkpoint.interop.conversion.marking import Counted
 from checkpoint.interop.conversion.measuring import high_water_bytes
-from checkpoint.interop.conversion.moving import target_part, turned_back
-from checkpoint.interop.conversion.names import rule_name, to_foreign
-from checkpoint.interop.conversion.origins import Origin
-from checkpoint.interop.conversion.resharding import ONE_RANK, Chosen, num_bytes_of
-from checkpoint.interop.conversion.roles import owner_of
-from checkpoint.interop.conversion.ruled import RuleChoice, knowing
-from checkpoint.interop.conversion.skeletons import matches, nothing_fits
-from checkpoint.interop.conversion.tying import TIED, with_copies
-from checkpoint.interop.formats.contract import About
+from checkpoint.interop.conversion.proving import prove
+from checkpoint.interop.conversion.resharding import ONE_RANK, num_bytes_of
 from checkpoint.interop.formats.contract import Contents as ForeignContents
-from checkpoint.interop.moves import Foreign, Move, Plan
-from checkpoint.interop.placing import resolve_sizes
-from checkpoint.interop.writing import plan_export
-
-_BAND_BYTES = 8 << 20
-_AS_NAMED = (
-    "no rules are given, so names and shapes stay as they are: Megatron loads only what has its own names "
-    "(--rules; docs/rules.md)"
-)
-_HOLD_ROUNDED = ("megatron-dist", "deepspeed", "deepspeed-universal")  # their readers compare with masters
-_LEFT_OUT = "the format {format} holds no optimizer: {number} of its tensors are left out"
-
-
-@dataclass(frozen=True, slots=True)
-class Emigration:
-    """What a checkpoint is to become: in which format, over which ranks, by which rules, in which type.
-
-    Without rules every tensor keeps its name; with them `to` says over how many tensor, pipeline and expert
-    ranks they are spread.
-    """
-
-    format: str
-    to: str = ONE_RANK
-    rules: RuleChoice | None = None
-    dtype: str | None = None
-    only: str | None = None
-
-
-class Holds(Protocol):
-    """Tells whether a format has a place for an optimizer."""
-
-    def __call__(self, format: str) -> bool: ...
-
-
-class Outbound:
-    """The foreign tensors of a plan, as a writer reads them: their boxes are filled from global tensors."""
-
-    def __init__(self, source: GlobalTensors, plan: Plan, about: About, num_threads: int = 2) -> None:
-        self.about = about
-        self._num_threads = num_threads
-        self.tensors: Sequence[Foreign] = plan.foreign
-        self._source = source
-        self._plan = plan
-        self._moves: dict[int, list[Move]] = {}
-        for move in plan.moves:
-            self._moves.setdefault(move.source, []).append(move)
-
-    def read(self, number: int, box: Box) -> Array:
-        """Return the bits of a box of a foreign tensor; padding is zero. Large boxes take several threads."""
-        dtype = self.tensors[number].dtype
-        if (whole := self._whole(number, box)) is not None:
-            return whole
-        found: Array = np.zeros(box.size, dtype_of(dtype).carrier)
-        bands = split_box(box, itemsize(dtype), _BAND_BYTES)
-        if len(bands) <= 1:
-            self._fill(number, box, found)
-            return found
-        for _ in fan_out(
-            lambda band: self._fill(number, band, found[band.within(box)]), bands, self._num_threads
-        ):
-            pass
-        return found
-
-    def _whole(self, number: int, box: Box) -> Array | None:
-        """Return a box that is one of a global tensor, of the same type, as it was read: without a copy."""
-        moves = self._moves.get(number, ())
-        if len(moves) != 1 or moves[0].source_box.intersect(box) != box:
-            return None
-        move = moves[0]
-        bits = self._source.read([(move.target, target_part(move, box))])[0]
-        made = cast(bits, self._plan.tensors[move.target].dtype, self.tensors[number].dtype)
-        return np.ascontiguousarray(turned_back(move, made, box)).reshape(box.size)
-
-    def _fill(self, number: int, box: Box, found: Array) -> None:
-        dtype = self.tensors[number].dtype
-        parts = [(move, move.source_box.intersect(box)) for move in self._moves.get(number, ())]
-        here = [(move, part) for move, part in parts if part is not None]
-        bits = self._source.read([(move.target, target_part(move, part)) for move, part in here])
-        for (move, part), values in zip(here, bits, strict=True):
-            made = cast(values, self._plan.tensors[move.target].dtype, dtype)
-            found[part.within(box)] = turned_back(move, made, part)
-
-
-@dataclass(frozen=True, slots=True)
-class Outward:
-    """An export worked out: what is read, what is written, and what is left out."""
-
-    source: Origin
-    chosen: Chosen
-    contents: Cast
-    plan: Plan
-    outbound: Outbound
-    notes: tuple[str, ...]
-
-    @property
-    def uncast(self) -> set[str]:
-        """The names of the tensors that keep their values."""
-        pairs = zip(self.chosen.tensors, self.contents.tensors, strict=True)
-        return {new.name for old, new in pairs if old.dtype == new.dtype}
-
-    @property
-    def written_bytes(self) -> int:
-        """How many bytes the tensors to write have."""
-        specs = (TensorSpec(one.name, one.dtype, one.shape) for one in self.plan.foreign)
-        return sum(map(num_bytes_of, specs))
-
-    @property
-    def attempt(self) -> str:
-        """What identifies the export: the same one is resumed."""
-        told = [str(self.plan), repr(self.outbound.about), self.source.digest]
-        return checksum("\n".join(told).encode()).hex()
-
-
-def plan_emigration(source: Origin, emigration: Emigration, holds_optimizer: Holds) -> Outward:
-    """Work out an export, before anything is read. Raises Mismatch, Incomplete, FormatError, Misuse."""
-    _check_layout(emigration)
-    if emigration.rules is not None:
-        emigration = replace(emigration, rules=knowing(emigration.rules, source.sizes))
-    keeps, notes = matches(emigration.only), list(source.notes)
-    names = [spec.name for spec in source.contents.tensors if keeps(spec.name)]
-    if not names:
-        raise nothing_fits(emigration.only, source.step, source.url)
-    if not holds_optimizer(emigration.format):
-        weights = [name for name in names if name.startswith("model/")]
-        if len(weights) < len(names):
-            note = _LEFT_OUT.format(format=emigration.format, number=len(names) - len(weights))
-            notes.append(note)
-        names = weights
-    if emigration.rules is not None:
-        known = [name for name in names if name.startswith("model/") or owner_of(name)]
-        if len(known) < len(names):
-            notes.append(f"{len(names) - len(known)} tensors that the rules do not speak of are left out")
-        names = known
-    if emigration.rules is None and emigration.format == "megatron":
-        notes.append(_AS_NAMED)
-    if any(owner_of(name) for name in names):
-        check_sure(source.doubts, source.url)
-    if not names:
-        kind = FormatError if emigration.only is None else Misuse
-        what = "nothing of it" if emigration.only is None else f"nothing that {emigration.only!r} fits"
-        raise kind(f"{source.url}: {emigration.format} has a place for {what}; another --format may have")
-    chosen = Chosen(source.contents, names)
-    contents = Cast(chosen, _casts(chosen.tensors, emigration.dtype))
-    if emigration.format in _HOLD_ROUNDED:
-        _check_rounded(chosen.tensors, contents.tensors, emigration)
-    plan = _plan(contents.tensors, emigration)
-    ties = source.ties if holds_optimizer(emigration.format) and emigration.rules is None else {}
-    if emigration.only is None:
-        plan = with_copies(plan, contents.tensors, ties)
-    about = _about(source, emigration, plan)
-    return Outward(source, chosen, contents, plan, Outbound(contents, plan, about), tuple(notes))
+from checkpoint.interop.moves import Foreign
 
 
 def export_checkpoint(
@@ -211,9 +46,11 @@ def export_checkpoint(
     watched = Watched(outward.outbound, outward.written_bytes, listener)
     write(watched)
     listener(Progress("proving", watched.num_done_bytes, watched.num_bytes))
-    known = outward.source.fingerprints(outward.uncast, settings)
+    known = outward.source.fingerprints(outward.names, settings)
     back = Counted(reopen())
-    proofs = _prove(outward, known, back, url=url, settings=settings)
+    reach = Reach()
+    proofs = _prove(outward, known, back, reach, url=url, settings=settings)
+    notes = (*outward.notes, *reach.settle(settings.overflow), *outward.source.padding(settings))
     return ConversionReport(
         source=outward.source.url,
         target=url,
@@ -225,11 +62,11 @@ def export_checkpoint(
         num_bytes=sum(num_bytes_of(spec) for spec in outward.contents.tensors),
         read_bytes=outward.source.num_read_bytes() + back.num_bytes,
         written_bytes=watched.num_bytes,
-        peak_bytes=settings.peak_bytes,
+        peak_bytes=outward.most_held_bytes(settings),
         grown_bytes=high_water_bytes() - before,
         seconds=time.monotonic() - began_s,
         proofs=proofs,
-        notes=outward.notes,
+        notes=notes,
     )
 
 
@@ -254,72 +91,11 @@ class Watched:
         return found
 
 
-def _check_layout(emigration: Emigration) -> None:
-    """Refuse a layout of which the format, or an export without rules, would keep nothing."""
-    scheme = parse_layout(emigration.to)
-    asked = {axis for axis, ranks in scheme.mesh.axes if ranks > 1}
-    asked |= {"zero"} if scheme.zero else set()
-    asked |= {"align"} if scheme.align > 1 else set()
-    can = set() if emigration.rules is None else {"tensor", "pipeline", "expert"}
-    if emigration.format == "deepspeed" and scheme.zero:
-        can |= {"replica", "shard", "zero"}
-    if asked - can:
-        raise Misuse(
-            f"an export to {emigration.format} cannot be divided by {', '.join(sorted(asked - can))}, as "
-            f"{emigration.to!r} asks: tensor, pipeline and expert need rules (--rules) of a framework that "
-            "has them, and replica or shard are for deepspeed, beside zero=1, 2 or 3"
-        )
-
-
-def _check_rounded(old: Sequence[TensorSpec], new: Sequence[TensorSpec], emigration: Emigration) -> None:
-    """Refuse casts after which weights would not be their masters, rounded once."""
-    masters = {owned.parameter for one in old if (owned := owner_of(one.name)) and owned.state == "master"}
-    for one, other in zip(old, new, strict=True):
-        is_cast = one.dtype not in (other.dtype, "float32")
-        if is_cast and one.name.removeprefix("model/") in masters:
-            raise Misuse(
-                f"{one.name} cannot become {other.dtype} beside its fp32 master, which rounds to "
-                f"{one.dtype}, as readers of {emigration.format} see: export without a dtype, or only "
-                "'model/*'"
-            )
-
-
-def _casts(specs: Sequence[TensorSpec], dtype: str | None) -> dict[str, str]:
-    if dtype is None:
-        return {}
-    kind = parse_dtype(dtype)
-    return {one.name: kind for one in specs if one.name.startswith("model/") and one.dtype in FLOATS}
-
-
-def _plan(specs: Sequence[TensorSpec], emigration: Emigration) -> Plan:
-    """Return the plan of an export, with foreign names; its global tensors are `specs`, in their order."""
-    if emigration.rules is None:
-        plan = as_they_are([Foreign(to_foreign(one.name), one.dtype, one.shape) for one in specs])
-        return replace(plan, tensors=tuple(specs))
-    named = {rule_name(spec.name): number for number, spec in enumerate(specs)}
-    axes = {axis: ranks for axis, ranks in parse_layout(emigration.to).mesh.axes if ranks > 1}
-    choice = emigration.rules
-    renamed = [TensorSpec(rule_name(one.name), one.dtype, one.shape) for one in specs]
-    plan = plan_export(choice.rules, choice.sizes, axes, renamed)
-    moves = tuple(replace(move, target=named[plan.tensors[move.target].name]) for move in plan.moves)
-    return replace(plan, tensors=tuple(specs), moves=moves)
-
-
-def _about(origin: Origin, emigration: Emigration, plan: Plan) -> About:
-    axes = {axis: 1 + max(one.at[axis] for one in plan.foreign) for axis in plan.foreign[0].at}
-    told = {"step": origin.step, **({TIED: dict(origin.ties)} if origin.ties else {}), **origin.extra}
-    scheme = parse_layout(emigration.to)
-    if scheme.zero and emigration.format == "deepspeed":  # it names the ranks that its files are for
-        told |= {"zero_stage": scheme.zero, "dp_world_size": scheme.mesh.size}
-    chosen = resolve_sizes(emigration.rules.rules, emigration.rules.sizes) if emigration.rules else {}
-    sizes = {**origin.sizes, **{name: size for name, size in chosen.items() if isinstance(size, int)}}
-    return About(emigration.format, axes, origin.step, told, sizes)
-
-
 def _prove(
     outward: Outward,
     known: Mapping[str, int],
     back: ForeignContents,
+    reach: Reach,
     *,
     url: str,
     settings: ConversionSettings,
@@ -330,14 +106,16 @@ def _prove(
     if missing:
         raise Mismatch(f"what was written to become {url} lacks {missing[:5]}: it is not left there")
     numbers = [places[_place(one)] for one in outward.plan.foreign]
-    found = prove_from_sources(outward.plan, _Reordered(back, numbers), settings)
+    found = prove(outward.account({number: back.tensors[number] for number in numbers}), back, settings)
     proofs, wrong = [], []
     uncast = outward.uncast
     for number, new in enumerate(outward.contents.tensors):
         is_cast = new.name not in uncast
-        wanted = reference_fingerprint(outward.chosen, number, new.dtype) if is_cast else known[new.name]
-        proofs.append(Proof(new.name, "reference" if is_cast else "fingerprint", found[new.name]))
-        if found[new.name] != wanted:
+        wanted = known[new.name]
+        if is_cast:
+            wanted = reference_fingerprint(outward.chosen, number, new=new.dtype, known=wanted, reach=reach)
+        proofs.append(Proof(new.name, "reference" if is_cast else "fingerprint", wanted))
+        if found.get(new.name) != wanted:
             wrong.append(new.name)
     if wrong:
         raise Mismatch(
@@ -345,19 +123,6 @@ def _prove(
             f"differ from the source's: {wrong[:5]}"
         )
     return tuple(proofs)
-
-
-class _Reordered:
-    """A foreign checkpoint whose tensors are counted in another order."""
-
-    def __init__(self, inner: ForeignContents, numbers: Sequence[int]) -> None:
-        self.about = inner.about
-        self.tensors: Sequence[Foreign] = [inner.tensors[number] for number in numbers]
-        self._inner = inner
-        self._numbers = numbers
-
-    def read(self, number: int, box: Box) -> Array:
-        return self._inner.read(self._numbers[number], box)
 
 
 def _place(one: Foreign) -> tuple[str, tuple[tuple[str, int], ...]]:

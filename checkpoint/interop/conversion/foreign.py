@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from checkpoint.engine.catalog import Catalog
 from checkpoint.engine.plan import TensorSpec
 from checkpoint.errors import NoSuchStep, StoreRefused
-from checkpoint.interop.conversion.assembling import Assembled
+from checkpoint.interop.account import Account
+from checkpoint.interop.conversion.assembling import Assembled, assembled_bytes
+from checkpoint.interop.conversion.batches import cuts_of, most_held_bytes
 from checkpoint.interop.conversion.comparing import Compared, Side, compare
 from checkpoint.interop.conversion.contract import (
     ConversionReport,
@@ -18,17 +20,25 @@ from checkpoint.interop.conversion.contract import (
     Numbering,
     unheard,
 )
-from checkpoint.interop.conversion.exporting import Emigration, export_checkpoint, plan_emigration
-from checkpoint.interop.conversion.importing import Adoption, import_checkpoint, plan_adoption, sight
-from checkpoint.interop.conversion.marking import planned_bytes
+from checkpoint.interop.conversion.emigrating import Emigration, plan_emigration
+from checkpoint.interop.conversion.exporting import export_checkpoint
+from checkpoint.interop.conversion.importing import (
+    Adoption,
+    check_new,
+    import_checkpoint,
+    plan_adoption,
+)
 from checkpoint.interop.conversion.origins import Origin, foreign_origin, stored_origin
+from checkpoint.interop.conversion.padding import padding_bytes
+from checkpoint.interop.conversion.proving import held_twice, prove, shared_bytes
 from checkpoint.interop.conversion.rehearsing import BlankForeign, BlankStored, rehearse_export
 from checkpoint.interop.conversion.resharding import num_bytes_of
 from checkpoint.interop.conversion.ruled import RuleChoice
+from checkpoint.interop.conversion.sighting import sight
 from checkpoint.interop.conversion.stored import Stored
 from checkpoint.interop.conversion.tying import ties_of
 from checkpoint.interop.conversion.writing import most_stored_bytes
-from checkpoint.interop.drafts import drafting
+from checkpoint.interop.drafting import check_free, drafting
 from checkpoint.interop.formats.contract import Contents, ForeignCheckpoint
 from checkpoint.interop.formats.known import FORMATS, open_foreign, open_place, write_foreign
 from checkpoint.interop.moves import Foreign
@@ -107,6 +117,7 @@ def plan_import_foreign(
     settings = settings or ConversionSettings()
     with closing(open_foreign(url, format)) as foreign:
         sighted, draft = plan_adoption(foreign, url, adoption)
+        check_new(target, draft)
         num_bytes = sum(map(num_bytes_of, draft.tensors))
         return ConversionReport(
             source=url,
@@ -116,9 +127,9 @@ def plan_import_foreign(
             num_tensors=len(draft.tensors),
             num_chunks=len(draft.pieces),
             num_bytes=num_bytes,
-            read_bytes=sum(planned_bytes(sighted.plan, range(len(draft.tensors)))),
+            read_bytes=assembled_bytes(sighted.plan) + _proved_bytes(sighted.account(), foreign),
             written_bytes=most_stored_bytes(draft, settings),
-            peak_bytes=settings.peak_bytes,
+            peak_bytes=most_held_bytes(cuts_of(draft.tensors, draft.pieces), settings),
             is_dry=True,
             notes=(*foreign.about.notes, *sighted.notes),
         )
@@ -143,6 +154,7 @@ def export_foreign(
         outward = plan_emigration(origin, emigration, _holds_optimizer)
         most_bytes = _most_bytes(origin, settings)
         with drafting(url, outward.attempt[:_ATTEMPT_DIGITS]) as draft, ExitStack() as opened:
+            draft.num_threads = settings.num_workers
 
             def write(contents: Contents) -> None:
                 write_foreign(emigration.format, draft, contents, most_bytes)
@@ -163,9 +175,14 @@ def plan_export_foreign(
     settings: ConversionSettings | None = None,
     listener: Listener = unheard,
 ) -> ConversionReport:
-    """Tell what an export would read and write, headers, padding and all; nothing of any tensor is read."""
+    """Tell what an export would read and write, headers, padding and all; nothing of any tensor is read.
+
+    Raises AlreadyExists if there is something at its target already.
+    """
     settings = settings or ConversionSettings()
+    check_free(url)
     draft = rehearsing()
+    draft.num_threads = settings.num_workers
     with _opened(source) as opened:
         blank = BlankStored(opened) if isinstance(opened, Stored) else BlankForeign(opened)
         origin = _origin_of(blank, source)
@@ -188,7 +205,7 @@ def plan_export_foreign(
         num_bytes=num_bytes,
         read_bytes=read_bytes,
         written_bytes=draft.num_bytes,
-        peak_bytes=settings.peak_bytes,
+        peak_bytes=outward.most_held_bytes(settings),
         is_dry=True,
         notes=outward.notes,
     )
@@ -213,8 +230,12 @@ def compare_places(
     settings: ConversionSettings | None = None,
     listener: Listener = unheard,
 ) -> list[Compared]:
-    """Compare two checkpoints, each a stored or a foreign one, tensor by tensor under universal names."""
-    with _side(first) as one, _side(second) as other:
+    """Compare two checkpoints, each a stored or a foreign one, tensor by tensor under universal names.
+
+    Raises Mismatch naming a tensor whose copies on several ranks of one of them differ.
+    """
+    settings = settings or ConversionSettings()
+    with _side(first, settings) as one, _side(second, settings) as other:
         return compare(one, other, settings=settings, listener=listener)
 
 
@@ -253,7 +274,7 @@ def _check_stepless(place: Whereabouts) -> None:
 
 
 @contextmanager
-def _side(place: Whereabouts) -> Iterator[Side]:
+def _side(place: Whereabouts, settings: ConversionSettings) -> Iterator[Side]:
     if place.format is None and is_store(place.url):
         stored = Stored(open_store(place.url), place.step)
         known = {one.name: one.fingerprint for one in stored.manifest.tensors}
@@ -262,11 +283,17 @@ def _side(place: Whereabouts) -> Iterator[Side]:
     _check_stepless(place)
     with closing(open_foreign(place.url, place.format)) as foreign:
         sighted = sight(foreign, place.rules)
-        yield Side(Assembled(foreign, sighted.plan), {}, sighted.ties)
+        account = sighted.account()
+        copied = prove(account.only(held_twice(account)), foreign, settings)  # that copies are equal
+        yield Side(Assembled(foreign, sighted.plan), copied, sighted.ties)
 
 
 def _holds_optimizer(format: str) -> bool:
     return format not in FORMATS or FORMATS[format].holds_optimizer
+
+
+def _proved_bytes(account: Account, foreign: ForeignCheckpoint) -> int:
+    return shared_bytes(account, foreign) + padding_bytes(account, foreign)
 
 
 def _num_bytes(one: Foreign) -> int:

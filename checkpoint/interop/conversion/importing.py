@@ -2,17 +2,17 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from checkpoint.engine.catalog import Catalog
-from checkpoint.engine.plan import TensorSpec
-from checkpoint.errors import AlreadyExists, FormatError, Mismatch, Misuse, Unsupported
+from checkpoint.errors import AlreadyExists, Mismatch, Misuse
 from checkpoint.format.codec import checksum
 from checkpoint.format.scheme import format_layout, parse_layout
-from checkpoint.format.tree import flatten
-from checkpoint.interop.conversion.assembling import Assembled, as_they_are, prove_from_sources
+from checkpoint.interop.account import Account
+from checkpoint.interop.conversion.assembling import Assembled
+from checkpoint.interop.conversion.batches import cuts_of, most_held_bytes
+from checkpoint.interop.conversion.casting import Reach
 from checkpoint.interop.conversion.contract import (
     ConversionReport,
     ConversionSettings,
@@ -24,22 +24,17 @@ from checkpoint.interop.conversion.contract import (
 )
 from checkpoint.interop.conversion.marking import Counted
 from checkpoint.interop.conversion.measuring import high_water_bytes
-from checkpoint.interop.conversion.names import from_foreign, from_rules
+from checkpoint.interop.conversion.padding import look_at_padding
+from checkpoint.interop.conversion.proving import changed, prove
 from checkpoint.interop.conversion.resharding import ONE_RANK, layout_meta
-from checkpoint.interop.conversion.roles import lay_out, owner_of, pieces_of
+from checkpoint.interop.conversion.roles import lay_out, pieces_of
 from checkpoint.interop.conversion.ruled import SIZES, RuleChoice, knowing, model_sizes, placements_by
-from checkpoint.interop.conversion.tying import TIED, Ties, merged, tie
+from checkpoint.interop.conversion.sighting import Sighted, check_sure, sight
+from checkpoint.interop.conversion.tying import Ties
 from checkpoint.interop.conversion.writing import Draft, write_checkpoint
-from checkpoint.interop.expression import Size
 from checkpoint.interop.formats.contract import ForeignCheckpoint
-from checkpoint.interop.formats.numbered import listed
-from checkpoint.interop.moves import Foreign, How, Plan
-from checkpoint.interop.rules import plan_import
 from checkpoint.store.contract import Store
 
-MODEL, OPTIMIZER, OTHER, EXTRA = "model", "optimizer", "other", "extra"
-STATE, GROUPS = "state", "param_groups"
-_OTHER = "other."
 _DEFAULT_RUN = "run"  # as a Checkpointer calls it
 
 
@@ -70,23 +65,6 @@ class Adoption:
             raise Misuse(f"a checkpoint's step cannot be {self.step}: steps begin with 0")
 
 
-@dataclass(frozen=True, slots=True)
-class Sighted:
-    """A foreign checkpoint's plan, with universal names; `notes` tell what is left out."""
-
-    plan: Plan
-    skeleton: Any
-    notes: tuple[str, ...] = ()
-    ties: Ties = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class _Reference:
-    """Stands for a tensor in a state that is to be taken apart."""
-
-    name: str
-
-
 def import_checkpoint(
     foreign: ForeignCheckpoint,
     origin: str,
@@ -105,13 +83,16 @@ def import_checkpoint(
     settings = settings or ConversionSettings()
     began_s, before = time.monotonic(), high_water_bytes()
     sighted, draft = plan_adoption(foreign, origin, adoption)
-    if draft.step in Catalog(target).steps():
-        raise AlreadyExists(f"{target} has a checkpoint of step {draft.step}: give another store, or a step")
+    check_new(target, draft)
     proofs: list[Proof] = []
+    notes = [*foreign.about.notes, *sighted.notes]
 
     def check(found: Mapping[str, int]) -> None:
         listener(Progress("proving", 0, 0))
-        proofs.extend(prove(sighted.plan, counted, found, settings))
+        account = sighted.account()
+        proofs.extend(_held_against(account, counted, found, reach := Reach(), settings))
+        notes.extend(reach.settle(settings.overflow))
+        notes.extend(look_at_padding(account, counted, settings))
 
     counted = Counted(foreign)
     contents = Assembled(counted, sighted.plan)
@@ -126,33 +107,34 @@ def import_checkpoint(
         num_bytes=written.num_bytes,
         read_bytes=counted.num_bytes,
         written_bytes=written.stored_bytes,
-        peak_bytes=settings.peak_bytes,
+        peak_bytes=most_held_bytes(cuts_of(draft.tensors, draft.pieces), settings),
         grown_bytes=high_water_bytes() - before,
         num_resumed_bytes=written.num_resumed_bytes,
         seconds=time.monotonic() - began_s,
         proofs=tuple(proofs),
-        notes=(*foreign.about.notes, *sighted.notes),
+        notes=tuple(notes),
     )
 
 
-def prove(plan: Plan, foreign: Any, found: Mapping[str, int], settings: ConversionSettings) -> list[Proof]:
+def check_new(target: Store, draft: Draft) -> None:
+    """See that a store has no checkpoint of the step that is to be written. Raises AlreadyExists."""
+    if draft.step in Catalog(target).steps():
+        raise AlreadyExists(f"{target} has a checkpoint of step {draft.step}: give another store, or a step")
+
+
+def _held_against(
+    account: Account, foreign: Counted, found: Mapping[str, int], reach: Reach, settings: ConversionSettings
+) -> list[Proof]:
     """Hold fingerprints against those of the foreign side. Raises Mismatch naming the tensors that differ."""
-    wanted = prove_from_sources(plan, foreign, settings)
-    wrong = [name for name, value in wanted.items() if found.get(name) != value]
+    wanted = prove(account, foreign, settings, reach)
+    wrong = [name for name in wanted.keys() | found.keys() if found.get(name) != wanted.get(name)]
     if wrong:
         raise Mismatch(
             f"the content of {len(wrong)} of {len(wanted)} tensors differs from the foreign checkpoint's: "
-            f"{wrong[:5]}; nothing was committed"
+            f"{sorted(wrong)[:5]}; nothing was committed"
         )
-    changed = {
-        plan.tensors[move.target].name
-        for move in plan.moves
-        if move.how is How.MEAN or plan.foreign[move.source].dtype != plan.tensors[move.target].dtype
-    }
-    return [
-        Proof(name, "reference" if name in changed else "fingerprint", value)
-        for name, value in wanted.items()
-    ]
+    other = changed(account, foreign)
+    return [Proof(name, "reference" if name in other else "fingerprint", wanted[name]) for name in found]
 
 
 def plan_adoption(foreign: ForeignCheckpoint, origin: str, adoption: Adoption) -> tuple[Sighted, Draft]:
@@ -189,123 +171,3 @@ def plan_adoption(foreign: ForeignCheckpoint, origin: str, adoption: Adoption) -
         origin=checksum(json.dumps([origin, told]).encode()).hex(),
     )
     return sighted, draft
-
-
-def check_sure(doubts: Sequence[Sequence[str]], origin: str) -> None:
-    """Raise Unsupported if only an order of parameters that is in no file says whose states are."""
-    if doubts:
-        raise Unsupported(
-            f"the optimizer of {origin} numbers its parameters and does not name them. Of equal shape are "
-            f"{listed(doubts[0])}: another order would swap their states, and nothing would show it. Was it "
-            "made of model.parameters(), all in the model's order (within each group)? Then say --by-order "
-            "(Numbering.BY_ORDER). Else save it with names: torch.optim.X(model.named_parameters())"
-        )
-
-
-def sight(foreign: ForeignCheckpoint, choice: RuleChoice | None, ties: Ties | None = None) -> Sighted:
-    """Return the universal tensors that a foreign checkpoint holds, by rules or by their own names.
-
-    `ties` are added to those that the checkpoint tells of.
-
-    Raises FormatError if its tensors are spread over ranks and no rules say how.
-    """
-    about = foreign.about
-    extra = dict(about.extra)
-    said = extra.pop(TIED, None)
-    known = said if isinstance(said, dict) else {}
-    if choice is None:
-        if any(ranks > 1 for ranks in about.axes.values()):
-            raise FormatError(
-                f"the tensors of this {about.format} checkpoint are spread over {dict(about.axes)}: "
-                "name the rules of its model (--rules, --set)"
-            )
-        ties = merged({**about.ties, **known}, ties or {})
-        plan = tie(_renamed(as_they_are(foreign.tensors), from_foreign), ties)
-        return Sighted(plan, _skeleton(plan.tensors, extra, ties), ties=ties)
-    ties = merged(known, ties or {})  # what the files call tied, the rules speak of
-    others = [number for number, one in enumerate(foreign.tensors) if one.name.startswith(_OTHER)]
-    numbers = [number for number in range(len(foreign.tensors)) if number not in set(others)]
-    sizes = {**_known_sizes(choice, about.sizes), **choice.sizes}
-    plan = plan_import(choice.rules, sizes, about.axes, [foreign.tensors[number] for number in numbers])
-    plan = tie(_renamed(_renumbered(plan, numbers, foreign.tensors), from_rules), ties)
-    notes = [
-        f"{name}={size} was given, but the files say {about.sizes[name]}; where both fit, no shape tells"
-        for name, size in choice.sizes.items()
-        if about.sizes.get(name, size) != size
-    ]
-    if others:
-        notes.append(f"{len(others)} tensors that are neither weights nor optimizer states are left out")
-    return Sighted(plan, _skeleton(plan.tensors, extra, ties), tuple(notes), ties)
-
-
-@dataclass(frozen=True, slots=True)
-class _Nested:
-    """A state under construction."""
-
-    tree: dict[str, Any] = field(default_factory=dict)
-
-    def put(self, path: Sequence[str], value: Any) -> None:
-        """Put a value in its place; what is a dict there already is added to."""
-        if isinstance(value, dict) and value and all(isinstance(name, str) for name in value):
-            for name, item in value.items():
-                self.put((*path, name), item)
-            return
-        node = self.tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-            if not isinstance(node, dict):
-                raise FormatError(f"{'/'.join(path)} cannot lie in what is a value of its own")
-        node[path[-1]] = value
-
-
-def _skeleton(specs: Sequence[TensorSpec], extra: Mapping[str, Any], ties: Ties) -> Any:
-    """Return the state around tensors, as a Checkpointer saves it; plain data lies beside it by name.
-
-    An optimizer of which no groups are told gets one, of all its parameters.
-    """
-    nested = _Nested()
-    for spec in specs:
-        owner = owner_of(spec.name)
-        kind, _, rest = spec.name.partition("/")
-        is_flat = kind in (MODEL, OTHER)
-        path = (kind, rest) if is_flat else tuple(spec.name.split("/"))
-        nested.put((OPTIMIZER, STATE, owner.parameter, owner.state) if owner else path, _Reference(spec.name))
-    for other, name in ties.items():
-        nested.put((MODEL, other), _Reference(f"{MODEL}/{name}"))
-    for name, value in extra.items():
-        nested.put((name,) if name not in (MODEL, OTHER) else (EXTRA, name), value)
-    optimizer = nested.tree.get(OPTIMIZER)
-    if optimizer is not None:
-        optimizer.setdefault(GROUPS, [{"params": list(optimizer.get(STATE, {}))}])
-    flat = flatten(nested.tree, lambda value: isinstance(value, _Reference), key=lambda leaf: leaf.name)
-    renamed = {path: leaf.name for path, leaf in flat.leaves.items()}
-    if any(path != name for path, name in renamed.items()):
-        strange = next(name for path, name in renamed.items() if path != name)
-        raise FormatError(f"two tensors would be called {strange!r}: rename one by rules")
-    return flat.skeleton
-
-
-def _known_sizes(choice: RuleChoice, sizes: Mapping[str, int]) -> dict[str, Size]:
-    return {name: size for name, size in sizes.items() if name in choice.rules.sizes}
-
-
-def _renamed(plan: Plan, rename: Any) -> Plan:
-    specs = tuple(TensorSpec(rename(one.name), one.dtype, one.shape) for one in plan.tensors)
-    return Plan(plan.foreign, specs, plan.moves, plan.padding, plan.dropped)
-
-
-def _renumbered(plan: Plan, numbers: Sequence[int], foreign: Sequence[Foreign]) -> Plan:
-    """Return a plan of some foreign tensors as one of all."""
-    moves = tuple(
-        type(move)(
-            numbers[move.source],
-            move.source_box,
-            move.order,
-            move.target,
-            move.target_box,
-            move.how,
-        )
-        for move in plan.moves
-    )
-    padding = tuple((numbers[number], box) for number, box in plan.padding)
-    return Plan(tuple(foreign), plan.tensors, moves, padding, tuple(numbers[one] for one in plan.dropped))

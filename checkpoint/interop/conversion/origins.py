@@ -1,7 +1,7 @@
 """What an export is made of: a stored checkpoint, or a foreign one that goes straight into another format."""
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,9 +10,9 @@ from checkpoint.format.manifest import Manifest, encode_manifest
 from checkpoint.format.tree import unflatten
 from checkpoint.interop.conversion.assembling import Assembled
 from checkpoint.interop.conversion.contract import ConversionSettings, GlobalTensors, Numbering
-from checkpoint.interop.conversion.importing import EXTRA, MODEL, sight
 from checkpoint.interop.conversion.marking import Marked
 from checkpoint.interop.conversion.ruled import RuleChoice, model_sizes, sizes_in
+from checkpoint.interop.conversion.sighting import EXTRA, MODEL, sight
 from checkpoint.interop.conversion.tying import Ties, ties_of
 from checkpoint.interop.formats.contract import ForeignCheckpoint
 from checkpoint.interop.place import is_here
@@ -26,7 +26,8 @@ class Origin:
     """Global tensors by their universal names, and what is told besides.
 
     `digest` identifies it; `fingerprints` are those of the tensors named, known or worked out from it.
-    `num_read_bytes` tells how much of it was read so far. `sizes` are what rules may know of the model.
+    `padding` reads what of it is beyond the end of tensors, and tells of it. `num_read_bytes` tells how much
+    of it was read so far. `sizes` are what rules may know of the model.
     `doubts` are parameters whose optimizer states could be another's. Of one that `is_at_hand` small parts
     are read as cheaply as large ones.
     """
@@ -42,6 +43,7 @@ class Origin:
     sizes: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     doubts: tuple[tuple[str, ...], ...] = ()
+    padding: Callable[[ConversionSettings], Sequence[str]] = lambda _: ()
     is_at_hand: bool = False
 
 
@@ -83,7 +85,7 @@ def foreign_origin(
     about = foreign.about
     sighted = sight(foreign, rules)
     told = [[one.name, one.dtype, list(one.shape), dict(one.at)] for one in foreign.tensors]
-    marked = Marked(foreign, sighted.plan)
+    marked = Marked(foreign, sighted.account())
     return Origin(
         url=url,
         step=about.step or 0,
@@ -91,6 +93,7 @@ def foreign_origin(
         contents=Assembled(marked, sighted.plan),
         extra=about.extra,
         fingerprints=marked.fingerprints,
+        padding=marked.padding,
         num_read_bytes=lambda: marked.num_read_bytes,
         ties=sighted.ties,
         sizes=model_sizes(about.sizes, rules.sizes if rules else {}),

@@ -11,10 +11,12 @@ import numpy as np
 
 from checkpoint.engine.plan import TensorSpec
 from checkpoint.format.box import Box
-from checkpoint.format.dtypes import dtype_of, itemsize
+from checkpoint.format.dtypes import dtype_of
 from checkpoint.interop.conversion.casting import bands_of
 from checkpoint.interop.conversion.contract import Array, ConversionSettings, Listener, Wish
-from checkpoint.interop.conversion.exporting import Outward, Watched
+from checkpoint.interop.conversion.emigrating import Outward
+from checkpoint.interop.conversion.exporting import Watched
+from checkpoint.interop.conversion.proving import shared_bytes
 from checkpoint.interop.conversion.stored import Stored
 from checkpoint.interop.formats.contract import Contents, ForeignCheckpoint
 from checkpoint.interop.moves import Foreign
@@ -62,11 +64,12 @@ def rehearse_export(
 ) -> int:
     """Do what an export does, of a blank source, with `write`. Returns how many bytes it would read."""
     write(Watched(outward.outbound, outward.written_bytes, listener))
-    outward.source.fingerprints(outward.uncast, settings)
+    outward.source.fingerprints(outward.names, settings)
     for number, new in enumerate(outward.contents.tensors):
         if new.name not in outward.uncast:
             for band in bands_of(outward.chosen.tensors[number]):
                 outward.chosen.read([(number, band)])
-    foreign = outward.plan.foreign
-    proved = sum(one.source_box.numel * itemsize(foreign[one.source].dtype) for one in outward.plan.moves)
+    outward.source.padding(settings)
+    account = outward.account(dict(enumerate(outward.plan.foreign)))
+    proved = shared_bytes(account, outward.outbound)
     return outward.source.num_read_bytes() + proved

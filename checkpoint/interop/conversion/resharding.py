@@ -15,8 +15,15 @@ from checkpoint.format.manifest import Manifest, encode_manifest, metrics_to_jso
 from checkpoint.format.notation import layout_to_json
 from checkpoint.format.scheme import format_layout, parse_layout
 from checkpoint.format.tree import leaf_names
-from checkpoint.interop.conversion.batches import batches_of, cuts_of, wishes_of
-from checkpoint.interop.conversion.casting import FLOATS, Cast, bands_of, parse_dtype, reference_fingerprint
+from checkpoint.interop.conversion.batches import batches_of, cuts_of, most_held_bytes, wishes_of
+from checkpoint.interop.conversion.casting import (
+    FLOATS,
+    Cast,
+    Reach,
+    bands_of,
+    parse_dtype,
+    reference_fingerprint,
+)
 from checkpoint.interop.conversion.contract import (
     Array,
     ConversionReport,
@@ -30,10 +37,18 @@ from checkpoint.interop.conversion.contract import (
 )
 from checkpoint.interop.conversion.measuring import high_water_bytes
 from checkpoint.interop.conversion.roles import lay_out, pieces_of
-from checkpoint.interop.conversion.ruled import RuleChoice, knowing, placements_by, sizes_in
+from checkpoint.interop.conversion.ruled import (
+    SIZES,
+    RuleChoice,
+    knowing,
+    model_sizes,
+    placements_by,
+    sizes_in,
+)
 from checkpoint.interop.conversion.skeletons import matches, nothing_fits, select
 from checkpoint.interop.conversion.stored import Stored
 from checkpoint.interop.conversion.writing import Draft, most_stored_bytes, write_checkpoint
+from checkpoint.interop.formats.hf_config import retyped
 from checkpoint.store.contract import Store
 
 ONE_RANK = "replica=1"
@@ -113,9 +128,11 @@ def reshard(
     if present is not None:
         return replace(_report(target, plan, settings, present), is_new=False)
     proofs: list[Proof] = []
+    notes: list[str] = []
 
     def check(found: Mapping[str, int]) -> None:
-        proofs.extend(_prove(plan, found, listener))
+        proofs.extend(_prove(plan, found, reach := Reach(), listener))
+        notes.extend(reach.settle(settings.overflow))
 
     written = write_checkpoint(
         target, plan.draft, plan.contents, settings=settings, check=check, listener=listener
@@ -129,6 +146,7 @@ def reshard(
         grown_bytes=high_water_bytes() - before,
         seconds=time.monotonic() - began_s,
         proofs=tuple(proofs),
+        notes=tuple(notes),
     )
 
 
@@ -181,9 +199,14 @@ def _plan(store: Store, change: Change, step: int | None) -> _Plan:
     rules = None if change.rules is None else knowing(change.rules, sizes_in(manifest))
     on = None if rules is None else placements_by(rules, specs, scheme)
     layout = lay_out(specs, scheme, on)
+    sizes = model_sizes(sizes_in(manifest), {} if change.rules is None else change.rules.sizes)
+    config = skeleton.get("config") if isinstance(skeleton, dict) else None
+    if dtype is not None and isinstance(skeleton, dict) and isinstance(config, dict):
+        skeleton = {**skeleton, "config": retyped(config, dtype)}
     meta = {
         **manifest.meta,
         **layout_meta(layout, format_layout(scheme)),
+        **({SIZES: sizes} if sizes else {}),
         "converted": {"by": "reshard", "from": str(store), "changed": sorted(_casts(chosen.tensors, dtype))},
         "spec_digest": manifest.spec_digest,
         "data_cursor": manifest.data_cursor,
@@ -220,7 +243,7 @@ def _present(target: Store, plan: _Plan) -> Manifest | None:
         and found.meta.get("layout") == meta["layout"]
         and found.meta.get("converted") == meta["converted"]
     ):
-        _prove(plan, {one.name: one.fingerprint for one in found.tensors}, unheard)
+        _prove(plan, {one.name: one.fingerprint for one in found.tensors}, Reach(), unheard)
         return found
     raise AlreadyExists(
         f"{target} has another checkpoint of step {plan.draft.step} (run {found.run!r}): "
@@ -228,7 +251,7 @@ def _present(target: Store, plan: _Plan) -> Manifest | None:
     )
 
 
-def _prove(plan: _Plan, found: Mapping[str, int], listener: Listener) -> list[Proof]:
+def _prove(plan: _Plan, found: Mapping[str, int], reach: Reach, listener: Listener) -> list[Proof]:
     """Hold what was written against the source. Raises Mismatch naming the tensors that differ."""
     known = {one.name: one.fingerprint for one in plan.source.manifest.tensors}
     changed = plan.changed
@@ -237,7 +260,10 @@ def _prove(plan: _Plan, found: Mapping[str, int], listener: Listener) -> list[Pr
     for number, spec in enumerate(specs):
         how, wanted = "fingerprint", known[spec.name]
         if spec.name in changed:
-            how, wanted = "reference", reference_fingerprint(plan.chosen, number, spec.dtype)
+            how = "reference"
+            wanted = reference_fingerprint(
+                plan.chosen, number, new=spec.dtype, known=known[spec.name], reach=reach
+            )
             listener(Progress(f"proving {spec.name}", number, len(specs)))
         if found[spec.name] != wanted:
             wrong.append(spec.name)
@@ -262,7 +288,7 @@ def _report(target: Store, plan: _Plan, settings: ConversionSettings, manifest: 
         num_bytes=sum(num_bytes_of(spec) for spec in specs),
         read_bytes=0,
         written_bytes=0,
-        peak_bytes=settings.peak_bytes,
+        peak_bytes=most_held_bytes(cuts_of(specs, plan.draft.pieces), settings),
     )
 
 

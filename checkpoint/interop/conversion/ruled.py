@@ -1,7 +1,7 @@
 """Placements from rules: what a framework's own ranks would hold, read off the plan of an export. Pure."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,13 @@ def knowing(choice: RuleChoice, known: Mapping[str, int]) -> RuleChoice:
     own = choice.rules.sizes  # a list there says how ranks share: no default, and no model knows it
     asked = {name: size for name, size in known.items() if name in own and not isinstance(own[name], tuple)}
     return RuleChoice(choice.rules, {**asked, **choice.sizes})
+
+
+def uncast(choice: RuleChoice) -> RuleChoice:
+    """Return rules that cast nothing: what is written out keeps the type that it has."""
+    rules = tuple(replace(one, dtype=None) for one in choice.rules.rules)
+    states = tuple(replace(one, dtype=None) for one in choice.rules.states)
+    return RuleChoice(replace(choice.rules, rules=rules, states=states), choice.sizes)
 
 
 def rule_names() -> list[str]:

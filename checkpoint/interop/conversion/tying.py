@@ -43,6 +43,11 @@ def ties_of(skeleton: Json) -> dict[str, str]:
     return found
 
 
+def universal(ties: Ties) -> dict[str, str]:
+    """Return ties with the names that weights have in a universal checkpoint."""
+    return {f"{_MODEL}/{other}": f"{_MODEL}/{name}" for other, name in ties.items()}
+
+
 def tie(plan: Plan, ties: Ties) -> Plan:
     """Make one tensor of those that are tied: what else is there of it has to be an equal copy.
 

@@ -9,6 +9,8 @@ import numpy as np
 from checkpoint.format.box import Box
 from checkpoint.interop.moves import Foreign
 
+LEAST_VOCAB = "vocab_at_least"  # a size that files may tell of that do not tell the vocabulary's own
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 

@@ -21,7 +21,7 @@ from checkpoint.engine.tensors import torch_dtype
 from checkpoint.errors import Unsupported
 from checkpoint.format.box import Box, split_box
 from checkpoint.format.dtypes import itemsize
-from checkpoint.interop.drafts import Draft
+from checkpoint.interop.draft import Draft
 from checkpoint.interop.formats.contract import Contents
 from checkpoint.interop.formats.dcp_metadata import METADATA
 from checkpoint.interop.formats.nesting import Keys, leaves_of, nest

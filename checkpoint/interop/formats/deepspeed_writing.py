@@ -9,12 +9,12 @@ from typing import Any
 from checkpoint.engine.pipeline import fan_out
 from checkpoint.errors import Incomplete, Unsupported
 from checkpoint.format.box import Box, split_box
-from checkpoint.interop.drafts import Draft
+from checkpoint.interop.draft import Draft
 from checkpoint.interop.formats.contract import Contents
 from checkpoint.interop.formats.deepspeed_universal import STATES
 from checkpoint.interop.formats.rounding import ROUNDED, widen_bits
 from checkpoint.interop.formats.saving import Later, Saving
-from checkpoint.interop.formats.streams import NUM_THREADS, block_bytes, blocks_of, check_global
+from checkpoint.interop.formats.streams import block_bytes, blocks_of, check_global
 from checkpoint.interop.moves import Foreign
 
 _STATE = re.compile(r"optimizer\.(master|exp_avg|exp_avg_sq|step)\.(.+)")
@@ -55,7 +55,7 @@ def write_deepspeed_universal(draft: Draft, contents: Contents, budget_bytes: in
             _nothing,
         ),
     ]
-    for _ in fan_out(lambda work: work(), works, NUM_THREADS):
+    for _ in fan_out(lambda work: work(), works, draft.num_threads):
         pass
     with draft.writing("latest_universal") as file:
         file.write(tag.encode())

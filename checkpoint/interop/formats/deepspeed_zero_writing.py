@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from checkpoint.errors import Incomplete, Unsupported
-from checkpoint.interop.drafts import Draft
+from checkpoint.interop.draft import Draft
 from checkpoint.interop.formats.contract import Contents
 from checkpoint.interop.formats.deepspeed_objects import NAMES, LossScaler
 from checkpoint.interop.formats.deepspeed_partitions import (

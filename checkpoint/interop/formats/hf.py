@@ -7,7 +7,7 @@ from typing import Any
 
 from checkpoint.errors import Corrupt, Incomplete, Unsupported
 from checkpoint.format.box import Box
-from checkpoint.interop.drafts import Draft
+from checkpoint.interop.draft import Draft
 from checkpoint.interop.formats.contract import About, Contents
 from checkpoint.interop.formats.extents import check_shape
 from checkpoint.interop.formats.hf_config import sizes_from, ties_from
@@ -96,7 +96,7 @@ def _write_shard(
     order = sorted(shard, key=lambda number: sort_key(contents.tensors[number]))
     with draft.writing(path) as file:
         file.write(header_bytes([contents.tensors[number] for number in order], {"format": "pt"}))
-        for block in blocks_ahead(contents, order, budget_bytes):
+        for block in blocks_ahead(contents, order, budget_bytes, draft.num_threads):
             file.write(block)
 
 

@@ -36,6 +36,7 @@ _RULES = {
     "mixtral": "mixtral-hf",
 }
 _TIED_BY_DEFAULT = {"gpt2"}
+_DTYPES = ("torch_dtype", "dtype")
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel")
 _HEAD = ("lm_head.weight", "model.embed_tokens.weight")
 _HEADS = {
@@ -47,6 +48,11 @@ _HEADS = {
 def rules_for(config: Mapping[str, Any]) -> str | None:
     """Return the name of the built-in rule set for a model's configuration, if there is one."""
     return _RULES.get(str(config.get("model_type")))
+
+
+def retyped(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Return the configuration of a model whose weights were cast, as far as it tells their type."""
+    return {**config, **{name: dtype for name in _DTYPES if name in config}}
 
 
 def ties_from(config: Mapping[str, Any], names: Collection[str]) -> dict[str, str]:

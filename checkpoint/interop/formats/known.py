@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Protocol
 
 from checkpoint.errors import Unsupported
-from checkpoint.interop.drafts import Draft
+from checkpoint.interop.draft import Draft
 from checkpoint.interop.formats.contract import Contents, ForeignCheckpoint
 from checkpoint.interop.formats.dcp import looks_like_dcp, open_dcp
 from checkpoint.interop.formats.deepspeed import looks_like_deepspeed, open_deepspeed

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from checkpoint.interop.formats.contract import LEAST_VOCAB
 from checkpoint.interop.formats.inert import Record
 
 _SIZES = {
@@ -28,6 +29,8 @@ def sizes_of(arguments: Mapping[str, Any], names: Collection[str]) -> dict[str, 
     """Return the sizes that rule documents ask for, as far as arguments and the tensors' names say them."""
     said = {key: value for key, value in arguments.items() if type(value) is int}
     sizes = {name: said[key] for name, key in _SIZES.items() if key in said}
+    if "vocab" not in sizes and (least := _least_vocabulary(said)) is not None:
+        sizes[LEAST_VOCAB] = least
     if arguments.get("group_query_attention") and "num_query_groups" in said:
         sizes["kv_heads"] = said["num_query_groups"]
     if "max_position_embeddings" in said and any(".position_embeddings." in name for name in names):
@@ -38,6 +41,15 @@ def sizes_of(arguments: Mapping[str, Any], names: Collection[str]) -> dict[str, 
     sizes["mlp_norm_named_fused"] = int(any(name.endswith(".linear_fc1.layer_norm_weight") for name in names))
     sizes["qkv_bias"] = int(any(name.endswith(".linear_qkv.bias") for name in names))
     return sizes
+
+
+def _least_vocabulary(said: Mapping[str, int]) -> int | None:
+    """Return how many words there are at least: Megatron pads to the next multiple of this for each rank."""
+    names = ("padded_vocab_size", "make_vocab_size_divisible_by", "tensor_model_parallel_size")
+    if not all(said.get(name, 0) > 0 for name in names):
+        return None
+    padded, multiple, ranks = (said[name] for name in names)
+    return max(1, padded - multiple * ranks + 1)
 
 
 def said_by(sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from checkpoint.errors import Unsupported
 from checkpoint.format.box import Box
 from checkpoint.format.dtypes import dtype_of
-from checkpoint.interop.drafts import Draft
+from checkpoint.interop.draft import Draft
 from checkpoint.interop.formats.contract import About, Array, Contents
 from checkpoint.interop.formats.dcp_writing import Flat, write_flat
 from checkpoint.interop.formats.megatron_arguments import said_by

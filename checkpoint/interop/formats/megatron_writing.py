@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any
 
 from checkpoint.errors import Unsupported
-from checkpoint.interop.drafts import Draft
+from checkpoint.interop.draft import Draft
 from checkpoint.interop.formats.contract import About, Contents
 from checkpoint.interop.formats.megatron_arguments import said_by
 from checkpoint.interop.formats.megatron_files import AXES, FILE, TRACKER, folder_of

@@ -1,6 +1,6 @@
 """Writes files of torch.save: a state as a training program would have saved it."""
 
-from checkpoint.interop.drafts import Draft
+from checkpoint.interop.draft import Draft
 from checkpoint.interop.formats.contract import Contents
 from checkpoint.interop.formats.nesting import Keys, nest
 from checkpoint.interop.formats.saving import Saving

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from checkpoint.interop.drafts import drafting
+from checkpoint.interop.drafting import drafting
 from checkpoint.interop.formats.known import open_foreign, write_foreign
 
 BUDGET_BYTES = 256 << 20

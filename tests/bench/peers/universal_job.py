@@ -62,7 +62,7 @@ def _train(rank: int, source: Path, num_layers: int) -> None:
 
 def ours() -> Way:
     """Convert, unproved as theirs is."""
-    from checkpoint.interop.drafts import drafting
+    from checkpoint.interop.drafting import drafting
     from checkpoint.interop.formats import deepspeed_writing  # noqa: F401 -- it imports torch
     from checkpoint.interop.formats.known import open_foreign, write_foreign
 

@@ -1,0 +1,203 @@
+"""What a foreign checkpoint is as a universal one: its tensors, by a plan and by words, and their state."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from checkpoint.engine.plan import TensorSpec
+from checkpoint.errors import FormatError, Misuse, Unsupported
+from checkpoint.format.tree import flatten
+from checkpoint.interop.account import Account, account_as_named
+from checkpoint.interop.conversion.assembling import as_they_are
+from checkpoint.interop.conversion.names import from_foreign, from_rules
+from checkpoint.interop.conversion.proving import check_described
+from checkpoint.interop.conversion.roles import owner_of
+from checkpoint.interop.conversion.ruled import RuleChoice
+from checkpoint.interop.conversion.tying import TIED, Ties, merged, tie, universal
+from checkpoint.interop.expression import Size
+from checkpoint.interop.formats.contract import LEAST_VOCAB, About, ForeignCheckpoint
+from checkpoint.interop.formats.numbered import listed
+from checkpoint.interop.moves import Foreign, Plan
+from checkpoint.interop.reference import account_by_rules
+from checkpoint.interop.rules import plan_import
+
+MODEL, OPTIMIZER, OTHER, EXTRA = "model", "optimizer", "other", "extra"
+STATE, GROUPS = "state", "param_groups"
+_OTHER = "other."
+
+
+@dataclass(frozen=True, slots=True)
+class Sighted:
+    """A foreign checkpoint's plan, with universal names; `notes` tell what is left out.
+
+    `words` tell what the same tensors are by what is written alone, of which the plan knows nothing.
+    """
+
+    plan: Plan
+    words: Callable[[], Account]
+    skeleton: Any
+    notes: tuple[str, ...] = ()
+    ties: Ties = field(default_factory=dict)
+
+    def account(self) -> Account:
+        """Return what proofs go by. Raises Mismatch if the plan makes tensors of other types or shapes."""
+        account = self.words()
+        check_described(account, self.plan.tensors)
+        return account
+
+
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """Stands for a tensor in a state that is to be taken apart."""
+
+    name: str
+
+
+def check_sure(doubts: Sequence[Sequence[str]], origin: str) -> None:
+    """Raise Unsupported if only an order of parameters that is in no file says whose states are."""
+    if doubts:
+        raise Unsupported(
+            f"the optimizer of {origin} numbers its parameters and does not name them. Of equal shape are "
+            f"{listed(doubts[0])}: another order would swap their states, and nothing would show it. Was it "
+            "made of model.parameters(), all in the model's order (within each group)? Then say --by-order "
+            "(Numbering.BY_ORDER). Else save it with names: torch.optim.X(model.named_parameters())"
+        )
+
+
+def sight(foreign: ForeignCheckpoint, choice: RuleChoice | None, ties: Ties | None = None) -> Sighted:
+    """Return the universal tensors that a foreign checkpoint holds, by rules or by their own names.
+
+    `ties` are added to those that the checkpoint tells of.
+
+    Raises FormatError if its tensors are spread over ranks and no rules say how.
+    """
+    about = foreign.about
+    extra = dict(about.extra)
+    said = extra.pop(TIED, None)
+    known = said if isinstance(said, dict) else {}
+    if choice is None:
+        if any(ranks > 1 for ranks in about.axes.values()):
+            raise FormatError(
+                f"the tensors of this {about.format} checkpoint are spread over {dict(about.axes)}: "
+                "name the rules of its model (--rules, --set)"
+            )
+        ties = merged({**about.ties, **known}, ties or {})
+        plan = tie(_renamed(as_they_are(foreign.tensors), from_foreign), ties)
+        words = partial(_account_as_named, foreign.tensors, ties)
+        return Sighted(plan, words, _skeleton(plan.tensors, extra, ties), ties=ties)
+    ties = merged(known, ties or {})  # what the files call tied, the rules speak of
+    others = [number for number, one in enumerate(foreign.tensors) if one.name.startswith(_OTHER)]
+    numbers = [number for number in range(len(foreign.tensors)) if number not in set(others)]
+    sizes = {**_known_sizes(choice, about.sizes), **choice.sizes}
+    if any(rule.padding for rule in choice.rules.rules):
+        _check_vocabulary(sizes, about)
+    plan = plan_import(choice.rules, sizes, about.axes, [foreign.tensors[number] for number in numbers])
+    plan = tie(_renamed(_renumbered(plan, numbers, foreign.tensors), from_rules), ties)
+    notes = [
+        f"{name}={size} was given, but the files say {about.sizes[name]}; where both fit, no shape tells"
+        for name, size in choice.sizes.items()
+        if about.sizes.get(name, size) != size
+    ]
+    if others:
+        notes.append(f"{len(others)} tensors that are neither weights nor optimizer states are left out")
+    chosen = {number: foreign.tensors[number] for number in numbers}
+    words = partial(accounted, RuleChoice(choice.rules, sizes), about.axes, chosen, ties)
+    return Sighted(plan, words, _skeleton(plan.tensors, extra, ties), tuple(notes), ties)
+
+
+def accounted(
+    choice: RuleChoice, axes: Mapping[str, int], foreign: Mapping[int, Foreign], ties: Ties
+) -> Account:
+    """Tell what foreign tensors, by number, are by the words of rules, with universal names."""
+    account = account_by_rules(choice.rules, choice.sizes, axes, foreign)
+    return account.renamed(from_rules).tied(universal(ties))
+
+
+def _account_as_named(foreign: Sequence[Foreign], ties: Ties) -> Account:
+    names = {number: from_foreign(one.name) for number, one in enumerate(foreign)}
+    return account_as_named(dict(enumerate(foreign)), names).tied(universal(ties))
+
+
+@dataclass(frozen=True, slots=True)
+class _Nested:
+    """A state under construction."""
+
+    tree: dict[str, Any] = field(default_factory=dict)
+
+    def put(self, path: Sequence[str], value: Any) -> None:
+        """Put a value in its place; what is a dict there already is added to."""
+        if isinstance(value, dict) and value and all(isinstance(name, str) for name in value):
+            for name, item in value.items():
+                self.put((*path, name), item)
+            return
+        node = self.tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                raise FormatError(f"{'/'.join(path)} cannot lie in what is a value of its own")
+        node[path[-1]] = value
+
+
+def _skeleton(specs: Sequence[TensorSpec], extra: Mapping[str, Any], ties: Ties) -> Any:
+    """Return the state around tensors, as a Checkpointer saves it; plain data lies beside it by name.
+
+    An optimizer of which no groups are told gets one, of all its parameters.
+    """
+    nested = _Nested()
+    for spec in specs:
+        owner = owner_of(spec.name)
+        kind, _, rest = spec.name.partition("/")
+        is_flat = kind in (MODEL, OTHER)
+        path = (kind, rest) if is_flat else tuple(spec.name.split("/"))
+        nested.put((OPTIMIZER, STATE, owner.parameter, owner.state) if owner else path, _Reference(spec.name))
+    for other, name in ties.items():
+        nested.put((MODEL, other), _Reference(f"{MODEL}/{name}"))
+    for name, value in extra.items():
+        nested.put((name,) if name not in (MODEL, OTHER) else (EXTRA, name), value)
+    optimizer = nested.tree.get(OPTIMIZER)
+    if optimizer is not None:
+        optimizer.setdefault(GROUPS, [{"params": list(optimizer.get(STATE, {}))}])
+    flat = flatten(nested.tree, lambda value: isinstance(value, _Reference), key=lambda leaf: leaf.name)
+    renamed = {path: leaf.name for path, leaf in flat.leaves.items()}
+    if any(path != name for path, name in renamed.items()):
+        strange = next(name for path, name in renamed.items() if path != name)
+        raise FormatError(f"two tensors would be called {strange!r}: rename one by rules")
+    return flat.skeleton
+
+
+def _known_sizes(choice: RuleChoice, sizes: Mapping[str, int]) -> dict[str, Size]:
+    return {name: size for name, size in sizes.items() if name in choice.rules.sizes}
+
+
+def _check_vocabulary(sizes: Mapping[str, Size], about: About) -> None:
+    """Refuse a vocabulary of which words would be taken for padding. Raises Misuse."""
+    least = about.sizes.get("vocab", about.sizes.get(LEAST_VOCAB, 0))
+    given = sizes.get("vocab")
+    if isinstance(given, int) and given < least:
+        raise Misuse(
+            f"vocab={given} would leave out words as if they were padding: by what the files say of their "
+            f"run there are at least {least}"
+        )
+
+
+def _renamed(plan: Plan, rename: Any) -> Plan:
+    specs = tuple(TensorSpec(rename(one.name), one.dtype, one.shape) for one in plan.tensors)
+    return Plan(plan.foreign, specs, plan.moves, plan.padding, plan.dropped)
+
+
+def _renumbered(plan: Plan, numbers: Sequence[int], foreign: Sequence[Foreign]) -> Plan:
+    """Return a plan of some foreign tensors as one of all."""
+    moves = tuple(
+        type(move)(
+            numbers[move.source],
+            move.source_box,
+            move.order,
+            move.target,
+            move.target_box,
+            move.how,
+        )
+        for move in plan.moves
+    )
+    padding = tuple((numbers[number], box) for number, box in plan.padding)
+    return Plan(tuple(foreign), plan.tensors, moves, padding, tuple(numbers[one] for one in plan.dropped))
