@@ -43,6 +43,8 @@ def encode(codec: Codec, data: Buffer, level: int = 1, *, dtype: str = "uint8") 
     PLANES takes floats apart; of anything else it asks a sample whether `level` of zstandard pays. The buffer
     is never written to.
     """
+    if codec is Codec.RAW:
+        return codec, data
     raw = memoryview(data).cast("B")
     match codec:
         case Codec.ZSTD:

@@ -89,7 +89,8 @@ class PackBuilder:
 
     def add(self, chunk: ChunkRecord, stored: Buffer) -> ChunkRecord:
         """Append a chunk's stored bytes; return its record with the offset and length they have here."""
-        self._append(bytes(-self._num_bytes % ALIGNMENT))
+        if gap := -self._num_bytes % ALIGNMENT:
+            self._append(bytes(gap))
         view = memoryview(stored).cast("B")
         placed = ChunkRecord(  # three times as fast as `replace`, for thousands of small chunks
             chunk.tensor,
@@ -103,7 +104,7 @@ class PackBuilder:
             chunk.base,
         )
         self._append(view)
-        if chunk.codec is Codec.RAW and chunk.base is None:
+        if chunk.sums and chunk.codec is Codec.RAW and chunk.base is None:
             self._append(chunk.sums)
         self._num_rows += 1 + chunk.num_bases
         self._chunks.append(placed)
