@@ -28,13 +28,12 @@ def hosts(story: Story) -> Counter[str]:
     return Counter(story.hosts[member] for member in story.holders - story.gone)
 
 
-def test_every_node_gets_a_member_before_one_gets_two_and_a_lost_ones_place_is_filled_where_it_was(
+def test_members_go_where_none_is_when_nodes_come_and_again_when_one_dies(
     tmp_path: Path, drive: Drive, cluster: Any
 ) -> None:
-    for _ in range(3):
-        cluster.add_node(num_cpus=3)
+    cluster.add_node(num_cpus=6)
     shutil.copy(elastic_job.__file__, tmp_path / "doomed.py")
-    order = sized(tiny_order(tmp_path, "placed", Settings(pause_s=0.005), num_steps=ENDLESS), 3)
+    order = sized(tiny_order(tmp_path, "placed", Settings(pause_s=0.005), num_steps=ENDLESS), 2)
     order = replace(
         order,
         job=replace(order.job, path="doomed:DoomedJob", code_dir=tmp_path),
@@ -43,15 +42,19 @@ def test_every_node_gets_a_member_before_one_gets_two_and_a_lost_ones_place_is_f
     )
     story = Story(order.run_dir)
     driver = drive(order)
-    until(story, "a world of three", lambda: len(story.holders) == 3)
-    assert sorted(hosts(story).values()) == [1, 1, 1]
-    os.kill(story.pids[min(story.holders)], signal.SIGKILL)
-    until(story, "it is lost", lambda: hosts(story).total() == 2)
-    until(story, "a replacement", lambda: hosts(story).total() == 3)
-    assert len(hosts(story)) == 3
-    elastic.resize(order.run_dir, 6)
-    until(story, "a world of six", lambda: hosts(story).total() == 6)
+    until(story, "a world of two", lambda: len(story.holders) == 2)
     assert set(hosts(story).values()) == {2}
+    for _ in range(2):
+        cluster.add_node(num_cpus=3)
+    elastic.resize(order.run_dir, 4)
+    until(story, "a world of four", lambda: hosts(story).total() == 4)
+    placed = hosts(story)
+    assert sorted(placed.values()) == [1, 1, 2]
+    alone = next(one for one in story.holders if placed[story.hosts[one]] == 1)
+    os.kill(story.pids[alone], signal.SIGKILL)
+    until(story, "it is lost", lambda: hosts(story).total() == 3)
+    until(story, "a replacement", lambda: hosts(story).total() == 4)
+    assert hosts(story) == placed
     driver.terminate()
     driver.wait(timeout=60)
     assert elastic.read_report(order.run_dir).redone_steps == 0

@@ -23,7 +23,7 @@ from elastic.training.sharding import ShardedLearner
 from elastic.training.trainer import Storage, Trainer
 
 LOOPBACK, CPU = "127.0.0.1", torch.device("cpu")
-NUM_STEPS, NUM_MEMBERS = 14, 8
+NUM_STEPS = 14
 SETTINGS = GPTSettings(num_layers=2, num_heads=2, width=32, sequence=32, dropout=0.2)
 BUCKETS_MIB = (0.02, 0.0, 4.0)  # stories take turns: their bits must not tell
 SLOW_S = 0.15
@@ -298,13 +298,15 @@ def perform(
     context = get_context("spawn")
     told = context.Queue()
     arguments = (stories, endpoint, props, told)
-    members = [context.Process(target=live, args=(member, *arguments)) for member in range(NUM_MEMBERS)]
+    told_of = [chapter for chapters in stories.values() for chapter in chapters]
+    num_members = 1 + max(member for chapter in told_of for member in chapter.members)
+    members = [context.Process(target=live, args=(member, *arguments)) for member in range(num_members)]
     for process in members:
         process.start()
-    victims = {chapter.victim for chapters in stories.values() for chapter in chapters} - {-1}
+    victims = {chapter.victim for chapter in told_of} - {-1}
     diaries: dict[str, dict[int, Diary]] = {name: {} for name in stories}
     try:
-        for _ in range(sum(_num_lived_through(member, stories) for member in range(NUM_MEMBERS))):
+        for _ in range(sum(_num_lived_through(member, stories) for member in range(num_members))):
             name, member, diary = told.get(timeout=150)
             diaries[name][member] = diary
         for process in members:
@@ -313,6 +315,6 @@ def perform(
         for process in members:
             process.kill()
     codes = [process.exitcode for process in members]
-    assert codes == [-signal.SIGKILL if member in victims else 0 for member in range(NUM_MEMBERS)]
+    assert codes == [-signal.SIGKILL if member in victims else 0 for member in range(num_members)]
     del store
     return diaries
