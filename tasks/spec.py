@@ -223,8 +223,8 @@ class RecoverySpec(_Section):
     compare_every: int = Field(
         default=100,
         ge=0,
-        description="Compare the workers' copies of the state every so many steps, and heal a corrupt one; "
-        "0: never.",
+        description="Compare the workers' copies of the state every so many steps, and before each "
+        "checkpoint, and heal a corrupt one; 0: never.",
     )
     max_restarts: int = Field(
         default=3, ge=0, le=100, description="Automatic resumes after the flow run itself crashed."
