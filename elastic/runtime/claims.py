@@ -1,0 +1,49 @@
+"""A driver's claims on the generations of its run, and whether another driver has claimed newer ones.
+
+A worker that lost its driver, and saves alone what it holds, claims a generation too. It takes nobody's
+place: a driver that lives passes over it.
+"""
+
+import json
+import secrets
+
+from checkpoint import Store, claim_generation, who_claimed
+from elastic.errors import Fenced
+
+_ALONE = "alone-"
+
+
+def claim_alone(store: Store, generation: int, member: str) -> bool:
+    """Claim a generation to save in it, as a worker that has no driver; return whether it is ours."""
+    return claim_generation(store, generation, f"{_ALONE}{member}")
+
+
+class Claims:
+    """One driver's claims."""
+
+    def __init__(self, store: Store, run: str) -> None:
+        self._store, self._run = store, run
+        self._token = secrets.token_hex(8)
+
+    def claim(self, generation: int) -> bool:
+        """Claim a generation; False if a worker saved alone in it. Raises Fenced if another driver has it."""
+        if claim_generation(self._store, generation, self._token):
+            return True
+        if not self._is_alone(generation):
+            raise Fenced(
+                f"generation {generation} of run {self._run} belongs to another driver; this one stops"
+            )
+        return False
+
+    def confirm(self, generation: int) -> None:
+        """Make sure that no driver has claimed a generation after this one. Raises Fenced."""
+        newer = generation + 1
+        while (is_alone := self._is_alone(newer)) is not None:
+            if not is_alone:
+                raise Fenced(f"run {self._run} was taken over by another driver; this one stops")
+            newer += 1
+
+    def _is_alone(self, generation: int) -> bool | None:
+        """Say whether a worker without a driver has claimed this; None if nobody has."""
+        claim = who_claimed(self._store, generation)
+        return None if claim is None else str(json.loads(claim)["token"]).startswith(_ALONE)
