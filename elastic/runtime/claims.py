@@ -35,6 +35,14 @@ class Claims:
             )
         return False
 
+    def take_over(self, newest: int) -> int:
+        """Claim the first generation after the newest one, so that an earlier driver is fenced from now on;
+        return it. Raises Fenced if another driver was quicker.
+        """
+        while not self.claim(newest + 1):
+            newest += 1
+        return newest + 1
+
     def confirm(self, generation: int) -> None:
         """Make sure that no driver has claimed a generation after this one. Raises Fenced."""
         newer = generation + 1

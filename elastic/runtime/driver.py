@@ -152,6 +152,8 @@ class Driver:
 
     def _loop(self, asked: list[int]) -> End:
         stop_at: float | None = None
+        if self._controller.generation:  # before anybody is found: who is, is ours
+            self._controller.generation = self._claims.take_over(self._controller.generation)
         self._act(self._controller.begin(self._cluster.find(), time.monotonic()))
         while self._end is None:
             for message in self._cluster.hear(HEAR_S):

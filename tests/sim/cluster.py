@@ -103,6 +103,7 @@ class Cluster:
     committed: list[tuple[int, int]] = field(default_factory=list)
     settled: int = 0  # the newest generation that came to hold its state
     durable: int = BLANK
+    fallen: list[tuple[float, int]] = field(default_factory=list)
     audience: Audience | None = None
     is_chaotic: bool = True
     _queue: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
@@ -335,17 +336,13 @@ class Cluster:
 
     def die(self, node: Node) -> None:
         """A SIGKILL: its peers see their collective fail, the driver hears of the loss, in either order."""
-        if self.vanish(node):
-            self.tell(node, MemberLost(node.name, Cause.PROCESS_DIED, "simulated"))
-
-    def vanish(self, node: Node) -> bool:
-        """A process ends, and whoever ended it knows; return whether it was there."""
         if self.is_gone(node):
-            return False
+            return
         del self.nodes[node.name]
+        self.fallen.append((self.now, node.standing.committed))
+        self.tell(node, MemberLost(node.name, Cause.PROCESS_DIED, "simulated"))
         if node.inside:
             self._break(node.inside)
-        return True
 
     def expire(self, node: Node) -> None:
         """A member without a driver saves what nobody else did, and ends."""

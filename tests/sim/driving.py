@@ -19,6 +19,7 @@ from tests.sim.cluster import Cluster, Fault, Node, World
 
 TICK_S = 0.25
 REMIND_TICKS = 4
+UNHEARD_S = 1.0  # a driver cannot know of a death that long
 Story = list[tuple[float, str, Event | Instruction | str]]
 
 
@@ -47,7 +48,11 @@ class Driver:
         """Take the run up: greet whom an earlier driver left, start what is missing."""
         cluster = self.cluster
         generation = self.first_generation = max(cluster.claims, default=0)
-        self.controller = Controller(self.policy, f"w{generation}." if generation else "w", generation)
+        prefix = f"w{generation}." if generation else "w"
+        if generation:
+            generation = self.first_generation = generation + 1
+            cluster.claims[generation] = self.name
+        self.controller = Controller(self.policy, prefix, generation)
         self.found, self.began_at = sorted(cluster.nodes), cluster.now
         for node in cluster.nodes.values():
             self.seat(node)
@@ -168,13 +173,14 @@ class Driver:
         self._check_kept(node)
         node.is_evicted = True
         if not node.is_cut_off:
-            cluster.vanish(node)
+            cluster.die(node)
 
     def _check_kept(self, victim: Node) -> None:
         """Nobody that is sound is ended while nobody else holds what it holds."""
         cluster, step = self.cluster, victim.standing.committed
-        others = [one for one in cluster.nodes.values() if one is not victim]
-        is_kept = step <= max(cluster.durable, 0) or any(one.standing.committed >= step for one in others)
+        others = [one.standing.committed for one in cluster.nodes.values() if one is not victim]
+        others += [held for at, held in cluster.fallen if cluster.now - at < UNHEARD_S]
+        is_kept = step <= max(cluster.durable, *others, 0)
         is_lost = not is_kept and cluster.is_sound(victim)
         assert not is_lost, cluster.explain(f"step {step} is thrown away with {victim.name}")
 
