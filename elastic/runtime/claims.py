@@ -7,7 +7,7 @@ place: a driver that lives passes over it.
 import json
 import secrets
 
-from checkpoint import Store, claim_generation, who_claimed
+from checkpoint import Store, claim_generation, newest_generation, who_claimed
 from elastic.errors import Fenced
 
 _ALONE = "alone-"
@@ -19,37 +19,37 @@ def claim_alone(store: Store, generation: int, member: str) -> bool:
 
 
 class Claims:
-    """One driver's claims."""
+    """One driver's claims; `newest` is the newest generation it claimed, passed over, or found at first."""
 
     def __init__(self, store: Store, run: str) -> None:
         self._store, self._run = store, run
         self._token = secrets.token_hex(8)
+        self.newest = newest_generation(store)
 
     def claim(self, generation: int) -> bool:
         """Claim a generation; False if a worker saved alone in it. Raises Fenced if another driver has it."""
-        if claim_generation(self._store, generation, self._token):
-            return True
-        if not self._is_alone(generation):
+        is_ours = claim_generation(self._store, generation, self._token)
+        if not is_ours and not self._is_alone(generation):
             raise Fenced(
                 f"generation {generation} of run {self._run} belongs to another driver; this one stops"
             )
-        return False
+        self.newest = max(self.newest, generation)
+        return is_ours
 
-    def take_over(self, newest: int) -> int:
-        """Claim the first generation after the newest one, so that an earlier driver is fenced from now on;
-        return it. Raises Fenced if another driver was quicker.
+    def take_over(self) -> None:
+        """Claim a generation after the newest one, so that an earlier driver is fenced from now on.
+
+        Raises Fenced if another driver was quicker.
         """
-        while not self.claim(newest + 1):
-            newest += 1
-        return newest + 1
+        while not self.claim(self.newest + 1):
+            pass
 
-    def confirm(self, generation: int) -> None:
-        """Make sure that no driver has claimed a generation after this one. Raises Fenced."""
-        newer = generation + 1
-        while (is_alone := self._is_alone(newer)) is not None:
+    def confirm(self) -> None:
+        """Make sure that no driver has claimed a newer generation. Raises Fenced."""
+        while (is_alone := self._is_alone(self.newest + 1)) is not None:
             if not is_alone:
                 raise Fenced(f"run {self._run} was taken over by another driver; this one stops")
-            newer += 1
+            self.newest += 1
 
     def _is_alone(self, generation: int) -> bool | None:
         """Say whether a worker without a driver has claimed this; None if nobody has."""

@@ -17,7 +17,6 @@ from checkpoint import (
     EverySteps,
     LatestN,
     PruneReport,
-    newest_generation,
     open_store,
     prune,
 )
@@ -98,7 +97,7 @@ class Driver:
         self._wish = Wish(order.run_dir, order.world.workers)
         self._store = open_store(order.checkpoint.store_url)
         self._claims = Claims(self._store, order.run)
-        generation = newest_generation(self._store)
+        generation = self._claims.newest
         prefix = f"w{generation}." if generation else "w"
         most_ranks, last_step = order.training.virtual_ranks, order.training.num_steps
         self._controller = Controller(
@@ -153,7 +152,8 @@ class Driver:
     def _loop(self, asked: list[int]) -> End:
         stop_at: float | None = None
         if self._controller.generation:  # before anybody is found: who is, is ours
-            self._controller.generation = self._claims.take_over(self._controller.generation)
+            self._claims.take_over()
+            self._controller.generation = self._claims.newest
         self._act(self._controller.begin(self._cluster.find(), time.monotonic()))
         while self._end is None:
             for message in self._cluster.hear(HEAR_S):
@@ -233,7 +233,7 @@ class Driver:
 
     def _confirm(self) -> None:
         """Make sure that this driver still has the run, and ends nothing that a successor took over."""
-        self._claims.confirm(self._controller.generation)
+        self._claims.confirm()
 
     def _remind(self, now: float) -> None:
         """Tell again what has shown no effect yet: while a member cannot be reached, calls to it are lost."""

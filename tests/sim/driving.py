@@ -39,6 +39,7 @@ class Driver:
     found: list[str] = field(default_factory=list)
     began_at: float = 0.0
     first_generation: int = 0
+    claimed: int = 0
     seats: dict[str, Node] = field(default_factory=dict)
     _order: FormWorld | None = None
     _stop: StopWorld | None = None
@@ -52,6 +53,7 @@ class Driver:
         if generation:
             generation = self.first_generation = generation + 1
             cluster.claims[generation] = self.name
+        self.claimed = generation
         self.controller = Controller(self.policy, prefix, generation)
         self.found, self.began_at = sorted(cluster.nodes), cluster.now
         for node in cluster.nodes.values():
@@ -144,6 +146,7 @@ class Driver:
         """Claim the generation, then tell the members; one that somebody saving alone has is passed over."""
         cluster = self.cluster
         owner = cluster.claims.setdefault(order.generation, self.name)
+        self.claimed = order.generation
         if owner.startswith("alone"):
             self.take(GenerationTaken(order.generation))
             return
@@ -186,8 +189,7 @@ class Driver:
 
     def _is_superseded(self) -> bool:
         """Whether another driver has claimed a newer world: then this one lets go, and harms nobody."""
-        claims = self.cluster.claims
-        newer = [owner for number, owner in claims.items() if number > self.controller.generation]
+        newer = [owner for number, owner in self.cluster.claims.items() if number > self.claimed]
         self.is_gone = self.is_gone or any(not owner.startswith("alone") for owner in newer)
         return self.is_gone
 

@@ -8,9 +8,9 @@ from elastic.control.events import MemberCame, MemberReady, Settled, StepCommitt
 from tests.sim.fleet import Fleet, Odometer, trained
 
 NUM_MEMBERS = 10_000
-FEW = 500
-NUM_STEPS, STEP_S = 2160, 120.0  # three days
-CHEAP = 250  # instructions; at a few nanoseconds each far below the 100 microseconds an event may cost
+FEW = 200
+NUM_STEPS, STEP_S = 1440, 120.0  # two days
+CHEAP = 2000  # instructions, about 12 microseconds; 100 is what an event may cost
 
 
 @pytest.mark.slow
@@ -23,7 +23,7 @@ def test_ten_thousand_members_lose_no_step_to_failures_like_llama_3s() -> None:
     assert num_steps > 0.9 * NUM_STEPS
     generations = [world.generation for world in fleet.worlds]
     assert generations == sorted(set(generations))
-    assert len(fleet.worlds) > 20, "the failures did not happen"
+    assert len(fleet.worlds) > 10, "the failures did not happen"
     assert min(len(world.members) for world in fleet.worlds) > NUM_MEMBERS - 10
 
 
