@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from elastic.control.attendance import Attendance, OfWorld
+from elastic.control.attendance import Attendance, OfWorld, Stage
 from elastic.control.diagnosis import Diagnosis, Hung, Stalled
 from elastic.control.events import (
     Cause,
@@ -214,7 +214,8 @@ class Controller:
 
     def _improve(self, now: float) -> list[Instruction]:
         """Let the world that trains become another one at a boundary, or save before all are taken away."""
-        if self.phase is not Phase.TRAINING or self.roll.ended or self.stopping:
+        is_ending = self.roll.stage is Stage.ENDING and not self._is_parting
+        if self.phase is not Phase.TRAINING or self.roll.ended or self.stopping or is_ending:
             return []
         if self.members.is_deserted:
             is_told, self._is_parting = self._is_parting, True
