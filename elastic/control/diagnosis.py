@@ -117,14 +117,16 @@ class Diagnosis:
         )
 
     def _judge_silent(self, roll: Attendance, idle_s: float) -> Verdict:
-        """Blame whose process does not answer."""
+        """Blame whose process does not answer; not all that hold the state at once, it would be lost."""
         if roll.stage in (Stage.TRAINING, Stage.ENDING) and self._step_s > 0:
             patience_s = self.policy.hang_factor * self._step_s
         else:
             patience_s = self.policy.forming_s if roll.origin == "store" else self.policy.reforming_s
-        if idle_s <= patience_s or self._silence.is_deaf:
+        if idle_s <= patience_s:
             return None
         silent = [one for one in self._silence.silent() if one in roll.members and one not in roll.ended]
+        if len(silent) == len(roll.members):
+            return None
         return _hung(silent, f"has not answered, and nothing moved for {idle_s:.0f} s")
 
     def _judge_working(self, roll: Attendance, idle_s: float) -> Verdict:

@@ -149,6 +149,17 @@ def test_a_process_that_answers_nobody_is_ended_though_the_others_make_steps() -
     raise AssertionError("it was silent for ever")
 
 
+def test_all_that_hold_the_state_are_not_ended_at_once_for_a_silence_though_others_answer() -> None:
+    controller = stepping(2)
+    controller.handle(MemberReady("w7", "h", 7), 3.5)
+    since = {"w0": 4.0, "w1": 4.0}
+    (roll,) = pass_time(controller, 4.0, 20.0, silent=since)
+    assert isinstance(roll, FormWorld) and roll.members == ("w0", "w1")
+    assert pass_time(controller, 20.0, 33.0, silent=since) == []
+    killed, *_ = pass_time(controller, 33.0, 40.0, silent=since)
+    assert isinstance(killed, KillMember) and "has not answered for 30 s" in killed.reason
+
+
 def test_a_driver_that_slept_blames_nobody_for_what_it_did_not_hear() -> None:
     controller = stepping()
     assert pass_time(controller, 3.0, 5.0) == []
