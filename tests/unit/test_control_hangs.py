@@ -155,7 +155,7 @@ def test_all_that_hold_the_state_are_not_ended_at_once_for_a_silence_though_othe
     since = {"w0": 4.0, "w1": 4.0}
     (roll,) = pass_time(controller, 4.0, 20.0, silent=since)
     assert isinstance(roll, FormWorld) and roll.members == ("w0", "w1")
-    assert pass_time(controller, 20.0, 33.0, silent=since) == []
+    assert pass_time(controller, 13.0, 33.0, silent=since) == []
     killed, *_ = pass_time(controller, 33.0, 40.0, silent=since)
     assert isinstance(killed, KillMember) and "has not answered for 30 s" in killed.reason
 
