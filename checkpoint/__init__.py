@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from checkpoint.engine.catalog import Catalog
 from checkpoint.engine.contract import Durable, Failed, Host, Outcome, Skipped
-from checkpoint.engine.generations import claim_generation, newest_generation
+from checkpoint.engine.generations import claim_generation, newest_generation, who_claimed
 from checkpoint.engine.host import LocalHost
 from checkpoint.engine.plan import TensorSpec
 from checkpoint.errors import (
@@ -237,6 +237,7 @@ __all__ = [
     "unflatten_state",
     "untag",
     "verify",
+    "who_claimed",
 ]
 
 # What needs torch is imported when it is first asked for: torch takes a second and 200 MB, and neither the

@@ -5,14 +5,18 @@ does so at a step boundary, and a request to stop leads to ENDED through one las
 an older generation is ignored.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
+from elastic.control.attendance import Attendance, OfWorld, Stage
+from elastic.control.diagnosis import Diagnosis, Hung, Stalled
 from elastic.control.events import (
     Cause,
     Ending,
     Event,
+    GenerationTaken,
+    MemberCame,
     MemberEnded,
     MemberFailed,
     MemberLeaving,
@@ -26,6 +30,7 @@ from elastic.control.events import (
     UserFailed,
     WorkersWanted,
     WorldBroken,
+    WorldFormed,
 )
 from elastic.control.instructions import (
     End,
@@ -40,16 +45,12 @@ from elastic.control.instructions import (
 )
 from elastic.control.membership import Membership
 from elastic.control.policy import Action, WorldPolicy, choose_world
-from elastic.control.suspicion import Suspicion
+from elastic.control.succession import Candidates, find_candidates, find_unneeded, has_reason
+from elastic.control.waking import WakingClock
 
-SUSPICION_S = 1.0
-FOUND_LIMIT_S = 10.0
 HASTE_S = 2.0  # a process that starts takes seconds of a core: survivors come first, for so long at most
-# Longer than a capture or a last drain may take (600 s each); who does not even answer is judged sooner.
-STALL_LIMIT_S = 900.0
-STALL_STEPS = 20
-MAX_STALLS_IN_A_ROW = 3
 HEALINGS_TO_EVICT = 2
+LOSSES_BEYOND = 3  # more than two for each worker, in a row without a step
 
 
 class Phase(Enum):
@@ -67,7 +68,7 @@ class Controller:
 
     `generation` is the newest one claimed so far (0: none), `formed` the newest that this controller formed:
     what members still have to tell of an earlier driver's world is not about ours. `prefix` names this
-    controller's members. No world has more than `most_ranks`.
+    controller's members. No world has more than `most_ranks`; no step comes after `last_step`.
     """
 
     policy: WorldPolicy
@@ -75,53 +76,51 @@ class Controller:
     generation: int = 0
     formed: int = 0
     most_ranks: int = 1 << 30
+    last_step: int = 1 << 62
     phase: Phase = Phase.GATHERING
     members: Membership = field(init=False)
+    roll: Attendance = field(default_factory=Attendance)
+    diagnosis: Diagnosis = field(init=False)
     stopping: str | None = None
     num_failures: int = 0
+    _least: int = field(init=False)
     _losses_in_a_row: int = 0
-    _stalls_in_a_row: int = 0
-    _why_broken: str = ""
-    _found: frozenset[str] = frozenset()
-    _settled: set[str] = field(default_factory=set)
-    _ended: dict[str, Ending] = field(default_factory=dict)
     _is_broken: bool = True
-    _broken_at: float | None = None
+    _is_parting: bool = False  # all will be taken away: the world saves what it holds, and ends
+    _is_safe: bool = False  # it has; whoever comes goes on from there
+    _why_formed: str = ""
     _hurries_since: float | None = None  # survivors are on their way to their next step
+    _begun_at: float = 0.0
     _idle_since: float = 0.0
-    _progress_at: float = 0.0
-    _step_s: float = 0.0
-    _num_healed: dict[str, int] = field(default_factory=dict)
-    _suspicion: Suspicion = field(init=False)
-    _diligence: Suspicion = field(init=False)
+    _healed: dict[str, set[int]] = field(default_factory=dict)
+    _clock: WakingClock = field(default_factory=WakingClock)
 
     def __post_init__(self) -> None:
-        self._suspicion = Suspicion(self.policy.hang_floor_s)
-        self._diligence = Suspicion(self.policy.hang_floor_s)
+        self.diagnosis = Diagnosis(self.policy)
         self.members = Membership(self.prefix)
+        self._least = self.policy.min_workers
 
     def begin(self, found: Iterable[str], now: float) -> list[Instruction]:
         """Start the run: `found` members are alive already (an earlier driver's); start what is missing."""
-        self._idle_since = self._progress_at = now
-        self._found = frozenset(found)
-        self.members.expect(sorted(self._found))
-        return list(self._replenish())
+        self._begun_at = self._idle_since = now = self._clock.read(now)
+        self.members.expect(sorted(found), now + self.policy.found_s)
+        return list(self._replenish(now))
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
         """Take one event; return what to do about it, in order."""
+        now = self._clock.read(now)
         if self.phase is Phase.ENDED:
             return []
         match event:
             case MemberReady(member, host):
-                self.members.admit(member, host)
-                return self._consider(now)
+                return self._welcome(member, host, now)
             case MemberLost():
                 return self._lose(event, now)
             case MemberFailed(member, evidence):
                 return self._evict(member, Cause.FAILED, evidence, now)
-            case ReplicaHealed(member):
-                return self._distrust(member, now)
-            case UserFailed():
+            case ReplicaHealed(member=member, step=step):
+                return self._distrust(member, step, now)
+            case UserFailed(member=member) if self.members.knows(member):
                 return self._end(Status.FAILED, event.message)
             case MemberLeaving(member, notice):
                 return self._part(member, notice, now)
@@ -130,38 +129,43 @@ class Controller:
             case StopRequested(reason):
                 return self._stop(reason, now)
             case Tick():
-                return [*self._relax(now - HASTE_S), *self._wait(event, now)]
-            case WorldBroken() | Settled() | StepCommitted() | MemberEnded():
-                return self._handle_of_world(event, now) if event.generation == self.formed else []
-            case _:
-                return []
-
-    def _handle_of_world(
-        self, event: WorldBroken | Settled | StepCommitted | MemberEnded, now: float
-    ) -> list[Instruction]:
-        """Take an event of the present world."""
-        match event:
-            case WorldBroken(evidence=evidence):
-                self._broken_at = self._broken_at if self._broken_at is not None else now
-                self._why_broken = evidence
-            case Settled(member):
-                return self._settle(member, now)
-            case StepCommitted(seconds=seconds):
-                self._progress_at = now
-                self._losses_in_a_row = self._stalls_in_a_row = 0
-                self._step_s = seconds if self._step_s == 0.0 else 0.8 * self._step_s + 0.2 * seconds
-                return self._relax(now)
-            case MemberEnded(member=member, ending=ending):
-                return self._end_member(member, ending)
+                return [*self._relax(now - HASTE_S, now), *self._wait(event, now)]
+            case MemberCame() | WorldFormed() | WorldBroken() | Settled() | StepCommitted() | MemberEnded():
+                return self._hear(event, now)
+            case GenerationTaken():
+                return [self._form(self.members.world, self.roll.manner, self._why_formed, now)]
         return []
 
-    def _distrust(self, member: str, now: float) -> list[Instruction]:
-        """A member's state was corrupt: once may be a cosmic ray, twice is a broken machine."""
-        self._num_healed[member] = self._num_healed.get(member, 0) + 1
-        if self._num_healed[member] < HEALINGS_TO_EVICT or not self.members.knows(member):
+    def _welcome(self, member: str, host: str, now: float) -> list[Instruction]:
+        if self.members.admit(member, host):
+            self.diagnosis.welcome(member)
+        return self._consider(now)
+
+    def _hear(self, event: OfWorld, now: float) -> list[Instruction]:
+        """Take an event of a world; but for what can be learned from it, only the present one's counts."""
+        self.diagnosis.learn(event)
+        if event.generation != self.formed:
             return []
-        evidence = f"{member} held corrupt state {self._num_healed[member]} times"
-        return self._evict(member, Cause.FAILED, evidence, now)
+        self.roll.take(event, now)
+        match event:
+            case MemberCame(member=member) if self.roll.manner is Manner.AT_ONCE:
+                self.diagnosis.learn_of_coming(member, now - self.roll.ordered_at)
+            case Settled():
+                return self._settle(now)
+            case StepCommitted():
+                self._losses_in_a_row = self.diagnosis.num_stalls = 0
+                return [*self._settle(now), *self._relax(now, now)]
+            case MemberEnded() if self._all_ended():
+                return self._conclude(now)
+        return []
+
+    def _distrust(self, member: str, step: int, now: float) -> list[Instruction]:
+        """A member's state was corrupt: once may be a cosmic ray, twice is a broken machine."""
+        steps = self._healed.setdefault(member, set())
+        steps.add(step)
+        if len(steps) < HEALINGS_TO_EVICT or not self.members.knows(member):
+            return []
+        return self._evict(member, Cause.FAILED, f"{member} held corrupt state {len(steps)} times", now)
 
     def _evict(self, member: str, cause: Cause, evidence: str, now: float) -> list[Instruction]:
         """End a member, and go on as if it had died."""
@@ -173,25 +177,24 @@ class Controller:
         was_in_world = self.members.is_ranked(lost.member)
         was_expected = not was_in_world and lost.member in self.members.leaving
         self.members.drop(lost.member)
+        self.diagnosis.forget(lost.member)
         if was_expected:
             return []
         self.num_failures += 1
         self._losses_in_a_row += 1
         if self.num_failures > self.policy.max_failures:
-            return self._end(
-                Status.FAILED,
-                f"{self.num_failures} workers were lost, recovery.max_failures allows fewer: {lost.evidence}",
+            why = (
+                f"{self.num_failures} workers were lost, recovery.max_failures allows fewer: {lost.evidence}"
             )
-        if self._losses_in_a_row > 2 * self.policy.workers + MAX_STALLS_IN_A_ROW:
-            return self._end(
-                Status.FAILED,
-                f"{self._losses_in_a_row} workers were lost in a row without a step: {lost.evidence}",
-            )
+            return self._end(Status.FAILED, why)
+        if self._losses_in_a_row > 2 * self.policy.workers + LOSSES_BEYOND:
+            why = f"{self._losses_in_a_row} workers were lost in a row without a step: {lost.evidence}"
+            return self._end(Status.FAILED, why)
         if was_in_world:
             if self._all_ended():
-                return self._conclude()
+                return self._conclude(now)
             self._break(now)
-        return [*self._consider(now), *self._replenish()]
+        return [*self._consider(now), *self._replenish(now)]
 
     def _break(self, now: float) -> None:
         if not self._is_broken:
@@ -200,123 +203,109 @@ class Controller:
 
     def _consider(self, now: float) -> list[Instruction]:
         """Form the next world if there is a reason to; `_is_broken`: the present one cannot go on."""
-        if not self._is_broken and (self.phase is not Phase.TRAINING or self._ended or self.stopping):
+        if not self._is_broken:
+            return self._improve(now)
+        if self.members.missing:
             return []
-        if not self._is_broken and not self._has_reason():
-            return []
-        if self.stopping:
-            holders = self.members.heirs or self.members.world
-            return self._form_last(
-                holders or tuple(one for one in self.members.outside if one in self._found), now
-            )
-        decision = choose_world(
-            *self._candidates(),
-            num_starting=len(self.members.starting),
-            waited_s=now - self._idle_since,
-        )
-        if decision.action is Action.GIVE_UP:
-            return self._end(Status.FAILED, decision.reason)
-        if decision.action is Action.WAIT:
-            return []
-        manner = Manner.AT_ONCE if self._is_broken else Manner.AT_BOUNDARY
-        return [self._form(decision.members, manner, decision.reason, now)]
+        is_unsafe = self.members.is_deserted and not self._is_safe
+        if self.stopping or (is_unsafe and (self.members.heirs or self.members.found)):
+            return self._form_last(now)
+        return self._choose(Manner.AT_ONCE, now)
 
-    def _has_reason(self) -> bool:
-        """Whether the world that trains should become another one at its next step boundary."""
-        members, staying = self.members, self.members.staying
-        if len(staying) < len(members.world):
-            return len(staying) + len(members.outside) >= self.policy.min_workers
-        return len(staying) > self.policy.workers or (
-            len(staying) < self.policy.workers and bool(members.outside)
-        )
-
-    def _candidates(self) -> tuple[tuple[str, ...], Collection[str], WorldPolicy]:
-        """Who may be in the next world. If all who hold the state are leaving, one of them hands it over."""
-        members = self.members
-        if members.has_heir:
-            return members.staying, members.outside, self.policy
-        heir = members.heirs[0]
-        others = [one for one in (*members.staying, *members.outside) if one != heir]
-        at_least_two = min(max(2, self.policy.workers), self.most_ranks)
-        return (heir,), others, replace(self.policy, workers=at_least_two)
-
-    def _form_last(self, survivors: tuple[str, ...], now: float) -> list[Instruction]:
-        """A stop was asked for without a world: whoever holds state saves it, be they ever so few."""
-        is_expecting = any(member in self._found for member in self.members.starting)
-        if is_expecting and now - self._idle_since < FOUND_LIMIT_S:
+    def _improve(self, now: float) -> list[Instruction]:
+        """Let the world that trains become another one at a boundary, or save before all are taken away."""
+        is_ending = self.roll.stage is Stage.ENDING and not self._is_parting
+        if self.phase is not Phase.TRAINING or self.roll.ended or self.stopping or is_ending:
             return []
-        if not survivors:
-            return self._end(Status.STOPPED, f"{self.stopping}; no worker is left to save a final checkpoint")
-        return [self._form(survivors, Manner.AT_ONCE, "the survivors save the state and stop", now)]
+        if self.members.is_deserted:
+            is_told, self._is_parting = self._is_parting, True
+            return [] if is_told else [self._close("all workers will be taken away")]
+        return self._choose(Manner.AT_BOUNDARY, now) if has_reason(self.members, self.policy) else []
+
+    def _choose(self, manner: Manner, now: float) -> list[Instruction]:
+        if self.members.is_deserted:
+            candidates: Candidates = (), (), replace(self.policy, gather_s=self.policy.wait_s)
+        else:
+            candidates = find_candidates(self.members, self.policy, self.most_ranks)
+        num_starting, waited_s = len(self.members.starting), now - self._idle_since
+        decision = choose_world(*candidates, num_starting=num_starting, waited_s=waited_s)
+        match decision.action:
+            case Action.GIVE_UP:
+                return self._end(Status.FAILED, decision.reason)
+            case Action.FORM:
+                return [self._form(decision.members, manner, decision.reason, now)]
+        return []
+
+    def _form_last(self, now: float) -> list[Instruction]:
+        """All is to end, and there is no world: whoever holds state saves it, be they ever so few."""
+        holders = self.members.heirs or self.members.found or self.members.world
+        if holders:
+            return [self._form(holders, Manner.AT_ONCE, "the survivors save the state and stop", now)]
+        return self._end(Status.STOPPED, f"{self.stopping}; no worker is left to save a final checkpoint")
 
     def _form(self, members: tuple[str, ...], manner: Manner, reason: str, now: float) -> Instruction:
         self.generation = self.formed = self.generation + 1
         self.members.rank(members)
-        self.phase = Phase.FORMING
-        self._is_broken, self._broken_at = False, None
+        self.phase, self._why_formed = Phase.FORMING, reason
+        self._is_broken = self._is_parting = self._is_safe = False
         if manner is Manner.AT_ONCE and self.members.has_state and self._hurries_since is None:
             self._hurries_since = now
-        self._settled, self._ended = set(), {}
-        self._progress_at = now
+        origin = self.members.origin
+        self.roll = Attendance(
+            frozenset(members), manner, origin, self.last_step, ordered_at=now, moved_at=now
+        )
         hosts = tuple(self.members.hosts[member] for member in members)
         return FormWorld(self.generation, members, hosts, manner, reason)
 
-    def _settle(self, member: str, now: float) -> list[Instruction]:
-        self._settled.add(member)
-        self._progress_at = now
-        if len(self._settled) < len(self.members.world) or not self._settled.issuperset(self.members.world):
+    def _settle(self, now: float) -> list[Instruction]:
+        """Begin to train, once all hold the state."""
+        if self.phase is not Phase.FORMING or not self.roll.has_settled:
             return []
         self.phase = Phase.TRAINING
         self.members.settle()
         if self.stopping:
-            return [StopWorld(self.generation, self.stopping)]
-        return [*self._release(), *self._consider(now)]
+            return [self._close(self.stopping)]
+        return [*self._release(now), *self._consider(now)]
 
     def _part(self, member: str, notice: str, now: float) -> list[Instruction]:
         """A member will be taken away: let the others go on without it from the next step boundary on."""
         if not self.members.knows(member) or member in self.members.leaving:
             return []
         self.members.part(member, notice)
-        released = [] if self._is_broken or self.members.is_ranked(member) else self._release()
-        return [*(released or self._replenish()), *self._consider(now)]
+        released = [] if self._is_broken or self.members.is_ranked(member) else self._release(now)
+        return [*(released or self._replenish(now)), *self._consider(now)]
 
     def _resize(self, workers: int, now: float) -> list[Instruction]:
         """Aim at another number of workers; who is too many leaves at the next step boundary."""
         most = min(workers, self.most_ranks)
-        least = min(self.policy.min_workers, most)
-        self.policy = replace(self.policy, workers=most, min_workers=least)
+        self.policy = replace(self.policy, workers=most, min_workers=min(self._least, most))
         self._losses_in_a_row = 0  # they were many or few for another size
-        released = self._release() if self.phase is Phase.TRAINING else self._replenish()
+        released = self._release(now) if self.phase is Phase.TRAINING else self._replenish(now)
         return [*released, *self._consider(now)]
 
-    def _release(self) -> list[Instruction]:
-        """End whom no world needs: who is leaving, who holds an old state, and who is one too many."""
-        members, wanted = self.members, self.policy.workers + self.policy.standbys
-        done = {one: why for one, why in members.leaving.items() if not members.is_ranked(one)}
-        done |= dict.fromkeys(members.left_behind, "the world went on without it") | done
+    def _release(self, now: float) -> list[Instruction]:
+        """End whom no world needs."""
+        done = find_unneeded(self.members, self.policy)
         for one in done:
-            members.drop(one)
-        surplus = members.num_lasting - max(wanted, len(members.staying))
-        idle = [*members.starting, *members.outside] if surplus > 0 else []
-        for one in idle[:surplus]:
-            done[one] = f"{self.policy.workers} workers are wanted"
-            members.drop(one)
-        return [*(ReleaseMember(one, why) for one, why in done.items()), *self._replenish()]
-
-    def _end_member(self, member: str, ending: Ending) -> list[Instruction]:
-        if ending is Ending.REGROUP:
-            return []
-        self._ended[member] = ending
-        return self._conclude() if self._all_ended() else []
+            self.members.drop(one)
+        return [*(ReleaseMember(one, why) for one, why in done.items()), *self._replenish(now)]
 
     def _all_ended(self) -> bool:
-        is_possible = 0 < len(self.members.world) <= len(self._ended)
-        return is_possible and self._ended.keys() >= set(self.members.world)
+        is_possible = 0 < len(self.members.world) <= len(self.roll.ended)
+        return is_possible and self.roll.ended.keys() >= set(self.members.world)
 
-    def _conclude(self) -> list[Instruction]:
-        if Ending.FINISHED in self._ended.values():
+    def _conclude(self, now: float) -> list[Instruction]:
+        """The world has ended in good order, and what it held is durable."""
+        if Ending.FINISHED in self.roll.ended.values():
             return self._end(Status.FINISHED, "all steps are committed and durable")
-        return self._end(Status.STOPPED, self.stopping or "the workers' lease ran out")
+        if self.stopping:
+            return self._end(Status.STOPPED, self.stopping)
+        if not self._is_parting:
+            return self._stall("the world stopped because one of its workers had no driver", now)
+        self.members.disband()
+        self._break(now)
+        self._is_safe = True
+        return self._consider(now)
 
     def _stop(self, reason: str, now: float) -> list[Instruction]:
         if self.stopping:
@@ -324,72 +313,70 @@ class Controller:
         self.stopping = reason
         if self._is_broken:
             return self._consider(now)
-        return [StopWorld(self.generation, reason)]
+        return [self._close(reason)]
+
+    def _close(self, reason: str) -> Instruction:
+        """Let the world save what it holds at its next boundary, and end."""
+        self.roll.is_closing = True
+        return StopWorld(self.generation, reason)
 
     def _wait(self, tick: Tick, now: float) -> list[Instruction]:
-        hosts = self.members.hosts  # who is still starting is not silent, and no measure for others
-        self._suspicion.look({one: seconds for one, seconds in tick.silence_s.items() if one in hosts})
-        self._diligence.look(tick.working_s)
-        suspects = self._suspicion.silent()
-        if self._broken_at is not None and now - self._broken_at > SUSPICION_S and not self._is_broken:
-            return self._stall(self._why_broken, now)
+        """Look at who answers and at what moves; end who holds the others up."""
+        self.diagnosis.look(tick, self.members.hosts, self._clock.slept_s)
+        overdue = self._replace_overdue(now)
+        if unreachable := self.diagnosis.unreachable():
+            return [*overdue, *self._evict_all(unreachable.evidence, now)]
         if self._is_broken:
-            return self._consider(now)
-        idle_s = now - self._progress_at
-        is_training = self.phase is Phase.TRAINING and self._step_s > 0
-        forming_s = self.policy.reforming_s if self.members.has_state else self.policy.forming_s
-        patience_s = self.policy.hang_factor * self._step_s if is_training else forming_s
-        silent = (
-            [one for one in self.members.world if one in suspects and one not in self._ended]
-            if suspects
-            else []
-        )
-        if silent and idle_s > patience_s:
-            return self._kill(silent, "has not answered", now)
-        if is_training and idle_s > patience_s and (stuck := self._stuck(tick)):
-            return self._kill(stuck, "is stuck in a micro-batch while others wait for it", now)
-        if idle_s > max(STALL_LIMIT_S, STALL_STEPS * self._step_s):
-            return self._stall(f"no step was committed for {idle_s:.0f} s, though all workers answer", now)
-        return []
+            return [*overdue, *self._consider(now)]
+        match self.diagnosis.judge(self.roll, now):
+            case Hung(evidence):
+                return [*overdue, *self._evict_all(evidence, now)]
+            case Stalled(why):
+                return [*overdue, *self._stall(why, now)]
+        return overdue
+
+    def _evict_all(self, evidence: Mapping[str, str], now: float) -> list[Instruction]:
+        instructions: list[Instruction] = []
+        for member, what in evidence.items():
+            if self.phase is not Phase.ENDED:
+                instructions.extend(self._evict(member, Cause.HUNG, what, now))
+        return instructions
+
+    def _replace_overdue(self, now: float) -> list[Instruction]:
+        """Give up whom nobody has heard of; that is no failure, it never was there."""
+        killed: list[Instruction] = []
+        if self.members.missing:
+            self._idle_since = now  # the time to gather begins once it is known who is there
+        if self.members.is_missing_all and now - self._begun_at < self.policy.alone_s:
+            return []  # perhaps it is this driver that is cut off
+        for member in self.members.overdue(now):
+            self.members.drop(member)
+            evidence = f"{member} did not answer in the time it has to start, or to greet a new driver"
+            killed.append(KillMember(member, evidence, Cause.START_FAILED))
+        return [*killed, *self._replenish(now)] if killed else []
 
     def _stall(self, why: str, now: float) -> list[Instruction]:
-        """The world cannot go on though nobody was lost: form it anew, a few times."""
-        self._stalls_in_a_row += 1
-        if self._stalls_in_a_row > MAX_STALLS_IN_A_ROW:
-            return self._end(Status.FAILED, f"{self._stalls_in_a_row} worlds in a row got nowhere: {why}")
+        """The world cannot go on though nobody was lost: form it anew, for a while."""
+        if self.diagnosis.stall(now):
+            reason = f"{self.diagnosis.num_stalls} worlds in a row got nowhere: {why}"
+            return self._end(Status.FAILED, reason)
         self._break(now)
         return self._consider(now)
 
-    def _stuck(self, tick: Tick) -> list[str]:
-        """Name those whose micro-batch takes much longer than any did, if somebody is done and waits: what
-        holds all of them up, slow data perhaps, is nobody's hang.
-        """
-        stuck = self._diligence.silent()
-        if not stuck or all(tick.working_s.get(one, 0.0) > 0.0 for one in self.members.world):
-            return []
-        return [one for one in self.members.world if one in stuck]
-
-    def _kill(self, hung: list[str], what: str, now: float) -> list[Instruction]:
-        instructions: list[Instruction] = []
-        for member in hung:
-            evidence = f"{member} {what}, and no step was committed for {now - self._progress_at:.0f} s"
-            instructions.extend(self._evict(member, Cause.HUNG, evidence, now))
-        return instructions
-
-    def _relax(self, by: float) -> list[Instruction]:
+    def _relax(self, by: float, now: float) -> list[Instruction]:
         """Start what is lacking if the survivors, who hurried since before, have had their time."""
         if self._hurries_since is None or self._hurries_since > by:
             return []
         self._hurries_since = None
-        return list(self._replenish())
+        return list(self._replenish(now))
 
-    def _replenish(self) -> Iterable[Instruction]:
+    def _replenish(self, now: float) -> Iterable[Instruction]:
         """Start as many members as the policy's world lacks."""
         is_hurrying = self._hurries_since is not None and not self._is_broken
         if self.stopping or self.phase is Phase.ENDED or is_hurrying:
             return
         while self.members.num_lasting < self.policy.workers + self.policy.standbys:
-            yield StartMember(self.members.name_next())
+            yield StartMember(self.members.name_next(now + self.policy.start_s))
 
     def _end(self, status: Status, reason: str) -> list[Instruction]:
         self.phase = Phase.ENDED

@@ -7,6 +7,7 @@ from math import inf
 from elastic.control.events import (
     Cause,
     CheckpointCaptured,
+    Ending,
     Entry,
     FaultStruck,
     MemberEnded,
@@ -164,13 +165,11 @@ class Course:
                 self.position = max(self.position, (generation, step))
                 self.steps.setdefault(step, (at, entry))
                 self.commits.add((generation, step))
-            case MemberEnded(generation=generation) if generation >= self.attempt_in:
-                self.attempt_in = 0
+            case MemberEnded():
+                self._end(entry)
             case FaultStruck(member=member):
                 self.struck[member] = at
-            case MemberLost(member=member, cause=cause):
-                self._lose(at, member, cause)
-            case KillMember(member=member, cause=cause):
+            case MemberLost(member=member, cause=cause) | KillMember(member=member, cause=cause):
                 self._lose(at, member, cause)
             case StacksKept(member=member, file=file):
                 self.stacks[member] = file
@@ -215,6 +214,12 @@ class Course:
             blow.world, blow.is_last = world, blow is self.open_blows[-1]
         self.open_blows = []
         self.generation, self.world = order.generation, set(order.members)
+
+    def _end(self, ended: MemberEnded) -> None:
+        if ended.generation >= self.attempt_in:
+            self.attempt_in = 0
+        if ended.ending is Ending.STOPPED and ended.generation == self.generation:
+            self.world.discard(ended.member)  # in good order: a world after it is no recovery
 
     def _lose(self, at: float, member: str, cause: Cause) -> None:
         if member in self.world:

@@ -62,6 +62,14 @@ class WorldCalledOff:
 
 
 @dataclass(frozen=True, slots=True)
+class MemberCame:
+    """A member has left whatever it was in, and is on its way to the world of this generation."""
+
+    member: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class WorldFormed:
     """A member has joined the process group of this generation, `seconds` after it was told to."""
 
@@ -210,6 +218,13 @@ class MemberLeaving:
 
 
 @dataclass(frozen=True, slots=True)
+class GenerationTaken:
+    """The generation just ordered was taken by a worker that had lost its driver, and saved alone."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class WorkersWanted:
     """Somebody asked for another number of workers at full strength."""
 
@@ -273,6 +288,7 @@ Event = (
     | MemberLost
     | WorldBroken
     | WorldCalledOff
+    | MemberCame
     | WorldFormed
     | Settled
     | StepCommitted
@@ -286,6 +302,7 @@ Event = (
     | MemberFailed
     | MemberEnded
     | MemberLeaving
+    | GenerationTaken
     | WorkersWanted
     | StopRequested
     | Tick

@@ -3,7 +3,7 @@
 Every change costs the same however many members there are, but for those of the world, which cost its size.
 """
 
-from collections.abc import Iterable, KeysView, Mapping
+from collections.abc import Collection, Iterable, KeysView, Mapping
 from dataclasses import dataclass, field
 
 
@@ -19,34 +19,42 @@ class Membership:
     hosts: dict[str, str] = field(default_factory=dict)
     world: tuple[str, ...] = ()
     num_named: int = 0
-    _starting: dict[str, None] = field(default_factory=dict)
+    _starting: dict[str, float] = field(default_factory=dict)
     _outside: dict[str, None] = field(default_factory=dict)
     _ranked: frozenset[str] = frozenset()
     _leaving: dict[str, str] = field(default_factory=dict)
     _veterans: dict[str, None] = field(default_factory=dict)
     _heirs: dict[str, None] = field(default_factory=dict)
+    _found: dict[str, None] = field(default_factory=dict)
+    _missing: set[str] = field(default_factory=set)
     _gone: set[str] = field(default_factory=set)
 
-    def expect(self, members: Iterable[str]) -> None:
-        """Count members as starting."""
-        self._starting.update(dict.fromkeys(members))
+    def expect(self, members: Iterable[str], until: float) -> None:
+        """Count an earlier driver's members as starting."""
+        self._found = dict.fromkeys(members)
+        self._missing = set(self._found)
+        self._starting.update(dict.fromkeys(self._found, until))
 
-    def name_next(self) -> str:
-        """Name a member that is about to start."""
-        while self.knows(member := f"{self.prefix}{self.num_named}"):
+    def name_next(self, until: float) -> str:
+        """Name a member that is about to start, and has to be ready by then."""
+        while self.knows(member := f"{self.prefix}{self.num_named}") or member in self._gone:
             self.num_named += 1  # an earlier driver that claimed nothing yet used the same prefix
         self.num_named += 1
-        self._starting[member] = None
+        self._starting[member] = until
         return member
 
-    def admit(self, member: str, host: str) -> None:
-        """Count a member as ready, also one that another driver started, but none that was dropped."""
+    def admit(self, member: str, host: str) -> bool:
+        """Count a member as ready, also one that another driver started, but none that was dropped; return
+        whether this controller started it, and hears of it for the first time.
+        """
         if member in self._gone:
-            return
-        self._starting.pop(member, None)
+            return False
+        is_new = self._starting.pop(member, None) is not None and member not in self._found
+        self._missing.discard(member)
         self.hosts[member] = host
         if member not in self._ranked and member not in self._leaving:
             self._outside[member] = None
+        return is_new
 
     def part(self, member: str, why: str) -> None:
         """Count a member as leaving: it keeps its rank until a world without it forms, and gets no other."""
@@ -65,6 +73,8 @@ class Membership:
         self._leaving.pop(member, None)
         self._veterans.pop(member, None)
         self._heirs.pop(member, None)
+        self._found.pop(member, None)
+        self._missing.discard(member)
         self.hosts.pop(member, None)
         if member in self._ranked:
             self.world = tuple(other for other in self.world if other != member)
@@ -82,12 +92,35 @@ class Membership:
 
     def settle(self) -> None:
         """Note that all of the world hold the newest state."""
-        self._heirs = dict.fromkeys(self.world)
+        self._heirs, self._found = dict.fromkeys(self.world), {}
+
+    def disband(self) -> None:
+        """Leave nobody in the world: it ended in good order."""
+        self.world, self._ranked = (), frozenset()
+
+    def overdue(self, now: float) -> tuple[str, ...]:
+        """Name those that should have been ready by now."""
+        return tuple(member for member, until in self._starting.items() if now > until)
 
     @property
     def heirs(self) -> tuple[str, ...]:
         """Who holds the newest state: what is left of the world that settled last, wherever they are now."""
         return tuple(self._heirs)
+
+    @property
+    def found(self) -> tuple[str, ...]:
+        """An earlier driver's ready members, while no world has settled yet: they may hold the state."""
+        return tuple(member for member in self._found if member in self.hosts)
+
+    @property
+    def is_missing_all(self) -> bool:
+        """Whether none of an earlier driver's members has answered yet."""
+        return bool(self._missing) and self._missing == self._found.keys()
+
+    @property
+    def missing(self) -> Collection[str]:
+        """The members of an earlier driver that have not answered yet."""
+        return self._missing
 
     @property
     def has_state(self) -> bool:
@@ -128,6 +161,18 @@ class Membership:
     def num_lasting(self) -> int:
         """How many members are there or on their way, and not leaving."""
         return len(self.hosts) + len(self._starting) - len(self._leaving)
+
+    @property
+    def origin(self) -> str:
+        """Where the world's members get the state that they may lack."""
+        if not self._heirs:
+            return "store"
+        return "self" if self._ranked <= self._heirs.keys() else "peer"
+
+    @property
+    def is_deserted(self) -> bool:
+        """Whether all that are ready are leaving."""
+        return bool(self._leaving) and len(self.hosts) == len(self._leaving.keys() & self.hosts.keys())
 
     @property
     def starting(self) -> KeysView[str]:

@@ -14,9 +14,20 @@ class WorldPolicy:
     The first world waits `gather_s` for all `workers`; after a failure the survivors go on at once if they
     are at least `min_workers`, and otherwise wait `wait_s` for replacements. More than `max_failures` member
     losses end the run, and so do more than twice as many as it has workers, and three, in a row without a
-    committed step between them. While a world trains, a member hangs if it is silent for `hang_floor_s`
-    (longer where longer pauses are usual) and no step was committed for `hang_factor` times what one takes;
-    while a world forms, after `reforming_s`, or `forming_s` as long as nobody holds any state.
+    committed step between them.
+
+    A member whose process does not answer hangs if it is silent for `hang_floor_s` (longer where longer
+    pauses are usual) and no step was committed for `hang_factor` times what one takes; while a world forms,
+    after `reforming_s`, or `forming_s` as long as nobody holds any state; and wherever it is and whatever the
+    others do, after `unreachable_s`. Where several are silent and nobody answers, the driver may be cut off:
+    they get `alone_s`, in which they save and end without it. A member is stuck in a micro-batch of
+    `work_floor_s` (longer where longer ones are usual) that others wait for. An earlier driver's member
+    answers within `found_s`, a new one within `start_s`, or it is replaced.
+
+    Where all processes answer and nothing moves for `roll_s` (longer where that is usual), the roll is
+    called: the world forms anew, and who does not come within `late_s` (longer where that is usual), while
+    others do, hangs. What has no usual time yet, a first step or a restore, may take `patience_s`; a last
+    checkpoint may take `save_s`.
     """
 
     workers: int
@@ -27,8 +38,17 @@ class WorldPolicy:
     max_failures: int = 100
     hang_factor: float = 3.0
     hang_floor_s: float = 1.0
+    work_floor_s: float = 5.0
     forming_s: float = 30.0
     reforming_s: float = 1.0
+    unreachable_s: float = 30.0
+    alone_s: float = 120.0
+    found_s: float = 30.0
+    start_s: float = 600.0
+    roll_s: float = 10.0
+    late_s: float = 60.0
+    patience_s: float = 900.0
+    save_s: float = 600.0
 
 
 class Action(Enum):

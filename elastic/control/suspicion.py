@@ -19,16 +19,27 @@ class Suspicion:
     floor_s: float
     _longest_pause_s: float = UNKNOWN_S
     _silence_s: dict[str, float] = field(default_factory=dict)
+    _excused_s: dict[str, float] = field(default_factory=dict)
 
-    def look(self, silence_s: Mapping[str, float]) -> None:
-        """Take how long each member has been silent; one that is less so than before has made a pause."""
-        ended = (
-            before
-            for member, before in self._silence_s.items()
-            if member in silence_s and silence_s[member] < before
-        )
+    def look(self, silence_s: Mapping[str, float], slept_s: float = 0.0) -> None:
+        """Take how long each member has been silent; one that is less so than before has made a pause.
+
+        For the last `slept_s` seconds nobody could be heard.
+        """
+        if slept_s or self._excused_s:
+            silence_s = self._excuse(silence_s, slept_s)
+        before = self._silence_s
+        ended = [before[one] for one, now in silence_s.items() if one in before and now < before[one]]
         self._longest_pause_s = max(FADING * self._longest_pause_s, *ended, 0.0)
         self._silence_s = dict(silence_s)
+
+    def _excuse(self, silence_s: Mapping[str, float], slept_s: float) -> dict[str, float]:
+        """Take from each silence what of it was slept through."""
+        excused_s = {one: s for one, s in self._excused_s.items() if s <= silence_s.get(one, 0.0)}
+        if slept_s:
+            excused_s = {one: min(excused_s.get(one, 0.0) + slept_s, s) for one, s in silence_s.items()}
+        self._excused_s = excused_s
+        return {one: seconds - self._excused_s.get(one, 0.0) for one, seconds in silence_s.items()}
 
     @property
     def limit_s(self) -> float:
@@ -37,4 +48,15 @@ class Suspicion:
 
     def silent(self) -> frozenset[str]:
         """Name the members that have been silent for too long."""
-        return frozenset(member for member, seconds in self._silence_s.items() if seconds > self.limit_s)
+        return self.longer_than(self.limit_s)
+
+    @property
+    def is_deaf(self) -> bool:
+        """Whether all are silent for too long: perhaps it is us."""
+        return min(self._silence_s.values(), default=0.0) > self.limit_s
+
+    def longer_than(self, limit_s: float) -> frozenset[str]:
+        """Name the members that have been silent for longer than this."""
+        if max(self._silence_s.values(), default=0.0) <= limit_s:
+            return frozenset()
+        return frozenset(member for member, seconds in self._silence_s.items() if seconds > limit_s)

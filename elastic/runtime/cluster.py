@@ -11,7 +11,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnschedulableError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, ActorUnschedulableError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic.control.events import Cause, Event, MemberLeaving, MemberLost, MemberReady, StacksKept, Tick
@@ -75,6 +75,7 @@ class Cluster:
     def __init__(self, order: TrainOrder) -> None:
         self._order = order
         self._seats: dict[str, Seat] = {}
+        self._cut_off: dict[str, Seat] = {}
         self._seating = threading.Lock()
         self._news: SimpleQueue[News | _CutOff | Exception] = SimpleQueue()
         self._local = LocalRay(order) if order.cluster.address is None else None
@@ -105,6 +106,7 @@ class Cluster:
         self._is_over.set()
         self._listener.join()
         self._seats.clear()
+        self._cut_off.clear()
         gc.collect()
         ray.shutdown()
 
@@ -187,9 +189,13 @@ class Cluster:
 
     def kill(self, member: str) -> None:
         """End a member's process."""
-        seat = self._unseat(member)
+        seat = self._unseat(member) or self._cut_off.pop(member, None)
         if seat is not None:
             ray.kill(seat.actor)
+
+    def is_cut_off(self, member: str) -> bool:
+        """Whether a member was lost because its lifeline ended: its process may be there all the same."""
+        return member in self._cut_off
 
     def end_silent(self, member: str) -> None:
         """End a member that does not answer, once it is written down what it was doing."""
@@ -269,8 +275,8 @@ class Cluster:
             case Exception():
                 raise message
             case _CutOff(member) if (seat := self._unseat(member)) is not None:
+                self._cut_off[member] = seat
                 yield MemberLost(member, Cause.PROCESS_DIED, "its connection to the driver ended")
-                ray.kill(seat.actor)  # should only the connection have ended
             case _CutOff():
                 return  # it was known
             case MemberReady(member, host, pid):
@@ -306,6 +312,10 @@ class Cluster:
     def _read(self, member: str, call: Any) -> None:
         try:
             answer: Answer = ray.get(call)
+        except ActorUnavailableError:  # that is silence, and no death
+            self._is_over.wait(LISTEN_S)  # the next call may fail at once, too
+            self._ask_again(member)
+            return
         except (RayActorError, ActorUnschedulableError) as error:
             if self._unseat(member) is not None:
                 self._news.put(MemberLost(member, _cause(error), _evidence(error)))
@@ -314,9 +324,15 @@ class Cluster:
             seat = self._seats.get(member)
             if seat is not None:
                 seat.heard_at, seat.working_s = time.monotonic(), answer.working_s
-                seat.call = seat.actor.poll.remote(POLL_S)
+        self._ask_again(member)
         for message in answer.news:
             self._news.put(message)
+
+    def _ask_again(self, member: str) -> None:
+        with self._seating:
+            seat = self._seats.get(member)
+            if seat is not None:
+                seat.call = seat.actor.poll.remote(POLL_S)
 
 
 def living(names: Iterable[str], actor_of: Callable[[str], Any]) -> Iterator[tuple[str, Any]]:

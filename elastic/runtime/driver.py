@@ -5,7 +5,6 @@ The only loop with a clock.
 
 import fcntl
 import logging
-import secrets
 import signal
 import time
 from collections.abc import Iterator
@@ -18,8 +17,6 @@ from checkpoint import (
     EverySteps,
     LatestN,
     PruneReport,
-    claim_generation,
-    newest_generation,
     open_store,
     prune,
 )
@@ -29,6 +26,8 @@ from elastic.control.events import (
     Entry,
     Event,
     FaultStruck,
+    GenerationTaken,
+    MemberLost,
     SegmentEnded,
     SegmentStarted,
     StacksKept,
@@ -49,6 +48,7 @@ from elastic.control.instructions import (
 )
 from elastic.control.report import TrainReport
 from elastic.errors import Fenced, TrainingFailed
+from elastic.runtime.claims import Claims
 from elastic.runtime.cluster import Cluster, check_portable
 from elastic.runtime.journal import Journal, read_moments, read_report
 from elastic.runtime.mailbox import WorldOrder
@@ -61,6 +61,7 @@ from elastic.runtime.world import open_rendezvous
 
 log = logging.getLogger("holdfast.driver")
 HEAR_S = 0.1
+REMIND_S = 1.0
 STOP_LIMIT_S = 25.0
 PRUNE_GRACE_S = 3600.0
 
@@ -95,15 +96,19 @@ class Driver:
         self._watch = Watch(order, observe)
         self._wish = Wish(order.run_dir, order.world.workers)
         self._store = open_store(order.checkpoint.store_url)
-        self._token = secrets.token_hex(8)
-        generation = newest_generation(self._store)
+        self._claims = Claims(self._store, order.run)
+        generation = self._claims.newest
         prefix = f"w{generation}." if generation else "w"
+        most_ranks, last_step = order.training.virtual_ranks, order.training.num_steps
         self._controller = Controller(
-            order.world, prefix, generation, most_ranks=order.training.virtual_ranks
+            order.world, prefix, generation, most_ranks=most_ranks, last_step=last_step
         )
         self._faults = sorted(order.drill, key=lambda fault: fault.at_step)[_num_struck(order) :]
         self._cleaner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prune")
         self._cleaning: Future[PruneReport] | None = None
+        self._order_given: WorldOrder | None = None
+        self._stop_given: StopWorld | None = None
+        self._reminded_at = 0.0
         self._end: End | None = None
         self._metrics: Metrics | None = None  # once Ray is there
         self._note(SegmentStarted(order.training.num_steps, generation, time.time()))
@@ -121,6 +126,7 @@ class Driver:
             try:
                 self._rendezvous, self._endpoint = open_rendezvous(self._cluster.address)
                 end = self._loop(asked)
+                self._confirm()
             except KeyboardInterrupt:
                 self._cluster.end()
                 raise
@@ -145,6 +151,9 @@ class Driver:
 
     def _loop(self, asked: list[int]) -> End:
         stop_at: float | None = None
+        if self._controller.generation:  # before anybody is found: who is, is ours
+            self._claims.take_over()
+            self._controller.generation = self._claims.newest
         self._act(self._controller.begin(self._cluster.find(), time.monotonic()))
         while self._end is None:
             for message in self._cluster.hear(HEAR_S):
@@ -162,6 +171,7 @@ class Driver:
             if (wanted := self._wish.news()) is not None:
                 self._take(WorkersWanted(wanted))
             self._take(self._cluster.tick())
+            self._remind(time.monotonic())
             self._cluster.renew()
             self._watch.phase(self._controller.phase.value)
         return self._end
@@ -180,11 +190,19 @@ class Driver:
                 self._strike(step)
             case CheckpointDurable():
                 self._prune()
+            case MemberLost(member) if self._cluster.is_cut_off(member):
+                self._confirm()
+                self._cluster.kill(member)  # should only the connection have ended
             case _:
                 pass
 
     def _act(self, instructions: list[Instruction]) -> None:
+        if any(isinstance(each, KillMember | ReleaseMember) for each in instructions):
+            self._confirm()
         for instruction in instructions:
+            if isinstance(instruction, FormWorld):
+                self._form(instruction)
+                continue
             self._note(instruction)
             match instruction:
                 case StartMember(member):
@@ -193,25 +211,45 @@ class Driver:
                     self._cluster.end_silent(member)
                 case ReleaseMember(member):
                     self._cluster.kill(member)
-                case FormWorld(generation, members, _, manner):
-                    if manner is Manner.AT_ONCE:
-                        self._tell(members, "leave", generation)  # they need not wait for the store
-                    self._claim(generation)
-                    self._tell(members, "form", WorldOrder(instruction, self._endpoint, self._cluster.anchor))
                 case StopWorld():
+                    self._stop_given = instruction
                     self._tell(self._controller.members.world, "stop", instruction)
                 case End():
                     self._end = instruction
 
+    def _form(self, form: FormWorld) -> None:
+        """Claim a world's generation and tell its members; one that somebody has, who saved alone, is passed
+        over.
+        """
+        if form.manner is Manner.AT_ONCE:
+            self._tell(form.members, "leave", form.generation)  # they need not wait for the store
+        if not self._claims.claim(form.generation):
+            self._take(GenerationTaken(form.generation))
+            return
+        self._note(form)
+        self._order_given = WorldOrder(form, self._endpoint, self._cluster.anchor)
+        self._stop_given = None
+        self._tell(form.members, "form", self._order_given)
+
+    def _confirm(self) -> None:
+        """Make sure that this driver still has the run, and ends nothing that a successor took over."""
+        self._claims.confirm()
+
+    def _remind(self, now: float) -> None:
+        """Tell again what has shown no effect yet: while a member cannot be reached, calls to it are lost."""
+        if now - self._reminded_at < REMIND_S:
+            return
+        self._reminded_at = now
+        for member in self._controller.members.missing:
+            self._cluster.tell(member, "greet")
+        if self._controller.phase is Phase.FORMING and self._order_given is not None:
+            self._tell(tuple(self._controller.roll.late), "form", self._order_given)
+        if self._controller.phase is Phase.TRAINING and self._stop_given is not None:
+            self._tell(self._controller.members.world, "stop", self._stop_given)
+
     def _tell(self, members: tuple[str, ...], method: str, argument: object) -> None:
         for member in members:
             self._cluster.tell(member, method, argument)
-
-    def _claim(self, generation: int) -> None:
-        if not claim_generation(self._store, generation, self._token):
-            raise Fenced(
-                f"generation {generation} of run {self._order.run} belongs to another driver; this one stops"
-            )
 
     def _strike(self, step: int) -> None:
         """Carry out the drill's faults that are due."""

@@ -1,7 +1,8 @@
 """Lifelines: silent sockets from members to their driver; one that ends tells that its process is gone.
 
 The kernel closes a killed process's sockets at once, so the driver knows within milliseconds; Ray needs some
-hundred. A host that vanishes closes nothing: that is Ray's and the silence's to find.
+hundred. A host that vanishes closes nothing: that is Ray's and the silence's to find. A member that follows
+another driver says so before it lets go: it is not lost, though to this driver it is gone.
 """
 
 import secrets
@@ -13,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 _MAX_HELLO_BYTES = 256
+_MOVED = b"moved\n"
 _CONNECT_S = 5.0
 
 
@@ -77,8 +79,13 @@ class Lifelines:
         if said and len(members[one]) <= _MAX_HELLO_BYTES:
             members[one] += said
             return True
-        token, _, member = members.pop(one).decode(errors="replace").rstrip("\n").partition(" ")
-        if member and secrets.compare_digest(token.encode(), self.anchor.token.encode()):
+        hello, _, farewell = members.pop(one).partition(b"\n")
+        token, _, member = hello.decode(errors="replace").partition(" ")
+        if (
+            member
+            and farewell != _MOVED
+            and secrets.compare_digest(token.encode(), self.anchor.token.encode())
+        ):
             self._lost(member)
         return False
 
@@ -95,6 +102,9 @@ class Lifeline:
         """Connect to a driver, unless that is done. Without a connection Ray still tells of a death."""
         if anchor == self._anchor:
             return
+        if self._socket is not None:
+            with suppress(OSError):
+                self._socket.sendall(_MOVED)
         self.let_go()
         with suppress(OSError):
             self._socket = socket.create_connection((anchor.host, anchor.port), _CONNECT_S)

@@ -9,6 +9,7 @@ from elastic.control.events import (
     CheckpointLost,
     Entry,
     FaultStruck,
+    GenerationTaken,
     LossJumped,
     MemberLeaving,
     MemberLost,
@@ -138,6 +139,8 @@ def _happened(entry: Entry) -> tuple[str, str]:
             return "lost", f"{member} is lost: {cause}. {evidence}"
         case MemberLeaving(member, notice):
             return "leaving", f"{member} will be taken away: {notice}"
+        case GenerationTaken(generation):
+            return "passed over", f"generation {generation}: a worker without a driver saved alone in it"
         case WorkersWanted(workers):
             return "resize", f"{workers} workers are wanted"
         case StacksKept(member, file):

@@ -24,7 +24,6 @@ from checkpoint import (
     NoCheckpoint,
     Saver,
     StoreSource,
-    claim_generation,
     connect,
     load,
     newest_generation,
@@ -33,6 +32,7 @@ from checkpoint import (
 )
 from elastic.control.events import (
     Ending,
+    MemberCame,
     MemberEnded,
     MemberFailed,
     MemberLeaving,
@@ -46,6 +46,7 @@ from elastic.control.events import (
 from elastic.control.instructions import Manner, StopWorld
 from elastic.errors import JobRejected, ReplicasDiffer
 from elastic.runtime import autopsy
+from elastic.runtime.claims import claim_alone
 from elastic.runtime.lifeline import Lifeline
 from elastic.runtime.mailbox import Mailbox, Outbox, WorldOrder
 from elastic.runtime.notices import Answer
@@ -181,6 +182,7 @@ class Member:
         """Live through one world, from its forming until it ends or breaks."""
         member, form = self._assignment.member, order.form
         started = time.monotonic()
+        self._outbox.put(MemberCame(member, form.generation))
         self._lifeline.hold(order.anchor)
         try:
             place = Place(form.generation, form.members.index(member), form.hosts, self._assignment.address)
@@ -218,7 +220,7 @@ def _save_alone(assignment: Assignment, trainer: Trainer) -> None:
     if trainer.standing.committed <= (Catalog(store).latest() or 0):
         return
     generation = newest_generation(store) + 1
-    if claim_generation(store, generation, assignment.member):  # else another survivor saves
+    if claim_alone(store, generation, assignment.member):  # else another survivor saves
         trainer.save_alone(generation, assignment.host)
 
 
@@ -260,6 +262,7 @@ def _trainer(assignment: Assignment, saver: Saver, device: torch.device, neighbo
         parameter_copies=training.parameter_copies,
         when_not_finite=training.when_not_finite,
         bucket_mib=training.bucket_mib,
+        save_s=order.world.save_s,
     )
     storage = Storage(saver, _restorer(order, neighbours))
     return Trainer(job, settings, plan, member=assignment.member, device=device, storage=storage)

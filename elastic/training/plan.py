@@ -15,7 +15,8 @@ class TrainPlan:
     `compare_every` steps (0: never) the replicas are compared. Each parameter's optimizer state is on
     `optimizer_copies` ranks, everything else of it as well if `parameter_copies` is given (0: on all). A step
     whose loss or gradient is not finite fails the run or is skipped; either way nothing of it is applied.
-    Gradients are reduced in buckets of `bucket_mib` while backward still runs (0: in one piece after it).
+    Gradients are reduced in buckets of `bucket_mib` while backward still runs (0: in one piece after it). The
+    last checkpoint may take `save_s` to become durable.
     """
 
     num_steps: int
@@ -33,6 +34,7 @@ class TrainPlan:
     parameter_copies: int = 0
     when_not_finite: Literal["fail", "skip"] = "fail"
     bucket_mib: float = BUCKET_MIB
+    save_s: float = 600.0
 
     @property
     def is_sharded(self) -> bool:

@@ -29,7 +29,6 @@ from elastic.training.saving import Snapshots, describe, origin_of, sources_of
 from elastic.training.state import Learner, StateLost, first_model
 from elastic.training.watching import Disputed, ReplicaWatch
 
-FINAL_DRAIN_S = 600.0
 _DRAIN_POLL_S = 0.2
 
 
@@ -120,7 +119,7 @@ class Trainer:
             return False
         alone = Share(generation, 0, 1, (host,))
         self._snapshots.save(alone, self._standing.committed, self._learner.whole_tree)
-        return self._snapshots.drain(FINAL_DRAIN_S) and self._snapshots.why_newest_lost() is None
+        return self._snapshots.drain(self._plan.save_s) and self._snapshots.why_newest_lost() is None
 
     def settle(self, world: World) -> Settling:
         """Come to the same committed step, with the same state, as all ranks of the world.
@@ -364,12 +363,16 @@ class Trainer:
     def _finish(self, world: World, orders: Orders, emit: Emit, ending: Ending) -> Ending:
         """Wait until the last checkpoint is durable, or a newer world (it saves again) is to form.
 
-        Raises Broken if it was lost, so that a newer world saves it again: the state is still in memory.
+        Raises Broken if it was lost or takes too long, so that a newer world saves it again: the state is
+        still in memory.
         """
         self._snapshots.wait_captured()
-        deadline = time.monotonic() + FINAL_DRAIN_S
-        while not self._snapshots.drain(_DRAIN_POLL_S) and time.monotonic() < deadline:
+        deadline = time.monotonic() + self._plan.save_s
+        while not self._snapshots.drain(_DRAIN_POLL_S):
             self._tell(emit)
+            if time.monotonic() > deadline:
+                late = f"the final checkpoint is not durable after {self._plan.save_s:g} s"
+                raise Broken(world.generation, late)
             if orders.pending().next_generation > world.generation:
                 return Ending.REGROUP
         why = self._snapshots.why_newest_lost()

@@ -6,6 +6,7 @@ them count as missed. ONLY=killed,steady in the environment runs some of the fig
 """
 
 from tests.bench.figures.chosen import Figures, measure
+from tests.bench.figures.control import control
 from tests.bench.figures.recovery import killed, node, standby, stopped
 from tests.bench.figures.steady import overlap, shrunken, steady, straggler
 from tests.bench.harness import Effort, Row
@@ -19,6 +20,7 @@ FIGURES: Figures = {
     "overlap": overlap,
     "straggler": straggler,
     "shrunken": shrunken,
+    "control": control,
 }
 
 

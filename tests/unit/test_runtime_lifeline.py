@@ -60,13 +60,17 @@ def test_a_stranger_without_the_word_can_call_nobody_lost(lifelines, lost):
     assert lost.empty()
 
 
-def test_a_member_that_changes_its_driver_lets_go_of_the_old_one(lost):
+def test_a_member_that_changes_its_driver_is_not_lost_to_the_old_one(lost):
     news: SimpleQueue[str] = SimpleQueue()
     old, new = Lifelines(LOOPBACK, lost.put), Lifelines(LOOPBACK, news.put)
     line = Lifeline("w0")
     line.hold(old.anchor)
     line.hold(new.anchor)
-    assert lost.get(timeout=WAIT_S) == "w0"
+    other = Lifeline("w1")
+    other.hold(old.anchor)
+    other.let_go()
+    assert lost.get(timeout=WAIT_S) == "w1"
+    assert lost.empty(), "w0 said that it moved, long before w1 was gone"
     old.close()
     new.close()
     line.let_go()

@@ -1,0 +1,106 @@
+"""How far the members of a world have come since it was ordered. Pure bookkeeping.
+
+What one member tells says something of the others: none connects before all have come, and none commits a
+step before all hold the state. So a message that got lost holds nobody up.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from enum import Enum
+
+from elastic.control.events import (
+    Ending,
+    MemberCame,
+    MemberEnded,
+    Settled,
+    StepCommitted,
+    WorldBroken,
+    WorldFormed,
+)
+from elastic.control.instructions import Manner
+
+OfWorld = MemberCame | WorldFormed | WorldBroken | Settled | StepCommitted | MemberEnded
+
+
+class Stage(Enum):
+    """What a world is waiting for."""
+
+    COMING = "its members to come"
+    CONNECTING = "its members to connect"
+    SETTLING = "its members to hold one state"
+    TRAINING = "the next step"
+    ENDING = "the last checkpoint"
+
+
+@dataclass(slots=True)
+class Attendance:
+    """Who of a world's `members` has told what, and when anybody told anything last.
+
+    `origin` says where those who lack the state get it from: "self" (nobody does), "peer" or "store". It
+    `is_closing` once nothing but the last checkpoint may be left to do.
+    """
+
+    members: frozenset[str] = frozenset()
+    manner: Manner = Manner.AT_ONCE
+    origin: str = "store"
+    last_step: int = 1 << 62
+    ordered_at: float = 0.0
+    moved_at: float = 0.0
+    broken_at: float | None = None
+    why_broken: str = ""
+    is_closing: bool = False
+    ended: dict[str, Ending] = field(default_factory=dict)
+    _came: set[str] = field(default_factory=set)
+    _formed: set[str] = field(default_factory=set)
+    _settled: set[str] = field(default_factory=set)
+    _has_stepped: bool = False
+
+    def take(self, event: OfWorld, now: float) -> None:
+        """Take in what a member of this world tells."""
+        if event.member not in self.members:
+            return
+        match event:
+            case MemberCame(member=member):
+                self._came.add(member)
+            case WorldFormed(member=member):
+                self._formed.add(member)
+            case Settled(member=member, step=step):
+                self._settled.add(member)
+                self.is_closing = self.is_closing or step >= self.last_step
+            case StepCommitted(step=step):
+                self._has_stepped = True
+                self.is_closing = self.is_closing or step >= self.last_step
+            case MemberEnded(member=member, ending=ending) if ending is not Ending.REGROUP:
+                self.ended[member] = ending
+            case WorldBroken(evidence=why):
+                self.broken_at = self.broken_at if self.broken_at is not None else now
+                self.why_broken = why
+                return  # it is no move
+        self.moved_at = now
+
+    @property
+    def stage(self) -> Stage:
+        """What this world is waiting for."""
+        size = len(self.members)
+        if self.ended or (self.is_closing and self.has_settled):
+            return Stage.ENDING
+        if self.has_settled:
+            return Stage.TRAINING
+        if self._settled or len(self._formed) == size:
+            return Stage.SETTLING
+        return Stage.CONNECTING if self._formed or len(self._came) == size else Stage.COMING
+
+    @property
+    def has_settled(self) -> bool:
+        """Whether all are known to hold the state."""
+        return self._has_stepped or len(self._settled) == len(self.members)
+
+    @property
+    def came(self) -> Collection[str]:
+        """Who is known to have come."""
+        return self._came
+
+    @property
+    def late(self) -> frozenset[str]:
+        """Who has not come; nobody, once it is known that all have."""
+        return self.members - self._came if self.stage is Stage.COMING else frozenset()

@@ -1,0 +1,53 @@
+"""Who may be in the next world, whether there is a reason for one, and whom none needs any more. Pure."""
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from elastic.control.membership import Membership
+from elastic.control.policy import WorldPolicy
+
+Candidates = tuple[tuple[str, ...], Collection[str], WorldPolicy]
+
+
+def find_candidates(members: Membership, policy: WorldPolicy, most_ranks: int) -> Candidates:
+    """Return who stays, who may join them, and the policy that says how many.
+
+    If all who hold the state are leaving, one of them hands it over. Until a world has settled, all of an
+    earlier driver's members are in it, if that many can be: which of them hold the state is not known.
+    """
+    if found := members.found:
+        others = [one for one in (*members.staying, *members.outside) if one not in found]
+        at_least_found = min(max(policy.workers, len(found)), most_ranks)
+        return found, others, replace(policy, workers=at_least_found)
+    if members.has_heir:
+        return members.staying, members.outside, policy
+    heirs = tuple(one for one in members.heirs if one not in members.leaving) or members.heirs[:1]
+    others = [one for one in (*members.staying, *members.outside) if one not in heirs]
+    if heirs[0] in members.leaving:  # it needs somebody to hand the state to
+        policy = replace(policy, workers=min(max(2, policy.workers), most_ranks))
+    return heirs, others, policy
+
+
+def has_reason(members: Membership, policy: WorldPolicy) -> bool:
+    """Whether the world that trains should become another one at its next step boundary."""
+    num_staying = len(members.staying)
+    if num_staying < len(members.world):
+        return num_staying + len(members.outside) >= policy.min_workers
+    return num_staying > policy.workers or (num_staying < policy.workers and bool(members.outside))
+
+
+def find_unneeded(members: Membership, policy: WorldPolicy) -> dict[str, str]:
+    """Name whom no world needs, and why: who is leaving, who holds an old state, who is one too many.
+
+    Who holds the newest state is needed until another world has it, though that went on without them.
+    """
+    done = dict.fromkeys(members.left_behind, "the world went on without it")
+    done |= {one: why for one, why in members.leaving.items() if not members.is_ranked(one)}
+    heirs = frozenset(members.heirs)
+    done = {one: why for one, why in done.items() if one not in heirs}
+    num_lasting = members.num_lasting - len(done.keys() - members.leaving.keys())
+    num_surplus = num_lasting - max(policy.workers + policy.standbys, len(members.staying))
+    idle = (
+        [one for one in (*members.starting, *members.outside) if one not in done] if num_surplus > 0 else []
+    )
+    return done | dict.fromkeys(idle[:num_surplus], f"{policy.workers} workers are wanted")

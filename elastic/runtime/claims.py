@@ -1,0 +1,57 @@
+"""A driver's claims on the generations of its run, and whether another driver has claimed newer ones.
+
+A worker that lost its driver, and saves alone what it holds, claims a generation too. It takes nobody's
+place: a driver that lives passes over it.
+"""
+
+import json
+import secrets
+
+from checkpoint import Store, claim_generation, newest_generation, who_claimed
+from elastic.errors import Fenced
+
+_ALONE = "alone-"
+
+
+def claim_alone(store: Store, generation: int, member: str) -> bool:
+    """Claim a generation to save in it, as a worker that has no driver; return whether it is ours."""
+    return claim_generation(store, generation, f"{_ALONE}{member}")
+
+
+class Claims:
+    """One driver's claims; `newest` is the newest generation it claimed, passed over, or found at first."""
+
+    def __init__(self, store: Store, run: str) -> None:
+        self._store, self._run = store, run
+        self._token = secrets.token_hex(8)
+        self.newest = newest_generation(store)
+
+    def claim(self, generation: int) -> bool:
+        """Claim a generation; False if a worker saved alone in it. Raises Fenced if another driver has it."""
+        is_ours = claim_generation(self._store, generation, self._token)
+        if not is_ours and not self._is_alone(generation):
+            raise Fenced(
+                f"generation {generation} of run {self._run} belongs to another driver; this one stops"
+            )
+        self.newest = max(self.newest, generation)
+        return is_ours
+
+    def take_over(self) -> None:
+        """Claim a generation after the newest one, so that an earlier driver is fenced from now on.
+
+        Raises Fenced if another driver was quicker.
+        """
+        while not self.claim(self.newest + 1):
+            pass
+
+    def confirm(self) -> None:
+        """Make sure that no driver has claimed a newer generation. Raises Fenced."""
+        while (is_alone := self._is_alone(self.newest + 1)) is not None:
+            if not is_alone:
+                raise Fenced(f"run {self._run} was taken over by another driver; this one stops")
+            self.newest += 1
+
+    def _is_alone(self, generation: int) -> bool | None:
+        """Say whether a worker without a driver has claimed this; None if nobody has."""
+        claim = who_claimed(self._store, generation)
+        return None if claim is None else str(json.loads(claim)["token"]).startswith(_ALONE)

@@ -1,0 +1,200 @@
+"""Simulated drivers: each carries events to its controller and does what it says, as the real one does."""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+from elastic.control.controller import Controller, Phase
+from elastic.control.events import Cause, Event, GenerationTaken, Tick
+from elastic.control.instructions import (
+    End,
+    FormWorld,
+    Instruction,
+    KillMember,
+    ReleaseMember,
+    StartMember,
+    StopWorld,
+)
+from elastic.control.policy import WorldPolicy
+from tests.sim.cluster import Cluster, Fault, Node, World
+
+TICK_S = 0.25
+REMIND_TICKS = 4
+UNHEARD_S = 1.0  # a driver cannot know of a death that long
+Story = list[tuple[float, str, Event | Instruction | str]]
+
+
+@dataclass
+class Driver:
+    """One driver's hold on the run, from `begin` until it ends, dies, or finds that another one has it."""
+
+    name: str
+    cluster: Cluster
+    policy: WorldPolicy
+    story: Story
+    end: End | None = None
+    is_gone: bool = False
+    is_frozen: bool = False
+    controller: Controller = field(init=False)
+    told: list[tuple[float, Event, list[Instruction]]] = field(default_factory=list)
+    found: list[str] = field(default_factory=list)
+    began_at: float = 0.0
+    first_generation: int = 0
+    claimed: int = 0
+    seats: dict[str, Node] = field(default_factory=dict)
+    _order: FormWorld | None = None
+    _stop: StopWorld | None = None
+    _num_ticks: int = 0
+
+    def begin(self) -> None:
+        """Take the run up: greet whom an earlier driver left, start what is missing."""
+        cluster = self.cluster
+        generation = self.first_generation = max(cluster.claims, default=0)
+        prefix = f"w{generation}." if generation else "w"
+        if generation:
+            generation = self.first_generation = generation + 1
+            cluster.claims[generation] = self.name
+        self.claimed = generation
+        self.controller = Controller(self.policy, prefix, generation)
+        self.found, self.began_at = sorted(cluster.nodes), cluster.now
+        for node in cluster.nodes.values():
+            self.seat(node)
+            node.answered_at = cluster.now
+            cluster.greet(node)
+        self._act(self.controller.begin(self.found, cluster.now))
+        self.tick()
+
+    def seat(self, node: Node) -> None:
+        """Listen to a member from now on."""
+        if not self.is_gone:
+            self.seats[node.name] = node
+
+    def hear(self, node: Node, event: Event) -> bool:
+        """Take what a member tells, if this driver listens to it."""
+        return self.seats.get(node.name) is node and self.take(event)
+
+    def take(self, event: Event) -> bool:
+        """Carry one event to the controller; False if this driver takes none."""
+        if self.is_gone or self.is_frozen or self.end is not None:
+            return False
+        now = self.cluster.now
+        if not isinstance(event, Tick):
+            self.story.append((now, f"{self.name} {self.controller.phase.value}", event))
+        if getattr(event, "generation", 0) > self.controller.generation:
+            self.is_gone = True  # fenced
+            return False
+        instructions = self.controller.handle(event, now)
+        self.told.append((now, event, instructions))
+        self._act(instructions)
+        return True
+
+    def tick(self) -> None:
+        """Look at everybody, ten times a second or so."""
+        if self.is_gone or self.end is not None:
+            return
+        if not self.is_frozen:
+            silence_s, working_s = self._look()
+            self.take(Tick(silence_s, working_s))
+            self._num_ticks += 1
+            if self._num_ticks % REMIND_TICKS == 0:
+                self._remind()
+        self.cluster.later(TICK_S, self.tick)
+
+    def _look(self) -> tuple[dict[str, float], dict[str, float]]:
+        now, silence_s, working_s = self.cluster.now, {}, {}
+        for node in self.cluster.nodes.values():
+            if self.seats.get(node.name) is not node:
+                continue  # a stranger, whom nobody asks any more
+            silence_s[node.name] = now - node.answered_at
+            working_s[node.name] = node.working_s(now)
+            if not node.is_cut_off and Fault.STOPPED not in node.faults:
+                node.heard_at = now
+                node.answered_at = now - self.cluster.random.uniform(0.0, 0.2)
+        return silence_s, working_s
+
+    def _remind(self) -> None:
+        """Tell again what may have been lost on its way."""
+        for member in sorted(self.controller.members.missing):
+            self.cluster.greet(self.seats[member])
+        if self._order is not None and self.controller.phase is Phase.FORMING:
+            for member in sorted(self.controller.roll.late):
+                self.cluster.order(member, self._order)
+        if self._stop is not None and self.controller.phase is Phase.TRAINING:
+            self._tell_stop(self._stop)
+
+    def _act(self, instructions: list[Instruction]) -> None:
+        cluster = self.cluster
+        for instruction in instructions:
+            if self.is_gone:
+                return
+            self.story.append((cluster.now, self.name, instruction))
+            match instruction:
+                case StartMember(member):
+                    cluster.later(cluster.random.uniform(0.5, 8.0), partial(cluster.start, member, self.seat))
+                case KillMember(member, reason, cause):
+                    self._end_member(member, reason, cause)
+                case ReleaseMember(member, reason):
+                    self._end_member(member, reason, None)
+                case FormWorld():
+                    self._form(instruction)
+                case StopWorld():
+                    self._stop = instruction
+                    self._tell_stop(instruction)
+                case End() if not self._is_superseded():
+                    self.end = instruction
+
+    def _form(self, order: FormWorld) -> None:
+        """Claim the generation, then tell the members; one that somebody saving alone has is passed over."""
+        cluster = self.cluster
+        owner = cluster.claims.setdefault(order.generation, self.name)
+        self.claimed = order.generation
+        if owner.startswith("alone"):
+            self.take(GenerationTaken(order.generation))
+            return
+        if owner != self.name:
+            self.is_gone = True  # fenced
+            return
+        assert order.generation not in cluster.worlds, cluster.explain(f"two worlds are {order.generation}")
+        assert len(set(order.members)) == len(order.members) > 0, cluster.explain("a world without ranks")
+        cluster.worlds[order.generation] = World(order, self.name)
+        self._order, self._stop = order, None
+        for member in order.members:
+            cluster.order(member, order)
+
+    def _tell_stop(self, stop: StopWorld) -> None:
+        for member in self.controller.members.world:
+            self.cluster.stop(member, stop.generation)
+
+    def _end_member(self, name: str, reason: str, cause: Cause | None) -> None:
+        """End a process, if the run is still ours and the network lets us."""
+        cluster = self.cluster
+        node = cluster.nodes.get(name)
+        if self._is_superseded() or self.seats.pop(name, None) is not node or node is None:
+            return
+        assert reason, cluster.explain(f"{name} is ended without a reason")
+        if cause is Cause.HUNG:
+            assert not cluster.is_sound(node), cluster.explain(f"{name} is killed, though it is sound")
+        self._check_kept(node)
+        node.is_evicted = True
+        if not node.is_cut_off:
+            cluster.die(node)
+
+    def _check_kept(self, victim: Node) -> None:
+        """Nobody that is sound is ended while nobody else holds what it holds."""
+        cluster, step = self.cluster, victim.standing.committed
+        others = [one.standing.committed for one in cluster.nodes.values() if one is not victim]
+        others += [held for at, held in cluster.fallen if cluster.now - at < UNHEARD_S]
+        is_kept = step <= max(cluster.durable, *others, 0)
+        is_lost = not is_kept and cluster.is_sound(victim)
+        assert not is_lost, cluster.explain(f"step {step} is thrown away with {victim.name}")
+
+    def _is_superseded(self) -> bool:
+        """Whether another driver has claimed a newer world: then this one lets go, and harms nobody."""
+        newer = [owner for number, owner in self.cluster.claims.items() if number > self.claimed]
+        self.is_gone = self.is_gone or any(not owner.startswith("alone") for owner in newer)
+        return self.is_gone
+
+    def replay(self) -> list[list[Instruction]]:
+        """Decide everything again, from what this driver was told."""
+        controller = Controller(self.policy, self.controller.prefix, self.first_generation)
+        controller.begin(self.found, self.began_at)
+        return [controller.handle(event, at) for at, event, _ in self.told]
