@@ -131,14 +131,14 @@ def bands_of(spec: TensorSpec) -> list[Box]:
 
 def reference_cast(bits: Array, old: str, new: str) -> Array:
     """Return the bits of values in another type: from one as wide as both, as by a textbook."""
-    values = _as_numbers(bits, old)
+    values = _as_numbers(bits.reshape(-1), old)  # numpy makes scalars of what has no dims
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         if new == "bfloat16":
             is_wide = values.dtype == np.float64
-            return (_double_to_bfloat16 if is_wide else _single_to_bfloat16)(values)
+            return (_double_to_bfloat16 if is_wide else _single_to_bfloat16)(values).reshape(bits.shape)
         made: Array = values.astype(np.dtype(new))
     made[np.isnan(made)] = np.nan
-    return made.view(dtype_of(new).carrier)
+    return made.view(dtype_of(new).carrier).reshape(bits.shape)
 
 
 def _as_numbers(bits: Array, dtype: str) -> Array:
