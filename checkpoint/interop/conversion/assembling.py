@@ -86,12 +86,12 @@ class Assembled:
         Sums in another order have other last bits, and a proof compares all of them.
         """
         first, *others = sorted(moves, key=lambda move: move.source)
-        total = _doubles(*self._filled(first, part))
+        total = _doubles(*self._filled(first, part)).clone()
         for move in others:
-            total = total + _doubles(*self._filled(move, part))
-        mean = total / len(moves)
-        mean = mean.masked_fill(torch.isnan(mean), float("nan"))
-        return mean.view(torch.int64).numpy().view("<u8")
+            total += _doubles(*self._filled(move, part))
+        total /= len(moves)
+        total.masked_fill_(torch.isnan(total), float("nan"))
+        return total.view(torch.int64).numpy().view("<u8")
 
 
 def _doubles(bits: Array, dtype: str) -> torch.Tensor:

@@ -21,7 +21,8 @@ from checkpoint.interop.conversion.contract import Array, GlobalTensors, Overflo
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 SHORT_NAMES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 _BAND_BYTES = 8 << 20
-_STRETCH = 1 << 19  # elements that are changed at a time
+_STRETCH = 1 << 16  # elements that are cast at a time
+_PART_BYTES = 2 << 20  # of doubles
 
 
 def parse_dtype(text: str) -> str:
@@ -63,7 +64,7 @@ def cast(bits: Array, old: str, new: str) -> Array:
 
 def parts_of(box: Box) -> list[Box]:
     """Cut a box where values are changed, for which there are several doubles of each at a time."""
-    return split_box(box, itemsize("float64"), _STRETCH * itemsize("float64"))
+    return split_box(box, itemsize("float64"), _PART_BYTES)
 
 
 def _cast(bits: Array, old: str, new: str) -> Array:

@@ -11,7 +11,7 @@ from checkpoint.engine.plan import TensorSpec
 from checkpoint.errors import NoSuchStep, StoreRefused
 from checkpoint.interop.account import Account
 from checkpoint.interop.conversion.assembling import Assembled, assembled_bytes
-from checkpoint.interop.conversion.batches import cuts_of, most_held_bytes
+from checkpoint.interop.conversion.batches import most_held_bytes
 from checkpoint.interop.conversion.comparing import Compared, Side, compare
 from checkpoint.interop.conversion.contract import (
     ConversionReport,
@@ -129,7 +129,7 @@ def plan_import_foreign(
             num_bytes=num_bytes,
             read_bytes=assembled_bytes(sighted.plan) + _proved_bytes(sighted.account(), foreign),
             written_bytes=most_stored_bytes(draft, settings),
-            peak_bytes=most_held_bytes(cuts_of(draft.tensors, draft.pieces), settings),
+            peak_bytes=most_held_bytes(draft.cuts, settings),
             is_dry=True,
             notes=(*foreign.about.notes, *sighted.notes),
         )

@@ -15,7 +15,7 @@ from checkpoint.format.manifest import Manifest, encode_manifest, metrics_to_jso
 from checkpoint.format.notation import layout_to_json
 from checkpoint.format.scheme import format_layout, parse_layout
 from checkpoint.format.tree import leaf_names
-from checkpoint.interop.conversion.batches import batches_of, cuts_of, most_held_bytes, wishes_of
+from checkpoint.interop.conversion.batches import batches_of, most_held_bytes, wishes_of
 from checkpoint.interop.conversion.casting import (
     FLOATS,
     Cast,
@@ -162,7 +162,7 @@ def plan_reshard(
     settings = settings or ConversionSettings()
     plan = _plan(source, change, step)
     _present(target, plan)
-    cuts = cuts_of(plan.draft.tensors, plan.draft.pieces)
+    cuts = plan.draft.cuts
     reads = [wishes_of(batch) for batch in batches_of(cuts, settings.batch_bytes)]
     for number, spec in enumerate(plan.chosen.tensors):
         if spec.name in plan.changed:
@@ -214,7 +214,8 @@ def _plan(store: Store, change: Change, step: int | None) -> _Plan:
     }
     origin = checksum(encode_manifest(manifest)).hex()
     pieces = tuple(pieces_of(layout, specs))
-    draft = Draft(manifest.run, manifest.step, specs, skeleton, meta, pieces, origin)
+    widths = tuple(itemsize(spec.dtype) for spec in chosen.tensors)
+    draft = Draft(manifest.run, manifest.step, specs, skeleton, meta, pieces, origin, widths)
     return _Plan(source, chosen, contents, layout, draft)
 
 
@@ -288,7 +289,7 @@ def _report(target: Store, plan: _Plan, settings: ConversionSettings, manifest: 
         num_bytes=sum(num_bytes_of(spec) for spec in specs),
         read_bytes=0,
         written_bytes=0,
-        peak_bytes=most_held_bytes(cuts_of(specs, plan.draft.pieces), settings),
+        peak_bytes=most_held_bytes(plan.draft.cuts, settings),
     )
 
 
