@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 from checkpoint.errors import Misuse
 from checkpoint.format.box import Box
 from checkpoint.interop.builtin import find_document
@@ -16,6 +17,7 @@ from checkpoint.interop.conversion.stored import Stored
 from checkpoint.interop.grammar import read_rules
 from checkpoint.interop.moves import Foreign
 from checkpoint.store.memory import MemoryStore
+from tests.conversion_samples import save_state
 from tests.interop_samples import Files
 
 ALLOWED = ConversionSettings(overflow=Overflow.ALLOWED)
@@ -86,3 +88,31 @@ def test_an_export_of_a_foreign_source_whose_rules_cast_tells_what_that_loses(tm
     report = export_foreign(source, str(out), Emigration("torch"), settings=ALLOWED)
     assert {one.name: one.how for one in report.proofs} == {"model/w": "reference", "model/b": "fingerprint"}
     assert any("1 elements of model/w are beyond float16" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("array", "line", "told"),
+    [
+        (np.ones(2, "float32"), "{from: w, to: w, axes: {tensor: same}, dtype: int32}", "cast to int32"),
+        (np.ones(2, "float32"), "{from: w, to: w, axes: {tensor: same}, dtype: bool}", "cast to bool"),
+        (np.ones(2, "int64"), "{from: w, to: w, axes: {tensor: same}, dtype: float32}", "is int64"),
+        (
+            np.ones(2, "float32"),
+            "{from: w, to: w, axes: {tensor: 0}, dtype: float8_e4m3fn}",
+            "cast to float8",
+        ),
+        (np.ones(2, "int64"), MEAN, "is int64, and cannot be averaged"),
+    ],
+)
+def test_what_are_no_floats_is_neither_cast_nor_averaged(array, line, told):
+    with pytest.raises(Misuse, match=rf"w \(tensor=0\) .*{told}.*only float16, bfloat16"):
+        taken_over([array, array], line)
+
+
+def test_what_would_be_averaged_on_the_way_in_is_written_out_as_copies(tmp_path):
+    url, out = str(tmp_path / "store"), tmp_path / "out"
+    odd = torch.tensor([0.1, 1.7e308, float("inf"), -0.0], dtype=torch.float64)
+    save_state(checkpoint.open_store(url), {"model": {"w": odd, "v": torch.arange(5)}})
+    out_by = rules(MEAN, "{from: v, to: v, axes: {tensor: 0}}")
+    report = export_foreign(Whereabouts(url), str(out), Emigration("megatron", "tensor=5", out_by))
+    assert [one.how for one in report.proofs] == ["fingerprint"] * 2
