@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import checkpoint
+from checkpoint.errors import AlreadyExists, StoreRefused
 from tests.conversion_samples import adam_state, block_weights, save_state
 from tests.interop.unpacking import unpack
 from tests.unit.test_cli_conversions import told
@@ -165,3 +168,16 @@ def test_large_tensors_in_many_chunks_are_told_block_by_block(tmp_path):
         [("reshard", "--to", "tensor=3"), ("export", "--format", "dcp"), ("export", "--format", "hf")]
     ):
         check(options[0], str(tmp_path / "large"), tmp_path / f"to{number}", *options[1:])
+
+
+def test_a_rehearsal_sees_what_keeps_an_export_from_its_target(tmp_path):
+    torch.save({"w": torch.ones(3)}, tmp_path / "a.pt")
+    (tmp_path / "file").write_text("x")
+    memory, name = fsspec.filesystem("memory"), uuid.uuid4().hex
+    memory.pipe_file(f"/{name}/.holdfast-draft-of-others", b"x")
+    targets = (str(tmp_path / "file" / "sub"), StoreRefused), (f"memory://{name}", AlreadyExists)
+    for target, error in targets:
+        for act in (checkpoint.plan_export_foreign, checkpoint.export_foreign):
+            with pytest.raises(error):
+                act(checkpoint.Whereabouts(str(tmp_path / "a.pt")), target, checkpoint.Emigration("torch"))
+    memory.rm(f"/{name}", recursive=True)

@@ -177,16 +177,16 @@ def plan_export_foreign(
 ) -> ConversionReport:
     """Tell what an export would read and write, headers, padding and all; nothing of any tensor is read.
 
-    Raises AlreadyExists if there is something at its target already.
+    Raises AlreadyExists, StoreRefused if there is something at its target already, or can be nothing.
     """
     settings = settings or ConversionSettings()
-    check_free(url)
     draft = rehearsing()
     draft.num_threads = settings.num_workers
     with _opened(source) as opened:
         blank = BlankStored(opened) if isinstance(opened, Stored) else BlankForeign(opened)
         origin = _origin_of(blank, source)
         outward = plan_emigration(origin, emigration, _holds_optimizer)
+        check_free(url, outward.attempt[:_ATTEMPT_DIGITS])
         most_bytes = _most_bytes(origin, settings)
         read_bytes = rehearse_export(
             outward,
