@@ -124,9 +124,10 @@ def reshard(
     settings = settings or ConversionSettings()
     began_s, before = time.monotonic(), high_water_bytes()
     plan = _plan(source, change, step)
-    present = _present(target, plan)
+    present = _present(target, plan, reach := Reach())
     if present is not None:
-        return replace(_report(target, plan, settings, present), is_new=False)
+        lost = tuple(reach.settle(settings.overflow))
+        return replace(_report(target, plan, settings, present), is_new=False, notes=lost)
     proofs: list[Proof] = []
     notes: list[str] = []
 
@@ -161,7 +162,8 @@ def plan_reshard(
     """Tell what `reshard` would do: the bytes that it would read, and write at most, and its peak memory."""
     settings = settings or ConversionSettings()
     plan = _plan(source, change, step)
-    _present(target, plan)
+    _present(target, plan, reach := Reach())
+    lost = tuple(reach.settle(settings.overflow))
     cuts = plan.draft.cuts
     reads = [wishes_of(batch) for batch in batches_of(cuts, settings.batch_bytes)]
     for number, spec in enumerate(plan.chosen.tensors):
@@ -174,7 +176,7 @@ def plan_reshard(
         read_bytes=read,
         written_bytes=most_stored_bytes(plan.draft, settings),
         is_dry=True,
-        proofs=(),
+        notes=lost,
     )
 
 
@@ -231,7 +233,7 @@ def _is_weight(name: str) -> bool:
     return name.startswith("model/")
 
 
-def _present(target: Store, plan: _Plan) -> Manifest | None:
+def _present(target: Store, plan: _Plan, reach: Reach) -> Manifest | None:
     """Return the checkpoint if the target has it. Raises AlreadyExists if it has another of the step."""
     if plan.draft.step not in Catalog(target).steps():
         return None
@@ -244,7 +246,7 @@ def _present(target: Store, plan: _Plan) -> Manifest | None:
         and found.meta.get("layout") == meta["layout"]
         and found.meta.get("converted") == meta["converted"]
     ):
-        _prove(plan, {one.name: one.fingerprint for one in found.tensors}, Reach(), unheard)
+        _prove(plan, {one.name: one.fingerprint for one in found.tensors}, reach, unheard)
         return found
     raise AlreadyExists(
         f"{target} has another checkpoint of step {plan.draft.step} (run {found.run!r}): "
