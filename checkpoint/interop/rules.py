@@ -189,7 +189,7 @@ def check_shape(name: str, shape: tuple[int, ...], declared: Mapping[str, tuple[
 def declared_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Return the shape of every declared tensor, by its name."""
     scope = model.scope({})
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for tensor in model.rules.tensors:
         if tensor.when is None or evaluate(tensor.when, scope):
             shape = tuple(evaluate(dim, scope) for dim in tensor.shape)

@@ -27,6 +27,18 @@ class Held:
         return getattr(self._store, name)
 
 
+class Late(Held):
+    """A store whose puts are said to have failed, and may land later."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        super().__init__(store)
+        self.puts: dict[str, bytes] = {}
+
+    def put(self, key: str, data: bytes) -> None:
+        self.puts[key] = data
+        broken()
+
+
 @pytest.fixture
 def store() -> MemoryStore:
     return MemoryStore("turns")
@@ -90,14 +102,12 @@ def test_a_writer_whose_puts_failed_for_longer_than_the_silence_takes_its_turn_a
 
 
 def test_a_put_that_failed_and_lands_after_a_takeover_revives_nothing(store):
-    held = Held(store)
-    turn = taken(held, DULL)
-    late = {}
-    held.put = lambda key, data: (late.update({key: data}), broken())
+    late = Late(store)
+    turn = taken(late, DULL)
     with pytest.raises(StoreUnavailable):
         turn.show()
     take_and_finish(store)
-    for key, data in late.items():
+    for key, data in late.puts.items():
         store.put(key, data)
     turn._shown_s -= DULL.silence_s
     with pytest.raises(Conflict, match="went on with there"):
