@@ -130,15 +130,6 @@ def test_steps_of_one_store_are_compared(source):
     assert ask("diff", source, source, "--step", "3", "--other-step", "4").exit_code == 0
 
 
-def test_a_step_is_the_second_ones_too_if_it_is_a_store_and_none_is_passed_over(source, tmp_path):
-    foreign = str(tmp_path / "foreign.pt")
-    torch.save(checkpoint.load(checkpoint.open_store(source), 3).state["model"], foreign)
-    assert ask("diff", source, foreign, "--step", "3").exit_code == 1, "the optimizer is missing"
-    assert "no step 4" in ask("diff", source, foreign, "--step", "3", "--other-step", "4").output
-    held = ("--other-step", "4", "--other-format", "torch")
-    assert "no step 4" in ask("diff", source, foreign, *held).output, "and nothing is passed over in silence"
-
-
 # ------------------------------------------------------------------------------ foreign, both ways
 
 

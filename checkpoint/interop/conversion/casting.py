@@ -113,8 +113,8 @@ class Reach:
         ]
         if notes and overflow is Overflow.REFUSED:
             raise Misuse(
-                f"{'; '.join(notes[:5])} (in {len(notes)} tensors): another --dtype holds them, or "
-                "--allow-overflow lets them go; nothing was committed"
+                f"{'; '.join(notes[:5])} (in {len(notes)} tensors): another dtype (--dtype, or the "
+                "rules') holds them, or --allow-overflow lets them go; nothing was committed"
             )
         return notes
 
