@@ -205,7 +205,10 @@ def diff(
     second: Where,
     step: Annotated[int | None, typer.Option(min=0, help="The first one's step.", show_default=False)] = None,
     other_step: Annotated[
-        int | None, typer.Option(min=0, help="The second one's step. Default: as --step.", show_default=False)
+        int | None,
+        typer.Option(
+            min=0, help="The second one's step. Default: --step, if it is a store.", show_default=False
+        ),
     ] = None,
     format: Format = None,
     other_format: Format = None,
@@ -215,14 +218,16 @@ def diff(
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="The second one's rules. Default: as --rules.",
+            help="The second one's rules. Default: --rules with --set.",
             autocompletion=rule_names,
         ),
     ] = None,
     other_sizes: Annotated[
         list[str] | None,
         typer.Option(
-            "--other-set", metavar="size=N", help="A size for --other-rules. Default: as --set. Repeatable."
+            "--other-set",
+            metavar="size=N",
+            help="A size for --other-rules; --set tells them none. Repeatable.",
         ),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="How many threads read.")] = 2,
@@ -244,11 +249,12 @@ def diff(
         other = conversions.rules_of(others) if other_rules or other_sizes else chosen
         settings = conversions.settings_of("1GiB", threads)
         one, two = (stores.find(each, Path(runs_dir)) for each in (first, second))
-        last = step if other_step is None else other_step
+        is_like_first = other_step is None and other_format is None and checkpoint.is_store(two)
+        last = step if is_like_first else other_step
         with followed() as listener:
             compared = checkpoint.compare_places(
                 checkpoint.Whereabouts(one, step, format, chosen),
-                checkpoint.Whereabouts(two, last if other_format is None else None, other_format, other),
+                checkpoint.Whereabouts(two, last, other_format, other),
                 settings=settings,
                 listener=listener,
             )

@@ -93,6 +93,7 @@ def draw_report(console: Console, report: "checkpoint.ConversionReport") -> None
     what = f"step {report.step} of {report.source}, {size}"
     if not report.is_new:
         console.print(f"{what}: was in {report.target} already", markup=False, soft_wrap=True)
+        _draw_notes(console, report)
         return
     console.print(f"{what} -> {report.target}", markup=False, soft_wrap=True)
     most = "at most " if report.is_dry else ""
@@ -110,6 +111,10 @@ def draw_report(console: Console, report: "checkpoint.ConversionReport") -> None
         rows.append(("took", f"{report.seconds:.2f} s, {spell_bytes(rate)}/s"))
         rows.append(("proved", _proved(report)))
     draw_table(console, "", ("", ""), rows)
+    _draw_notes(console, report)
+
+
+def _draw_notes(console: Console, report: "checkpoint.ConversionReport") -> None:
     for note in report.notes:
         console.print(f"note: {note}", markup=False, style="yellow")
 

@@ -81,12 +81,21 @@ def report_conversion(report: checkpoint.ConversionReport) -> None:
         {"tensor": one.name, "proof": one.how, "fingerprint": f"{one.fingerprint:016x}"}
         for one in report.proofs
     ]
-    told = (
-        f"Step {report.step} of {report.source} -> {report.target} ({report.layout}): "
-        f"{report.num_bytes} bytes of {report.num_tensors} tensors in {report.seconds:.1f} s; "
-        f"read {report.read_bytes}, written {report.written_bytes}. {' '.join(report.notes)}"
-    )
-    create_table_artifact(table=rows, key=_ARTIFACT, description=told)
+    create_table_artifact(table=rows, key=_ARTIFACT, description=describe(report))
+
+
+def describe(report: checkpoint.ConversionReport) -> str:
+    """Say in a few lines what a conversion did, or that it was only rehearsed."""
+    size = f"{report.num_bytes} bytes of {report.num_tensors} tensors"
+    if report.is_dry:
+        did = (
+            f"{size} would be converted; {report.read_bytes} would be read and at most "
+            f"{report.written_bytes} written. This was a dry run: nothing was written or proved"
+        )
+    else:
+        did = f"{size} in {report.seconds:.1f} s; read {report.read_bytes}, written {report.written_bytes}"
+    where = f"Step {report.step} of {report.source} -> {report.target} ({report.layout})"
+    return f"{where}: {did}. {' '.join(report.notes)}"
 
 
 def carry_out(order: ConversionOrder) -> checkpoint.ConversionReport:
@@ -99,6 +108,7 @@ def carry_out(order: ConversionOrder) -> checkpoint.ConversionReport:
 
 
 def _reshard(order: ConversionOrder) -> checkpoint.ConversionReport:
+    _refuse(order, "a resharding", ("source_rules", "source_sizes", "run", "ties", "by_order"))
     source, target = checkpoint.open_store(order.source), checkpoint.open_store(order.target)
     change = checkpoint.Change(order.to, order.dtype, order.only, _rules(order.rules, order.sizes))
     act = checkpoint.plan_reshard if order.dry_run else checkpoint.reshard
@@ -106,8 +116,8 @@ def _reshard(order: ConversionOrder) -> checkpoint.ConversionReport:
 
 
 def _import(order: ConversionOrder) -> checkpoint.ConversionReport:
-    if order.dtype is not None or order.only is not None:
-        raise checkpoint.FormatError("import it into a store first; from there it is cast and divided")
+    then = "; for a dtype, or a part of it, import it into a store first, and convert that"
+    _refuse(order, "an import", ("dtype", "only", "source_rules", "source_sizes"), then)
     adoption = checkpoint.Adoption(
         run=order.run,
         step=order.step,
@@ -122,6 +132,7 @@ def _import(order: ConversionOrder) -> checkpoint.ConversionReport:
 
 
 def _export(order: ConversionOrder) -> checkpoint.ConversionReport:
+    _refuse(order, "an export", ("run", "ties"))
     rules = _rules(order.rules, order.sizes)
     emigration = checkpoint.Emigration(order.target_format or "", order.to, rules, order.dtype, order.only)
     source = checkpoint.Whereabouts(
@@ -133,6 +144,16 @@ def _export(order: ConversionOrder) -> checkpoint.ConversionReport:
     )
     act = checkpoint.plan_export_foreign if order.dry_run else checkpoint.export_foreign
     return act(source, order.target, emigration, settings=_settings(order))
+
+
+def _refuse(order: ConversionOrder, what: str, names: tuple[str, ...], then: str = "") -> None:
+    """Refuse fields that a direction would pass over in silence. Raises FormatError naming them."""
+    fields = ConversionOrder.model_fields
+    given = [
+        name for name in names if getattr(order, name) != fields[name].get_default(call_default_factory=True)
+    ]
+    if given:
+        raise checkpoint.FormatError(f"{what} has no use for {', '.join(given)}: leave them empty{then}")
 
 
 def _rules(name: str | None, sizes: list[str]) -> checkpoint.RuleChoice | None:

@@ -57,19 +57,32 @@ def drafting(url: str, attempt: str, beat: Beat = BEAT) -> Iterator[Draft]:
                 fs.rmdir(folder)
 
 
-def check_free(url: str) -> None:
-    """See that nothing is where a directory is to be written. Raises AlreadyExists."""
+def check_free(url: str, attempt: str) -> None:
+    """See that a directory can be written, as far as that shows without writing.
+
+    Raises AlreadyExists if something else is there, behind a URL another attempt's draft as well;
+    StoreRefused if there can be no directory here.
+    """
     with told(url):
         fs, root = filesystem(url)
     if isinstance(fs, LocalFileSystem):
         _check_free_here(Path(os.path.realpath(root)), url)
     else:
-        _check_free_there(fs, root, url)
+        _check_resumable(_files(fs, root, url), url, attempt)
 
 
 def _check_free_here(path: Path, url: str) -> None:
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise AlreadyExists(_TAKEN.format(url))
+    with told(url):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise AlreadyExists(_TAKEN.format(url))
+        parent = next(one for one in path.parents if one.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise StoreRefused(f"{url} cannot be made: {parent} is no directory that can be written to")
+
+
+def _check_resumable(there: set[str], url: str, attempt: str) -> None:
+    if there and f"{DRAFT}-{attempt}" not in there:
+        raise AlreadyExists((_UNFINISHED if _is_unfinished(there) else _TAKEN).format(url))
 
 
 def _check_free_there(fs: Any, root: str, url: str) -> None:
@@ -132,8 +145,7 @@ def _held(folder: Path, url: str) -> Iterator[None]:
 def _drafting_there(fs: Any, root: str, url: str, attempt: str, turn: Turn) -> Iterator[Draft]:
     mark = f"{root}/{DRAFT}-{attempt}"
     there = _files(fs, root, url)  # once more, for who had the turn before may have finished
-    if there and f"{DRAFT}-{attempt}" not in there:
-        raise AlreadyExists((_UNFINISHED if _is_unfinished(there) else _TAKEN).format(url))
+    _check_resumable(there, url, attempt)
     with told(url):
         fs.makedirs(root, exist_ok=True)
         fs.pipe_file(mark, b"This conversion has not finished.\n")

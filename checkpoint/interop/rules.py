@@ -150,7 +150,7 @@ def _check_declared(model: Model, plan: Plan) -> None:
             weights[spec.name] = spec.shape
         else:
             states.setdefault(owner[0], set()).add(owner[1])
-    declared = dict(_declared(model))
+    declared = declared_shapes(model)
     if declared and (weights or not states):
         _compare(model, declared, weights)
     parameters = set(weights) or set(declared)
@@ -177,20 +177,23 @@ def _compare(
     for name, shape in found.items():
         if name not in declared:
             raise Mismatch(f"{model.rules.name} has no tensor {name!r} with these sizes: {dict(model.sizes)}")
-        if shape != declared[name]:
-            raise Mismatch(
-                f"{name!r} has the shape {shape}; by the sizes given it should be {declared[name]}"
-            )
+        check_shape(name, shape, declared)
 
 
-def _declared(model: Model) -> list[tuple[str, tuple[int, ...]]]:
-    """Return the name and shape of every declared tensor."""
+def check_shape(name: str, shape: tuple[int, ...], declared: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise Mismatch if a tensor is declared, and has another shape."""
+    if shape != declared.get(name, shape):
+        raise Mismatch(f"{name!r} has the shape {shape}; by the sizes given it should be {declared[name]}")
+
+
+def declared_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every declared tensor, by its name."""
     scope = model.scope({})
-    found = []
+    found: dict[str, tuple[int, ...]] = {}
     for tensor in model.rules.tensors:
         if tensor.when is None or evaluate(tensor.when, scope):
             shape = tuple(evaluate(dim, scope) for dim in tensor.shape)
-            found += [(tensor.names.fill(numbers), shape) for numbers in _numbers(model, tensor)]
+            found |= {tensor.names.fill(numbers): shape for numbers in _numbers(model, tensor)}
     return found
 
 

@@ -74,8 +74,8 @@ class Turn:
 
     def _put(self) -> bool:
         """Change the object; whether that was in time. One that was not is removed again."""
-        self._count += 1
-        self._store.put(self.key, self._value())
+        self._store.put(self.key, self._value(1))
+        self._count += 1  # only now: a put that failed may have left the object as it was
         if self._is_silent():
             self._store.delete(self.key)
             return False
@@ -114,8 +114,8 @@ class Turn:
         """Whether this turn stands, and not a later one to which the number fell anew."""
         return there.get(self.key, b"").startswith(self._token.encode())
 
-    def _value(self) -> bytes:
-        return f"{self._token} {self._count}".encode()
+    def _value(self, ahead: int = 0) -> bytes:
+        return f"{self._token} {self._count + ahead}".encode()
 
 
 @contextmanager

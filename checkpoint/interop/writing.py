@@ -18,7 +18,7 @@ from checkpoint.interop.joining import concats_on
 from checkpoint.interop.moves import Foreign, Plan
 from checkpoint.interop.naming import Model, local_number
 from checkpoint.interop.placing import resolve_sizes
-from checkpoint.interop.rules import plan_import
+from checkpoint.interop.rules import check_shape, declared_shapes, plan_import
 
 
 @dataclass(slots=True)
@@ -44,7 +44,9 @@ def plan_export(
     """
     model = Model(rules, resolve_sizes(rules, sizes), axes)
     groups: dict[tuple[object, ...], _Group] = {}
+    declared = declared_shapes(model)
     for spec in tensors:
+        check_shape(spec.name, spec.shape, declared)  # as it is, before sizes make something else of it
         _assign(model, groups, spec)
     foreign = [tensor for group in groups.values() for tensor in _write(model, group)]
     plan = plan_import(rules, sizes, axes, foreign)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 import checkpoint
 from checkpoint.errors import Mismatch
@@ -159,17 +160,27 @@ def test_averages_and_casts_are_proved_by_the_rule_applied_anew():
         assert proved[name] == checkpoint.fingerprint_tensor(stored)
 
 
+FLOATS = st.sampled_from(["float16", "bfloat16", "float32", "float64"])
+
+
 @given(
-    st.lists(st.floats(width=32, allow_nan=True), min_size=1, max_size=30),
-    st.sampled_from(["float16", "bfloat16", "float32", "float64"]),
-    st.sampled_from(["float16", "bfloat16", "float32", "float64"]),
+    st.lists(st.integers(0, 4), max_size=3).flatmap(
+        lambda shape: arrays(np.float32, tuple(shape), elements=st.floats(width=32))
+    ),
+    FLOATS,
+    FLOATS,
 )
-def test_both_casts_agree_on_every_value(values, old, new):
-    tensor = torch.tensor(values, dtype=torch.float32).to(getattr(torch, old))
+@example(np.zeros((), np.float32), "float32", "bfloat16")
+@example(np.zeros((), np.float64), "float64", "bfloat16")
+@example(np.zeros((0, 2), np.float32), "float32", "float16")
+def test_both_casts_agree_on_every_value_of_every_shape(values, old, new):
+    tensor = torch.from_numpy(values).to(getattr(torch, old))
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
     bits = tensor.view(integers).numpy().view(f"<u{tensor.itemsize}")
     if old != new:
-        assert np.array_equal(cast(bits, old, new), reference_cast(bits, old, new))
+        made, wanted = cast(bits, old, new), reference_cast(bits, old, new)
+        assert made.shape == wanted.shape == values.shape
+        assert np.array_equal(made, wanted)
 
 
 @settings(max_examples=25)

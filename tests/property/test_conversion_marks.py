@@ -9,6 +9,7 @@ from checkpoint.errors import Mismatch
 from checkpoint.format.box import Box
 from checkpoint.interop.account import account_as_named
 from checkpoint.interop.conversion.assembling import Assembled
+from checkpoint.interop.conversion.casting import Reach
 from checkpoint.interop.conversion.marking import Marked
 from checkpoint.interop.moves import Foreign
 from tests.interop_samples import fingerprints
@@ -36,7 +37,7 @@ def test_whatever_was_read_in_passing_the_fingerprints_are_those_of_the_tensors(
         whole = Box.whole(plan.tensors[number].shape)
         box = data.draw(st.one_of(st.just(whole), boxes(whole.size)))
         assembled.read([(number, box)])
-    assert marked.fingerprints(set(tensors), SETTINGS) == fingerprints(tensors)
+    assert marked.fingerprints(set(tensors), SETTINGS, Reach()) == fingerprints(tensors)
 
 
 def test_what_was_read_whole_is_not_read_again_and_what_was_not_is():
@@ -46,7 +47,7 @@ def test_what_was_read_whole_is_not_read_again_and_what_was_not_is():
         for box in read:
             marked.read(0, box)
         expected_marks = fingerprints({NAME: source().arrays[0]})
-        assert marked.fingerprints({NAME}, SETTINGS) == expected_marks
+        assert marked.fingerprints({NAME}, SETTINGS, Reach()) == expected_marks
         assert marked.num_read_bytes == expected * NUM_BYTES
 
 
@@ -54,7 +55,7 @@ def test_parts_that_overlap_are_no_whole_even_if_they_are_as_many():
     marked = Marked(source(), ACCOUNT)
     for box in (Box((0, 0), (4, 4)), Box((3, 0), (2, 4))):
         marked.read(0, box)
-    assert marked.fingerprints({NAME}, SETTINGS) == fingerprints({NAME: source().arrays[0]})
+    assert marked.fingerprints({NAME}, SETTINGS, Reach()) == fingerprints({NAME: source().arrays[0]})
     assert marked.num_read_bytes == 2 * NUM_BYTES
 
 

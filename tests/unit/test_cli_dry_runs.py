@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import checkpoint
+from checkpoint.errors import AlreadyExists, StoreRefused
 from tests.conversion_samples import adam_state, block_weights, save_state
 from tests.interop.unpacking import unpack
 from tests.unit.test_cli_conversions import told
@@ -80,25 +83,36 @@ import json, sys
 import numpy, torch  # what a conversion imports is no buffer
 from checkpoint import (Change, ConversionSettings, Emigration, Adoption, Whereabouts, export_foreign,
                         import_foreign, open_store, reshard)
-verb, source, target, warm = sys.argv[1:]
+verb, dtype, source, target, warm = sys.argv[1:]
+dtype = None if dtype == "-" else dtype
 settings = ConversionSettings(budget_bytes=512 << 20)
 def convert(source, target):
     if verb == "reshard":
-        return reshard(open_store(source), open_store(target), Change(to="shard=3"), settings=settings)
+        return reshard(open_store(source), open_store(target), Change("shard=3", dtype), settings=settings)
     if verb == "import":
         return import_foreign(source, open_store(target), Adoption(), settings=settings)
-    return export_foreign(Whereabouts(source), target, Emigration(verb), settings=settings)
+    return export_foreign(Whereabouts(source), target, Emigration(verb, dtype=dtype), settings=settings)
 convert(warm, target + "-warm")
 report = convert(source, target)
 print(json.dumps([report.peak_bytes, report.grown_bytes]))
 """
 
 
+def slowly(*kinds: tuple[str, str]) -> list:
+    return [pytest.param(*one, marks=pytest.mark.slow) for one in kinds]
+
+
 @pytest.mark.parametrize(
-    "verb",
-    ["reshard", *(pytest.param(one, marks=pytest.mark.slow) for one in ("import", "hf", "dcp", "torch"))],
+    ("verb", "dtype"),
+    [
+        ("reshard", "-"),
+        ("reshard", "bf16"),
+        *slowly(
+            ("import", "-"), ("hf", "-"), ("dcp", "-"), ("torch", "-"), ("hf", "bf16"), ("torch", "fp64")
+        ),
+    ],
 )
-def test_a_process_grows_by_no_more_than_was_told(verb, tmp_path):
+def test_a_process_grows_by_no_more_than_was_told(verb, dtype, tmp_path):
     """What buffers hold is a bound, of which streams need a part; a tenth more is the allocator's."""
     torch.manual_seed(6)
     small, large = tmp_path / "small", tmp_path / "large"
@@ -109,10 +123,39 @@ def test_a_process_grows_by_no_more_than_was_told(verb, tmp_path):
             save_file(state, place / "model.safetensors")
         else:
             save_state(checkpoint.open_store(str(place)), {"model": state})
-    command = [sys.executable, "-c", GROWTH, verb, str(large), str(tmp_path / "out"), str(small)]
+    command = [sys.executable, "-c", GROWTH, verb, dtype, str(large), str(tmp_path / "out"), str(small)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
     told, grown = json.loads(done.stdout)
     assert told / 10 <= grown <= 1.1 * told, (told >> 20, grown >> 20)
+
+
+AVERAGING = """
+import json, sys
+import numpy, torch
+from checkpoint import ConversionSettings, Adoption, open_store
+from checkpoint.interop.conversion.importing import import_checkpoint
+from checkpoint.interop.moves import Foreign
+from tests.interop_samples import Files
+from tests.unit.test_conversion_averages import MEAN, rules
+class Ranks(Files):
+    def read(self, number, box):
+        return numpy.full(box.size, 0x3C00 + number, "<u2")
+def convert(rows, target):
+    ranks = [Foreign("w", "float16", (rows, 1024), {"tensor": rank}) for rank in range(8)]
+    adoption, settings = Adoption(rules=rules(MEAN)), ConversionSettings(128 << 20)
+    files = Ranks(ranks, None, {"tensor": 8})
+    return import_checkpoint(files, "x", open_store(target), adoption, settings=settings)
+convert(8, sys.argv[1] + "-warm")
+report = convert(1 << 14, sys.argv[1])
+print(json.dumps([report.peak_bytes, report.grown_bytes]))
+"""
+
+
+def test_a_process_that_averages_holds_one_rank_at_a_time(tmp_path):
+    command = [sys.executable, "-c", AVERAGING, str(tmp_path / "out")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    told, grown = json.loads(done.stdout)
+    assert grown <= 1.1 * told, (told >> 20, grown >> 20)
 
 
 def test_large_tensors_in_many_chunks_are_told_block_by_block(tmp_path):
@@ -125,3 +168,16 @@ def test_large_tensors_in_many_chunks_are_told_block_by_block(tmp_path):
         [("reshard", "--to", "tensor=3"), ("export", "--format", "dcp"), ("export", "--format", "hf")]
     ):
         check(options[0], str(tmp_path / "large"), tmp_path / f"to{number}", *options[1:])
+
+
+def test_a_rehearsal_sees_what_keeps_an_export_from_its_target(tmp_path):
+    torch.save({"w": torch.ones(3)}, tmp_path / "a.pt")
+    (tmp_path / "file").write_text("x")
+    memory, name = fsspec.filesystem("memory"), uuid.uuid4().hex
+    memory.pipe_file(f"/{name}/.holdfast-draft-of-others", b"x")
+    targets = (str(tmp_path / "file" / "sub"), StoreRefused), (f"memory://{name}", AlreadyExists)
+    for target, error in targets:
+        for act in (checkpoint.plan_export_foreign, checkpoint.export_foreign):
+            with pytest.raises(error):
+                act(checkpoint.Whereabouts(str(tmp_path / "a.pt")), target, checkpoint.Emigration("torch"))
+    memory.rm(f"/{name}", recursive=True)

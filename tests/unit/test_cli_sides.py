@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import checkpoint
+from tests.conversion_samples import adam_state, block_weights, save_state
 from tests.interop.unpacking import rewrite
 from tests.resharding_matrix import MODELS, make_truth
 from tests.unit.test_cli_conversions import ask, told
@@ -100,3 +102,15 @@ def test_a_dry_run_says_that_its_target_is_taken(verb, ranks, tmp_path):
     done = ask(verb, source, str(other), *options[verb], "--dry-run")
     assert done.exit_code == 1, done.output
     assert "AlreadyExists" in ask(verb, source, str(other), *options[verb], "--dry-run", "--json").output
+
+
+def test_a_step_is_the_second_ones_too_if_it_is_a_store_and_none_is_passed_over(tmp_path):
+    source = str(tmp_path / "source")
+    for step in (3, 4):
+        save_state(checkpoint.open_store(source), adam_state(block_weights()), step=step)
+    foreign = str(tmp_path / "foreign.pt")
+    torch.save(checkpoint.load(checkpoint.open_store(source), 3).state["model"], foreign)
+    assert ask("diff", source, foreign, "--step", "3").exit_code == 1, "the optimizer is missing"
+    assert "no step 4" in ask("diff", source, foreign, "--step", "3", "--other-step", "4").output
+    held = ("--other-step", "4", "--other-format", "torch")
+    assert "no step 4" in ask("diff", source, foreign, *held).output, "and nothing is passed over in silence"

@@ -57,6 +57,10 @@ def test_a_cast_to_infinity_is_refused_with_the_tensor_and_the_number_unless_it_
     report = reshard(source, target, Change(dtype="fp16"), settings=settings)
     assert report.notes == ("2 elements of model/w are beyond float16, and became infinite",)
     assert bits_of(target)["model/w"][0] == torch.float16
+    again = reshard(source, target, Change(dtype="fp16"), settings=settings)
+    assert not again.is_new and again.notes == report.notes
+    with pytest.raises(Misuse, match="2 elements of model/w"):
+        reshard(source, target, Change(dtype="fp16"))
     other = MemoryStore("other")
     assert reshard(source, other, Change(dtype="bf16")).notes == ()
 
@@ -75,12 +79,17 @@ def test_an_export_to_infinity_is_refused_and_never_appears(tmp_path):
 @pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
 def test_the_configuration_tells_the_type_that_weights_were_cast_to(tmp_path, key):
     url, out = str(tmp_path / "store"), tmp_path / "out"
-    config = {"model_type": "other", key: "float32"}
+
+    def retyped(dtype: str) -> dict[str, object]:
+        return {**config, key: dtype, "text_config": {key: dtype}}
+
+    inner = {"quantization_config": {key: "int8"}, "text_config": {key: "float32"}}
+    config = {"model_type": "other", key: "float32", **inner}
     save_state(checkpoint.open_store(url), {"model": {"w": torch.ones(3)}, "config": config})
     told("export", url, str(out), "--format", "hf", "--dtype", "bf16")
-    assert json.loads((out / "config.json").read_text()) == {**config, key: "bfloat16"}
+    assert json.loads((out / "config.json").read_text()) == retyped("bfloat16")
     told("reshard", url, str(tmp_path / "cast"), "--dtype", "fp16")
     told("export", str(tmp_path / "cast"), str(tmp_path / "half"), "--format", "hf")
-    assert json.loads((tmp_path / "half/config.json").read_text()) == {**config, key: "float16"}
+    assert json.loads((tmp_path / "half/config.json").read_text()) == retyped("float16")
     told("export", url, str(tmp_path / "same"), "--format", "hf")
     assert json.loads((tmp_path / "same/config.json").read_text()) == config

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 import checkpoint
 from checkpoint.errors import FormatError, Misuse, NoCheckpoint, StoreUnavailable
-from tasks.convert import ConversionOrder, carry_out, may_pass
+from tasks.convert import ConversionOrder, carry_out, describe, may_pass
 from tests.conversion_samples import bits_of, block_weights, save_state
 from tests.resharding_matrix import MODELS, make_truth
 
@@ -84,3 +84,30 @@ def test_a_cast_that_loses_numbers_takes_leave(tmp_path):
     with pytest.raises(Misuse, match="beyond float16"):
         carry_out(order)
     assert len(carry_out(order.model_copy(update={"allow_overflow": True})).notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"source": "store", "source_rules": "x", "ties": ["a=b"]},
+            "a resharding has no use for source_r.*, ties",
+        ),
+        ({"source": "store", "target_format": "hf", "run": "mine"}, "an export has no use for run"),
+        ({"source": "model", "source_rules": "x"}, "an import has no use for source_rules"),
+    ],
+)
+def test_what_a_direction_has_no_use_for_is_refused_by_name(fields, message, tmp_path):
+    save_state(checkpoint.open_store(str(tmp_path / "store")), {"model": block_weights()})
+    fields["source"] = str(tmp_path / fields["source"])
+    with pytest.raises(FormatError, match=message):
+        carry_out(ConversionOrder(target=str(tmp_path / "out"), **fields))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_only_rehearsed_is_told_as_that(tmp_path):
+    save_state(checkpoint.open_store(str(tmp_path / "store")), {"model": block_weights()})
+    order = ConversionOrder(source=str(tmp_path / "store"), target=str(tmp_path / "out"), dry_run=True)
+    assert "dry run: nothing was written" in describe(carry_out(order))
+    done = describe(carry_out(order.model_copy(update={"dry_run": False})))
+    assert "dry run" not in done and "would" not in done

@@ -1,9 +1,11 @@
 """The built-in rule sets: shards cut by plain numpy come back bit for bit, and so does what they write."""
 
+import re
+
 import numpy as np
 import pytest
 
-from checkpoint.errors import FormatError
+from checkpoint.errors import FormatError, Mismatch
 from checkpoint.interop.builtin import builtin_names, builtin_rules
 from checkpoint.interop.expression import Scope, Size, evaluate
 from checkpoint.interop.grammar import read_rules
@@ -195,3 +197,11 @@ def test_a_document_that_is_not_there_is_named():
         builtin_rules("../model-llama")
     with pytest.raises(FormatError, match=r"line 2.*nowhere to find"):
         read_rules("rules: 1\nextends: model-llama\n", "own rules")
+
+
+def test_a_size_that_does_not_fit_is_told_with_the_shape_that_the_tensor_has():
+    with pytest.raises(
+        Mismatch,
+        match=re.escape("q.weight' has the shape (12, 10); by the sizes given it should be (198, 10)"),
+    ):
+        plan_export(builtin_rules("llama-megatron"), {**LLAMA, "heads": 99}, {}, specs_for(llama()))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from checkpoint.errors import Conflict
+from checkpoint.errors import Conflict, StoreUnavailable
 from checkpoint.interop.turns import Beat, Turn, taking_turn
 from checkpoint.store.memory import MemoryStore
 
@@ -25,6 +25,18 @@ class Held:
 
     def __getattr__(self, name: str):
         return getattr(self._store, name)
+
+
+class Late(Held):
+    """A store whose puts are said to have failed, and may land later."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        super().__init__(store)
+        self.puts: dict[str, bytes] = {}
+
+    def put(self, key: str, data: bytes) -> None:
+        self.puts[key] = data
+        broken()
 
 
 @pytest.fixture
@@ -70,3 +82,37 @@ def test_of_a_late_writer_and_one_that_takes_over_one_goes_on(store):
     with pytest.raises(Conflict):
         turn.show()
     other.show()
+
+
+@pytest.mark.parametrize("num_failed", [1, 2])
+def test_a_writer_whose_puts_failed_for_longer_than_the_silence_takes_its_turn_again(store, num_failed):
+    held = Held(store)
+    turn = taken(held, DULL)
+    turn.show()
+    held.first = broken
+    for _ in range(num_failed):
+        with pytest.raises(StoreUnavailable):
+            turn.show()
+    turn._shown_s -= DULL.silence_s  # what a clock would say after the silence
+    held.first = lambda: None
+    turn.show()
+    assert [entry.key for entry in store.list("")] == ["000002"]
+    turn.give_back()
+    assert not store.list("")
+
+
+def test_a_put_that_failed_and_lands_after_a_takeover_revives_nothing(store):
+    late = Late(store)
+    turn = taken(late, DULL)
+    with pytest.raises(StoreUnavailable):
+        turn.show()
+    take_and_finish(store)
+    for key, data in late.puts.items():
+        store.put(key, data)
+    turn._shown_s -= DULL.silence_s
+    with pytest.raises(Conflict, match="went on with there"):
+        turn.show()
+
+
+def broken() -> None:
+    raise StoreUnavailable("down")

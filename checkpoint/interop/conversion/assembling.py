@@ -6,10 +6,9 @@ import numpy as np
 import torch
 
 from checkpoint.engine.plan import TensorSpec
-from checkpoint.engine.tensors import torch_dtype
 from checkpoint.format.box import Box
 from checkpoint.format.dtypes import dtype_of, itemsize
-from checkpoint.interop.conversion.casting import cast
+from checkpoint.interop.conversion.casting import cast, parts_of
 from checkpoint.interop.conversion.contract import Array, Wish
 from checkpoint.interop.conversion.moving import source_part, turned
 from checkpoint.interop.formats.contract import Contents
@@ -52,30 +51,48 @@ class Assembled:
     def _read(self, number: int, box: Box) -> Array:
         spec = self._plan.tensors[number]
         moves = self._moves.get(number, ())
-        if len(moves) == 1 and moves[0].how is How.FILL and moves[0].target_box.intersect(box) == box:
-            return self._filled(moves[0], box)
+        if len(moves) == 1 and self._fills(moves[0], box):
+            return self._filled(moves[0], box)[0]
         found: Array = np.zeros(box.size, dtype_of(spec.dtype).carrier)
-        sums: dict[Box, list[Array]] = {}
+        averaged: dict[Box, list[Move]] = {}
         for move in moves:
             part = move.target_box.intersect(box)
             if part is None:
                 continue
             if move.how is How.MEAN:
-                bits = turned(move, self._foreign.read(move.source, source_part(move, part)), part)
-                old = self._plan.foreign[move.source].dtype
-                sums.setdefault(part, []).append(cast(bits, old, "float64"))
-            else:
-                found[part.within(box)] = self._filled(move, part)
-        for part, summands in sums.items():
-            found[part.within(box)] = cast(_mean(summands), "float64", spec.dtype)
+                averaged.setdefault(part, []).append(move)
+                continue
+            is_cast = self._plan.foreign[move.source].dtype != spec.dtype
+            for band in parts_of(part) if is_cast else [part]:
+                found[band.within(box)] = cast(*self._filled(move, band), spec.dtype)
+        for part, some in averaged.items():
+            for band in parts_of(part):
+                found[band.within(box)] = cast(self._mean(some, band), "float64", spec.dtype)
         return found
 
-    def _filled(self, move: Move, part: Box) -> Array:
-        """Return the bits that a move has for a part of its target box."""
+    def _fills(self, move: Move, box: Box) -> bool:
+        """Whether a move has a whole box, as it is."""
+        is_as_it_is = self._plan.foreign[move.source].dtype == self._plan.tensors[move.target].dtype
+        return is_as_it_is and move.how is How.FILL and move.target_box.intersect(box) == box
+
+    def _filled(self, move: Move, part: Box) -> tuple[Array, str]:
+        """Return the bits that a move has for a part of its target box, and their type."""
         bits = turned(move, self._foreign.read(move.source, source_part(move, part)), part)
-        return cast(bits, self._plan.foreign[move.source].dtype, self._plan.tensors[move.target].dtype)
+        return bits, self._plan.foreign[move.source].dtype
+
+    def _mean(self, moves: Sequence[Move], part: Box) -> Array:
+        """Add doubles up, one foreign tensor after the other as they are listed, and divide the sum.
+
+        Sums in another order have other last bits, and a proof compares all of them.
+        """
+        first, *others = sorted(moves, key=lambda move: move.source)
+        total = _doubles(*self._filled(first, part)).clone()
+        for move in others:
+            total += _doubles(*self._filled(move, part))
+        total /= len(moves)
+        total.masked_fill_(torch.isnan(total), float("nan"))
+        return total.view(torch.int64).numpy().view("<u8")
 
 
-def _mean(summands: Sequence[Array]) -> Array:
-    values = torch.stack([torch.from_numpy(one.view("i8")).view(torch_dtype("float64")) for one in summands])
-    return values.mean(dim=0).view(torch.int64).numpy().view("<u8")
+def _doubles(bits: Array, dtype: str) -> torch.Tensor:
+    return torch.from_numpy(cast(bits, dtype, "float64").view("i8")).view(torch.float64)

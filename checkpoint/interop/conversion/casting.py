@@ -21,6 +21,8 @@ from checkpoint.interop.conversion.contract import Array, GlobalTensors, Overflo
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 SHORT_NAMES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 _BAND_BYTES = 8 << 20
+_STRETCH = 1 << 16  # elements that are cast at a time
+_PART_BYTES = 2 << 20  # of doubles
 
 
 def parse_dtype(text: str) -> str:
@@ -52,8 +54,20 @@ class Cast:
 
 def cast(bits: Array, old: str, new: str) -> Array:
     """Return the bits of values in another type, rounded to nearest, ties to even."""
-    if old == new or not bits.size:
-        return bits if old == new else np.empty(bits.shape, dtype_of(new).carrier)
+    if old == new:
+        return bits
+    flat, made = bits.reshape(-1), np.empty(bits.size, dtype_of(new).carrier)
+    for first in range(0, flat.size, _STRETCH):
+        made[first : first + _STRETCH] = _cast(flat[first : first + _STRETCH], old, new)
+    return made.reshape(bits.shape)
+
+
+def parts_of(box: Box) -> list[Box]:
+    """Cut a box where values are changed, for which there are several doubles of each at a time."""
+    return split_box(box, itemsize("float64"), _PART_BYTES)
+
+
+def _cast(bits: Array, old: str, new: str) -> Array:
     integers = {2: np.int16, 4: np.int32, 8: np.int64}
     values = torch.from_numpy(bits.view(integers[bits.itemsize])).view(torch_dtype(old))
     if old == "float64" and new in ("float16", "bfloat16"):
@@ -84,10 +98,9 @@ class Reach:
         self._lost: dict[tuple[str, str], int] = {}
         self._lock = threading.Lock()
 
-    def see(self, name: str, bits: Array, old: str, made: Array, new: str) -> None:
-        """Count what is infinite in the new type and was a number in the old one."""
-        before, after = (_as_numbers(one, dtype) for one, dtype in ((bits, old), (made, new)))
-        number = int((np.isfinite(before) & np.isinf(after)).sum())
+    def see(self, name: str, were_numbers: Array, made: Array, new: str) -> None:
+        """Count what is infinite in the new type and was a number before."""
+        number = int((were_numbers & np.isinf(_as_numbers(made, new))).sum())
         if number:
             with self._lock:
                 self._lost[name, new] = self._lost.get((name, new), 0) + number
@@ -100,8 +113,8 @@ class Reach:
         ]
         if notes and overflow is Overflow.REFUSED:
             raise Misuse(
-                f"{'; '.join(notes[:5])} (in {len(notes)} tensors): another --dtype holds them, or "
-                "--allow-overflow lets them go; nothing was committed"
+                f"{'; '.join(notes[:5])} (in {len(notes)} tensors): another dtype (--dtype, or the "
+                "rules') holds them, or --allow-overflow lets them go; nothing was committed"
             )
         return notes
 
@@ -114,11 +127,13 @@ def reference_fingerprint(source: GlobalTensors, number: int, *, new: str, known
     spec = source.tensors[number]
     total = plain = 0
     for band in bands_of(spec):
-        bits = source.read([(number, band)])[0]
-        plain += fingerprint(np.ascontiguousarray(bits), spec.dtype, spec.shape, band)
-        made = reference_cast(bits, spec.dtype, new)
-        reach.see(spec.name, bits, spec.dtype, made, new)
-        total += fingerprint(np.ascontiguousarray(made), new, spec.shape, band)
+        read = source.read([(number, band)])[0]
+        for part in parts_of(band):
+            bits = np.ascontiguousarray(read[part.within(band)])
+            plain += fingerprint(bits, spec.dtype, spec.shape, part)
+            made = reference_cast(bits, spec.dtype, new)
+            reach.see(spec.name, are_numbers(bits, spec.dtype), made, new)
+            total += fingerprint(made, new, spec.shape, part)
     if plain % MODULUS != known:
         raise Mismatch(f"the content of {spec.name!r}, as it was cast, differs from the source's")
     return total % MODULUS
@@ -131,14 +146,19 @@ def bands_of(spec: TensorSpec) -> list[Box]:
 
 def reference_cast(bits: Array, old: str, new: str) -> Array:
     """Return the bits of values in another type: from one as wide as both, as by a textbook."""
-    values = _as_numbers(bits, old)
+    values = _as_numbers(bits.reshape(-1), old)  # numpy makes scalars of what has no dims
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         if new == "bfloat16":
             is_wide = values.dtype == np.float64
-            return (_double_to_bfloat16 if is_wide else _single_to_bfloat16)(values)
+            return (_double_to_bfloat16 if is_wide else _single_to_bfloat16)(values).reshape(bits.shape)
         made: Array = values.astype(np.dtype(new))
     made[np.isnan(made)] = np.nan
-    return made.view(dtype_of(new).carrier)
+    return made.view(dtype_of(new).carrier).reshape(bits.shape)
+
+
+def are_numbers(bits: Array, dtype: str) -> Array:
+    """Tell which of some values are numbers, and neither infinite nor none."""
+    return np.asarray(np.isfinite(_as_numbers(bits, dtype)))
 
 
 def _as_numbers(bits: Array, dtype: str) -> Array:

@@ -74,11 +74,23 @@ class Holds(Protocol):
 
 
 class Outbound:
-    """The foreign tensors of a plan, as a writer reads them: their boxes are filled from global tensors."""
+    """The foreign tensors of a plan, as a writer reads them: their boxes are filled from global tensors.
 
-    def __init__(self, source: GlobalTensors, plan: Plan, about: About, num_threads: int = 2) -> None:
+    `widths` are the bytes of an element of each global tensor before it is cast, if any is.
+    """
+
+    def __init__(
+        self,
+        source: GlobalTensors,
+        plan: Plan,
+        about: About,
+        *,
+        widths: Sequence[int] = (),
+        num_threads: int = 2,
+    ) -> None:
         self.about = about
         self._num_threads = num_threads
+        self._widths = widths or [itemsize(one.dtype) for one in plan.tensors]
         self.tensors: Sequence[Foreign] = plan.foreign
         self._source = source
         self._plan = plan
@@ -92,7 +104,8 @@ class Outbound:
         if (whole := self._whole(number, box)) is not None:
             return whole
         found: Array = np.zeros(box.size, dtype_of(dtype).carrier)
-        bands = split_box(box, itemsize(dtype), _BAND_BYTES)
+        wide = [self._widths[move.target] for move in self._moves.get(number, ())]
+        bands = split_box(box, max(wide, default=itemsize(dtype)), _BAND_BYTES)
         if len(bands) <= 1:
             self._fill(number, box, found)
             return found
@@ -103,11 +116,13 @@ class Outbound:
         return found
 
     def _whole(self, number: int, box: Box) -> Array | None:
-        """Return a box that is one of a global tensor, of the same type, as it was read: without a copy."""
+        """Return a box that is one of a global tensor, and not cast, as it was read: without a copy."""
         moves = self._moves.get(number, ())
         if len(moves) != 1 or moves[0].source_box.intersect(box) != box:
             return None
         move = moves[0]
+        if self._widths[move.target] != itemsize(self.tensors[number].dtype):
+            return None
         bits = self._source.read([(move.target, target_part(move, box))])[0]
         made = cast(bits, self._plan.tensors[move.target].dtype, self.tensors[number].dtype)
         return np.ascontiguousarray(turned_back(move, made, box)).reshape(box.size)
@@ -209,7 +224,8 @@ def plan_emigration(source: Origin, emigration: Emigration, holds_optimizer: Hol
     holds_copies = holds_optimizer(emigration.format) and emigration.rules is None and emigration.only is None
     ties = source.ties if holds_copies else {}
     plan = with_copies(plan, contents.tensors, ties)
-    outbound = Outbound(contents, plan, _about(source, emigration, plan))
+    widths = [itemsize(one.dtype) for one in chosen.tensors]
+    outbound = Outbound(contents, plan, _about(source, emigration, plan), widths=widths)
     return Outward(source, chosen, contents, plan, outbound, emigration, ties, tuple(notes))
 
 

@@ -46,9 +46,9 @@ def export_checkpoint(
     watched = Watched(outward.outbound, outward.written_bytes, listener)
     write(watched)
     listener(Progress("proving", watched.num_done_bytes, watched.num_bytes))
-    known = outward.source.fingerprints(outward.names, settings)
-    back = Counted(reopen())
     reach = Reach()
+    known = outward.source.fingerprints(outward.names, settings, reach)
+    back = Counted(reopen())
     proofs = _prove(outward, known, back, reach, url=url, settings=settings)
     notes = (*outward.notes, *reach.settle(settings.overflow), *outward.source.padding(settings))
     return ConversionReport(
@@ -114,7 +114,8 @@ def _prove(
         wanted = known[new.name]
         if is_cast:
             wanted = reference_fingerprint(outward.chosen, number, new=new.dtype, known=wanted, reach=reach)
-        proofs.append(Proof(new.name, "reference" if is_cast else "fingerprint", wanted))
+        is_changed = is_cast or new.name in outward.source.changed
+        proofs.append(Proof(new.name, "reference" if is_changed else "fingerprint", wanted))
         if found.get(new.name) != wanted:
             wrong.append(new.name)
     if wrong:

@@ -11,7 +11,7 @@ from checkpoint.engine.plan import TensorSpec
 from checkpoint.errors import NoSuchStep, StoreRefused
 from checkpoint.interop.account import Account
 from checkpoint.interop.conversion.assembling import Assembled, assembled_bytes
-from checkpoint.interop.conversion.batches import cuts_of, most_held_bytes
+from checkpoint.interop.conversion.batches import most_held_bytes
 from checkpoint.interop.conversion.comparing import Compared, Side, compare
 from checkpoint.interop.conversion.contract import (
     ConversionReport,
@@ -129,7 +129,7 @@ def plan_import_foreign(
             num_bytes=num_bytes,
             read_bytes=assembled_bytes(sighted.plan) + _proved_bytes(sighted.account(), foreign),
             written_bytes=most_stored_bytes(draft, settings),
-            peak_bytes=most_held_bytes(cuts_of(draft.tensors, draft.pieces), settings),
+            peak_bytes=most_held_bytes(draft.cuts, settings),
             is_dry=True,
             notes=(*foreign.about.notes, *sighted.notes),
         )
@@ -177,16 +177,16 @@ def plan_export_foreign(
 ) -> ConversionReport:
     """Tell what an export would read and write, headers, padding and all; nothing of any tensor is read.
 
-    Raises AlreadyExists if there is something at its target already.
+    Raises AlreadyExists, StoreRefused if there is something at its target already, or can be nothing.
     """
     settings = settings or ConversionSettings()
-    check_free(url)
     draft = rehearsing()
     draft.num_threads = settings.num_workers
     with _opened(source) as opened:
         blank = BlankStored(opened) if isinstance(opened, Stored) else BlankForeign(opened)
         origin = _origin_of(blank, source)
         outward = plan_emigration(origin, emigration, _holds_optimizer)
+        check_free(url, outward.attempt[:_ATTEMPT_DIGITS])
         most_bytes = _most_bytes(origin, settings)
         read_bytes = rehearse_export(
             outward,

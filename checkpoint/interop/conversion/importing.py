@@ -11,7 +11,7 @@ from checkpoint.format.codec import checksum
 from checkpoint.format.scheme import format_layout, parse_layout
 from checkpoint.interop.account import Account
 from checkpoint.interop.conversion.assembling import Assembled
-from checkpoint.interop.conversion.batches import cuts_of, most_held_bytes
+from checkpoint.interop.conversion.batches import most_held_bytes
 from checkpoint.interop.conversion.casting import Reach
 from checkpoint.interop.conversion.contract import (
     ConversionReport,
@@ -107,7 +107,7 @@ def import_checkpoint(
         num_bytes=written.num_bytes,
         read_bytes=counted.num_bytes,
         written_bytes=written.stored_bytes,
-        peak_bytes=most_held_bytes(cuts_of(draft.tensors, draft.pieces), settings),
+        peak_bytes=most_held_bytes(draft.cuts, settings),
         grown_bytes=high_water_bytes() - before,
         num_resumed_bytes=written.num_resumed_bytes,
         seconds=time.monotonic() - began_s,

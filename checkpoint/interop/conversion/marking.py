@@ -12,6 +12,7 @@ from checkpoint.errors import Mismatch
 from checkpoint.format.box import Box
 from checkpoint.format.fingerprint import MODULUS
 from checkpoint.interop.account import Account, Share
+from checkpoint.interop.conversion.casting import Reach
 from checkpoint.interop.conversion.contract import Array, ConversionSettings
 from checkpoint.interop.conversion.padding import look_at_padding
 from checkpoint.interop.conversion.proving import changed, held_twice, marked, prove
@@ -48,13 +49,20 @@ class Marked:
                 self._mark(share, part, bits[part.within(box)])
         return bits
 
-    def fingerprints(self, names: Collection[str], settings: ConversionSettings) -> dict[str, int]:
+    @property
+    def changed(self) -> frozenset[str]:
+        """The names of the tensors whose values rules cast or average."""
+        return frozenset(changed(self._account, self._foreign))
+
+    def fingerprints(
+        self, names: Collection[str], settings: ConversionSettings, reach: Reach
+    ) -> dict[str, int]:
         """Return those of these global tensors; what was not read, or not whole, is read for it now.
 
-        Raises Mismatch if copies of a tensor differ.
+        `reach` counts what is lost where rules change values. Raises Mismatch if copies of a tensor differ.
         """
         known = self._complete()
-        rest = prove(self._account.only(set(names) - known.keys()), self._foreign, settings)
+        rest = prove(self._account.only(set(names) - known.keys()), self._foreign, settings, reach)
         return rest | known
 
     def padding(self, settings: ConversionSettings) -> list[str]:

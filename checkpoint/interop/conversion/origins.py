@@ -9,6 +9,7 @@ from checkpoint.format.codec import checksum
 from checkpoint.format.manifest import Manifest, encode_manifest
 from checkpoint.format.tree import unflatten
 from checkpoint.interop.conversion.assembling import Assembled
+from checkpoint.interop.conversion.casting import Reach
 from checkpoint.interop.conversion.contract import ConversionSettings, GlobalTensors, Numbering
 from checkpoint.interop.conversion.marking import Marked
 from checkpoint.interop.conversion.ruled import RuleChoice, model_sizes, sizes_in
@@ -26,6 +27,7 @@ class Origin:
     """Global tensors by their universal names, and what is told besides.
 
     `digest` identifies it; `fingerprints` are those of the tensors named, known or worked out from it.
+    Of those that are `changed` rules cast or average the values as they are read.
     `padding` reads what of it is beyond the end of tensors, and tells of it. `num_read_bytes` tells how much
     of it was read so far. `sizes` are what rules may know of the model.
     `doubts` are parameters whose optimizer states could be another's. Of one that `is_at_hand` small parts
@@ -37,8 +39,9 @@ class Origin:
     digest: str
     contents: GlobalTensors
     extra: Mapping[str, Any]
-    fingerprints: Callable[[Collection[str], ConversionSettings], Mapping[str, int]]
+    fingerprints: Callable[[Collection[str], ConversionSettings, Reach], Mapping[str, int]]
     num_read_bytes: Callable[[], int]
+    changed: Collection[str] = ()
     ties: Ties = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -93,6 +96,7 @@ def foreign_origin(
         contents=Assembled(marked, sighted.plan),
         extra=about.extra,
         fingerprints=marked.fingerprints,
+        changed=marked.changed,
         padding=marked.padding,
         num_read_bytes=lambda: marked.num_read_bytes,
         ties=sighted.ties,

@@ -13,7 +13,7 @@ from checkpoint.format.box import Box, split_box
 from checkpoint.format.dtypes import itemsize
 from checkpoint.format.fingerprint import MODULUS, fingerprint
 from checkpoint.interop.account import Account, Share
-from checkpoint.interop.conversion.casting import Reach, reference_cast
+from checkpoint.interop.conversion.casting import Reach, are_numbers, parts_of, reference_cast
 from checkpoint.interop.conversion.contract import Array, ConversionSettings
 from checkpoint.interop.formats.contract import Contents
 
@@ -25,11 +25,16 @@ def prove(
 ) -> dict[str, int]:
     """Return the fingerprints of all tensors of an account, each share of which is read once.
 
-    Values that rules cast or average are changed by the reference's code; `reach` counts what casts lose.
-    Raises Mismatch if copies differ.
+    Values that rules cast or average are changed by the reference's code; `reach` counts what is lost by it,
+    and nothing twice that is there twice. Raises Mismatch if copies differ.
     """
-    works, seen = _works(account), reach or Reach()
-    marks = fan_out(lambda work: _mark(account, foreign, work, seen), works, settings.num_workers)
+    works, seen, unseen = _works(account), reach or Reach(), Reach()
+    firsts = _firsts(works)
+    marks = fan_out(
+        lambda work: _mark(account, foreign, work, seen if id(work) in firsts else unseen),
+        works,
+        settings.num_workers,
+    )
     return _summed(account, foreign, zip(works, marks, strict=True))
 
 
@@ -79,34 +84,51 @@ def shared_bytes(account: Account, foreign: Contents) -> int:
 
 
 def _works(account: Account) -> list[list[Share]]:
-    """Return which shares are read together: those of one average, and any other alone."""
+    """Return which shares are read together: those of one average, as its ranks are listed; others alone."""
     averages: dict[tuple[str, Box], list[Share]] = {}
     for one in account.shares:
         if one.is_mean:
             averages.setdefault((one.name, one.place(one.box)), []).append(one)
-    return [[one] for one in account.shares if not one.is_mean] + list(averages.values())
+    in_order = [sorted(work, key=lambda one: one.source) for work in averages.values()]
+    return [[one] for one in account.shares if not one.is_mean] + in_order
+
+
+def _firsts(works: Iterable[Sequence[Share]]) -> set[int]:
+    """Return which works, by identity, are the tensors' own and no copies of others."""
+    found: dict[tuple[str, Box], int] = {}
+    for work in works:
+        if not work[0].copy:
+            found.setdefault((work[0].name, work[0].place(work[0].box)), id(work))
+    return set(found.values())
 
 
 def _mark(account: Account, foreign: Contents, work: Sequence[Share], reach: Reach) -> int:
     """Return what shares of one place add to their tensor's fingerprint, read band by band."""
     one, spec = work[0], account.tensors[work[0].name]
-    bands = split_box(one.box, itemsize(foreign.tensors[one.source].dtype), _BAND_BYTES)
+    old = foreign.tensors[one.source].dtype
+    is_changed = len(work) > 1 or old != spec.dtype
+    bands = parts_of(one.box) if is_changed else split_box(one.box, itemsize(old), _BAND_BYTES)
     return sum(marked(one, _made(foreign, work, band, spec, reach), band, spec) for band in bands) % MODULUS
 
 
 def _made(foreign: Contents, work: Sequence[Share], band: Box, spec: TensorSpec, reach: Reach) -> Array:
     """Return the bits of a band of the first share, cast or averaged as the rules say."""
-    parts = [(one, band.moved(work[0].box.start, one.box.start)) for one in work]
-    found = [(foreign.read(one.source, part), foreign.tensors[one.source].dtype) for one, part in parts]
-    if len(found) == 1:
-        bits, old = found[0]
-        if old == spec.dtype:
-            return bits
-        made = reference_cast(bits, old, spec.dtype)
-        reach.see(spec.name, bits, old, made, spec.dtype)
-        return made
-    values = sum(reference_cast(bits, old, "float64").view("f8") for bits, old in found) / len(found)
-    return reference_cast(np.asarray(values).view("<u8"), "float64", spec.dtype)
+    bits, old = foreign.read(work[0].source, band), foreign.tensors[work[0].source].dtype
+    if len(work) == 1 and old == spec.dtype:
+        return bits
+    were_numbers = are_numbers(bits, old)
+    if len(work) > 1:  # in doubles, one rank after the other, and divided at the end
+        total = reference_cast(bits, old, "float64").view("f8")
+        for one in work[1:]:
+            bits = foreign.read(one.source, band.moved(work[0].box.start, one.box.start))
+            were_numbers &= are_numbers(bits, foreign.tensors[one.source].dtype)
+            summand = reference_cast(bits, foreign.tensors[one.source].dtype, "float64")
+            with np.errstate(over="ignore", invalid="ignore"):
+                total = total + summand.view("f8")
+        bits, old = np.asarray(total / len(work)).view("<u8"), "float64"
+    made = reference_cast(bits, old, spec.dtype)
+    reach.see(spec.name, were_numbers, made, spec.dtype)
+    return made
 
 
 _Marked = tuple[int, Share]

@@ -12,7 +12,7 @@ import numpy as np
 from checkpoint.engine.plan import TensorSpec
 from checkpoint.format.box import Box
 from checkpoint.format.dtypes import dtype_of
-from checkpoint.interop.conversion.casting import bands_of
+from checkpoint.interop.conversion.casting import Reach, bands_of
 from checkpoint.interop.conversion.contract import Array, ConversionSettings, Listener, Wish
 from checkpoint.interop.conversion.emigrating import Outward
 from checkpoint.interop.conversion.exporting import Watched
@@ -64,7 +64,7 @@ def rehearse_export(
 ) -> int:
     """Do what an export does, of a blank source, with `write`. Returns how many bytes it would read."""
     write(Watched(outward.outbound, outward.written_bytes, listener))
-    outward.source.fingerprints(outward.names, settings)
+    outward.source.fingerprints(outward.names, settings, Reach())
     for number, new in enumerate(outward.contents.tensors):
         if new.name not in outward.uncast:
             for band in bands_of(outward.chosen.tensors[number]):

@@ -15,7 +15,7 @@ from checkpoint.format.manifest import Manifest, encode_manifest, metrics_to_jso
 from checkpoint.format.notation import layout_to_json
 from checkpoint.format.scheme import format_layout, parse_layout
 from checkpoint.format.tree import leaf_names
-from checkpoint.interop.conversion.batches import batches_of, cuts_of, most_held_bytes, wishes_of
+from checkpoint.interop.conversion.batches import batches_of, most_held_bytes, wishes_of
 from checkpoint.interop.conversion.casting import (
     FLOATS,
     Cast,
@@ -124,9 +124,10 @@ def reshard(
     settings = settings or ConversionSettings()
     began_s, before = time.monotonic(), high_water_bytes()
     plan = _plan(source, change, step)
-    present = _present(target, plan)
+    present = _present(target, plan, reach := Reach())
     if present is not None:
-        return replace(_report(target, plan, settings, present), is_new=False)
+        lost = tuple(reach.settle(settings.overflow))
+        return replace(_report(target, plan, settings, present), is_new=False, notes=lost)
     proofs: list[Proof] = []
     notes: list[str] = []
 
@@ -161,8 +162,9 @@ def plan_reshard(
     """Tell what `reshard` would do: the bytes that it would read, and write at most, and its peak memory."""
     settings = settings or ConversionSettings()
     plan = _plan(source, change, step)
-    _present(target, plan)
-    cuts = cuts_of(plan.draft.tensors, plan.draft.pieces)
+    _present(target, plan, reach := Reach())
+    lost = tuple(reach.settle(settings.overflow))
+    cuts = plan.draft.cuts
     reads = [wishes_of(batch) for batch in batches_of(cuts, settings.batch_bytes)]
     for number, spec in enumerate(plan.chosen.tensors):
         if spec.name in plan.changed:
@@ -174,7 +176,7 @@ def plan_reshard(
         read_bytes=read,
         written_bytes=most_stored_bytes(plan.draft, settings),
         is_dry=True,
-        proofs=(),
+        notes=lost,
     )
 
 
@@ -214,7 +216,8 @@ def _plan(store: Store, change: Change, step: int | None) -> _Plan:
     }
     origin = checksum(encode_manifest(manifest)).hex()
     pieces = tuple(pieces_of(layout, specs))
-    draft = Draft(manifest.run, manifest.step, specs, skeleton, meta, pieces, origin)
+    widths = tuple(itemsize(spec.dtype) for spec in chosen.tensors)
+    draft = Draft(manifest.run, manifest.step, specs, skeleton, meta, pieces, origin, widths)
     return _Plan(source, chosen, contents, layout, draft)
 
 
@@ -230,7 +233,7 @@ def _is_weight(name: str) -> bool:
     return name.startswith("model/")
 
 
-def _present(target: Store, plan: _Plan) -> Manifest | None:
+def _present(target: Store, plan: _Plan, reach: Reach) -> Manifest | None:
     """Return the checkpoint if the target has it. Raises AlreadyExists if it has another of the step."""
     if plan.draft.step not in Catalog(target).steps():
         return None
@@ -243,7 +246,7 @@ def _present(target: Store, plan: _Plan) -> Manifest | None:
         and found.meta.get("layout") == meta["layout"]
         and found.meta.get("converted") == meta["converted"]
     ):
-        _prove(plan, {one.name: one.fingerprint for one in found.tensors}, Reach(), unheard)
+        _prove(plan, {one.name: one.fingerprint for one in found.tensors}, reach, unheard)
         return found
     raise AlreadyExists(
         f"{target} has another checkpoint of step {plan.draft.step} (run {found.run!r}): "
@@ -288,7 +291,7 @@ def _report(target: Store, plan: _Plan, settings: ConversionSettings, manifest: 
         num_bytes=sum(num_bytes_of(spec) for spec in specs),
         read_bytes=0,
         written_bytes=0,
-        peak_bytes=most_held_bytes(cuts_of(specs, plan.draft.pieces), settings),
+        peak_bytes=most_held_bytes(plan.draft.cuts, settings),
     )
 
 

@@ -14,7 +14,7 @@ from checkpoint.format.placement import chunk
 from checkpoint.format.scheme import Scheme
 from checkpoint.interop.builtin import builtin_names, builtin_rules, find_document
 from checkpoint.interop.conversion.names import rule_name
-from checkpoint.interop.document import RuleSet
+from checkpoint.interop.document import Held, RuleSet, Use
 from checkpoint.interop.expression import Size
 from checkpoint.interop.grammar import read_rules
 from checkpoint.interop.writing import plan_export
@@ -26,7 +26,7 @@ _OF_THE_MODEL = {
     *("vocab", "positions", "experts", "tied", "qkv_bias"),
 }
 _SPREADING = ("tensor", "pipeline", "expert")  # the others hold copies, or divide whatever is left
-Held = dict[int, list[Box]]  # by coordinate
+Boxes = dict[int, list[Box]]  # by coordinate
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +73,22 @@ def knowing(choice: RuleChoice, known: Mapping[str, int]) -> RuleChoice:
 
 
 def uncast(choice: RuleChoice) -> RuleChoice:
-    """Return rules that cast nothing: what is written out keeps the type that it has."""
-    rules = tuple(replace(one, dtype=None) for one in choice.rules.rules)
+    """Return rules that change no value: what is written out keeps its type, and is no average but a copy."""
+    rules = tuple(
+        replace(
+            one,
+            dtype=None,
+            axes=_copied(one.axes),
+            pieces=tuple(replace(piece, axes=_copied(piece.axes)) for piece in one.pieces),
+        )
+        for one in choice.rules.rules
+    )
     states = tuple(replace(one, dtype=None) for one in choice.rules.states)
     return RuleChoice(replace(choice.rules, rules=rules, states=states), choice.sizes)
+
+
+def _copied(axes: Mapping[str, Use]) -> dict[str, Use]:
+    return {axis: Held.SAME if use is Held.MEAN else use for axis, use in axes.items()}
 
 
 def rule_names() -> list[str]:
@@ -106,7 +118,7 @@ def placements_by(
     weights = [spec for spec in specs if spec.name.startswith("model/")]
     renamed = [TensorSpec(rule_name(spec.name), spec.dtype, spec.shape) for spec in weights]
     plan = plan_export(choice.rules, choice.sizes, axes, renamed)
-    held: dict[str, dict[str, Held]] = {
+    held: dict[str, dict[str, Boxes]] = {
         spec.name: {axis: {at: [] for at in range(ranks)} for axis, ranks in axes.items()} for spec in renamed
     }
     for move in plan.moves:
@@ -126,7 +138,7 @@ def _axes_of(rules: RuleSet) -> set[str]:
     return found | {one.axis for rule in rules.rules for one in rule.numbers.values()}
 
 
-def _placement(spec: TensorSpec, held: Held) -> Placement:
+def _placement(spec: TensorSpec, held: Boxes) -> Placement:
     """Return the placement that gives each coordinate what it holds; Replicate where there is none such."""
     there = [at for at, boxes in held.items() if boxes]
     if not there:

@@ -10,6 +10,7 @@ from checkpoint.errors import FormatError, Misuse, Unsupported
 from checkpoint.format.tree import flatten
 from checkpoint.interop.account import Account, account_as_named
 from checkpoint.interop.conversion.assembling import as_they_are
+from checkpoint.interop.conversion.casting import FLOATS
 from checkpoint.interop.conversion.names import from_foreign, from_rules
 from checkpoint.interop.conversion.proving import check_described
 from checkpoint.interop.conversion.roles import owner_of
@@ -18,7 +19,7 @@ from checkpoint.interop.conversion.tying import TIED, Ties, merged, tie, univers
 from checkpoint.interop.expression import Size
 from checkpoint.interop.formats.contract import LEAST_VOCAB, About, ForeignCheckpoint
 from checkpoint.interop.formats.numbered import listed
-from checkpoint.interop.moves import Foreign, Plan
+from checkpoint.interop.moves import Foreign, How, Plan
 from checkpoint.interop.reference import account_by_rules
 from checkpoint.interop.rules import plan_import
 
@@ -93,6 +94,7 @@ def sight(foreign: ForeignCheckpoint, choice: RuleChoice | None, ties: Ties | No
     if any(rule.padding for rule in choice.rules.rules):
         _check_vocabulary(sizes, about)
     plan = plan_import(choice.rules, sizes, about.axes, [foreign.tensors[number] for number in numbers])
+    _check_floats(plan)
     plan = tie(_renamed(_renumbered(plan, numbers, foreign.tensors), from_rules), ties)
     notes = [
         f"{name}={size} was given, but the files say {about.sizes[name]}; where both fit, no shape tells"
@@ -164,6 +166,20 @@ def _skeleton(specs: Sequence[TensorSpec], extra: Mapping[str, Any], ties: Ties)
         strange = next(name for path, name in renamed.items() if path != name)
         raise FormatError(f"two tensors would be called {strange!r}: rename one by rules")
     return flat.skeleton
+
+
+def _check_floats(plan: Plan) -> None:
+    """Refuse to cast or average what are no floating-point numbers of the usual types. Raises Misuse."""
+    for move in plan.moves:
+        one, spec = plan.foreign[move.source], plan.tensors[move.target]
+        if {one.dtype, spec.dtype} <= set(FLOATS):
+            continue
+        if one.dtype != spec.dtype or move.how is How.MEAN:
+            act = "averaged" if move.how is How.MEAN else f"cast to {spec.dtype}"
+            raise Misuse(
+                f"{one} is {one.dtype}, and cannot be {act} for {spec.name!r}, as the rules ask: only "
+                f"{', '.join(FLOATS)} are cast, each to another of these, and averaged"
+            )
 
 
 def _known_sizes(choice: RuleChoice, sizes: Mapping[str, int]) -> dict[str, Size]:

@@ -49,6 +49,7 @@ class Draft:
 
     `origin` identifies the content of what is converted, and how: an attempt resumes another exactly if
     origin and draft are the same. `meta` is the manifest's, with "spec_digest", "data_cursor" and "metrics".
+    `widths` are the bytes of an element of each tensor as it is read whole before it is cast, if any is.
     """
 
     run: str
@@ -58,6 +59,12 @@ class Draft:
     meta: Mapping[str, Any]
     pieces: tuple[Piece, ...]
     origin: str
+    widths: tuple[int, ...] = ()
+
+    @property
+    def cuts(self) -> list[Cut]:
+        """The chunks to make, in order."""
+        return cuts_of(self.tensors, self.pieces, self.widths)
 
     def host(self, settings: ConversionSettings) -> str:
         """Return the name under which an attempt writes its objects."""
@@ -81,7 +88,7 @@ class Written:
 
 def most_stored_bytes(draft: Draft, settings: ConversionSettings) -> int:
     """Return what a draft's packs have at most: every chunk raw, what lies around it, its index."""
-    cuts, most = cuts_of(draft.tensors, draft.pieces), 0
+    cuts, most = draft.cuts, 0
     for cut in cuts:
         spec = draft.tensors[cut.tensor]
         sums = 2 * SUM_BYTES * (1 + cut.num_bytes // BLOCK_BYTES)
@@ -108,7 +115,7 @@ def write_checkpoint(
     name, and raises what is wrong with them. Raises Conflict if the step exists with other content.
     """
     host = draft.host(settings)
-    cuts = cuts_of(draft.tensors, draft.pieces)
+    cuts = draft.cuts
     found = salvage(store, host, draft.tensors, {(cut.tensor, cut.box) for cut in cuts})
     todo = [cut for cut in cuts if (cut.tensor, cut.box) not in found.chunks]
     num_bytes = sum(cut.num_bytes for cut in cuts)

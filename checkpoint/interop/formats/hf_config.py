@@ -51,8 +51,16 @@ def rules_for(config: Mapping[str, Any]) -> str | None:
 
 
 def retyped(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """Return the configuration of a model whose weights were cast, as far as it tells their type."""
-    return {**config, **{name: dtype for name in _DTYPES if name in config}}
+    """Return the configuration of a model whose weights were cast, as far as it tells their type.
+
+    A model of several (`text_config`, `vision_config`) tells it of each.
+    """
+    parts = {
+        name: retyped(part, dtype)
+        for name, part in config.items()
+        if name.endswith("_config") and name != "quantization_config" and isinstance(part, dict)
+    }
+    return {**config, **parts, **{name: dtype for name in _DTYPES if name in config}}
 
 
 def ties_from(config: Mapping[str, Any], names: Collection[str]) -> dict[str, str]:
