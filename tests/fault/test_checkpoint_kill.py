@@ -101,14 +101,16 @@ def test_a_keeper_that_was_killed_is_replaced_and_the_next_save_is_durable(confi
             saver.save(step, small_state(step), share, {})
             if step % 2 == 0:
                 os.kill(keeper_pid(config), signal.SIGKILL)
+        saver.save(7, small_state(7), share, {})
         assert saver.drain(30)
         outcomes = saver.outcomes()
         saver.close()
     told = {outcome.step: outcome for outcome in outcomes}
-    assert set(told) == set(range(1, 7)), "a snapshot was lost without a word"
+    assert set(told) == set(range(1, 8)), "a snapshot was lost without a word"
     store = open_store(config.store_url)
     assert set(durable_steps(outcomes)) <= set(Catalog(store).steps())
     assert all(isinstance(outcome, Durable | Failed) for outcome in outcomes)
+    assert isinstance(told[7], Durable)
     assert verify(store).num_bad == 0
 
 
