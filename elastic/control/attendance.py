@@ -36,13 +36,15 @@ class Stage(Enum):
 class Attendance:
     """Who of a world's `members` has told what, and when anybody told anything last.
 
-    `origin` says where those who lack the state get it from: "self" (nobody does), "peer" or "store". It
-    `is_closing` once nothing but the last checkpoint may be left to do.
+    `holders` are those known to hold the state as it was ordered; none, if that is known of nobody. `origin`
+    says where those who lack the state get it from: "self" (nobody does), "peer" or "store". It `is_closing`
+    once nothing but the last checkpoint may be left to do.
     """
 
     members: frozenset[str] = frozenset()
     manner: Manner = Manner.AT_ONCE
     origin: str = "store"
+    holders: frozenset[str] = frozenset()
     last_step: int = 1 << 62
     ordered_at: float = 0.0
     moved_at: float = 0.0
@@ -94,6 +96,11 @@ class Attendance:
     def has_settled(self) -> bool:
         """Whether all are known to hold the state."""
         return self._has_stepped or len(self._settled) == len(self.members)
+
+    @property
+    def holding(self) -> frozenset[str]:
+        """Who may be the only ones to hold the state."""
+        return self.members if self.has_settled else self.holders & self.members or self.members
 
     @property
     def came(self) -> Collection[str]:

@@ -250,9 +250,14 @@ class Controller:
         self._is_broken = self._is_parting = self._is_safe = False
         if manner is Manner.AT_ONCE and self.members.has_state and self._hurries_since is None:
             self._hurries_since = now
-        origin = self.members.origin
         self.roll = Attendance(
-            frozenset(members), manner, origin, self.last_step, ordered_at=now, moved_at=now
+            frozenset(members),
+            manner,
+            self.members.origin,
+            frozenset(self.members.heirs or self.members.found),
+            self.last_step,
+            ordered_at=now,
+            moved_at=now,
         )
         hosts = tuple(self.members.hosts[member] for member in members)
         return FormWorld(self.generation, members, hosts, manner, reason)

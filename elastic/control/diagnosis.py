@@ -118,14 +118,17 @@ class Diagnosis:
 
     def _judge_silent(self, roll: Attendance, idle_s: float) -> Verdict:
         """Blame whose process does not answer; not all that hold the state at once, it would be lost."""
-        if roll.stage in (Stage.TRAINING, Stage.ENDING) and self._step_s > 0:
+        is_stepping = roll.stage in (Stage.TRAINING, Stage.ENDING) or (
+            roll.stage is Stage.COMING and roll.manner is Manner.AT_BOUNDARY
+        )
+        if is_stepping and self._step_s > 0:
             patience_s = self.policy.hang_factor * self._step_s
         else:
             patience_s = self.policy.forming_s if roll.origin == "store" else self.policy.reforming_s
         if idle_s <= patience_s:
             return None
         silent = [one for one in self._silence.silent() if one in roll.members and one not in roll.ended]
-        if len(silent) == len(roll.members):
+        if roll.holding.issubset(silent):
             return None
         return _hung(silent, f"has not answered, and nothing moved for {idle_s:.0f} s")
 
@@ -182,7 +185,8 @@ class Diagnosis:
             return self.policy.late_s
         if member not in self._seasoned:  # its first step may compile, its state may be restored
             return self.policy.patience_s
-        usual_s = max(self.policy.late_s, PAUSES * self._longest_s.get(_COMING, 0.0))
+        # It comes between two micro-batches, which may be long ones.
+        usual_s = max(self.policy.late_s, PAUSES * self._longest_s.get(_COMING, 0.0), self._diligence.limit_s)
         return min(usual_s, self.policy.patience_s)
 
     def _usual_s(self, what: str, floor_s: float) -> float:

@@ -31,6 +31,8 @@ def find_candidates(members: Membership, policy: WorldPolicy, most_ranks: int) -
 def has_reason(members: Membership, policy: WorldPolicy) -> bool:
     """Whether the world that trains should become another one at its next step boundary."""
     num_staying = len(members.staying)
+    if not num_staying:  # whoever there is gets the state while it can be had
+        return bool(members.outside)
     if num_staying < len(members.world):
         return num_staying + len(members.outside) >= policy.min_workers
     return num_staying > policy.workers or (num_staying < policy.workers and bool(members.outside))

@@ -34,7 +34,7 @@ class Draining:
     """Tells once of each node that Ray drains."""
 
     def __init__(self) -> None:
-        self._told: set[str] = set()
+        self._told: frozenset[str] = frozenset()
         self._looked_at = time.monotonic()
 
     @property
@@ -54,7 +54,7 @@ class Draining:
             log.debug("which nodes Ray drains is not known for now: %s", error)
             return {}
         fresh = {node[:HOST_LENGTH]: deadline for node, deadline in nodes.items() if node not in self._told}
-        self._told |= nodes.keys()
+        self._told = self._told | nodes.keys()  # anew: other threads read it
         return {node: _notice(deadline_ms) for node, deadline_ms in fresh.items()}
 
 

@@ -160,6 +160,35 @@ def test_all_that_hold_the_state_are_not_ended_at_once_for_a_silence_though_othe
     assert isinstance(killed, KillMember) and "has not answered for 30 s" in killed.reason
 
 
+def test_the_only_holder_of_the_state_is_not_ended_for_a_short_silence_beside_a_newcomer() -> None:
+    controller = stepping(2)
+    controller.handle(MemberReady("w2", "h", 2), 3.0)
+    *_, formed = controller.handle(MemberLost("w1", Cause.PROCESS_DIED, ""), 4.0)
+    assert isinstance(formed, FormWorld | StartMember) and controller.members.world == ("w0", "w2")
+    told = pass_time(controller, 4.0, 12.0, silent={"w0": 4.0})
+    assert not any(isinstance(one, KillMember) for one in told)
+
+
+def test_who_is_silent_on_the_way_to_a_boundary_has_the_time_of_steps_that_the_world_still_makes() -> None:
+    controller = training(3)
+    for member in ("w0", "w1", "w2"):
+        controller.handle(StepCommitted(member, 1, 1, 1.0, 30.0, 1, 0.0), 3.0)
+    told = controller.handle(MemberLeaving("w2", "drained"), 4.0)
+    assert any(isinstance(one, FormWorld) and one.manner is Manner.AT_BOUNDARY for one in told)
+    assert pass_time(controller, 4.0, 12.0, silent={"w1": 4.0}) == []
+
+
+def test_who_is_in_a_long_micro_batch_has_the_time_to_end_it_before_it_comes() -> None:
+    controller = stepping()
+    pass_time(controller, 3.0, 68.0, working=dict.fromkeys(("w0", "w1", "w2"), 3.0))
+    pass_time(controller, 68.0, 69.0)  # micro-batches of 65 s
+    controller.handle(StepCommitted("w0", 1, 2, 1.0, 65.0, 1, 0.0), 69.0)
+    controller.handle(MemberLost("w2", Cause.PROCESS_DIED, ""), 70.0)
+    controller.handle(MemberCame("w0", controller.formed), 71.0)
+    told = pass_time(controller, 71.0, 140.0, working={"w1": 70.0})
+    assert not any(isinstance(one, KillMember) for one in told)
+
+
 def test_a_driver_that_slept_blames_nobody_for_what_it_did_not_hear() -> None:
     controller = stepping()
     assert pass_time(controller, 3.0, 5.0) == []
@@ -248,6 +277,21 @@ def test_a_newcomer_that_is_there_before_the_last_holder_is_taken_away_gets_its_
     controller.handle(MemberEnded("w0", 1, 2, Ending.STOPPED), 4.5)
     (both,) = controller.handle(MemberReady("w1", "h", 2), 5.0)
     assert isinstance(both, FormWorld) and both.members == ("w0", "w1")
+
+
+def test_where_all_holders_will_be_taken_away_a_standby_gets_the_state_though_a_world_wants_more() -> None:
+    controller = Controller(WorldPolicy(workers=2, min_workers=2, standbys=1), "w")
+    controller.begin((), 0.0)
+    for index in range(3):
+        controller.handle(MemberReady(f"w{index}", "h", index), 1.0)
+    for member in controller.members.world:
+        controller.handle(Settled(member, controller.formed, 0, "fresh", 0.1), 2.0)
+    controller.handle(MemberLeaving("w0", "drained"), 3.0)
+    for member in controller.members.world:
+        controller.handle(Settled(member, controller.formed, 0, "self", 0.1), 4.0)
+    holders = controller.members.world
+    told = [one for member in holders for one in controller.handle(MemberLeaving(member, "drained"), 5.0)]
+    assert any(isinstance(one, FormWorld | StopWorld) for one in told)
 
 
 def test_a_stop_while_all_wait_for_newcomers_ends_the_run() -> None:
