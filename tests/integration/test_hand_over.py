@@ -95,8 +95,12 @@ def drain(cluster: Any, node: Any) -> None:
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """A head without room for workers."""
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": FAST})
+    """A head without room for workers.
+
+    Its dashboard takes any port: where the usual one is taken, by another test's, Ray forgets an open socket here.
+    """
+    head = {"num_cpus": 0, "dashboard_port": None, "_system_config": FAST}
+    made = Cluster(initialize_head=True, head_node_args=head)
     yield made
     made.shutdown()
 
