@@ -38,6 +38,7 @@ _LONG_RUN_BYTES = 1 << 16  # from here on a run is worth a call of its own,
 _LOOSE_RUN_BYTES = 1 << 13  # and from here on, if every run begins elsewhere in its block
 _SMALL_BYTES = BLOCK * WORD_BYTES  # tensors that are worth to be put side by side; they are one block
 _SEGMENT = 512  # words of a row for which weights are looked up at a time
+_HOT_BLOCKS = 128  # worked on at a time: few enough for a cache, and so many that threads seldom meet
 _NUM_KNOWN_B = 1 << 16  # those of the first GiB are looked up
 
 Bytes = NDArray[np.uint8]
@@ -230,15 +231,16 @@ def _dots(words: Words) -> Weights:
     word of a block has no q.
     """
     pairs = words.view("<u8")
-    if not pairs.flags.aligned or not len(words):
+    if not pairs.flags.aligned:
         sums: Weights = np.einsum("ij,j->i", words, _a())
         return sums
     of_p, of_q = _a_of_pairs()
-    shape, strides = (len(words), BLOCK // 2 - 1), (BLOCK * WORD_BYTES, 2 * WORD_BYTES)
-    shifted = np.ndarray(shape, "<u8", words, WORD_BYTES, strides)
-    sums = np.einsum("ij,j->i", pairs, of_p)
-    sums += np.einsum("ij,j->i", shifted, of_q[:-1])
-    sums += words[:, -1] * of_q[-1]
+    sums = words[:, -1] * of_q[-1]
+    for first in range(0, len(words), _HOT_BLOCKS):
+        p = pairs[first : first + _HOT_BLOCKS]
+        shape, strides = (len(p), BLOCK // 2 - 1), (BLOCK * WORD_BYTES, 2 * WORD_BYTES)
+        q = np.ndarray(shape, "<u8", words[first:], WORD_BYTES, strides)
+        sums[first : first + len(p)] += np.einsum("ij,j->i", p, of_p) + np.einsum("ij,j->i", q, of_q[:-1])
     return sums
 
 

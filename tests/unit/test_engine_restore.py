@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint.engine import filling, reading, source
+from checkpoint.engine.foreseeing import foresee
 from checkpoint.engine.reading import ReadPolicy
+from checkpoint.engine.regions import Regions
 from checkpoint.engine.restore import load, restore_into
 from checkpoint.engine.targets import Wanted
 from checkpoint.errors import Corrupt, Mismatch, NotFound
@@ -170,6 +172,7 @@ def test_a_large_chunk_that_is_wanted_twice_fills_both_places():
     assert all(is_filled(written, one) for one in wanted)
 
 
+@settings(max_examples=25)
 @given(
     shape=st.tuples(st.integers(65, 400), st.integers(257, 1100)),
     cuts=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=3),
@@ -206,6 +209,30 @@ def test_large_chunks_are_asked_for_in_no_ranges_if_their_rows_lie_in_memory():
     report = restore_into(store, wanted).report
     assert all(is_filled(written, one) for one in wanted)
     assert (store.num_plain, report.num_bytes) == (0, 2048 * 64 * 4)
+
+
+@settings(max_examples=25)
+@given(
+    corners=st.lists(
+        st.tuples(st.integers(0, 1500), st.integers(0, 250), st.integers(1, 900), st.integers(1, 200)),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_what_is_foreseen_of_a_restore_is_what_it_reads(corners):
+    store, shape = Direct(), (2048, 256)
+    written = write_cut(store, 1, {"w": grid(shape)}, {"w": split_box(Box.whole(shape), 4, 1 << 19)})
+    boxes = [
+        Box((row, column), (min(height, 2048 - row), min(width, 256 - column)))
+        for row, column, height, width in corners
+    ]
+    report = restore_into(store, [want(written, "w", box)[0] for box in boxes]).report
+    table = source.StoreSource(store).chunks(written.manifest)
+    asked = foresee(
+        written.manifest, table, wanted=Regions.of(boxes), can_read_into=lambda _: True, policy=ReadPolicy()
+    )
+    ranges = [at.num_bytes for _, at in asked]
+    assert (report.num_bytes, report.num_requests) == (sum(ranges), len(ranges))
 
 
 def test_columns_for_a_tensor_that_is_no_array_are_read_as_a_whole():
