@@ -7,6 +7,7 @@ from itertools import groupby
 import numpy as np
 
 from checkpoint.engine.parts import Stock, SumsReader, cut_to_parts, find_parts
+from checkpoint.engine.passing import Share, pass_rows, put_rows
 from checkpoint.engine.pipeline import fan_out
 from checkpoint.engine.plan import plan_copies
 from checkpoint.engine.proving import Expected, cut_pieces
@@ -18,7 +19,7 @@ from checkpoint.engine.targets import Target
 from checkpoint.errors import FormatError, StoreUnavailable
 from checkpoint.format.blocks import Blocks, blocks_of
 from checkpoint.format.codec import Buffer, Codec, decode, xor_bytes
-from checkpoint.format.dtypes import dtype_of, itemsize
+from checkpoint.format.dtypes import itemsize
 from checkpoint.format.fingerprint import start_of_run
 from checkpoint.format.manifest import Manifest
 from checkpoint.format.table import NO_BASE, ChunkTable
@@ -155,8 +156,7 @@ class Filling:
         pack = int(row["pack"])
         if source is None or not self._is_large_and_raw[chunk] or not source.can_read_into(pack):
             return False
-        first, last = self._copies_of(chunk)
-        pieces = self._pieces(chunk, first, source.piece_bytes) if last == first + 1 else None
+        pieces = self._pieces(chunk, source.piece_bytes)
         if pieces is None:
             return False
         received = _Received(pieces)
@@ -168,18 +168,31 @@ class Filling:
             return False
         wanted = ByteRange(int(row["offset"]), received.num_bytes)
         self._tally.count(self._origin(pack), [wanted])
-        self._is_done[first] = True
+        first, last = self._copies_of(chunk)
+        self._is_done[first:last] = True
         return True
 
-    def _pieces(self, chunk: int, copy: int, piece_bytes: int) -> Iterator[memoryview] | None:
-        """Return the memory that a chunk goes to, piece by piece: a copy's, and some for what nobody wants.
+    def _pieces(self, chunk: int, piece_bytes: int) -> Iterator[memoryview] | None:
+        """Return the memory that a chunk goes to, piece by piece; None if it has to be had as a whole."""
+        expected, shares = self._expected(chunk), self._shares(chunk)
+        first = expected.first
+        straight = (
+            self._straight(chunk, expected, first, shares[0], piece_bytes) if len(shares) == 1 else None
+        )
+        if straight is not None or first is None or not all(share.target.is_array for share in shares):
+            return straight
+        rows = pass_rows(expected.dtype, expected.box, first, piece_bytes=piece_bytes, shares=shares)
+        return expected.prove_coming(rows, first)
+
+    def _straight(
+        self, chunk: int, expected: Expected, first: int | None, share: Share, piece_bytes: int
+    ) -> Iterator[memoryview] | None:
+        """Return the memory of a share, and some for what nobody wants.
 
         None if what is wanted does not lie side by side, in the chunk or in its target.
         """
-        expected = self._expected(chunk)
-        box, first = expected.box, expected.first
-        part = self._copies.common.box(copy, len(box.size))
-        memory = self._targets[int(self._wanted[copy])].memory(part)
+        box, part = expected.box, share.box
+        memory = share.target.memory(part)
         if memory is None:
             return None
         if part == box:
@@ -211,13 +224,17 @@ class Filling:
         """Prove a chunk, and copy what is wanted of it."""
         expected = self._expected(chunk)
         expected.prove(raw)
-        box = expected.box
-        values = np.frombuffer(raw, dtype_of(expected.dtype).carrier).reshape(box.size)
+        put_rows(expected.dtype, expected.box, raw, self._shares(chunk))
         first, last = self._copies_of(chunk)
-        for copy in range(first, last):
-            part = self._copies.common.box(copy, len(box.size))
-            self._targets[int(self._wanted[copy])].put(part.start, values[part.within(box)])
         self._is_done[first:last] = True
+
+    def _shares(self, chunk: int) -> list[Share]:
+        """Return what is wanted of a chunk, and where."""
+        num_dims = int(self._stock.rows["num_dims"][chunk])
+        return [
+            Share(self._targets[int(self._wanted[copy])], self._copies.common.box(copy, num_dims))
+            for copy in range(*self._copies_of(chunk))
+        ]
 
     def _expected(self, chunk: int) -> Expected:
         """Return what the index says of a chunk, or the sums behind it of a part."""

@@ -60,7 +60,7 @@ def foresee(
 
 
 class _Straight:
-    """Tells which chunks are read straight into the one box that wants them."""
+    """Tells which chunks are read into memory of the caller's, and not asked for in ranges."""
 
     def __init__(self, manifest: Manifest, requests: Requests, copies: Meetings, wanted: Regions) -> None:
         self._manifest, self._copies, self._wanted = manifest, copies, wanted
@@ -68,16 +68,14 @@ class _Straight:
 
     def __call__(self, chunk: int) -> bool:
         copies, stock = self._copies, self._stock
-        first, last = np.searchsorted(copies.left, [chunk, chunk + 1]).tolist()
-        if not self._is_large_and_raw[chunk] or last != first + 1:
+        if not self._is_large_and_raw[chunk]:
             return False
         tensor, box = self._manifest.tensors[int(stock.rows["tensor"][chunk])], stock.box(chunk)
-        part = copies.common.box(first, len(box.size))
-        target = self._wanted.box(int(copies.right[first]), len(box.size))
-        origin = (0,) * len(box.size)
-        if start_of_run(tensor.dtype, target.size, part.moved(target.start, origin)) is None:
-            return False
-        if part == box:
+        if start_of_run(tensor.dtype, tensor.shape, box) is not None:
             return True
-        lies_in_a_row = start_of_run(tensor.dtype, box.size, part.moved(box.start, origin)) is not None
-        return lies_in_a_row and start_of_run(tensor.dtype, tensor.shape, box) is not None
+        first, last = np.searchsorted(copies.left, [chunk, chunk + 1]).tolist()
+        if last != first + 1 or copies.common.box(first, len(box.size)) != box:
+            return False
+        target = self._wanted.box(int(copies.right[first]), len(box.size))
+        place = box.moved(target.start, (0,) * len(box.size))
+        return start_of_run(tensor.dtype, target.size, place) is not None

@@ -155,8 +155,9 @@ def spread_of(name: str, leaf: Any) -> Spread:
         axis: _placement(name, one, leaf.dim())
         for axis, one in zip(_axes_of(leaf.device_mesh), leaf.placements, strict=True)
     }
+    ranks = mesh.mesh  # made anew each time it is asked for
     return Spread(
-        Mesh(tuple(zip(axes, mesh.mesh.shape, strict=True)), tuple(mesh.mesh.flatten().tolist())),
+        Mesh(tuple(zip(axes, ranks.shape, strict=True)), tuple(ranks.flatten().tolist())),
         tuple(placements.get(axis, Replicate()) for axis in axes),
     )
 

@@ -58,6 +58,11 @@ class Target:
         else:
             self._array = _array(wanted, wanted.target)
 
+    @property
+    def is_array(self) -> bool:
+        """Whether it lies in this host's memory, so that many small parts take no longer than a large one."""
+        return self._tensor is None
+
     def put(self, start: Sequence[int], values: Array) -> None:
         """Copy elements to where they belong; `start` is their first one's place in the global tensor."""
         slices = tuple(

@@ -38,7 +38,7 @@ _LONG_RUN_BYTES = 1 << 16  # from here on a run is worth a call of its own,
 _LOOSE_RUN_BYTES = 1 << 13  # and from here on, if every run begins elsewhere in its block
 _SMALL_BYTES = BLOCK * WORD_BYTES  # tensors that are worth to be put side by side; they are one block
 _SEGMENT = 512  # words of a row for which weights are looked up at a time
-_HOT_BLOCKS = 64  # worked on at a time: few enough for a core's cache, and so many that threads seldom meet
+_HOT_BLOCKS = 128  # worked on at a time: few enough for a cache, and so many that threads seldom meet
 _NUM_KNOWN_B = 1 << 16  # those of the first GiB are looked up
 
 Bytes = NDArray[np.uint8]
@@ -226,20 +226,21 @@ def _words(words: Words, first: int) -> int:
 def _dots(words: Words) -> Weights:
     """Sum each of some blocks, without their B.
 
-    Two words w and v at a time: w a + v b = (w + 2^32 v) a + v (b - 2^32 a). So only one of them has to be
-    made wider, by a shift, which takes less time than a conversion of both.
+    Neighbours w and v are one number p = w + 2^32 v, and v and the next w are q = v + 2^32 w. So a sum of
+    words times weights is one of p and one of q, times others: nothing has to be made wider first. The last
+    word of a block has no q.
     """
     pairs = words.view("<u8")
     if not pairs.flags.aligned:
         sums: Weights = np.einsum("ij,j->i", words, _a())
         return sums
-    sums = np.empty(len(pairs), np.uint64)
-    room = np.empty((min(len(pairs), _HOT_BLOCKS), BLOCK // 2), np.uint64)
-    even, odd = _a_of_pairs()
-    for first in range(0, len(pairs), _HOT_BLOCKS):
-        some = pairs[first : first + _HOT_BLOCKS]
-        upper = np.right_shift(some, _HALF, out=room[: len(some)])
-        sums[first : first + len(some)] = np.einsum("ij,j->i", some, even) + np.einsum("ij,j->i", upper, odd)
+    of_p, of_q = _a_of_pairs()
+    sums = words[:, -1] * of_q[-1]
+    for first in range(0, len(words), _HOT_BLOCKS):
+        p = pairs[first : first + _HOT_BLOCKS]
+        shape, strides = (len(p), BLOCK // 2 - 1), (BLOCK * WORD_BYTES, 2 * WORD_BYTES)
+        q = np.ndarray(shape, "<u8", words[first:], WORD_BYTES, strides)
+        sums[first : first + len(p)] += np.einsum("ij,j->i", p, of_p) + np.einsum("ij,j->i", q, of_q[:-1])
     return sums
 
 
@@ -319,9 +320,15 @@ def _a() -> Weights:
 
 @lru_cache(maxsize=1)
 def _a_of_pairs() -> tuple[Weights, Weights]:
-    """Return a, and b - 2^32 a, of each pair (a, b) of neighbours."""
+    """Return what p and q, as above, count for, so that each word counts A in the end.
+
+    The upper words of q = v + 2^32 w are lower words of p, and the other way round; what they add there is
+    taken off again. With a and b of a pair: q counts b - 2^32 a, and p counts a - 2^32 times the b before.
+    """
     even, odd = _a()[::2], _a()[1::2]
-    return _constant(even.copy()), _constant(odd - (even << _HALF))
+    of_p = even.copy()
+    of_p[1:] -= odd[:-1] << _HALF
+    return _constant(of_p), _constant(odd - (even << _HALF))
 
 
 @lru_cache(maxsize=1)

@@ -58,7 +58,10 @@ def scratch() -> Iterator[Scratch]:
 
 def lend(num_bytes: int) -> memoryview:
     """Return memory that is lent again once nothing refers to it any more."""
-    kept = _kept.pop() if _kept else None
+    try:
+        kept = _kept.pop()
+    except IndexError:  # asked for, not looked for: another thread may take the last one in between
+        kept = None
     if kept is None or kept.size < num_bytes:
         kept = np.empty(max(num_bytes, _LENT_BYTES), np.uint8)
     lent = kept[:num_bytes]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from checkpoint.errors import FormatError, Unsupported
 from checkpoint.format.dtypes import DTYPES, dtype_of
-from checkpoint.format.fingerprint import MODULUS, fingerprint, fingerprint_many
+from checkpoint.format.fingerprint import MODULUS, fingerprint, fingerprint_many, fingerprint_run
 from checkpoint.format.layout import Box, split_box
 
 shapes = st.one_of(
@@ -222,3 +222,12 @@ def test_what_does_not_fit_is_refused():
         fingerprint(np.zeros((4, 4), np.float32)[:, :2], "float32", (4, 2), Box.whole((4, 2)))
     with pytest.raises(Unsupported, match="float33"):
         fingerprint(bytes(12), "float33", (3,), Box.whole((3,)))
+
+
+@pytest.mark.parametrize("first", [0, 4, 16 << 10, (5 << 14) + 12])
+def test_many_blocks_at_once_have_the_sum_of_words_taken_a_few_at_a_time(first: int):
+    words = np.random.default_rng(first).integers(0, 2**32, 300 * 4096 + 17, np.uint32)
+    parts = [
+        fingerprint_run(words[at : at + 1000].tobytes(), first + 4 * at) for at in range(0, len(words), 1000)
+    ]
+    assert fingerprint_run(words.data.cast("B"), first) == sum(parts) % MODULUS

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint.engine import filling, reading
+from checkpoint.engine import filling, reading, source
+from checkpoint.engine.foreseeing import foresee
 from checkpoint.engine.reading import ReadPolicy
+from checkpoint.engine.regions import Regions
 from checkpoint.engine.restore import load, restore_into
 from checkpoint.engine.targets import Wanted
 from checkpoint.errors import Corrupt, Mismatch, NotFound
@@ -163,15 +165,86 @@ def test_large_raw_chunks_go_straight_to_their_place_and_are_proved_there(monkey
 
 
 def test_a_large_chunk_that_is_wanted_twice_fills_both_places():
-    class Both(Direct):
-        def read(self, key: str, ranges: Any = None) -> Any:
-            return MemoryStore.read(self, key, ranges)
-
-    store = Both()
+    store = Direct()
     written = write_rows(store, num_rows=2048, chunk_bytes=256 << 10)
     wanted = [want(written, "w1", Box((0, 0), (2048, 64)))[0] for _ in range(2)]
     restore_into(store, wanted)
     assert all(is_filled(written, one) for one in wanted)
+
+
+@settings(max_examples=25)
+@given(
+    shape=st.tuples(st.integers(65, 400), st.integers(257, 1100)),
+    cuts=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=3),
+    piece_bytes=st.integers(1, 300_000),
+)
+def test_columns_of_large_chunks_come_through_a_little_memory_and_are_proved(shape, cuts, piece_bytes):
+    store = Direct()
+    boxes = split_box(Box.whole(shape), 4, 1 << 18) if shape[0] * shape[1] * 4 > 1 << 19 else None
+    written = write_cut(store, 1, {"w": grid(shape)}, {"w": boxes or [Box.whole(shape)]})
+    wanted = [
+        want(
+            written,
+            "w",
+            Box((0, int(at * (shape[1] - 1))), (shape[0], max(1, int(some * shape[1] * (1 - at))))),
+        )[0]
+        for at, some in cuts
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source, "_PIECE_BYTES", piece_bytes)
+        restore_into(store, wanted)
+        assert all(is_filled(written, one) for one in wanted)
+        key = written.manifest.packs[0].key
+        bad = bytearray(MemoryStore.read(store, key)[0])
+        bad[piece_bytes % (shape[0] * shape[1] * 4)] ^= 1
+        store.put(key, bad)
+        with pytest.raises(Corrupt, match="checksum"):
+            restore_into(store, wanted, step=1)
+
+
+def test_large_chunks_are_asked_for_in_no_ranges_if_their_rows_lie_in_memory():
+    store = Direct()
+    written = write_rows(store, num_rows=2048, chunk_bytes=256 << 10)
+    wanted = [want(written, "w1", Box((0, start), (2048, 32)))[0] for start in (0, 16, 32)]
+    report = restore_into(store, wanted).report
+    assert all(is_filled(written, one) for one in wanted)
+    assert (store.num_plain, report.num_bytes) == (0, 2048 * 64 * 4)
+
+
+@settings(max_examples=25)
+@given(
+    corners=st.lists(
+        st.tuples(st.integers(0, 1500), st.integers(0, 250), st.integers(1, 900), st.integers(1, 200)),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_what_is_foreseen_of_a_restore_is_what_it_reads(corners):
+    store, shape = Direct(), (2048, 256)
+    written = write_cut(store, 1, {"w": grid(shape)}, {"w": split_box(Box.whole(shape), 4, 1 << 19)})
+    boxes = [
+        Box((row, column), (min(height, 2048 - row), min(width, 256 - column)))
+        for row, column, height, width in corners
+    ]
+    report = restore_into(store, [want(written, "w", box)[0] for box in boxes]).report
+    table = source.StoreSource(store).chunks(written.manifest)
+    asked = foresee(
+        written.manifest, table, wanted=Regions.of(boxes), can_read_into=lambda _: True, policy=ReadPolicy()
+    )
+    ranges = [at.num_bytes for _, at in asked]
+    assert (report.num_bytes, report.num_requests) == (sum(ranges), len(ranges))
+
+
+def test_columns_for_a_tensor_that_is_no_array_are_read_as_a_whole():
+    store = Direct()
+    bits = np.random.default_rng(1).integers(0, 2**63, (300, 200), np.uint64)
+    written = write_cut(store, 1, {"c": ("complex64", bits)}, {"c": [Box.whole((300, 200))]})
+    target = torch.zeros(300, 50, dtype=torch.complex64).conj()
+    box = Box((0, 100), (300, 50))
+    restore_into(store, [Wanted("c", "complex64", (300, 200), box, target)])
+    found = target.resolve_conj().view(torch.int64).numpy().view(np.uint64)
+    assert (found.reshape(300, 50) == bits[:, 100:150]).all() and store.num_plain == 1
+    assert written.manifest.step == 1
 
 
 class Tracked(bytearray):
