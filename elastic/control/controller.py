@@ -45,7 +45,13 @@ from elastic.control.instructions import (
 )
 from elastic.control.membership import Membership
 from elastic.control.policy import Action, WorldPolicy, choose_world
-from elastic.control.succession import Candidates, find_candidates, find_unneeded, has_reason
+from elastic.control.succession import (
+    Candidates,
+    find_candidates,
+    find_unneeded,
+    has_reason,
+    is_left_to_store,
+)
 from elastic.control.waking import WakingClock
 
 HASTE_S = 2.0  # a process that starts takes seconds of a core: survivors come first, for so long at most
@@ -144,13 +150,16 @@ class Controller:
     def _hear(self, event: OfWorld, now: float) -> list[Instruction]:
         """Take an event of a world; but for what can be learned from it, only the present one's counts."""
         self.diagnosis.learn(event)
+        if isinstance(event, WorldBroken) and event.is_blank:
+            self._blank(event)
         if event.generation != self.formed:
             return []
         self.roll.take(event, now)
         match event:
             case MemberCame(member=member) if self.roll.manner is Manner.AT_ONCE:
-                self.diagnosis.learn_of_coming(member, now - self.roll.ordered_at)
-            case Settled():
+                self.diagnosis.learn_of_coming(member, self.roll.ordered_at, now)
+            case Settled(seconds=seconds):
+                self.diagnosis.learn_of_settling(self.roll.origin, seconds)
                 return self._settle(now)
             case StepCommitted():
                 self._losses_in_a_row = self.diagnosis.num_stalls = 0
@@ -158,6 +167,15 @@ class Controller:
             case MemberEnded() if self._all_ended():
                 return self._conclude(now)
         return []
+
+    def _blank(self, broken: WorldBroken) -> None:
+        """A member has given its state up; one that tells it late does so of a world before the one that
+        forms.
+        """
+        is_news = broken.generation == self.formed or self.phase is not Phase.TRAINING
+        if is_news and self.members.blank(broken.member):
+            self.diagnosis.expect_restore(broken.member)
+            self.roll.origin = self.members.origin
 
     def _distrust(self, member: str, step: int, now: float) -> list[Instruction]:
         """A member's state was corrupt: once may be a cosmic ray, twice is a broken machine."""
@@ -207,7 +225,7 @@ class Controller:
             return self._improve(now)
         if self.members.missing:
             return []
-        is_unsafe = self.members.is_deserted and not self._is_safe
+        is_unsafe = is_left_to_store(self.members, self.most_ranks) and not self._is_safe
         if self.stopping or (is_unsafe and (self.members.heirs or self.members.found)):
             return self._form_last(now)
         return self._choose(Manner.AT_ONCE, now)
@@ -217,9 +235,10 @@ class Controller:
         is_ending = self.roll.stage is Stage.ENDING and not self._is_parting
         if self.phase is not Phase.TRAINING or self.roll.ended or self.stopping or is_ending:
             return []
-        if self.members.is_deserted:
+        if is_left_to_store(self.members, self.most_ranks):
             is_told, self._is_parting = self._is_parting, True
-            return [] if is_told else [self._close("all workers will be taken away")]
+            why = "all workers that hold the state will be taken away"
+            return [] if is_told else [StopWorld(self.generation, why)]
         return self._choose(Manner.AT_BOUNDARY, now) if has_reason(self.members, self.policy) else []
 
     def _choose(self, manner: Manner, now: float) -> list[Instruction]:
@@ -240,7 +259,7 @@ class Controller:
         """All is to end, and there is no world: whoever holds state saves it, be they ever so few."""
         holders = self.members.heirs or self.members.found or self.members.world
         if holders:
-            return [self._form(holders, Manner.AT_ONCE, "the survivors save the state and stop", now)]
+            return [self._form(holders[: self.most_ranks], Manner.AT_ONCE, "the survivors save the state and stop", now)]
         return self._end(Status.STOPPED, f"{self.stopping}; no worker is left to save a final checkpoint")
 
     def _form(self, members: tuple[str, ...], manner: Manner, reason: str, now: float) -> Instruction:
@@ -269,7 +288,7 @@ class Controller:
         self.phase = Phase.TRAINING
         self.members.settle()
         if self.stopping:
-            return [self._close(self.stopping)]
+            return [StopWorld(self.generation, self.stopping)]
         return [*self._release(now), *self._consider(now)]
 
     def _part(self, member: str, notice: str, now: float) -> list[Instruction]:
@@ -318,16 +337,11 @@ class Controller:
         self.stopping = reason
         if self._is_broken:
             return self._consider(now)
-        return [self._close(reason)]
-
-    def _close(self, reason: str) -> Instruction:
-        """Let the world save what it holds at its next boundary, and end."""
-        self.roll.is_closing = True
-        return StopWorld(self.generation, reason)
+        return [StopWorld(self.generation, reason)]
 
     def _wait(self, tick: Tick, now: float) -> list[Instruction]:
         """Look at who answers and at what moves; end who holds the others up."""
-        self.diagnosis.look(tick, self.members.hosts, self._clock.slept_s)
+        self.diagnosis.look(tick, self.members.hosts, now=now, slept_s=self._clock.slept_s)
         overdue = self._replace_overdue(now)
         if unreachable := self.diagnosis.unreachable():
             return [*overdue, *self._evict_all(unreachable.evidence, now)]

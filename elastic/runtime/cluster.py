@@ -61,6 +61,7 @@ class Seat:
     call: Any
     heard_at: float
     working_s: float = 0.0
+    is_waiting: bool = False
     host: str = ""
     pid: int = 0
 
@@ -185,6 +186,7 @@ class Cluster:
             return Tick(
                 {member: now - seat.heard_at for member, seat in self._seats.items()},
                 {member: seat.working_s for member, seat in self._seats.items()},
+                frozenset(member for member, seat in self._seats.items() if seat.is_waiting),
             )
 
     def kill(self, member: str) -> None:
@@ -323,7 +325,8 @@ class Cluster:
         with self._seating:
             seat = self._seats.get(member)
             if seat is not None:
-                seat.heard_at, seat.working_s = time.monotonic(), answer.working_s
+                seat.heard_at = time.monotonic()
+                seat.working_s, seat.is_waiting = answer.working_s, answer.is_waiting
         self._ask_again(member)
         for message in answer.news:
             self._news.put(message)

@@ -44,6 +44,7 @@ from elastic.control.events import (
     WorldFormed,
 )
 from elastic.control.instructions import Manner, StopWorld
+from elastic.control.standing import BLANK
 from elastic.errors import JobRejected, ReplicasDiffer
 from elastic.runtime import autopsy
 from elastic.runtime.claims import claim_alone
@@ -99,7 +100,9 @@ class Member:
         """Return what happened since the last poll; the call itself renews the lease."""
         self._mailbox.hear()
         news = tuple(self._outbox.take(timeout_s))
-        return Answer(news, self._trainer.working_s if self._trainer is not None else 0.0)
+        if (trainer := self._trainer) is None:
+            return Answer(news)
+        return Answer(news, trainer.working_s, trainer.is_waiting_for_room)
 
     def greet(self) -> None:
         """Introduce this member to a new driver."""
@@ -197,7 +200,8 @@ class Member:
         except Broken as error:
             error.__traceback__ = None
             log.warning("world %d broke: %s", form.generation, error)
-            self._outbox.put(WorldBroken(member, form.generation, str(error)))
+            is_blank = trainer.standing.committed == BLANK
+            self._outbox.put(WorldBroken(member, form.generation, str(error), is_blank))
         finally:
             if self._world is not None:
                 self._world.leave()

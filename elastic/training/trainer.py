@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, NoReturn
 
@@ -61,6 +61,7 @@ class _Attempt:
     started: float = 0.0
     blocked_s: float = 0.0
     is_refused: bool = False
+    is_last: bool = False
 
 
 class Trainer:
@@ -103,6 +104,11 @@ class Trainer:
     def working_s(self) -> float:
         """How long the present micro-batch takes already. May be asked by any thread."""
         return self._pace.working_s
+
+    @property
+    def is_waiting_for_room(self) -> bool:
+        """Whether this member waits for room in its host's arena. May be asked by any thread."""
+        return self._snapshots.is_waiting_for_room
 
     @property
     def model(self) -> nn.Module:
@@ -194,6 +200,7 @@ class Trainer:
         self._attempt = _Attempt(world.generation, loss, started, blocked_s, is_refused)
         self._standing = Standing(step, reduced=step)
         agreed = self._agree(world, orders.pending())
+        self._attempt = replace(self._attempt, is_last=bool(agreed.stop))
         self._commit()  # all ranks hold the gradients now: whoever survives can apply them
         self._learner.complete(world)
         return agreed
@@ -260,6 +267,7 @@ class Trainer:
                 seconds=time.perf_counter() - self._attempt.started,
                 tokens=self._num_tokens * self._plan.virtual_ranks,
                 blocked_s=blocked_s,
+                is_last=self._attempt.is_last,
             )
         )
 

@@ -31,6 +31,8 @@ class Chaos:
             forming_s=5.0,
             start_s=30.0,
         )
+        self.most_ranks = self.random.choice((1 << 30, 1 << 30, workers))
+        self.cluster.restore_s = self.random.choice((3.0, 3.0, 200.0))
         self.drivers: list[Driver] = []
         self.wanted = self.policy.workers
         self.stop_reason: str | None = None
@@ -61,6 +63,8 @@ class Chaos:
             (self.isolate, 1),
             (self.cut_off_all, 1 if self.random.random() < 0.2 else 0),
             (self.slow_down, 2),
+            (self.fill, 1),
+            (self.lose_state, 1 if self.random.random() < 0.3 else 0),
             (self.give_notice, 3),
             (self.give_everybody_notice, 1 if self.random.random() < 0.2 else 0),
             (self.resize, 2),
@@ -93,7 +97,7 @@ class Chaos:
         """Start a driver, the first one or a successor."""
         if self.end is None:
             name = f"driver-{len(self.drivers)}"
-            driver = Driver(name, self.cluster, self.policy, self.story)
+            driver = Driver(name, self.cluster, self.policy, self.most_ranks, self.story)
             self.drivers.append(driver)
             driver.begin()
             if self.wanted != self.policy.workers:
@@ -193,6 +197,19 @@ class Chaos:
         if node := self.victim():
             node.slowness = self.random.uniform(1.0, 4.0)
             self.note(f"{node.name} is {node.slowness:.1f} times slower")
+
+    def fill(self) -> None:
+        """A host's arena is full, as its store is slow: its member can end no step before there is room."""
+        if node := self.victim():
+            lasts_s = self.random.choice((self.random.uniform(1.0, 20.0), self.random.uniform(20.0, 600.0)))
+            self.note(f"{node.name} has no room for {lasts_s:.1f} s")
+            node.full_until = self.cluster.now + lasts_s
+
+    def lose_state(self) -> None:
+        """What all hold turns out to be of no use."""
+        if (node := self.victim()) and node.inside:
+            self.note(f"the state of world {node.inside} is disputed")
+            self.cluster.give_up(node.inside)
 
     def give_notice(self) -> None:
         """A machine will be taken away, and some time later is, whether its member has left or not."""
