@@ -43,6 +43,7 @@ from elastic.control.instructions import (
     Status,
     StopWorld,
 )
+from elastic.control.losses import Losses
 from elastic.control.membership import Membership
 from elastic.control.policy import Action, WorldPolicy, choose_world
 from elastic.control.succession import (
@@ -55,8 +56,6 @@ from elastic.control.succession import (
 from elastic.control.waking import WakingClock
 
 HASTE_S = 2.0  # a process that starts takes seconds of a core: survivors come first, for so long at most
-HEALINGS_TO_EVICT = 2
-LOSSES_BEYOND = 3  # more than two for each worker, in a row without a step
 
 
 class Phase(Enum):
@@ -87,10 +86,10 @@ class Controller:
     members: Membership = field(init=False)
     roll: Attendance = field(default_factory=Attendance)
     diagnosis: Diagnosis = field(init=False)
+    losses: Losses = field(default_factory=Losses)
     stopping: str | None = None
-    num_failures: int = 0
+    _ends_as: Status = Status.STOPPED
     _least: int = field(init=False)
-    _losses_in_a_row: int = 0
     _is_broken: bool = True
     _is_parting: bool = False  # all will be taken away: the world saves what it holds, and ends
     _is_safe: bool = False  # it has; whoever comes goes on from there
@@ -98,7 +97,6 @@ class Controller:
     _hurries_since: float | None = None  # survivors are on their way to their next step
     _begun_at: float = 0.0
     _idle_since: float = 0.0
-    _healed: dict[str, set[int]] = field(default_factory=dict)
     _clock: WakingClock = field(default_factory=WakingClock)
 
     def __post_init__(self) -> None:
@@ -125,7 +123,8 @@ class Controller:
             case MemberFailed(member, evidence):
                 return self._evict(member, Cause.FAILED, evidence, now)
             case ReplicaHealed(member=member, step=step):
-                return self._distrust(member, step, now)
+                why = self.losses.heal(member, step) if self.members.knows(member) else None
+                return self._evict(member, Cause.FAILED, why, now) if why else []
             case UserFailed(member=member) if self.members.knows(member):
                 return self._end(Status.FAILED, event.message)
             case MemberLeaving(member, notice):
@@ -162,7 +161,7 @@ class Controller:
                 self.diagnosis.learn_of_settling(self.roll.origin, seconds)
                 return self._settle(now)
             case StepCommitted():
-                self._losses_in_a_row = self.diagnosis.num_stalls = 0
+                self.losses.num_in_a_row = self.diagnosis.num_stalls = 0
                 return [*self._settle(now), *self._relax(now, now)]
             case MemberEnded() if self._all_ended():
                 return self._conclude(now)
@@ -177,14 +176,6 @@ class Controller:
             self.diagnosis.expect_restore(broken.member)
             self.roll.origin = self.members.origin
 
-    def _distrust(self, member: str, step: int, now: float) -> list[Instruction]:
-        """A member's state was corrupt: once may be a cosmic ray, twice is a broken machine."""
-        steps = self._healed.setdefault(member, set())
-        steps.add(step)
-        if len(steps) < HEALINGS_TO_EVICT or not self.members.knows(member):
-            return []
-        return self._evict(member, Cause.FAILED, f"{member} held corrupt state {len(steps)} times", now)
-
     def _evict(self, member: str, cause: Cause, evidence: str, now: float) -> list[Instruction]:
         """End a member, and go on as if it had died."""
         return [KillMember(member, evidence, cause), *self._lose(MemberLost(member, cause, evidence), now)]
@@ -198,21 +189,21 @@ class Controller:
         self.diagnosis.forget(lost.member)
         if was_expected:
             return []
-        self.num_failures += 1
-        self._losses_in_a_row += 1
-        if self.num_failures > self.policy.max_failures:
-            why = (
-                f"{self.num_failures} workers were lost, recovery.max_failures allows fewer: {lost.evidence}"
-            )
-            return self._end(Status.FAILED, why)
-        if self._losses_in_a_row > 2 * self.policy.workers + LOSSES_BEYOND:
-            why = f"{self._losses_in_a_row} workers were lost in a row without a step: {lost.evidence}"
-            return self._end(Status.FAILED, why)
+        why = self.losses.count(lost, self.policy)
         if was_in_world:
             if self._all_ended():
                 return self._conclude(now)
             self._break(now)
+        if why and self._ends_as is not Status.FAILED:
+            return self._fail(why, now)
         return [*self._consider(now), *self._replenish(now)]
+
+    def _fail(self, why: str, now: float) -> list[Instruction]:
+        """The run has to end; who holds its state saves that first."""
+        if not (self.members.heirs or self.members.found):
+            return self._end(Status.FAILED, why)
+        self._ends_as, self.stopping = Status.FAILED, None
+        return self._stop(why, now)
 
     def _break(self, now: float) -> None:
         if not self._is_broken:
@@ -259,8 +250,12 @@ class Controller:
         """All is to end, and there is no world: whoever holds state saves it, be they ever so few."""
         holders = self.members.heirs or self.members.found or self.members.world
         if holders:
-            return [self._form(holders[: self.most_ranks], Manner.AT_ONCE, "the survivors save the state and stop", now)]
-        return self._end(Status.STOPPED, f"{self.stopping}; no worker is left to save a final checkpoint")
+            return [
+                self._form(
+                    holders[: self.most_ranks], Manner.AT_ONCE, "the survivors save the state and stop", now
+                )
+            ]
+        return self._end(self._ends_as, f"{self.stopping}; no worker is left to save a final checkpoint")
 
     def _form(self, members: tuple[str, ...], manner: Manner, reason: str, now: float) -> Instruction:
         self.generation = self.formed = self.generation + 1
@@ -303,7 +298,7 @@ class Controller:
         """Aim at another number of workers; who is too many leaves at the next step boundary."""
         most = min(workers, self.most_ranks)
         self.policy = replace(self.policy, workers=most, min_workers=min(self._least, most))
-        self._losses_in_a_row = 0  # they were many or few for another size
+        self.losses.num_in_a_row = 0  # they were many or few for another size
         released = self._release(now) if self.phase is Phase.TRAINING else self._replenish(now)
         return [*released, *self._consider(now)]
 
@@ -323,7 +318,7 @@ class Controller:
         if Ending.FINISHED in self.roll.ended.values():
             return self._end(Status.FINISHED, "all steps are committed and durable")
         if self.stopping:
-            return self._end(Status.STOPPED, self.stopping)
+            return self._end(self._ends_as, self.stopping)
         if not self._is_parting:
             return self._stall("the world stopped because one of its workers had no driver", now)
         self.members.disband()
@@ -335,6 +330,7 @@ class Controller:
         if self.stopping:
             return []
         self.stopping = reason
+        self.members.hasten(now + self.policy.roll_s)
         if self._is_broken:
             return self._consider(now)
         return [StopWorld(self.generation, reason)]

@@ -37,6 +37,10 @@ class Membership:
         self._missing = set(self._found)
         self._starting.update(dict.fromkeys(self._found, until))
 
+    def hasten(self, until: float) -> None:
+        """Give an earlier driver's members that have not answered yet no longer than this."""
+        self._starting.update({one: min(until, self._starting[one]) for one in self._missing})
+
     def name_next(self, until: float) -> str:
         """Name a member that is about to start, and has to be ready by then."""
         while self.knows(member := f"{self.prefix}{self.num_named}") or member in self._gone:

@@ -27,7 +27,7 @@ class Chaos:
             workers=workers,
             min_workers=min(workers, self.random.randint(1, 2)),
             standbys=self.random.choice((0, 0, 1, 2)),
-            max_failures=1000,
+            max_failures=self.random.choice((1000,) * 9 + (3,)),
             forming_s=5.0,
             start_s=30.0,
         )

@@ -137,7 +137,7 @@ def test_a_member_that_will_be_taken_away_leaves_at_a_step_boundary_and_is_no_fa
     assert controller.handle(Settled("w0", 2, 1, "self", 0.1), 4.0) == []
     assert controller.handle(Settled("w2", 2, 1, "self", 0.1), 4.0) == [ReleaseMember("w1", "drained")]
     assert controller.handle(MemberLost("w1", Cause.PROCESS_DIED, ""), 4.1) == []
-    assert controller.num_failures == 0
+    assert controller.losses.num == 0
 
 
 def test_the_only_holder_of_the_state_hands_it_to_its_replacement_before_it_leaves() -> None:

@@ -187,7 +187,7 @@ def test_an_earlier_drivers_member_that_never_answers_is_replaced_and_the_others
     assert isinstance(killed, KillMember)
     assert (killed.member, killed.cause, started) == ("w1", Cause.START_FAILED, StartMember("w7.0"))
     assert isinstance(formed, FormWorld) and formed.members == ("w0", "w2")
-    assert controller.num_failures == 0
+    assert controller.losses.num == 0
 
 
 def test_a_worker_that_never_starts_is_replaced_and_is_no_failure() -> None:
@@ -201,7 +201,7 @@ def test_a_worker_that_never_starts_is_replaced_and_is_no_failure() -> None:
             killed, started = decided
             assert isinstance(killed, KillMember) and killed.cause is Cause.START_FAILED
             assert started == StartMember("w3")
-            assert controller.num_failures == 0
+            assert controller.losses.num == 0
             return
     raise AssertionError("it was waited for for ever")
 
@@ -226,7 +226,7 @@ def test_where_all_will_be_taken_away_they_save_at_the_next_boundary_and_newcome
         assert not any(isinstance(each, End | FormWorld) for each in decided)
     assert controller.phase is Phase.GATHERING
     assert controller.handle(MemberLost("w1", Cause.PROCESS_DIED, ""), 6.0) == []
-    assert controller.num_failures == 0
+    assert controller.losses.num == 0
     assert controller.handle(MemberReady("w2", "h", 3), 7.0) == []
     (formed,) = controller.handle(MemberReady("w3", "h", 3), 8.0)
     assert isinstance(formed, FormWorld) and formed.members == ("w2", "w3")
