@@ -32,7 +32,7 @@ class Chaos:
             start_s=30.0,
         )
         self.most_ranks = self.random.choice((1 << 30, 1 << 30, workers))
-        self.cluster.restore_s = self.random.choice((3.0, 3.0, 200.0))
+        self.cluster.restore_s = self.random.choice((3.0, 200.0))
         self.drivers: list[Driver] = []
         self.wanted = self.policy.workers
         self.stop_reason: str | None = None
@@ -64,7 +64,7 @@ class Chaos:
             (self.cut_off_all, 1 if self.random.random() < 0.2 else 0),
             (self.slow_down, 2),
             (self.fill, 1),
-            (self.lose_state, 1 if self.random.random() < 0.3 else 0),
+            (self.lose_state, 2 if self.random.random() < 0.3 else 0),
             (self.give_notice, 3),
             (self.give_everybody_notice, 1 if self.random.random() < 0.2 else 0),
             (self.resize, 2),
