@@ -234,9 +234,7 @@ class Capturer:
             self._endings.append(Ending(snapshot.ticket, why))
 
 
-def _capture_or_retry(
-    snapshot: Snapshot, host: Host, transfer: Transfer, lent: Callable[[], None]
-) -> bool:
+def _capture_or_retry(snapshot: Snapshot, host: Host, transfer: Transfer, lent: Callable[[], None]) -> bool:
     """Capture; if the keeper dies meanwhile, capture anew with its successor: the state is still there."""
     for attempt in range(1, MAX_ATTEMPTS + 1):
         try:

@@ -12,8 +12,9 @@ Candidates = tuple[tuple[str, ...], Collection[str], WorldPolicy]
 def find_candidates(members: Membership, policy: WorldPolicy, most_ranks: int) -> Candidates:
     """Return who stays, who may join them, and the policy that says how many.
 
-    If all who hold the state are leaving, one of them hands it over, if a newcomer fits beside it. Until a world has settled, all of an
-    earlier driver's members are in it, if that many can be: which of them hold the state is not known.
+    If all who hold the state are leaving, one of them hands it over, if a newcomer fits beside it. Until a
+    world has settled, all of an earlier driver's members are in it, if that many can be: which of them hold
+    the state is not known.
     """
     if found := members.found:
         others = [one for one in (*members.staying, *members.outside) if one not in found]

@@ -101,14 +101,11 @@ class Trainer:
         return self._standing
 
     @property
-    def working_s(self) -> float:
-        """How long the present micro-batch takes already. May be asked by any thread."""
-        return self._pace.working_s
-
-    @property
-    def is_waiting_for_room(self) -> bool:
-        """Whether this member waits for room in its host's arena. May be asked by any thread."""
-        return self._snapshots.is_waiting_for_room
+    def activity(self) -> tuple[float, bool]:
+        """How long the present micro-batch takes already, and whether nothing can be done before there is
+        room in the host's arena. May be asked by any thread.
+        """
+        return self._pace.working_s, self._snapshots.is_waiting_for_room
 
     @property
     def model(self) -> nn.Module:
@@ -119,10 +116,13 @@ class Trainer:
         """Hash the model as of the last committed step; all ranks of a world have to. Raises Broken."""
         return self._learner.weights_sha256()
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether this member holds all of the state."""
+        return self._learner.is_whole
+
     def save_alone(self, generation: int, host: str) -> bool:
-        """Save the whole state as a world of one; return whether it became durable."""
-        if not self._learner.is_whole:
-            return False
+        """Save the state of which all is here as a world of one; return whether it became durable."""
         alone = Share(generation, 0, 1, (host,))
         self._snapshots.save(alone, self._standing.committed, self._learner.whole_tree)
         return self._snapshots.drain(self._plan.save_s) and self._snapshots.why_newest_lost() is None

@@ -7,8 +7,9 @@ from functools import partial
 from elastic.control.events import Event, MemberLeaving, StopRequested, WorkersWanted
 from elastic.control.instructions import End
 from elastic.control.policy import WorldPolicy
-from tests.sim.cluster import Cluster, Fault, Node
+from tests.sim.cluster import Cluster
 from tests.sim.driving import Driver, Story
+from tests.sim.node import Fault, Node
 
 CHAOS_S = 40.0  # blows fall within that time
 LIMIT_S = 4000.0

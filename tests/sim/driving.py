@@ -16,7 +16,8 @@ from elastic.control.instructions import (
     StopWorld,
 )
 from elastic.control.policy import WorldPolicy
-from tests.sim.cluster import Cluster, Fault, Node, World
+from tests.sim.cluster import Cluster, World
+from tests.sim.node import Fault, Node
 
 TICK_S = 0.25
 REMIND_TICKS = 4

@@ -14,7 +14,6 @@ from elastic.control.events import (
     StepCommitted,
     StopRequested,
     WorkersWanted,
-    WorldFormed,
 )
 from elastic.control.instructions import (
     End,
