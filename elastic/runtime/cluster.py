@@ -313,15 +313,14 @@ class Cluster:
                 self._news.put(MemberLeaving(member, notice))
 
     def _read(self, member: str, call: Any) -> None:
-        try:
-            answer: Answer = ray.get(call)
-        except ActorUnavailableError:  # that is silence, and no death
+        answer = answer_of(member, partial(ray.get, call))
+        if answer is None:
             self._is_over.wait(LISTEN_S)  # the next call may fail at once, too
             self._ask_again(member)
             return
-        except (RayActorError, ActorUnschedulableError) as error:
+        if isinstance(answer, MemberLost):
             if self._unseat(member) is not None:
-                self._news.put(MemberLost(member, _cause(error), _evidence(error)))
+                self._news.put(answer)
             return
         with self._seating:
             seat = self._seats.get(member)
@@ -346,6 +345,16 @@ def living(names: Iterable[str], actor_of: Callable[[str], Any]) -> Iterator[tup
             yield name, actor_of(name)
         except (ValueError, RayError) as error:
             log.warning("%s, which an earlier driver left, is taken for lost: %s", name, error)
+
+
+def answer_of(member: str, get: Callable[[], Answer]) -> Answer | MemberLost | None:
+    """Return what a call to a member gives; None if it cannot be reached now: that is silence, no death."""
+    try:
+        return get()
+    except ActorUnavailableError:
+        return None
+    except (RayActorError, ActorUnschedulableError) as error:
+        return MemberLost(member, _cause(error), _evidence(error))
 
 
 def check_portable(order: TrainOrder) -> None:

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 from functools import partial
 
-from elastic.control.events import Event, MemberLeaving, StopRequested, WorkersWanted
+from elastic.control.events import Event, StopRequested, WorkersWanted
 from elastic.control.instructions import End
 from elastic.control.policy import WorldPolicy
 from tests.sim.cluster import Cluster
@@ -215,12 +215,12 @@ class Chaos:
     def give_notice(self) -> None:
         """A machine will be taken away, and some time later is, whether its member has left or not."""
         if node := self.victim():
-            self.cluster.tell(node, MemberLeaving(node.name, "simulated"))
+            self.cluster.give_notice(node)
             self.cluster.later(self.random.uniform(0.5, 60.0), partial(self.take_away, node))
 
     def give_everybody_notice(self) -> None:
         for node in list(self.cluster.nodes.values()):
-            self.cluster.tell(node, MemberLeaving(node.name, "simulated"))
+            self.cluster.give_notice(node)
             self.cluster.later(self.random.uniform(20.0, 60.0), partial(self.take_away, node))
 
     def take_away(self, node: Node) -> None:

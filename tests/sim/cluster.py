@@ -15,6 +15,7 @@ from elastic.control.events import (
     Event,
     MemberCame,
     MemberEnded,
+    MemberLeaving,
     MemberLost,
     MemberReady,
     Settled,
@@ -115,6 +116,13 @@ class Cluster:
         """Ask a member that is up to say so."""
         if not (node.is_cut_off or Fault.STOPPED in node.faults or self.is_gone(node)):
             self.tell(node, MemberReady(node.name, node.host, 1))
+            if node.has_notice:
+                self.give_notice(node)
+
+    def give_notice(self, node: Node) -> None:
+        """A member learns that it will be taken away, and says so to its driver and to each new one."""
+        node.has_notice = True
+        self.tell(node, MemberLeaving(node.name, "simulated"))
 
     def order(self, name: str, order: FormWorld) -> None:
         """An order reaches a member some time; one that comes too late is ignored, as in its mailbox."""

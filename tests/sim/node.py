@@ -32,6 +32,7 @@ class Node:
     is_cut_off: bool = False  # from the drivers
     is_isolated: bool = False  # from the other members
     is_evicted: bool = False  # though it may not know
+    has_notice: bool = False
     slowness: float = 1.0
     began_at: float = 0.0
     busy_until: float = 0.0
