@@ -250,11 +250,8 @@ class Controller:
         """All is to end, and there is no world: whoever holds state saves it, be they ever so few."""
         holders = self.members.heirs or self.members.found or self.members.world
         if holders:
-            return [
-                self._form(
-                    holders[: self.most_ranks], Manner.AT_ONCE, "the survivors save the state and stop", now
-                )
-            ]
+            why = "the survivors save the state and stop"
+            return [self._form(holders[: self.most_ranks], Manner.AT_ONCE, why, now)]
         return self._end(self._ends_as, f"{self.stopping}; no worker is left to save a final checkpoint")
 
     def _form(self, members: tuple[str, ...], manner: Manner, reason: str, now: float) -> Instruction:

@@ -85,7 +85,7 @@ class Diagnosis:
     def learn_of_coming(self, member: str, ordered_at: float, now: float) -> None:
         """Learn how long it takes a member to leave what it is in, and to come."""
         if member in self._seasoned:
-            self._lengthen(_COMING, now - self._since(ordered_at, member))
+            self._lengthen(_COMING, now - self._since(ordered_at, (member,)))
 
     def learn_of_settling(self, origin: str, seconds: float) -> None:
         """Learn how long it takes to come to one state that members get from there."""
@@ -122,7 +122,7 @@ class Diagnosis:
             self._judge_silent(roll, idle_s)
             or self._judge_working(roll, idle_s)
             or self._judge_late(roll, now)
-            or self._judge_all(roll, now - self._since(roll.moved_at, *roll.members))
+            or self._judge_all(roll, now - self._since(roll.moved_at, roll.members))
         )
 
     def _judge_silent(self, roll: Attendance, idle_s: float) -> Verdict:
@@ -160,7 +160,9 @@ class Diagnosis:
         if roll.manner is not Manner.AT_ONCE or roll.stage is not Stage.COMING:
             return None
         waited_s = now - roll.ordered_at
-        late = [one for one in roll.late if now - self._since(roll.ordered_at, one) > self._lateness_s(one)]
+        late = [
+            one for one in roll.late if now - self._since(roll.ordered_at, (one,)) > self._lateness_s(one)
+        ]
         if self._seasoned.isdisjoint(roll.came):  # who was idle comes at once, and proves nothing
             late = [one for one in late if one in self._unused or waited_s > self.policy.patience_s]
         return _hung(late, f"has not come to the new world for {waited_s:.0f} s, though it answers")
@@ -205,11 +207,9 @@ class Diagnosis:
         longest_s = self._longest_s.get(what)
         return self.policy.patience_s if longest_s is None else max(floor_s, PAUSES * longest_s)
 
-    def _since(self, at: float, *members: str) -> float:
+    def _since(self, at: float, members: Collection[str]) -> float:
         """Return since when these can be held to account for what should have happened since `at`."""
-        if not self._waited_at:
-            return at
-        return max(at, *(self._waited_at.get(one, at) for one in members))
+        return max([at, *(waited_at for one, waited_at in self._waited_at.items() if one in members)])
 
     def _lengthen(self, what: str, seconds: float) -> None:
         self._longest_s[what] = max(self._longest_s.get(what, 0.0), seconds)

@@ -175,20 +175,31 @@ class Member:
         gc.freeze()  # what lives by now lives on: searching the rest for cycles takes milliseconds
         self._ready = MemberReady(assignment.member, assignment.host, os.getpid())
         self._outbox.put(self._ready)
-        while (order := self._mailbox.next()) is not None:
-            self._serve(order, former, trainer)
-            if self._mailbox.is_orphaned:
-                break
+        while True:
+            while (order := self._mailbox.next()) is not None:
+                self._serve(order, former, trainer)
+                if self._mailbox.is_orphaned:
+                    break
+            self._save_alone(trainer)
+            if self._mailbox.is_orphaned:  # else a driver came after all
+                saver.close()
+                os._exit(0)
+
+    def _save_alone(self, trainer: Trainer) -> None:
+        """Save what no world is left to save: the driver died, then a member, before the lease ran out."""
+        assignment = self._assignment
+        log.warning(
+            "no driver for %.0f s: this worker saves what it holds, and ends", assignment.order.lease_s
+        )
+        if not trainer.is_whole:
+            return  # what it holds alone is no checkpoint
+        save = partial(trainer.save_alone, host=assignment.host)
+        step, is_orphaned = trainer.standing.committed, lambda: self._mailbox.is_orphaned
         try:
-            log.warning("no driver for %.0f s: this worker ends", assignment.order.lease_s)
-            if trainer.is_whole:  # else what it holds alone is no checkpoint
-                store = open_store(assignment.order.checkpoint.store_url)
-                save = partial(trainer.save_alone, host=assignment.host)
-                survivor = Survivor(assignment.member, trainer.standing.committed, save)
-                save_alone(store, survivor)
-            saver.close()
-        finally:
-            os._exit(0)
+            store = open_store(assignment.order.checkpoint.store_url)
+            save_alone(store, Survivor(assignment.member, step, save, is_orphaned))
+        except Exception:  # the border: there is nobody left to tell
+            log.exception("the worker could not save step %d alone", step)
 
     def _serve(self, order: WorldOrder, former: Former, trainer: Trainer) -> None:
         """Live through one world, from its forming until it ends or breaks."""

@@ -191,6 +191,7 @@ def test_a_stop_that_takes_too_long_leaves_the_last_checkpoint_to_the_workers_an
     newest = Catalog(open_store(order.checkpoint.store_url)).latest()
     assert newest is not None
     assert newest >= stopped.committed_steps
+    await_no_keeper(order)
 
 
 def test_without_a_driver_for_its_lease_a_run_saves_its_last_step_and_leaves_no_process(

@@ -36,7 +36,7 @@ def no_wait(_seconds: float) -> None:
 def test_who_loses_the_claim_to_one_of_an_older_step_saves_the_newest_after_it(store: Store) -> None:
     assert claim_alone(store, 1, "w0")
     assert saving(store, 7)(1), "another survivor saves an older step"
-    assert save_alone(store, Survivor("w1", 8, saving(store, 8)), no_wait)
+    save_alone(store, Survivor("w1", 8, saving(store, 8)), no_wait)
     assert Catalog(store).latest() == 8
 
 
@@ -47,7 +47,7 @@ def test_whoever_takes_the_claim_between_two_looks_a_survivor_claims_the_one_aft
         tried.append(generation)
         return len(tried) > 1 and saving(store, 8)(generation)
 
-    assert save_alone(store, Survivor("w1", 8, lose_first), no_wait)
+    save_alone(store, Survivor("w1", 8, lose_first), no_wait)
     assert tried == [1, 2]
     assert Catalog(store).latest() == 8
 
@@ -65,7 +65,7 @@ def test_a_step_that_another_one_saves_meanwhile_is_not_saved_again(store: Store
         return False
 
     claimed: list[int] = []
-    assert save_alone(store, Survivor("w1", 8, fail), wait)
+    save_alone(store, Survivor("w1", 8, fail), wait)
     assert claimed == [1]
     assert len(looks) == 3
 
@@ -73,12 +73,19 @@ def test_a_step_that_another_one_saves_meanwhile_is_not_saved_again(store: Store
 def test_what_is_durable_already_claims_nothing(store: Store) -> None:
     saving(store, 8)(1)
     before = newest_generation(store)
-    assert save_alone(store, Survivor("w1", 8, saving(store, 8)), no_wait)
+    save_alone(store, Survivor("w1", 8, saving(store, 8)), no_wait)
     assert newest_generation(store) == before
 
 
 def test_a_survivor_whose_saves_fail_gives_up_and_a_driver_passes_over_its_claims(store: Store) -> None:
-    assert not save_alone(store, Survivor("w1", 8, lambda _: False), no_wait)
+    save_alone(store, Survivor("w1", 8, lambda _: False), no_wait)
     driver = Claims(store, "run")
     assert driver.newest == MAX_TRIES
     driver.take_over()
+
+
+def test_a_survivor_to_which_a_driver_comes_leaves_the_saving_to_it(store: Store) -> None:
+    is_orphaned = iter((True, False))
+    survivor = Survivor("w1", 8, lambda _: False, lambda: next(is_orphaned))
+    save_alone(store, survivor, no_wait)
+    assert newest_generation(store) == 1
