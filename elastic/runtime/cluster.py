@@ -313,7 +313,7 @@ class Cluster:
                 self._news.put(MemberLeaving(member, notice))
 
     def _read(self, member: str, call: Any) -> None:
-        answer = answer_of(member, partial(ray.get, call))
+        answer = answer_of(member, lambda: ray.get(call))
         if answer is None:
             self._is_over.wait(LISTEN_S)  # the next call may fail at once, too
             self._ask_again(member)

@@ -1,6 +1,7 @@
 """Silent members are examined and ended a few at a time, and not at all once the run is another driver's."""
 
 import threading
+from functools import partial
 
 from elastic.runtime.autopsies import MAX_AUTOPSIES, Autopsies
 
@@ -19,7 +20,7 @@ def test_each_is_examined_and_then_ended_whatever_came_of_that() -> None:
 
 
 def test_those_that_are_under_way_or_wait_for_their_turn_end_nobody_once_they_are_called_off() -> None:
-    may_go_on, are_under_way, ended = threading.Event(), threading.Semaphore(0), []
+    may_go_on, are_under_way, ended = threading.Event(), threading.Semaphore(0), list[int]()
 
     def examine() -> None:
         are_under_way.release()
@@ -27,7 +28,7 @@ def test_those_that_are_under_way_or_wait_for_their_turn_end_nobody_once_they_ar
 
     autopsies = Autopsies()
     for number in range(2 * MAX_AUTOPSIES):
-        autopsies.begin(examine, lambda number=number: ended.append(number))
+        autopsies.begin(examine, partial(ended.append, number))
     assert all(are_under_way.acquire(timeout=20) for _ in range(MAX_AUTOPSIES))
     autopsies.call_off()
     may_go_on.set()
