@@ -140,6 +140,14 @@ class Saver:
         self._capturer.wait()
         return time.perf_counter() - started
 
+    @property
+    def is_short_of_room(self) -> bool:
+        """Whether the snapshot in hand waits for room in the arena; `max_wait_s` is the longest it may.
+
+        May be asked by any thread.
+        """
+        return 0.0 < self._capturer.asking_s <= self._policy.max_wait_s
+
     def outcomes(self) -> tuple[Outcome, ...]:
         """Return what became known of snapshots since this was last asked, without waiting."""
         self._take()

@@ -10,7 +10,8 @@ allocator waits for the copy.
 
 import logging
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -66,13 +67,14 @@ def _watch(structure: Structure, own: Sequence[torch.Tensor], number: int, salt:
     return watch(own[origin.leaf], origin, slot, number, salt)
 
 
-def capture(snapshot: Snapshot, host: Host, transfer: Transfer) -> bool:
+def capture(snapshot: Snapshot, host: Host, transfer: Transfer, lent: Callable[[], None]) -> bool:
     """Copy a share into the arena, chunk by chunk, and seal it; False if the host does not take it.
 
-    Spoils the share and raises Torn if it is torn.
+    Calls `lent` once there is room for it. Spoils the share and raises Torn if it is torn.
     """
     ticket, taken = snapshot.ticket, snapshot.take
     space = host.open(ticket, snapshot.plan)
+    lent()
     if space is None:
         return False
     transfer.prepare(space)
@@ -125,6 +127,7 @@ class Capturer:
         self._transfer = Transfer()
         self._changed = threading.Condition()
         self._snapshot: Snapshot | None = None
+        self._asked_at: float | None = None
         self._endings: list[Ending] = []
         self._is_closed = False
         self._hook = register_optimizer_step_pre_hook(self._before_step)
@@ -136,8 +139,14 @@ class Capturer:
         """Hand a snapshot to the thread. The one before has been waited for."""
         self._transfer.follow(snapshot.take.devices)
         with self._changed:
-            self._snapshot = snapshot
+            self._snapshot, self._asked_at = snapshot, time.monotonic()
             self._changed.notify_all()
+
+    @property
+    def asking_s(self) -> float:
+        """How long room for the snapshot in hand is asked for already; 0 if it has some, or there is none."""
+        asked_at = self._asked_at
+        return 0.0 if asked_at is None else time.monotonic() - asked_at
 
     def wait(self) -> None:
         """Wait until nothing is being captured; bounded by the plan's `max_wait_s` and the copy itself."""
@@ -189,7 +198,7 @@ class Capturer:
             return False
         error = self._capture(snapshot)
         with self._changed:
-            self._snapshot = None
+            self._snapshot = self._asked_at = None
             self._changed.notify_all()
         if error is None:
             snapshot.captured.set_result(None)
@@ -200,7 +209,7 @@ class Capturer:
     def _capture(self, snapshot: Snapshot) -> Exception | None:
         """Capture; return why that failed, if it did. Nothing that fails here may end the training."""
         try:
-            if _capture_or_retry(snapshot, self._host, self._transfer):
+            if _capture_or_retry(snapshot, self._host, self._transfer, self._note_room):
                 return None
             self._end(snapshot, None)
             return CheckpointError(f"step {snapshot.ticket.step} was not taken: its outcome says why")
@@ -217,16 +226,19 @@ class Capturer:
             _spoil(snapshot, self._host, f"capture failed: {error}")
             return error
 
+    def _note_room(self) -> None:
+        self._asked_at = None
+
     def _end(self, snapshot: Snapshot, why: str | None) -> None:
         with self._changed:
             self._endings.append(Ending(snapshot.ticket, why))
 
 
-def _capture_or_retry(snapshot: Snapshot, host: Host, transfer: Transfer) -> bool:
+def _capture_or_retry(snapshot: Snapshot, host: Host, transfer: Transfer, lent: Callable[[], None]) -> bool:
     """Capture; if the keeper dies meanwhile, capture anew with its successor: the state is still there."""
     for attempt in range(1, MAX_ATTEMPTS + 1):
         try:
-            return capture(snapshot, host, transfer)
+            return capture(snapshot, host, transfer, lent)
         except KeeperLost as error:
             if attempt == MAX_ATTEMPTS:
                 raise

@@ -37,8 +37,9 @@ class Attendance:
     """Who of a world's `members` has told what, and when anybody told anything last.
 
     `holders` are those known to hold the state as it was ordered; none, if that is known of nobody. `origin`
-    says where those who lack the state get it from: "self" (nobody does), "peer" or "store". It `is_closing`
-    once nothing but the last checkpoint may be left to do.
+    says where those who lack the state get it from: "self" (nobody does), "survivors" (nor does anybody, but
+    for what those held who are not there any more), "peer" or "store". It `is_closing` once nothing but the
+    last checkpoint is left to do.
     """
 
     members: frozenset[str] = frozenset()
@@ -69,9 +70,9 @@ class Attendance:
             case Settled(member=member, step=step):
                 self._settled.add(member)
                 self.is_closing = self.is_closing or step >= self.last_step
-            case StepCommitted(step=step):
+            case StepCommitted(step=step, is_last=is_last):
                 self._has_stepped = True
-                self.is_closing = self.is_closing or step >= self.last_step
+                self.is_closing = self.is_closing or is_last or step >= self.last_step
             case MemberEnded(member=member, ending=ending) if ending is not Ending.REGROUP:
                 self.ended[member] = ending
             case WorldBroken(evidence=why):

@@ -43,14 +43,19 @@ from elastic.control.instructions import (
     Status,
     StopWorld,
 )
+from elastic.control.losses import Losses
 from elastic.control.membership import Membership
 from elastic.control.policy import Action, WorldPolicy, choose_world
-from elastic.control.succession import Candidates, find_candidates, find_unneeded, has_reason
+from elastic.control.succession import (
+    Candidates,
+    find_candidates,
+    find_unneeded,
+    has_reason,
+    is_left_to_store,
+)
 from elastic.control.waking import WakingClock
 
 HASTE_S = 2.0  # a process that starts takes seconds of a core: survivors come first, for so long at most
-HEALINGS_TO_EVICT = 2
-LOSSES_BEYOND = 3  # more than two for each worker, in a row without a step
 
 
 class Phase(Enum):
@@ -81,10 +86,10 @@ class Controller:
     members: Membership = field(init=False)
     roll: Attendance = field(default_factory=Attendance)
     diagnosis: Diagnosis = field(init=False)
+    losses: Losses = field(default_factory=Losses)
     stopping: str | None = None
-    num_failures: int = 0
+    _ends_as: Status = Status.STOPPED
     _least: int = field(init=False)
-    _losses_in_a_row: int = 0
     _is_broken: bool = True
     _is_parting: bool = False  # all will be taken away: the world saves what it holds, and ends
     _is_safe: bool = False  # it has; whoever comes goes on from there
@@ -92,7 +97,6 @@ class Controller:
     _hurries_since: float | None = None  # survivors are on their way to their next step
     _begun_at: float = 0.0
     _idle_since: float = 0.0
-    _healed: dict[str, set[int]] = field(default_factory=dict)
     _clock: WakingClock = field(default_factory=WakingClock)
 
     def __post_init__(self) -> None:
@@ -119,7 +123,8 @@ class Controller:
             case MemberFailed(member, evidence):
                 return self._evict(member, Cause.FAILED, evidence, now)
             case ReplicaHealed(member=member, step=step):
-                return self._distrust(member, step, now)
+                why = self.losses.heal(member, step) if self.members.knows(member) else None
+                return self._evict(member, Cause.FAILED, why, now) if why else []
             case UserFailed(member=member) if self.members.knows(member):
                 return self._end(Status.FAILED, event.message)
             case MemberLeaving(member, notice):
@@ -144,28 +149,32 @@ class Controller:
     def _hear(self, event: OfWorld, now: float) -> list[Instruction]:
         """Take an event of a world; but for what can be learned from it, only the present one's counts."""
         self.diagnosis.learn(event)
+        if isinstance(event, WorldBroken) and event.is_blank:
+            self._blank(event)
         if event.generation != self.formed:
             return []
         self.roll.take(event, now)
         match event:
             case MemberCame(member=member) if self.roll.manner is Manner.AT_ONCE:
-                self.diagnosis.learn_of_coming(member, now - self.roll.ordered_at)
-            case Settled():
+                self.diagnosis.learn_of_coming(member, self.roll.ordered_at, now)
+            case Settled(seconds=seconds):
+                self.diagnosis.learn_of_settling(self.roll.origin, seconds)
                 return self._settle(now)
             case StepCommitted():
-                self._losses_in_a_row = self.diagnosis.num_stalls = 0
+                self.losses.num_in_a_row = self.diagnosis.num_stalls = 0
                 return [*self._settle(now), *self._relax(now, now)]
             case MemberEnded() if self._all_ended():
                 return self._conclude(now)
         return []
 
-    def _distrust(self, member: str, step: int, now: float) -> list[Instruction]:
-        """A member's state was corrupt: once may be a cosmic ray, twice is a broken machine."""
-        steps = self._healed.setdefault(member, set())
-        steps.add(step)
-        if len(steps) < HEALINGS_TO_EVICT or not self.members.knows(member):
-            return []
-        return self._evict(member, Cause.FAILED, f"{member} held corrupt state {len(steps)} times", now)
+    def _blank(self, broken: WorldBroken) -> None:
+        """A member has given its state up; one that tells it late does so of a world before the one that
+        forms.
+        """
+        is_news = broken.generation == self.formed or self.phase is not Phase.TRAINING
+        if is_news and self.members.blank(broken.member):
+            self.diagnosis.expect_restore(broken.member)
+            self.roll.origin = self.members.origin
 
     def _evict(self, member: str, cause: Cause, evidence: str, now: float) -> list[Instruction]:
         """End a member, and go on as if it had died."""
@@ -180,21 +189,21 @@ class Controller:
         self.diagnosis.forget(lost.member)
         if was_expected:
             return []
-        self.num_failures += 1
-        self._losses_in_a_row += 1
-        if self.num_failures > self.policy.max_failures:
-            why = (
-                f"{self.num_failures} workers were lost, recovery.max_failures allows fewer: {lost.evidence}"
-            )
-            return self._end(Status.FAILED, why)
-        if self._losses_in_a_row > 2 * self.policy.workers + LOSSES_BEYOND:
-            why = f"{self._losses_in_a_row} workers were lost in a row without a step: {lost.evidence}"
-            return self._end(Status.FAILED, why)
+        why = self.losses.count(lost, self.policy)
         if was_in_world:
             if self._all_ended():
                 return self._conclude(now)
             self._break(now)
+        if why and self._ends_as is not Status.FAILED:
+            return self._fail(why, now)
         return [*self._consider(now), *self._replenish(now)]
+
+    def _fail(self, why: str, now: float) -> list[Instruction]:
+        """The run has to end; who holds its state saves that first."""
+        if not (self.members.heirs or self.members.found):
+            return self._end(Status.FAILED, why)
+        self._ends_as, self.stopping = Status.FAILED, None
+        return self._stop(why, now)
 
     def _break(self, now: float) -> None:
         if not self._is_broken:
@@ -207,7 +216,7 @@ class Controller:
             return self._improve(now)
         if self.members.missing:
             return []
-        is_unsafe = self.members.is_deserted and not self._is_safe
+        is_unsafe = is_left_to_store(self.members, self.most_ranks) and not self._is_safe
         if self.stopping or (is_unsafe and (self.members.heirs or self.members.found)):
             return self._form_last(now)
         return self._choose(Manner.AT_ONCE, now)
@@ -217,9 +226,10 @@ class Controller:
         is_ending = self.roll.stage is Stage.ENDING and not self._is_parting
         if self.phase is not Phase.TRAINING or self.roll.ended or self.stopping or is_ending:
             return []
-        if self.members.is_deserted:
+        if is_left_to_store(self.members, self.most_ranks):
             is_told, self._is_parting = self._is_parting, True
-            return [] if is_told else [self._close("all workers will be taken away")]
+            why = "all workers that hold the state will be taken away"
+            return [] if is_told else [StopWorld(self.generation, why)]
         return self._choose(Manner.AT_BOUNDARY, now) if has_reason(self.members, self.policy) else []
 
     def _choose(self, manner: Manner, now: float) -> list[Instruction]:
@@ -240,8 +250,9 @@ class Controller:
         """All is to end, and there is no world: whoever holds state saves it, be they ever so few."""
         holders = self.members.heirs or self.members.found or self.members.world
         if holders:
-            return [self._form(holders, Manner.AT_ONCE, "the survivors save the state and stop", now)]
-        return self._end(Status.STOPPED, f"{self.stopping}; no worker is left to save a final checkpoint")
+            why = "the survivors save the state and stop"
+            return [self._form(holders[: self.most_ranks], Manner.AT_ONCE, why, now)]
+        return self._end(self._ends_as, f"{self.stopping}; no worker is left to save a final checkpoint")
 
     def _form(self, members: tuple[str, ...], manner: Manner, reason: str, now: float) -> Instruction:
         self.generation = self.formed = self.generation + 1
@@ -269,7 +280,7 @@ class Controller:
         self.phase = Phase.TRAINING
         self.members.settle()
         if self.stopping:
-            return [self._close(self.stopping)]
+            return [StopWorld(self.generation, self.stopping)]
         return [*self._release(now), *self._consider(now)]
 
     def _part(self, member: str, notice: str, now: float) -> list[Instruction]:
@@ -284,7 +295,7 @@ class Controller:
         """Aim at another number of workers; who is too many leaves at the next step boundary."""
         most = min(workers, self.most_ranks)
         self.policy = replace(self.policy, workers=most, min_workers=min(self._least, most))
-        self._losses_in_a_row = 0  # they were many or few for another size
+        self.losses.num_in_a_row = 0  # they were many or few for another size
         released = self._release(now) if self.phase is Phase.TRAINING else self._replenish(now)
         return [*released, *self._consider(now)]
 
@@ -304,7 +315,7 @@ class Controller:
         if Ending.FINISHED in self.roll.ended.values():
             return self._end(Status.FINISHED, "all steps are committed and durable")
         if self.stopping:
-            return self._end(Status.STOPPED, self.stopping)
+            return self._end(self._ends_as, self.stopping)
         if not self._is_parting:
             return self._stall("the world stopped because one of its workers had no driver", now)
         self.members.disband()
@@ -316,18 +327,14 @@ class Controller:
         if self.stopping:
             return []
         self.stopping = reason
+        self.members.hasten(now + self.policy.roll_s)
         if self._is_broken:
             return self._consider(now)
-        return [self._close(reason)]
-
-    def _close(self, reason: str) -> Instruction:
-        """Let the world save what it holds at its next boundary, and end."""
-        self.roll.is_closing = True
-        return StopWorld(self.generation, reason)
+        return [StopWorld(self.generation, reason)]
 
     def _wait(self, tick: Tick, now: float) -> list[Instruction]:
         """Look at who answers and at what moves; end who holds the others up."""
-        self.diagnosis.look(tick, self.members.hosts, self._clock.slept_s)
+        self.diagnosis.look(tick, self.members.hosts, now=now, slept_s=self._clock.slept_s)
         overdue = self._replace_overdue(now)
         if unreachable := self.diagnosis.unreachable():
             return [*overdue, *self._evict_all(unreachable.evidence, now)]

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from elastic.control.attendance import Attendance, OfWorld, Stage
-from elastic.control.events import Settled, StepCommitted, Tick
+from elastic.control.events import StepCommitted, Tick
 from elastic.control.instructions import Manner
 from elastic.control.policy import WorldPolicy
 from elastic.control.suspicion import PAUSES, Suspicion
@@ -55,13 +55,15 @@ class Diagnosis:
     _longest_s: dict[str, float] = field(default_factory=dict)
     _seasoned: set[str] = field(default_factory=set)
     _unused: set[str] = field(default_factory=set)
+    _waited_at: dict[str, float] = field(default_factory=dict)  # for room, when that was seen last
 
     def __post_init__(self) -> None:
         self._silence = Suspicion(self.policy.hang_floor_s)
         self._diligence = Suspicion(self.policy.work_floor_s)
 
-    def look(self, tick: Tick, ready: Collection[str], slept_s: float) -> None:
+    def look(self, tick: Tick, ready: Collection[str], *, now: float, slept_s: float) -> None:
         """Take what members show; who is not `ready` is still starting, and no measure for others."""
+        self._waited_at |= dict.fromkeys(tick.waiting, now)
         fresh_s, self._slept_s = slept_s - self._slept_s, slept_s
         self._num_ready = len(ready)
         self._silence.look({one: s for one, s in tick.silence_s.items() if one in ready}, fresh_s)
@@ -76,21 +78,28 @@ class Diagnosis:
         """Learn from what members tell, of whatever world."""
         self._unused.discard(event.member)
         match event:
-            case Settled(source=source, seconds=seconds):
-                self._lengthen(source, seconds)
             case StepCommitted(member=member, seconds=seconds):
                 self._seasoned.add(member)
                 self._step_s = seconds if self._step_s == 0.0 else 0.8 * self._step_s + 0.2 * seconds
 
-    def learn_of_coming(self, member: str, seconds: float) -> None:
+    def learn_of_coming(self, member: str, ordered_at: float, now: float) -> None:
         """Learn how long it takes a member to leave what it is in, and to come."""
         if member in self._seasoned:
-            self._lengthen(_COMING, seconds)
+            self._lengthen(_COMING, now - self._since(ordered_at, (member,)))
+
+    def learn_of_settling(self, origin: str, seconds: float) -> None:
+        """Learn how long it takes to come to one state that members get from there."""
+        self._lengthen(origin, seconds)
+
+    def expect_restore(self, member: str) -> None:
+        """Note that a member may have to restore a state before it makes another step."""
+        self._seasoned.discard(member)
 
     def forget(self, member: str) -> None:
         """Forget a lost member."""
         self._seasoned.discard(member)
         self._unused.discard(member)
+        self._waited_at.pop(member, None)
 
     def stall(self, now: float) -> bool:
         """Count a world that got nowhere; return whether it is time to give up."""
@@ -112,8 +121,8 @@ class Diagnosis:
         return (
             self._judge_silent(roll, idle_s)
             or self._judge_working(roll, idle_s)
-            or self._judge_late(roll, now - roll.ordered_at)
-            or self._judge_all(roll, idle_s)
+            or self._judge_late(roll, now)
+            or self._judge_all(roll, now - self._since(roll.moved_at, roll.members))
         )
 
     def _judge_silent(self, roll: Attendance, idle_s: float) -> Verdict:
@@ -146,11 +155,14 @@ class Diagnosis:
         what = "is stuck in a micro-batch while others wait for it"
         return _hung(stuck, f"{what}, and nothing moved for {idle_s:.0f} s")
 
-    def _judge_late(self, roll: Attendance, waited_s: float) -> Verdict:
+    def _judge_late(self, roll: Attendance, now: float) -> Verdict:
         """Blame who does not come to a world that others came to; if nobody comes for very long, all."""
         if roll.manner is not Manner.AT_ONCE or roll.stage is not Stage.COMING:
             return None
-        late = [one for one in roll.late if waited_s > self._lateness_s(one)]
+        waited_s = now - roll.ordered_at
+        late = [
+            one for one in roll.late if now - self._since(roll.ordered_at, (one,)) > self._lateness_s(one)
+        ]
         if self._seasoned.isdisjoint(roll.came):  # who was idle comes at once, and proves nothing
             late = [one for one in late if one in self._unused or waited_s > self.policy.patience_s]
         return _hung(late, f"has not come to the new world for {waited_s:.0f} s, though it answers")
@@ -170,6 +182,8 @@ class Diagnosis:
         match roll.stage:
             case Stage.CONNECTING:
                 return self.policy.late_s
+            case Stage.SETTLING if roll.origin == "store":
+                return self.policy.patience_s  # what one place gave quickly another may give slowly
             case Stage.SETTLING:
                 return self._usual_s(roll.origin, self.policy.roll_s)
             case Stage.ENDING:
@@ -192,6 +206,10 @@ class Diagnosis:
     def _usual_s(self, what: str, floor_s: float) -> float:
         longest_s = self._longest_s.get(what)
         return self.policy.patience_s if longest_s is None else max(floor_s, PAUSES * longest_s)
+
+    def _since(self, at: float, members: Collection[str]) -> float:
+        """Return since when these can be held to account for what should have happened since `at`."""
+        return max([at, *(waited_at for one, waited_at in self._waited_at.items() if one in members)])
 
     def _lengthen(self, what: str, seconds: float) -> None:
         self._longest_s[what] = max(self._longest_s.get(what, 0.0), seconds)

@@ -46,11 +46,15 @@ class MemberLost:
 
 @dataclass(frozen=True, slots=True)
 class WorldBroken:
-    """A member saw a collective of this generation fail and has left its process group."""
+    """A member saw a collective of this generation fail and has left its process group.
+
+    If it `is_blank` it holds no state now: it never did, or gave it up.
+    """
 
     member: str
     generation: int
     evidence: str
+    is_blank: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,10 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class StepCommitted:
-    """All ranks of the world applied a step; `step` counts the committed steps. Times are in seconds."""
+    """All ranks of the world applied a step; `step` counts the committed steps. Times are in seconds.
+
+    After one that `is_last`, as they were told to stop, they save and end.
+    """
 
     member: str
     generation: int
@@ -106,6 +113,7 @@ class StepCommitted:
     seconds: float
     tokens: int
     blocked_s: float
+    is_last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,11 +249,13 @@ class StopRequested:
 @dataclass(frozen=True, slots=True)
 class Tick:
     """Time passed; `silence_s` tells how long ago each member answered last, `working_s` how long each has
-    been at its present micro-batch (0: it is at none, or at its first).
+    been at its present micro-batch (0: it is at none, or at its first). The `waiting` ones can do nothing
+    before there is room in their hosts' arenas.
     """
 
     silence_s: Mapping[str, float] = field(default_factory=dict)
     working_s: Mapping[str, float] = field(default_factory=dict)
+    waiting: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

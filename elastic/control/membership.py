@@ -25,6 +25,8 @@ class Membership:
     _leaving: dict[str, str] = field(default_factory=dict)
     _veterans: dict[str, None] = field(default_factory=dict)
     _heirs: dict[str, None] = field(default_factory=dict)
+    _num_settled: int = 0
+    _is_lost: bool = False
     _found: dict[str, None] = field(default_factory=dict)
     _missing: set[str] = field(default_factory=set)
     _gone: set[str] = field(default_factory=set)
@@ -34,6 +36,10 @@ class Membership:
         self._found = dict.fromkeys(members)
         self._missing = set(self._found)
         self._starting.update(dict.fromkeys(self._found, until))
+
+    def hasten(self, until: float) -> None:
+        """Give an earlier driver's members that have not answered yet no longer than this."""
+        self._starting.update({one: min(until, self._starting[one]) for one in self._missing})
 
     def name_next(self, until: float) -> str:
         """Name a member that is about to start, and has to be ready by then."""
@@ -93,6 +99,18 @@ class Membership:
     def settle(self) -> None:
         """Note that all of the world hold the newest state."""
         self._heirs, self._found = dict.fromkeys(self.world), {}
+        self._num_settled, self._is_lost = len(self.world), False
+
+    def blank(self, member: str) -> bool:
+        """Count a member as one that holds nothing; return whether it held the newest state until then.
+
+        What the others hold of it may be no more use: the next world restores one, as far as is known.
+        """
+        if member not in self._heirs:
+            return False
+        del self._heirs[member]
+        self._is_lost = True
+        return True
 
     def disband(self) -> None:
         """Leave nobody in the world: it ended in good order."""
@@ -165,9 +183,11 @@ class Membership:
     @property
     def origin(self) -> str:
         """Where the world's members get the state that they may lack."""
-        if not self._heirs:
+        if self._is_lost or self._ranked.isdisjoint(self._heirs):
             return "store"
-        return "self" if self._ranked <= self._heirs.keys() else "peer"
+        if not self._ranked <= self._heirs.keys():
+            return "peer"
+        return "self" if len(self._ranked) == self._num_settled else "survivors"
 
     @property
     def is_deserted(self) -> bool:

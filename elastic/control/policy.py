@@ -22,12 +22,13 @@ class WorldPolicy:
     others do, after `unreachable_s`. Where several are silent and nobody answers, the driver may be cut off:
     they get `alone_s`, in which they save and end without it. A member is stuck in a micro-batch of
     `work_floor_s` (longer where longer ones are usual) that others wait for. An earlier driver's member
-    answers within `found_s`, a new one within `start_s`, or it is replaced.
+    answers within `found_s` (and `roll_s` after a request to stop), a new one within `start_s`, or it is
+    replaced.
 
     Where all processes answer and nothing moves for `roll_s` (longer where that is usual), the roll is
     called: the world forms anew, and who does not come within `late_s` (longer where that is usual), while
-    others do, hangs. What has no usual time yet, a first step or a restore, may take `patience_s`; a last
-    checkpoint may take `save_s`.
+    others do, hangs. What has no usual time, a first step or a restore, may take `patience_s`; a last
+    checkpoint may take `save_s`. Who waits for room in its host's arena is waited for.
     """
 
     workers: int

@@ -12,8 +12,9 @@ Candidates = tuple[tuple[str, ...], Collection[str], WorldPolicy]
 def find_candidates(members: Membership, policy: WorldPolicy, most_ranks: int) -> Candidates:
     """Return who stays, who may join them, and the policy that says how many.
 
-    If all who hold the state are leaving, one of them hands it over. Until a world has settled, all of an
-    earlier driver's members are in it, if that many can be: which of them hold the state is not known.
+    If all who hold the state are leaving, one of them hands it over, if a newcomer fits beside it. Until a
+    world has settled, all of an earlier driver's members are in it, if that many can be: which of them hold
+    the state is not known.
     """
     if found := members.found:
         others = [one for one in (*members.staying, *members.outside) if one not in found]
@@ -23,9 +24,18 @@ def find_candidates(members: Membership, policy: WorldPolicy, most_ranks: int) -
         return members.staying, members.outside, policy
     heirs = tuple(one for one in members.heirs if one not in members.leaving) or members.heirs[:1]
     others = [one for one in (*members.staying, *members.outside) if one not in heirs]
-    if heirs[0] in members.leaving:  # it needs somebody to hand the state to
-        policy = replace(policy, workers=min(max(2, policy.workers), most_ranks))
-    return heirs, others, policy
+    if heirs[0] not in members.leaving:
+        return heirs, others, policy
+    if most_ranks == 1:
+        return (), others, policy
+    return heirs, others, replace(policy, workers=min(max(2, policy.workers), most_ranks))
+
+
+def is_left_to_store(members: Membership, most_ranks: int) -> bool:
+    """Whether what the members hold goes on through the store only: all of them are leaving, or who holds it
+    is, and no newcomer fits beside it.
+    """
+    return members.is_deserted or (most_ranks == 1 and not members.has_heir)
 
 
 def has_reason(members: Membership, policy: WorldPolicy) -> bool:

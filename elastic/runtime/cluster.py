@@ -5,8 +5,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic.control.events import Cause, Event, MemberLeaving, MemberLost, MemberReady, StacksKept, Tick
 from elastic.errors import JobRejected
+from elastic.runtime.autopsies import Autopsies
 from elastic.runtime.autopsy import examine
 from elastic.runtime.joining import connect, own_address, runtime_env
 from elastic.runtime.lifeline import Anchor, Lifelines
@@ -29,7 +30,6 @@ from elastic.runtime.worker import Assignment, Member
 log = logging.getLogger("holdfast.cluster")
 POLL_S = 0.2
 AUTOPSY_S = 10.0
-MAX_AUTOPSIES = 4  # at a time
 LISTEN_S = 0.1
 
 
@@ -61,6 +61,7 @@ class Seat:
     call: Any
     heard_at: float
     working_s: float = 0.0
+    is_waiting: bool = False
     host: str = ""
     pid: int = 0
 
@@ -90,7 +91,7 @@ class Cluster:
         )
         # Once: each anew would be sent to Ray again, in a recovery's midst.
         self._actor: Any = ray.remote(Actor)
-        self._autopsies = ThreadPoolExecutor(MAX_AUTOPSIES, thread_name_prefix="autopsy")
+        self._autopsies = Autopsies()
         self._draining = Draining() if self._order.cluster.address is not None else None
         self._is_over.clear()
         self._listener = threading.Thread(target=self._listen, name="listen", daemon=True)
@@ -102,7 +103,7 @@ class Cluster:
         Whichever thread drops a reference to an object while Ray shuts down ends the whole process, without a
         word: so none may be left by then, also not in the cycles of errors and their tracebacks.
         """
-        self._autopsies.shutdown()
+        self._autopsies.close()
         self._is_over.set()
         self._listener.join()
         self._seats.clear()
@@ -185,6 +186,7 @@ class Cluster:
             return Tick(
                 {member: now - seat.heard_at for member, seat in self._seats.items()},
                 {member: seat.working_s for member, seat in self._seats.items()},
+                frozenset(member for member, seat in self._seats.items() if seat.is_waiting),
             )
 
     def kill(self, member: str) -> None:
@@ -201,7 +203,7 @@ class Cluster:
         """End a member that does not answer, once it is written down what it was doing."""
         seat = self._unseat(member)
         if seat is not None:
-            self._autopsies.submit(self._examine, member, seat)
+            self._autopsies.begin(partial(self._examine, member, seat), partial(ray.kill, seat.actor))
 
     def _examine(self, member: str, seat: Seat) -> None:
         try:
@@ -212,8 +214,6 @@ class Cluster:
                 self._news.put(StacksKept(member, f"stacks/{file.name}"))
         except (OSError, RayError) as error:
             log.warning("what %s was doing is not known: %s", member, error)
-        finally:
-            ray.kill(seat.actor)
 
     def _found_in(self, member: str, seat: Seat) -> str:
         """Examine a process where it runs."""
@@ -248,6 +248,7 @@ class Cluster:
 
     def detach(self) -> None:
         """Let go of the run without ending anything; the workers and the local Ray have their lease."""
+        self._autopsies.call_off()
         self._lifelines.close()
         self._part()
         if self._local is not None:
@@ -283,6 +284,8 @@ class Cluster:
                 if (seat := self._seats.get(member)) is not None:
                     seat.host, seat.pid = host, pid
                 yield message
+                if self._draining is not None and (notice := self._draining.notice(host)) is not None:
+                    yield MemberLeaving(member, notice)  # when that was news, its host was not known yet
             case _:
                 yield message
 
@@ -310,20 +313,20 @@ class Cluster:
                 self._news.put(MemberLeaving(member, notice))
 
     def _read(self, member: str, call: Any) -> None:
-        try:
-            answer: Answer = ray.get(call)
-        except ActorUnavailableError:  # that is silence, and no death
+        answer = answer_of(member, lambda: ray.get(call))
+        if answer is None:
             self._is_over.wait(LISTEN_S)  # the next call may fail at once, too
             self._ask_again(member)
             return
-        except (RayActorError, ActorUnschedulableError) as error:
+        if isinstance(answer, MemberLost):
             if self._unseat(member) is not None:
-                self._news.put(MemberLost(member, _cause(error), _evidence(error)))
+                self._news.put(answer)
             return
         with self._seating:
             seat = self._seats.get(member)
             if seat is not None:
-                seat.heard_at, seat.working_s = time.monotonic(), answer.working_s
+                seat.heard_at = time.monotonic()
+                seat.working_s, seat.is_waiting = answer.working_s, answer.is_waiting
         self._ask_again(member)
         for message in answer.news:
             self._news.put(message)
@@ -342,6 +345,16 @@ def living(names: Iterable[str], actor_of: Callable[[str], Any]) -> Iterator[tup
             yield name, actor_of(name)
         except (ValueError, RayError) as error:
             log.warning("%s, which an earlier driver left, is taken for lost: %s", name, error)
+
+
+def answer_of(member: str, get: Callable[[], Answer]) -> Answer | MemberLost | None:
+    """Return what a call to a member gives; None if it cannot be reached now: that is silence, no death."""
+    try:
+        return get()
+    except ActorUnavailableError:
+        return None
+    except (RayActorError, ActorUnschedulableError) as error:
+        return MemberLost(member, _cause(error), _evidence(error))
 
 
 def check_portable(order: TrainOrder) -> None:

@@ -110,6 +110,7 @@ class Driver:
         self._stop_given: StopWorld | None = None
         self._reminded_at = 0.0
         self._end: End | None = None
+        self._is_late = False  # to end the workers: they are not done, and save by themselves
         self._metrics: Metrics | None = None  # once Ray is there
         self._note(SegmentStarted(order.training.num_steps, generation, time.time()))
 
@@ -137,7 +138,10 @@ class Driver:
                 self._cleaner.shutdown(wait=False, cancel_futures=True)
             self._note(SegmentEnded(end.status, end.reason))
             self._watch.phase("ending the cluster")
-            self._cluster.end()
+            if self._is_late:
+                self._cluster.detach()
+            else:
+                self._cluster.end()
         return end
 
     @contextmanager
@@ -167,7 +171,11 @@ class Driver:
                 stop_at = time.monotonic() + STOP_LIMIT_S
                 self._take(StopRequested(f"asked to by {signal.Signals(asked[0]).name}"))
             if stop_at is not None and time.monotonic() > stop_at and self._end is None:
-                self._end = End(Status.STOPPED, f"the final checkpoint took longer than {STOP_LIMIT_S:.0f} s")
+                self._is_late = True
+                what = f"the final checkpoint takes longer than {STOP_LIMIT_S:.0f} s"
+                self._end = End(
+                    Status.STOPPED, f"{what}: the workers go on with it, and end with their lease"
+                )
             if (wanted := self._wish.news()) is not None:
                 self._take(WorkersWanted(wanted))
             self._take(self._cluster.tick())

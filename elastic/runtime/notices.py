@@ -42,10 +42,13 @@ class Happening:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A member's answer to its driver: its news, and how long it has been at its present micro-batch."""
+    """A member's answer to its driver: its news, how long it has been at its present micro-batch, and whether
+    it can do nothing before there is room in its host's arena.
+    """
 
     news: tuple[Event | LogLine, ...]
-    working_s: float
+    working_s: float = 0.0
+    is_waiting: bool = False
 
 
 Notice = Progress | LogLine | Happening

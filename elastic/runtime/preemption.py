@@ -6,6 +6,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Mapping
+from math import inf
 from types import FrameType
 
 import ray
@@ -30,17 +31,28 @@ def heed_sigterm(told: Callable[[], None]) -> None:
         log.warning("not in the main thread: SIGTERM will end this worker without a hand-over")
 
 
-class Draining:
-    """Tells once of each node that Ray drains."""
+def _ask_ray() -> Mapping[str, int]:
+    """Return the nodes that Ray drains, and until when (Unix milliseconds; 0: that is not known)."""
+    nodes: Mapping[str, int] = ray._private.state.state.get_draining_nodes()
+    return nodes
 
-    def __init__(self) -> None:
-        self._told: frozenset[str] = frozenset()
-        self._looked_at = time.monotonic()
+
+class Draining:
+    """Tells once of each node that Ray drains, and at any time whether it does."""
+
+    def __init__(self, ask: Callable[[], Mapping[str, int]] = _ask_ray) -> None:
+        self._ask = ask
+        self._notices: Mapping[str, str] = {}  # by host; made anew with each change, as other threads read it
+        self._looked_at = -inf
 
     @property
     def hosts(self) -> frozenset[str]:
         """The nodes that were being drained when Ray was last asked, as the members' hosts."""
-        return frozenset(node[:HOST_LENGTH] for node in self._told)
+        return frozenset(self._notices)
+
+    def notice(self, host: str) -> str | None:
+        """Return what was known of this host's draining when Ray was last asked; None: nothing."""
+        return self._notices.get(host)
 
     def news(self) -> Mapping[str, str]:
         """Return the nodes whose draining is news, as the members' hosts, and what is known of it."""
@@ -49,13 +61,15 @@ class Draining:
             return {}
         self._looked_at = now
         try:
-            nodes: Mapping[str, int] = ray._private.state.state.get_draining_nodes()
+            nodes = self._ask()
         except (RayError, OSError) as error:
             log.debug("which nodes Ray drains is not known for now: %s", error)
             return {}
-        fresh = {node[:HOST_LENGTH]: deadline for node, deadline in nodes.items() if node not in self._told}
-        self._told = self._told | nodes.keys()  # anew: other threads read it
-        return {node: _notice(deadline_ms) for node, deadline_ms in fresh.items()}
+        known = self._notices
+        fresh = {node[:HOST_LENGTH]: _notice(deadline_ms) for node, deadline_ms in nodes.items()}
+        fresh = {host: notice for host, notice in fresh.items() if host not in known}
+        self._notices = {**known, **fresh}
+        return fresh
 
 
 def _notice(deadline_ms: int) -> str:

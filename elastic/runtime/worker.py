@@ -13,11 +13,11 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from checkpoint import (
-    Catalog,
     KeeperConfig,
     Loaded,
     Mismatch,
@@ -26,7 +26,6 @@ from checkpoint import (
     StoreSource,
     connect,
     load,
-    newest_generation,
     open_store,
     set_aside,
 )
@@ -44,9 +43,10 @@ from elastic.control.events import (
     WorldFormed,
 )
 from elastic.control.instructions import Manner, StopWorld
+from elastic.control.standing import BLANK
 from elastic.errors import JobRejected, ReplicasDiffer
 from elastic.runtime import autopsy
-from elastic.runtime.claims import claim_alone
+from elastic.runtime.alone import Survivor, save_alone
 from elastic.runtime.lifeline import Lifeline
 from elastic.runtime.mailbox import Mailbox, Outbox, WorldOrder
 from elastic.runtime.notices import Answer
@@ -92,20 +92,24 @@ class Member:
         logging.getLogger("holdfast").addHandler(self._outbox)
         logging.getLogger("holdfast").setLevel(logging.INFO)
         autopsy.prepare()
-        heed_sigterm(lambda: self._outbox.put(MemberLeaving(assignment.member, "it was sent SIGTERM")))
+        self._notice: MemberLeaving | None = None
+        heed_sigterm(self._take_notice)
         threading.Thread(target=self._live, name="training", daemon=True).start()
 
     def poll(self, timeout_s: float) -> Answer:
         """Return what happened since the last poll; the call itself renews the lease."""
         self._mailbox.hear()
         news = tuple(self._outbox.take(timeout_s))
-        return Answer(news, self._trainer.working_s if self._trainer is not None else 0.0)
+        if (trainer := self._trainer) is None:
+            return Answer(news)
+        return Answer(news, *trainer.activity)
 
     def greet(self) -> None:
         """Introduce this member to a new driver."""
         self._mailbox.hear()
-        if self._ready is not None:
-            self._outbox.put(self._ready)
+        for known in (self._ready, self._notice):
+            if known is not None:
+                self._outbox.put(known)
 
     def form(self, order: WorldOrder) -> None:
         """Take an order to form a world; an order at once also breaks the world the member is in."""
@@ -127,6 +131,10 @@ class Member:
     def die(self) -> None:
         """Be SIGKILLed, for a drill."""
         os.kill(os.getpid(), signal.SIGKILL)
+
+    def _take_notice(self) -> None:
+        self._notice = MemberLeaving(self._assignment.member, "it was sent SIGTERM")
+        self._outbox.put(self._notice)
 
     def _live(self) -> None:
         torch.set_num_threads(self._assignment.order.cluster.threads_per_worker)
@@ -167,16 +175,31 @@ class Member:
         gc.freeze()  # what lives by now lives on: searching the rest for cycles takes milliseconds
         self._ready = MemberReady(assignment.member, assignment.host, os.getpid())
         self._outbox.put(self._ready)
-        while (order := self._mailbox.next()) is not None:
-            self._serve(order, former, trainer)
-            if self._mailbox.is_orphaned:
-                break
+        while True:
+            while (order := self._mailbox.next()) is not None:
+                self._serve(order, former, trainer)
+                if self._mailbox.is_orphaned:
+                    break
+            self._save_alone(trainer)
+            if self._mailbox.is_orphaned:  # else a driver came after all
+                saver.close()
+                os._exit(0)
+
+    def _save_alone(self, trainer: Trainer) -> None:
+        """Save what no world is left to save: the driver died, then a member, before the lease ran out."""
+        assignment = self._assignment
+        log.warning(
+            "no driver for %.0f s: this worker saves what it holds, and ends", assignment.order.lease_s
+        )
+        if not trainer.is_whole:
+            return  # what it holds alone is no checkpoint
+        save = partial(trainer.save_alone, host=assignment.host)
+        step, is_orphaned = trainer.standing.committed, lambda: self._mailbox.is_orphaned
         try:
-            log.warning("no driver for %.0f s: this worker ends", assignment.order.lease_s)
-            _save_alone(assignment, trainer)
-            saver.close()
-        finally:
-            os._exit(0)
+            store = open_store(assignment.order.checkpoint.store_url)
+            save_alone(store, Survivor(assignment.member, step, save, is_orphaned))
+        except Exception:  # the border: there is nobody left to tell
+            log.exception("the worker could not save step %d alone", step)
 
     def _serve(self, order: WorldOrder, former: Former, trainer: Trainer) -> None:
         """Live through one world, from its forming until it ends or breaks."""
@@ -197,7 +220,8 @@ class Member:
         except Broken as error:
             error.__traceback__ = None
             log.warning("world %d broke: %s", form.generation, error)
-            self._outbox.put(WorldBroken(member, form.generation, str(error)))
+            is_blank = trainer.standing.committed == BLANK
+            self._outbox.put(WorldBroken(member, form.generation, str(error), is_blank))
         finally:
             if self._world is not None:
                 self._world.leave()
@@ -212,16 +236,6 @@ class Member:
         ending = trainer.run(world, self._mailbox, self._outbox.put)
         sha256 = "" if ending is Ending.REGROUP else trainer.weights_sha256()
         return MemberEnded(member, world.generation, trainer.standing.committed, ending, sha256)
-
-
-def _save_alone(assignment: Assignment, trainer: Trainer) -> None:
-    """Save what no world is left to save: the driver died, and then a member, before the lease ran out."""
-    store = open_store(assignment.order.checkpoint.store_url)
-    if trainer.standing.committed <= (Catalog(store).latest() or 0):
-        return
-    generation = newest_generation(store) + 1
-    if claim_alone(store, generation, assignment.member):  # else another survivor saves
-        trainer.save_alone(generation, assignment.host)
 
 
 def _device(order: TrainOrder) -> torch.device:

@@ -22,6 +22,7 @@ class Snapshots:
         self._meta = meta
         self._newest: tuple[int, int] | None = None
         self._capturing: tuple[int, int] | None = None
+        self._is_waiting = False
         self._lost: dict[tuple[int, int], str] = {}
         self._untold: list[Event] = []
 
@@ -42,11 +43,18 @@ class Snapshots:
         """Wait until the state may change again; return the seconds that took."""
         if self._saver is None or self._capturing is None:
             return 0.0
+        self._is_waiting = True
         blocked_s = self._saver.wait_captured()
+        self._is_waiting = False
         (generation, step), self._capturing = self._capturing, None
         if (generation, step) not in self._read_outcomes():
             self._untold.append(CheckpointCaptured(self._member, generation, step, blocked_s))
         return blocked_s
+
+    @property
+    def is_waiting_for_room(self) -> bool:
+        """Whether training can only go on once there is room in the arena. May be asked by any thread."""
+        return self._is_waiting and self._saver is not None and self._saver.is_short_of_room
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until the fate of every snapshot is known; False if time ran out."""

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, NoReturn
 
@@ -61,6 +61,7 @@ class _Attempt:
     started: float = 0.0
     blocked_s: float = 0.0
     is_refused: bool = False
+    is_last: bool = False
 
 
 class Trainer:
@@ -100,9 +101,11 @@ class Trainer:
         return self._standing
 
     @property
-    def working_s(self) -> float:
-        """How long the present micro-batch takes already. May be asked by any thread."""
-        return self._pace.working_s
+    def activity(self) -> tuple[float, bool]:
+        """How long the present micro-batch takes already, and whether nothing can be done before there is
+        room in the host's arena. May be asked by any thread.
+        """
+        return self._pace.working_s, self._snapshots.is_waiting_for_room
 
     @property
     def model(self) -> nn.Module:
@@ -113,10 +116,13 @@ class Trainer:
         """Hash the model as of the last committed step; all ranks of a world have to. Raises Broken."""
         return self._learner.weights_sha256()
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether this member holds all of the state."""
+        return self._learner.is_whole
+
     def save_alone(self, generation: int, host: str) -> bool:
-        """Save the whole state as a world of one; return whether it became durable."""
-        if not self._learner.is_whole:
-            return False
+        """Save the state of which all is here as a world of one; return whether it became durable."""
         alone = Share(generation, 0, 1, (host,))
         self._snapshots.save(alone, self._standing.committed, self._learner.whole_tree)
         return self._snapshots.drain(self._plan.save_s) and self._snapshots.why_newest_lost() is None
@@ -194,6 +200,7 @@ class Trainer:
         self._attempt = _Attempt(world.generation, loss, started, blocked_s, is_refused)
         self._standing = Standing(step, reduced=step)
         agreed = self._agree(world, orders.pending())
+        self._attempt = replace(self._attempt, is_last=bool(agreed.stop))
         self._commit()  # all ranks hold the gradients now: whoever survives can apply them
         self._learner.complete(world)
         return agreed
@@ -260,6 +267,7 @@ class Trainer:
                 seconds=time.perf_counter() - self._attempt.started,
                 tokens=self._num_tokens * self._plan.virtual_ranks,
                 blocked_s=blocked_s,
+                is_last=self._attempt.is_last,
             )
         )
 

@@ -173,6 +173,27 @@ def test_a_signal_stops_after_a_final_checkpoint_and_a_later_call_goes_on(
     assert report.redone_steps == 0
 
 
+def test_a_stop_that_takes_too_long_leaves_the_last_checkpoint_to_the_workers_and_ends_none_of_them(
+    tmp_path: Path, drive: Drive
+) -> None:
+    order = make_order(tmp_path, "hasty")
+    order = replace(order, lease_s=5.0, training=replace(order.training, num_steps=1_000_000))
+    order = replace(order, checkpoint=replace(order.checkpoint, every_steps=10_000))
+    process = drive(order, "drive_hasty")
+    await_step(order, 10, process, durable=None)
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=60)
+    stopped = elastic.read_report(order.run_dir)
+    assert stopped.status == "stopped"
+    workers = [psutil.Process(pid) for pid in ready_pids(order.run_dir).values() if psutil.pid_exists(pid)]
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive
+    newest = Catalog(open_store(order.checkpoint.store_url)).latest()
+    assert newest is not None
+    assert newest >= stopped.committed_steps
+    await_no_keeper(order)
+
+
 def test_without_a_driver_for_its_lease_a_run_saves_its_last_step_and_leaves_no_process(
     tmp_path: Path, drive: Drive
 ) -> None:

@@ -4,11 +4,12 @@ import random
 from collections.abc import Callable
 from functools import partial
 
-from elastic.control.events import Event, MemberLeaving, StopRequested, WorkersWanted
+from elastic.control.events import Event, StopRequested, WorkersWanted
 from elastic.control.instructions import End
 from elastic.control.policy import WorldPolicy
-from tests.sim.cluster import Cluster, Fault, Node
+from tests.sim.cluster import Cluster
 from tests.sim.driving import Driver, Story
+from tests.sim.node import Fault, Node
 
 CHAOS_S = 40.0  # blows fall within that time
 LIMIT_S = 4000.0
@@ -27,10 +28,12 @@ class Chaos:
             workers=workers,
             min_workers=min(workers, self.random.randint(1, 2)),
             standbys=self.random.choice((0, 0, 1, 2)),
-            max_failures=1000,
+            max_failures=self.random.choice((1000,) * 9 + (3,)),
             forming_s=5.0,
             start_s=30.0,
         )
+        self.most_ranks = self.random.choice((1 << 30, 1 << 30, workers))
+        self.cluster.restore_s = self.random.choice((3.0, 200.0))
         self.drivers: list[Driver] = []
         self.wanted = self.policy.workers
         self.stop_reason: str | None = None
@@ -61,6 +64,8 @@ class Chaos:
             (self.isolate, 1),
             (self.cut_off_all, 1 if self.random.random() < 0.2 else 0),
             (self.slow_down, 2),
+            (self.fill, 1),
+            (self.lose_state, 2 if self.random.random() < 0.3 else 0),
             (self.give_notice, 3),
             (self.give_everybody_notice, 1 if self.random.random() < 0.2 else 0),
             (self.resize, 2),
@@ -93,7 +98,7 @@ class Chaos:
         """Start a driver, the first one or a successor."""
         if self.end is None:
             name = f"driver-{len(self.drivers)}"
-            driver = Driver(name, self.cluster, self.policy, self.story)
+            driver = Driver(name, self.cluster, self.policy, self.most_ranks, self.story)
             self.drivers.append(driver)
             driver.begin()
             if self.wanted != self.policy.workers:
@@ -194,15 +199,28 @@ class Chaos:
             node.slowness = self.random.uniform(1.0, 4.0)
             self.note(f"{node.name} is {node.slowness:.1f} times slower")
 
+    def fill(self) -> None:
+        """A host's arena is full, as its store is slow: its member can end no step before there is room."""
+        if node := self.victim():
+            lasts_s = self.random.choice((self.random.uniform(1.0, 20.0), self.random.uniform(20.0, 600.0)))
+            self.note(f"{node.name} has no room for {lasts_s:.1f} s")
+            node.full_until = self.cluster.now + lasts_s
+
+    def lose_state(self) -> None:
+        """What all hold turns out to be of no use."""
+        if (node := self.victim()) and node.inside:
+            self.note(f"the state of world {node.inside} is disputed")
+            self.cluster.give_up(node.inside)
+
     def give_notice(self) -> None:
         """A machine will be taken away, and some time later is, whether its member has left or not."""
         if node := self.victim():
-            self.cluster.tell(node, MemberLeaving(node.name, "simulated"))
+            self.cluster.give_notice(node)
             self.cluster.later(self.random.uniform(0.5, 60.0), partial(self.take_away, node))
 
     def give_everybody_notice(self) -> None:
         for node in list(self.cluster.nodes.values()):
-            self.cluster.tell(node, MemberLeaving(node.name, "simulated"))
+            self.cluster.give_notice(node)
             self.cluster.later(self.random.uniform(20.0, 60.0), partial(self.take_away, node))
 
     def take_away(self, node: Node) -> None:

@@ -6,7 +6,6 @@ import heapq
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from enum import Enum, auto
 from functools import partial
 from typing import Protocol
 
@@ -16,6 +15,7 @@ from elastic.control.events import (
     Event,
     MemberCame,
     MemberEnded,
+    MemberLeaving,
     MemberLost,
     MemberReady,
     Settled,
@@ -25,54 +25,13 @@ from elastic.control.events import (
 )
 from elastic.control.instructions import FormWorld, Manner
 from elastic.control.standing import BLANK, Standing, settle
+from tests.sim.node import LEASE_S, Fault, Node
 
 NUM_STEPS = 40
 STEP_S = 0.4
 SAVE_EVERY = 10
-LEASE_S = 60.0
 CONNECT_S = 5.0  # until a member that cannot reach another one gives the new world up
 BLOCKED_S = 0.25  # how often something that waits for a hang or a partition to end looks again
-
-
-class Fault(Enum):
-    """What is wrong with a member that lives."""
-
-    STOPPED = auto()  # its process does nothing, and answers nobody
-    STUCK = auto()  # its training thread does nothing; the process answers
-
-
-@dataclass(eq=False)
-class Node:
-    """A member's process: what it holds, where its training thread is, and what is wrong with it."""
-
-    name: str
-    host: str
-    standing: Standing = field(default_factory=lambda: Standing(BLANK))
-    order: FormWorld | None = None  # the newest, not taken yet
-    taken: int = 0
-    inside: int = 0
-    waiting_at: int = 0
-    stop_generation: int = 0
-    faults: list[Fault] = field(default_factory=list)
-    is_cut_off: bool = False  # from the drivers
-    is_isolated: bool = False  # from the other members
-    is_evicted: bool = False  # though it may not know
-    slowness: float = 1.0
-    began_at: float = 0.0
-    busy_until: float = 0.0
-    heard_at: float = 0.0
-    answered_at: float = 0.0
-    blemished_at: float = -1e9  # when something was wrong with it last
-
-    is_stuck_working: bool = False  # in a micro-batch
-
-    def is_orphaned(self, now: float) -> bool:
-        return now - self.heard_at > LEASE_S
-
-    def working_s(self, now: float) -> float:
-        """How long it has been at its micro-batch; 0 if it waits for the others."""
-        is_working = self.inside > 0 and (now < self.busy_until or self.is_stuck_working)
-        return now - self.began_at if is_working else 0.0
 
 
 class Audience(Protocol):
@@ -106,6 +65,7 @@ class Cluster:
     fallen: list[tuple[float, int]] = field(default_factory=list)
     audience: Audience | None = None
     is_chaotic: bool = True
+    restore_s: float = 3.0
     _queue: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
     _num_queued: int = 0
 
@@ -156,6 +116,13 @@ class Cluster:
         """Ask a member that is up to say so."""
         if not (node.is_cut_off or Fault.STOPPED in node.faults or self.is_gone(node)):
             self.tell(node, MemberReady(node.name, node.host, 1))
+            if node.has_notice:
+                self.give_notice(node)
+
+    def give_notice(self, node: Node) -> None:
+        """A member learns that it will be taken away, and says so to its driver and to each new one."""
+        node.has_notice = True
+        self.tell(node, MemberLeaving(node.name, "simulated"))
 
     def order(self, name: str, order: FormWorld) -> None:
         """An order reaches a member some time; one that comes too late is ignored, as in its mailbox."""
@@ -185,7 +152,7 @@ class Cluster:
         if self.is_gone(node) or node.faults or node.inside or node.order is None:
             return
         if node.waiting_at:
-            self.tell(node, WorldBroken(node.name, node.waiting_at, "a newer world was ordered"))
+            self.tell_broken(node, node.waiting_at, "a newer world was ordered")
         node.taken = node.waiting_at = node.order.generation
         node.order = None
         self.tell(node, MemberCame(node.name, node.taken))
@@ -206,7 +173,7 @@ class Cluster:
             node = self.nodes.get(name)
             if node is not None and node.waiting_at == generation:
                 node.waiting_at = 0
-                self.tell(node, WorldBroken(name, generation, "could not form: timed out"))
+                self.tell_broken(node, generation, "could not form: timed out")
                 self.advance(node)
 
     def _connect(self, generation: int) -> None:
@@ -217,8 +184,10 @@ class Cluster:
         for node in members:
             node.inside, node.waiting_at = generation, 0
             self.tell(node, WorldFormed(node.name, generation, 0.1))
-        slow_s = 3.0 if all(node.standing.committed == BLANK for node in members) else 0.5
-        self.later(self.random.uniform(0.01, slow_s), partial(self._settle, generation))
+        is_restored = all(node.is_blank for node in members)
+        lasts_s = self.random.uniform(0.01, self.restore_s if is_restored else 0.5)
+        members[0].restores_until = self.now + lasts_s if is_restored else 0.0
+        self.later(lasts_s, partial(self._settle, generation))
 
     def _settle(self, generation: int) -> None:
         members = self._together(generation, self._settle)
@@ -234,7 +203,7 @@ class Cluster:
         if step < self.newest and generation == self.settled:
             self._roll_back(generation, step)
         for node in members:
-            told = "self" if source == "peer" and node.standing.committed != BLANK else source
+            told = "self" if source == "peer" and not node.is_blank else source
             node.standing = Standing(step)
             self.tell(node, Settled(node.name, generation, step, told, 0.1))
         self._begin_step(generation)
@@ -289,7 +258,8 @@ class Cluster:
         if (step + 1) % SAVE_EVERY == 0:
             self.durable = max(self.durable, step + 1)
         for node in members:
-            self.tell(node, StepCommitted(node.name, generation, step + 1, 1.0, STEP_S, 1, 0.0))
+            told = StepCommitted(node.name, generation, step + 1, 1.0, STEP_S, 1, 0.0, is_stopping)
+            self.tell(node, told)
         if is_stopping:
             self._save_last(generation, Ending.STOPPED)
         elif any(node.order is not None and node.order.generation > generation for node in members):
@@ -315,17 +285,35 @@ class Cluster:
             self.advance(node)
 
     def _leave(self, node: Node, generation: int) -> None:
-        """Drop a world's group, which breaks it for all; a hanging thread does so when it goes on."""
+        """Drop a world's group, which breaks it for all; a thread that is held up does so when it goes on."""
         if self.is_gone(node) or node.inside != generation:
             return
-        if node.faults:
+        if node.faults or node.is_held_up(self.now):
             self.later(BLOCKED_S, partial(self._leave, node, generation))
             return
         node.inside = 0
-        self.tell(node, WorldBroken(node.name, generation, "simulated"))
+        self.tell_broken(node, generation, "simulated")
         if not node.is_isolated:
             self._break(generation)
         self.advance(node)
+
+    def give_up(self, generation: int) -> None:
+        """All who hold a state give it up, as it is disputed or lost, and leave their world."""
+        members = self._members(generation) or []
+        is_apart = any(node.inside not in (0, generation) for node in self.nodes.values())
+        if is_apart or not all(self._is_at_work(node, generation) for node in members):
+            return
+        for node in self.nodes.values():
+            node.standing = Standing(BLANK)
+        for node in members:
+            self._leave(node, generation)
+
+    def _is_at_work(self, node: Node, generation: int) -> bool:
+        is_well = not (node.faults or node.is_isolated or node.is_held_up(self.now))
+        return is_well and node.inside == generation and not node.is_blank
+
+    def tell_broken(self, node: Node, generation: int, why: str) -> None:
+        self.tell(node, WorldBroken(node.name, generation, why, node.is_blank))
 
     def _break(self, generation: int) -> None:
         for other in list(self.nodes.values()):
@@ -371,7 +359,7 @@ class Cluster:
         if members is None or any(node.inside != generation for node in members):
             return None  # it broke
         is_parted = len(members) > 1 and any(node.is_isolated for node in members)
-        if is_parted or any(node.faults for node in members):
+        if is_parted or any(node.faults or node.is_held_up(self.now) for node in members):
             self.later(BLOCKED_S, partial(again, generation))
             return None
         return members

@@ -10,12 +10,14 @@ from elastic.control.instructions import (
     FormWorld,
     Instruction,
     KillMember,
+    Manner,
     ReleaseMember,
     StartMember,
     StopWorld,
 )
 from elastic.control.policy import WorldPolicy
-from tests.sim.cluster import Cluster, Fault, Node, World
+from tests.sim.cluster import Cluster, World
+from tests.sim.node import Fault, Node
 
 TICK_S = 0.25
 REMIND_TICKS = 4
@@ -30,6 +32,7 @@ class Driver:
     name: str
     cluster: Cluster
     policy: WorldPolicy
+    most_ranks: int
     story: Story
     end: End | None = None
     is_gone: bool = False
@@ -54,7 +57,7 @@ class Driver:
             generation = self.first_generation = generation + 1
             cluster.claims[generation] = self.name
         self.claimed = generation
-        self.controller = Controller(self.policy, prefix, generation)
+        self.controller = Controller(self.policy, prefix, generation, most_ranks=self.most_ranks)
         self.found, self.began_at = sorted(cluster.nodes), cluster.now
         for node in cluster.nodes.values():
             self.seat(node)
@@ -92,24 +95,24 @@ class Driver:
         if self.is_gone or self.end is not None:
             return
         if not self.is_frozen:
-            silence_s, working_s = self._look()
-            self.take(Tick(silence_s, working_s))
+            self.take(self._look())
             self._num_ticks += 1
             if self._num_ticks % REMIND_TICKS == 0:
                 self._remind()
         self.cluster.later(TICK_S, self.tick)
 
-    def _look(self) -> tuple[dict[str, float], dict[str, float]]:
-        now, silence_s, working_s = self.cluster.now, {}, {}
+    def _look(self) -> Tick:
+        now, silence_s, working_s, waiting = self.cluster.now, {}, {}, set()
         for node in self.cluster.nodes.values():
             if self.seats.get(node.name) is not node:
                 continue  # a stranger, whom nobody asks any more
             silence_s[node.name] = now - node.answered_at
             working_s[node.name] = node.working_s(now)
+            waiting.update([node.name] if now < node.full_until else [])
             if not node.is_cut_off and Fault.STOPPED not in node.faults:
                 node.heard_at = now
                 node.answered_at = now - self.cluster.random.uniform(0.0, 0.2)
-        return silence_s, working_s
+        return Tick(silence_s, working_s, frozenset(waiting))
 
     def _remind(self) -> None:
         """Tell again what may have been lost on its way."""
@@ -154,7 +157,11 @@ class Driver:
             self.is_gone = True  # fenced
             return
         assert order.generation not in cluster.worlds, cluster.explain(f"two worlds are {order.generation}")
-        assert len(set(order.members)) == len(order.members) > 0, cluster.explain("a world without ranks")
+        num_ranks = len(set(order.members))
+        assert 0 < num_ranks == len(order.members), cluster.explain("a world without ranks")
+        assert num_ranks <= self.most_ranks, cluster.explain("a world with too many ranks")
+        is_change = self._order is None or order.members != self._order.members
+        assert is_change or order.manner is Manner.AT_ONCE, cluster.explain("a new world for nothing")
         cluster.worlds[order.generation] = World(order, self.name)
         self._order, self._stop = order, None
         for member in order.members:
@@ -195,6 +202,7 @@ class Driver:
 
     def replay(self) -> list[list[Instruction]]:
         """Decide everything again, from what this driver was told."""
-        controller = Controller(self.policy, self.controller.prefix, self.first_generation)
+        prefix = self.controller.prefix
+        controller = Controller(self.policy, prefix, self.first_generation, most_ranks=self.most_ranks)
         controller.begin(self.found, self.began_at)
         return [controller.handle(event, at) for at, event, _ in self.told]

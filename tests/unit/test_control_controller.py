@@ -137,7 +137,7 @@ def test_a_member_that_will_be_taken_away_leaves_at_a_step_boundary_and_is_no_fa
     assert controller.handle(Settled("w0", 2, 1, "self", 0.1), 4.0) == []
     assert controller.handle(Settled("w2", 2, 1, "self", 0.1), 4.0) == [ReleaseMember("w1", "drained")]
     assert controller.handle(MemberLost("w1", Cause.PROCESS_DIED, ""), 4.1) == []
-    assert controller.num_failures == 0
+    assert controller.losses.num == 0
 
 
 def test_the_only_holder_of_the_state_hands_it_to_its_replacement_before_it_leaves() -> None:
@@ -239,3 +239,72 @@ def test_a_released_member_that_says_hello_all_the_same_is_a_stranger() -> None:
     assert controller.handle(WorkersWanted(1), 3.1) == [ReleaseMember("w1", "1 workers are wanted")]
     assert controller.handle(MemberReady("w1", "h", 2), 3.2) == []
     assert not controller.members.knows("w1")
+
+
+def test_a_stop_after_a_take_over_waits_a_short_while_only_for_whom_nobody_has_heard_of() -> None:
+    controller = Controller(WorldPolicy(workers=3), "w7.", generation=7)
+    controller.begin(["w0", "w1", "w2"], 0.0)
+    for member in ("w0", "w2"):
+        controller.handle(MemberReady(member, "h", 1), 0.5)
+    assert controller.handle(StopRequested("SIGINT"), 1.0) == []
+    killed, formed = pass_time(controller, 1.0, 12.0)
+    assert isinstance(killed, KillMember) and killed.member == "w1"
+    assert isinstance(formed, FormWorld) and formed.members == ("w0", "w2")
+
+
+def test_where_one_rank_is_all_there_can_be_its_state_goes_on_through_the_store() -> None:
+    controller = Controller(WorldPolicy(workers=1), "w", most_ranks=1)
+    controller.begin((), 0.0)
+    controller.handle(MemberReady("w0", "h", 0), 1.0)
+    controller.handle(Settled("w0", 1, 0, "fresh", 0.1), 2.0)
+    started, stop = controller.handle(MemberLeaving("w0", "drained"), 3.0)
+    assert started == StartMember("w1")
+    assert isinstance(stop, StopWorld)
+    assert controller.handle(MemberReady("w1", "h", 1), 3.5) == []
+    (formed,) = controller.handle(MemberEnded("w0", 1, 4, Ending.STOPPED), 4.0)
+    assert isinstance(formed, FormWorld) and formed.members == ("w1",)
+    assert controller.roll.origin == "store"
+    assert controller.handle(Settled("w1", 2, 4, "store", 0.1), 5.0) == [ReleaseMember("w0", "drained")]
+
+
+def test_where_one_rank_is_all_there_can_be_a_broken_world_of_its_is_saved_before_it_is_passed_on() -> None:
+    controller = Controller(WorldPolicy(workers=1, standbys=1), "w", most_ranks=1)
+    controller.begin((), 0.0)
+    for member in ("w0", "w1"):
+        controller.handle(MemberReady(member, "h", 0), 1.0)
+    controller.handle(Settled("w0", 1, 0, "fresh", 0.1), 2.0)
+    controller.handle(WorldBroken("w0", 1, "test"), 3.0)
+    controller.handle(MemberLeaving("w0", "drained"), 3.1)
+    told = pass_time(controller, 3.1, 6.0)
+    assert [one.members for one in told if isinstance(one, FormWorld)] == [("w0",)]
+
+
+def test_a_run_that_lost_too_many_workers_ends_once_those_that_are_left_have_saved() -> None:
+    controller = training(3)
+    controller.policy = replace(controller.policy, max_failures=0)
+    (formed,) = controller.handle(MemberLost("w1", Cause.PROCESS_DIED, "it was killed"), 3.0)
+    assert isinstance(formed, FormWorld) and formed.members == ("w0", "w2")
+    assert controller.handle(Settled("w0", 2, 5, "self", 0.1), 3.5) == []
+    told = controller.handle(Settled("w2", 2, 5, "self", 0.1), 3.5)
+    why = "1 workers were lost, recovery.max_failures allows fewer: it was killed"
+    assert told == [StopWorld(2, why)]
+    (again,) = controller.handle(MemberLost("w0", Cause.PROCESS_DIED, ""), 4.0)
+    assert isinstance(again, FormWorld) and again.members == ("w2",)
+    controller.handle(Settled("w2", 3, 5, "self", 0.1), 4.5)
+    (end,) = controller.handle(MemberEnded("w2", 3, 6, Ending.STOPPED), 5.0)
+    assert end == End(Status.FAILED, why)
+
+
+def test_a_run_that_lost_too_many_workers_and_all_of_its_state_ends_at_once() -> None:
+    controller = training(1)
+    controller.policy = replace(controller.policy, max_failures=0)
+    (end,) = controller.handle(MemberLost("w0", Cause.PROCESS_DIED, "it was killed"), 3.0)
+    assert isinstance(end, End) and end.status is Status.FAILED
+
+
+def test_a_joiner_that_is_one_loss_too_many_lets_the_world_save_at_its_next_boundary() -> None:
+    controller = training(2)
+    controller.policy = replace(controller.policy, max_failures=0)
+    controller.handle(WorkersWanted(3), 3.0)
+    (stop,) = controller.handle(MemberLost("w2", Cause.START_FAILED, "no room"), 3.5)
+    assert isinstance(stop, StopWorld)

@@ -14,7 +14,6 @@ from elastic.control.events import (
     StepCommitted,
     StopRequested,
     WorkersWanted,
-    WorldFormed,
 )
 from elastic.control.instructions import (
     End,
@@ -26,28 +25,7 @@ from elastic.control.instructions import (
     StopWorld,
 )
 from elastic.control.policy import WorldPolicy
-from tests.controlled import pass_time, training
-
-
-def stepping(workers: int = 3) -> Controller:
-    """A controller whose members have all made a step of half a second."""
-    controller = training(workers)
-    for index in range(workers):
-        controller.handle(StepCommitted(f"w{index}", 1, 1, 1.0, 0.5, 1, 0.0), 3.0)
-    return controller
-
-
-def tell_all(controller: Controller, *members: str, at: float, settle: bool = True) -> None:
-    """Let members come to the newest world, connect, and hold the state."""
-    for kind in (MemberCame, WorldFormed, Settled):
-        for member in members:
-            match kind:
-                case _ if kind is MemberCame:
-                    controller.handle(MemberCame(member, controller.formed), at)
-                case _ if kind is WorldFormed:
-                    controller.handle(WorldFormed(member, controller.formed, 0.1), at)
-                case _ if settle:
-                    controller.handle(Settled(member, controller.formed, 1, "self", 0.1), at)
+from tests.controlled import pass_time, stepping, tell_all, training
 
 
 def test_where_nothing_moves_the_roll_is_called_and_who_does_not_come_is_ended() -> None:
@@ -208,7 +186,7 @@ def test_an_earlier_drivers_member_that_never_answers_is_replaced_and_the_others
     assert isinstance(killed, KillMember)
     assert (killed.member, killed.cause, started) == ("w1", Cause.START_FAILED, StartMember("w7.0"))
     assert isinstance(formed, FormWorld) and formed.members == ("w0", "w2")
-    assert controller.num_failures == 0
+    assert controller.losses.num == 0
 
 
 def test_a_worker_that_never_starts_is_replaced_and_is_no_failure() -> None:
@@ -222,7 +200,7 @@ def test_a_worker_that_never_starts_is_replaced_and_is_no_failure() -> None:
             killed, started = decided
             assert isinstance(killed, KillMember) and killed.cause is Cause.START_FAILED
             assert started == StartMember("w3")
-            assert controller.num_failures == 0
+            assert controller.losses.num == 0
             return
     raise AssertionError("it was waited for for ever")
 
@@ -241,13 +219,13 @@ def test_where_all_will_be_taken_away_they_save_at_the_next_boundary_and_newcome
     controller.handle(MemberLeaving("w0", "drained"), 4.0)
     controller.handle(MemberLeaving("w1", "drained"), 4.1)
     *_, stop = controller.handle(Settled("w1", 2, 1, "self", 0.1), 4.2)
-    assert stop == StopWorld(controller.formed, "all workers will be taken away")
+    assert stop == StopWorld(controller.formed, "all workers that hold the state will be taken away")
     for member in controller.members.world:
         decided = controller.handle(MemberEnded(member, controller.formed, 2, Ending.STOPPED), 5.0)
         assert not any(isinstance(each, End | FormWorld) for each in decided)
     assert controller.phase is Phase.GATHERING
     assert controller.handle(MemberLost("w1", Cause.PROCESS_DIED, ""), 6.0) == []
-    assert controller.num_failures == 0
+    assert controller.losses.num == 0
     assert controller.handle(MemberReady("w2", "h", 3), 7.0) == []
     (formed,) = controller.handle(MemberReady("w3", "h", 3), 8.0)
     assert isinstance(formed, FormWorld) and formed.members == ("w2", "w3")
@@ -262,7 +240,7 @@ def test_where_all_will_be_taken_away_and_the_world_broke_the_rest_forms_once_mo
         "it holds the state, though it had left"
     )
     told = controller.handle(Settled("w0", formed.generation, 1, "self", 0.1), 4.3)
-    assert told[-1] == StopWorld(formed.generation, "all workers will be taken away")
+    assert told[-1] == StopWorld(formed.generation, "all workers that hold the state will be taken away")
     controller.handle(MemberEnded("w0", formed.generation, 1, Ending.STOPPED), 4.4)
     (end,) = pass_time(controller, 4.4, 400.0)
     assert isinstance(end, End) and end.status is Status.FAILED
@@ -273,7 +251,7 @@ def test_a_newcomer_that_is_there_before_the_last_holder_is_taken_away_gets_its_
     controller = stepping(1)
     started, stop = controller.handle(MemberLeaving("w0", "drained"), 4.0)
     assert started == StartMember("w1")
-    assert stop == StopWorld(1, "all workers will be taken away")
+    assert stop == StopWorld(1, "all workers that hold the state will be taken away")
     controller.handle(MemberEnded("w0", 1, 2, Ending.STOPPED), 4.5)
     (both,) = controller.handle(MemberReady("w1", "h", 2), 5.0)
     assert isinstance(both, FormWorld) and both.members == ("w0", "w1")

@@ -253,8 +253,10 @@ def test_a_full_arena_holds_the_fence_until_there_is_room(store, host):
     assert host.open(ticket, plan) is not None
     saver = Saver(host, "run", SavePolicy(when_full="wait", max_wait_s=20))
     saver.save(2, {"w": torch.zeros(MIB)}, Share(1, 0, 1, ("local",)), {})
+    was_short = saver.is_short_of_room
     threading.Timer(0.1, host.spoil, (ticket, "given up")).start()
     assert saver.wait_captured() >= 0.05
+    assert (was_short, saver.is_short_of_room) == (True, False)
     assert saver.drain(20) and 2 in durable_steps(saver.outcomes())
     saver.close()
 

@@ -1,10 +1,20 @@
-"""The cluster's side of a new driver: whom an earlier one left."""
+"""What the cluster makes of Ray's errors: who is dead, and who is only silent."""
 
 import logging
+from typing import NoReturn
 
-from ray.exceptions import RaySystemError
+import pytest
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    RayError,
+    RaySystemError,
+)
 
-from elastic.runtime.cluster import living
+from elastic.control.events import Cause, MemberLost
+from elastic.runtime.cluster import answer_of, living
+from elastic.runtime.notices import Answer
 
 
 def test_a_named_actor_that_is_dying_or_unknown_is_taken_for_lost_and_said(caplog):
@@ -18,3 +28,32 @@ def test_a_named_actor_that_is_dying_or_unknown_is_taken_for_lost_and_said(caplo
     with caplog.at_level(logging.WARNING):
         assert dict(living(["w0", "w1", "w2", "w3"], actor_of)) == {"w0": "W0", "w3": "W3"}
     assert ["w1, which" in caplog.text, "did not answer" in caplog.text] == [True, True]
+
+
+def raising(error: RayError) -> NoReturn:
+    raise error
+
+
+def test_a_member_that_ray_cannot_reach_for_now_is_silent_and_not_lost():
+    answer = Answer((), 0.5)
+    assert answer_of("w0", lambda: answer) is answer
+    assert answer_of("w0", lambda: raising(ActorUnavailableError("the connection broke", None))) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (ActorDiedError(), Cause.PROCESS_DIED),
+        (ActorUnschedulableError("no node has so many CPUs"), Cause.START_FAILED),
+    ],
+)
+def test_a_member_whose_actor_died_or_never_was_is_lost_with_its_cause(error, cause):
+    lost = answer_of("w0", lambda: raising(error))
+    assert isinstance(lost, MemberLost)
+    assert (lost.member, lost.cause) == ("w0", cause)
+    assert lost.evidence.startswith("Ray: ")
+
+
+def test_an_error_that_says_nothing_of_the_actor_is_no_loss_and_is_raised():
+    with pytest.raises(RaySystemError):
+        answer_of("w0", lambda: raising(RaySystemError("out of file descriptors")))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 _SCRIPT = """
-import sys, time
+import os, signal, sys, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,13 +31,20 @@ news = []
 while not any(type(each).__name__ == "UserFailed" for each in news):
     news += member.poll(1.0).news
 print("told", flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+for _ in range(2):  # as it comes, and again to whoever greets it
+    news = [type(each).__name__ for each in member.poll(20.0).news]
+    print(*(name for name in news if name == "MemberLeaving"), flush=True)
+    member.greet()
 time.sleep(120)  # the lease ends this process long before
 sys.exit(3)
 """
 
 
 @pytest.mark.slow
-def test_a_worker_whose_job_failed_ends_with_its_lease_if_no_driver_ends_it(tmp_path: Path) -> None:
+def test_a_worker_whose_job_failed_tells_each_driver_of_its_notice_and_ends_with_its_lease(
+    tmp_path: Path,
+) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", _SCRIPT, str(tmp_path)],
         check=False,
@@ -46,4 +53,6 @@ def test_a_worker_whose_job_failed_ends_with_its_lease_if_no_driver_ends_it(tmp_
         timeout=100,
         cwd=Path(__file__).parents[2],
     )
-    assert (ended.returncode, ended.stdout) == (0, "told\n"), ended.stderr[-2000:]
+    assert (ended.returncode, ended.stdout) == (0, "told\nMemberLeaving\nMemberLeaving\n"), ended.stderr[
+        -2000:
+    ]
