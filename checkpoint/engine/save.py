@@ -23,6 +23,7 @@ from checkpoint.engine.contract import (
     is_final,
 )
 from checkpoint.engine.given import plain_meta, plain_step
+from checkpoint.engine.guards import Guards
 from checkpoint.engine.leaves import Leaves, describe, own_tensors, signature_of, take_apart
 from checkpoint.engine.quiet import no_collection
 from checkpoint.engine.snapshot import Capturer, Snapshot, take
@@ -87,6 +88,7 @@ class _Cache:
 
     structure: Structure
     small: Staging
+    guards: Guards
 
 
 class Saver:
@@ -177,7 +179,7 @@ class Saver:
             slots=structure.slots,
         )
         ticket = Ticket(self._run, share.generation, step, share.rank)
-        return Snapshot(ticket, plan, take(structure, cache.small, own, step), Future())
+        return Snapshot(ticket, plan, take(structure, cache.small, cache.guards, own, step), Future())
 
     def _take(self) -> None:
         for ending in self._capturer.endings():
@@ -200,7 +202,7 @@ class Saver:
             ]
             self._cache = None  # its buffers first
             structure = plan_structure(key, leaves)
-            self._cache = _Cache(structure, Staging(structure))
+            self._cache = _Cache(structure, Staging(structure), Guards(structure))
         return self._cache
 
     def _handling(self, depth: Depth) -> Handling:
