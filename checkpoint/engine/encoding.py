@@ -73,10 +73,10 @@ def digest_once(share: ShareEntry, chunks: Sequence[int], memory: memoryview) ->
 
 def work_on(job: Job) -> list[Encoded]:
     """Digest a batch, and encode what is not known."""
-    done = []
+    done, known = [], job.known
     for held in (digest_once if job.is_held else digest)(job.share, job.chunks, job.memory):
         raw = job.memory[held.offset : held.offset + held.num_bytes]
-        found = job.known and job.known.find(held.checksum, held.fingerprint, len(raw))
+        found = None if known is None else known.find(held.checksum, held.fingerprint, len(raw))
         if found:
             done.append(Encoded(_moved_to(held, found)))
         else:
@@ -86,8 +86,8 @@ def work_on(job: Job) -> list[Encoded]:
 
 def _encoded(job: Job, held: ChunkRecord, raw: memoryview) -> Encoded:
     handling, spec = job.share.plan.handling, job.share.plan.content.tensors[held.tensor]
-    base = job.bases and job.bases.find(spec.name, held, handling.delta_chain)
-    if base:
+    base = None if job.bases is None else job.bases.find(spec.name, held, handling.delta_chain)
+    if base is not None:
         codec, data = encode(handling.codec, xor_bytes(raw, base.raw), handling.level, dtype=spec.dtype)
         if codec is not Codec.RAW and len(data) <= _WORTH * _root(base.chunk).num_bytes:
             below = _moved_to(held, base.chunk)

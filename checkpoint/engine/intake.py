@@ -200,14 +200,13 @@ class Intake:
         with self._changed:
             self._changed.wait_for(lambda: self._work or self._is_closed, timeout_s)
             while self._work and not self._is_closed:
-                id_, rank, first = self._work.take()
+                id_, rank, chunks = self._work.take()
                 entry = self._register.get(id_)
                 if entry is None or not entry.is_live:
                     continue  # it failed meanwhile
                 if rank is None:
                     return Work(entry, None)
                 share = entry.shares[rank]
-                chunks = self._work.take_along(id_, rank, first, share)
                 share.num_lent += len(chunks)
                 return Work(entry, share, chunks)
             return None

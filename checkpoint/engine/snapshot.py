@@ -35,7 +35,7 @@ MAX_ATTEMPTS = 2  # a keeper that died is replaced once within a capture; then t
 class Take:
     """What `save` took of a share on the training thread: small tensors, and samples of the large ones."""
 
-    names: tuple[str, ...]
+    structure: Structure
     small: Staging
     watches: tuple[Watch, ...]
     devices: tuple[torch.device, ...]
@@ -56,8 +56,7 @@ def take(
 ) -> Take:
     """Copy the small tensors of a share, and look at the large ones. `own` are all leaves' own tensors."""
     small.take(own)
-    names = tuple(structure.specs[slot.tensor].name for slot in structure.slots)
-    return Take(names, small, guards.watch(own, salt), tuple({tensor.device for tensor in own}))
+    return Take(structure, small, guards.watch(own, salt), tuple({tensor.device for tensor in own}))
 
 
 def capture(snapshot: Snapshot, host: Host, transfer: Transfer) -> bool:
@@ -115,7 +114,8 @@ def _copy(snapshot: Snapshot, space: memoryview, host: Host, transfer: Transfer)
 
 def _torn(snapshot: Snapshot, one: Watch, why: str) -> Torn:
     """Return the word that a chunk is not what was to be saved."""
-    name, ticket = snapshot.take.names[one.numbers[0]], snapshot.ticket
+    structure, ticket = snapshot.take.structure, snapshot.ticket
+    name = structure.specs[one.slots[0].tensor].name
     message = f"tensor {name!r} changed while step {ticket.step} was captured ({why})"
     return Torn(f"{message}: call wait_captured() before anything changes the state")
 
