@@ -1,7 +1,8 @@
 """One host's snapshots on their way from the arena to the store: the threads.
 
 A few digest and encode, one packs in order, a few write, one commits; and one digests what memory holds.
-Chunks move as soon as they are announced. Besides the arena, packs under way take a 128th of its size (8 MiB
+Chunks move as soon as they are announced; those that a codec is to shrink, once their share is sealed, unless
+the snapshot is held. Besides the arena, packs under way take a 128th of its size (8 MiB
 at least), or the memory of one chunk each if that is more, and encoders the few chunks they are at: what is
 stored as it is is written from where it lies, and what was compressed goes back to its place in the arena, if
 the snapshot is not held. An error costs the snapshot it struck, never the thread, and never the training.
