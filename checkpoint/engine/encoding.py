@@ -56,9 +56,17 @@ def digest(share: ShareEntry, chunks: Sequence[int], memory: memoryview) -> list
         [(raw, spec.dtype, spec.shape, slot.box) for raw, spec, slot in zip(raws, specs, slots, strict=True)]
     )
     return [
-        ChunkRecord(
-            *(slot.tensor, slot.box, Codec.RAW, 0, first + slot.offset, len(raw), checksum(raw), mark),
-            sums=sums,
+        ChunkRecord(  # in its fields' order, for thousands of small chunks
+            slot.tensor,
+            slot.box,
+            Codec.RAW,
+            0,
+            first + slot.offset,
+            slot.num_bytes,
+            checksum(raw),
+            mark,
+            None,
+            sums,
         )
         for slot, raw, (mark, sums) in zip(slots, raws, marks, strict=True)
     ]
@@ -86,6 +94,8 @@ def work_on(job: Job) -> list[Encoded]:
 
 def _encoded(job: Job, held: ChunkRecord, raw: memoryview) -> Encoded:
     handling, spec = job.share.plan.handling, job.share.plan.content.tensors[held.tensor]
+    if handling.codec is Codec.RAW:
+        return Encoded(held, raw, is_in_arena=True)
     base = None if job.bases is None else job.bases.find(spec.name, held, handling.delta_chain)
     if base is not None:
         codec, data = encode(handling.codec, xor_bytes(raw, base.raw), handling.level, dtype=spec.dtype)

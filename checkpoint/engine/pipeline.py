@@ -110,12 +110,12 @@ class Pipeline:
         entry, chunks = filing.entry, filing.table()
         place = (entry.generation, entry.step, entry.host)
         pages = write_pages(self._patient_store, place, chunks, life=self._intake.life)
-        leads = entry.hosts[0] == entry.host
+        tells = entry.hosts[0] == entry.host and not entry.is_alone  # else nobody reads what the state is
         share = receipt_of(entry)
         receipt = replace(
             share,
-            content=share.content if leads else None,
-            meta=share.meta if leads else None,
+            content=share.content if tells else None,
+            meta=share.meta if tells else None,
             packs=filing.packs(),
             pages=tuple(pages),
             borrowed=tuple(pack.key for pack in filing.borrowed),
@@ -124,6 +124,8 @@ class Pipeline:
         standing = write_receipt(self._patient_store, receipt)
         if standing is not receipt:  # that of a keeper that died: its packs count, not ours
             chunks = read_pages(self._patient_store, standing.pages)
+        if entry.is_alone and standing.content is None:
+            standing = replace(standing, content=share.content, meta=share.meta)
         return Waiting(entry, standing, chunks, time.monotonic())
 
 
