@@ -1,4 +1,7 @@
-"""Page-locking the arena: what is asked of CUDA, by a stand-in for its runtime where there is no device."""
+"""Transfers: copies end before their region is another's; what is asked of CUDA to page-lock an arena.
+
+A stand-in takes the place of CUDA's runtime, where there is no device.
+"""
 
 import mmap
 from contextlib import contextmanager
@@ -6,7 +9,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from checkpoint import LocalHost, Saver, Share
 from checkpoint.engine.transfer import Transfer
+from checkpoint.store.memory import MemoryStore
+from tests.fault.checkpoint_worlds import MIB, QUICK, RAW
 
 DEVICE = torch.device("cuda", 3)
 TAKEN, REFUSED = 712, 2
@@ -114,3 +120,20 @@ def test_without_a_device_nothing_is_asked(runtime):
     transfer.prepare(memoryview(bytearray(64)))
     transfer.release()
     assert not runtime.locked and not runtime.blamed
+
+
+def test_copies_that_are_under_way_end_before_a_share_that_failed_is_given_up(monkeypatch):
+    happened = []
+
+    def broken(*_):
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(Transfer, "settle", lambda _: happened.append("copies are over"))
+    with LocalHost(MemoryStore("broken"), arena_bytes=4 * MIB, tuning=QUICK) as host:
+        saver, spoil = Saver(host, "run", RAW), host.spoil
+        monkeypatch.setattr(host, "ready", broken)
+        monkeypatch.setattr(host, "spoil", lambda *given: (happened.append("given up"), spoil(*given)))
+        with pytest.raises(RuntimeError, match="on purpose"):
+            saver.save(1, {"weight": torch.ones(MIB // 4)}, Share.alone(), {}).result(20)
+        saver.close()
+    assert happened[:2] == ["copies are over", "given up"]
