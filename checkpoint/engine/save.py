@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import xxhash
 
 from checkpoint.engine.bounds import check_one_of, check_seconds, check_whole
@@ -124,7 +125,8 @@ class Saver:
         """
         self._capturer.wait()
         step, meta = plain_step(step), plain_meta(meta)
-        with no_collection():
+        # Buffers that are kept would be inference tensors in that mode: nobody could fill them outside of it.
+        with no_collection(), torch.inference_mode(False):
             snapshot = self._taken(step, state, share, meta, depth)
         self._pending[share.generation, step] = depth
         self._capturer.start(snapshot)

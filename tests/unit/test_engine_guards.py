@@ -150,6 +150,22 @@ def test_nothing_of_the_state_is_held_on_to_once_it_is_captured():
         saver.close()
 
 
+@pytest.mark.parametrize("numel", [10, 200_000])
+@pytest.mark.parametrize("is_inference", [False, True])
+def test_saves_in_inference_mode_and_outside_of_it_follow_each_other(numel, is_inference):
+    store = MemoryStore("inference")
+    with torch.inference_mode(is_inference):
+        state = {"weight": torch.ones(numel)}
+    with LocalHost(store, arena_bytes=8 * MIB, tuning=QUICK) as host:
+        saver = Saver(host, "run", RAW)
+        for step, mode in enumerate([True, False, True]):
+            with torch.inference_mode(mode):
+                saver.save(step, state, Share.alone(), {})
+            assert saver.drain(20)
+        assert durable_steps(saver.outcomes()) == [0, 1, 2]
+        saver.close()
+
+
 @pytest.mark.parametrize("after", [0, 2], ids=["freed", "freed and had anew"])
 @pytest.mark.parametrize("form", ["run", "elements"])
 def test_memory_that_was_given_back_after_the_save_is_not_read_and_the_snapshot_spoiled(

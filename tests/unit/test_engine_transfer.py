@@ -128,11 +128,15 @@ def test_copies_that_are_under_way_end_before_a_share_that_failed_is_given_up(mo
     def broken(*_):
         raise RuntimeError("on purpose")
 
+    def given_up(*given):
+        happened.append("given up")
+        spoil(*given)
+
     monkeypatch.setattr(Transfer, "settle", lambda _: happened.append("copies are over"))
     with LocalHost(MemoryStore("broken"), arena_bytes=4 * MIB, tuning=QUICK) as host:
         saver, spoil = Saver(host, "run", RAW), host.spoil
         monkeypatch.setattr(host, "ready", broken)
-        monkeypatch.setattr(host, "spoil", lambda *given: (happened.append("given up"), spoil(*given)))
+        monkeypatch.setattr(host, "spoil", given_up)
         with pytest.raises(RuntimeError, match="on purpose"):
             saver.save(1, {"weight": torch.ones(MIB // 4)}, Share.alone(), {}).result(20)
         saver.close()
