@@ -56,9 +56,17 @@ def digest(share: ShareEntry, chunks: Sequence[int], memory: memoryview) -> list
         [(raw, spec.dtype, spec.shape, slot.box) for raw, spec, slot in zip(raws, specs, slots, strict=True)]
     )
     return [
-        ChunkRecord(
-            *(slot.tensor, slot.box, Codec.RAW, 0, first + slot.offset, len(raw), checksum(raw), mark),
-            sums=sums,
+        ChunkRecord(  # in its fields' order, for thousands of small chunks
+            slot.tensor,
+            slot.box,
+            Codec.RAW,
+            0,
+            first + slot.offset,
+            slot.num_bytes,
+            checksum(raw),
+            mark,
+            None,
+            sums,
         )
         for slot, raw, (mark, sums) in zip(slots, raws, marks, strict=True)
     ]
@@ -73,10 +81,10 @@ def digest_once(share: ShareEntry, chunks: Sequence[int], memory: memoryview) ->
 
 def work_on(job: Job) -> list[Encoded]:
     """Digest a batch, and encode what is not known."""
-    done = []
+    done, known = [], job.known
     for held in (digest_once if job.is_held else digest)(job.share, job.chunks, job.memory):
         raw = job.memory[held.offset : held.offset + held.num_bytes]
-        found = job.known and job.known.find(held.checksum, held.fingerprint, len(raw))
+        found = None if known is None else known.find(held.checksum, held.fingerprint, len(raw))
         if found:
             done.append(Encoded(_moved_to(held, found)))
         else:
@@ -86,8 +94,10 @@ def work_on(job: Job) -> list[Encoded]:
 
 def _encoded(job: Job, held: ChunkRecord, raw: memoryview) -> Encoded:
     handling, spec = job.share.plan.handling, job.share.plan.content.tensors[held.tensor]
-    base = job.bases and job.bases.find(spec.name, held, handling.delta_chain)
-    if base:
+    if handling.codec is Codec.RAW:
+        return Encoded(held, raw, is_in_arena=True)
+    base = None if job.bases is None else job.bases.find(spec.name, held, handling.delta_chain)
+    if base is not None:
         codec, data = encode(handling.codec, xor_bytes(raw, base.raw), handling.level, dtype=spec.dtype)
         if codec is not Codec.RAW and len(data) <= _WORTH * _root(base.chunk).num_bytes:
             below = _moved_to(held, base.chunk)

@@ -10,27 +10,32 @@ What is known for certain:
 What moves no counter - fused optimizers, `.data`, numpy - is known by samples: 64-byte lines of each chunk
 are taken when the snapshot is asked for, one in every 128 KiB, and the captured copy has to equal them; and
 when the capture ends, the copy and the live tensor have to agree in one line of every 16 KiB. Where the lines
-lie changes from step to step. So a run of bytes that changed before it was copied is noticed for certain from
-128 KiB on, one that changed after from 16 KiB on; a shorter one of n bytes with a probability of about
-n / 128 KiB and n / 16 KiB in each snapshot. A single element
+lie, and by how much less than that they are apart, changes from step to step. So a run of bytes that changed
+before it was copied is noticed for certain from 128 KiB on, one that changed after from 16 KiB on; a shorter
+one of n bytes with a probability of about n / 128 KiB and n / 16 KiB in each snapshot. A single element
 written so once is most likely NOT noticed (1 in 256 after it was copied, 1 in 2,048 before); who writes it
 at every step is found out within some hundreds. What lies scattered (a transposed tensor) is sampled in two
 blocks of 64 elements only. Who writes so has to call `wait_captured` first, as torch optimizers do by
 themselves.
+
+`save` pays for what is taken: chunks that lie side by side are sampled together, into memory that is kept. A
+new process, or one whose allocator gave its memory back, would wait for each fresh page.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from checkpoint.engine.contract import Slot
-from checkpoint.engine.structure import Origin
+from checkpoint.engine.structure import Structure
 
 LINE_BYTES = 64
 BEFORE_BYTES = 128 << 10
 AFTER_BYTES = 16 << 10
+_MOST_CHUNKS = 64  # watched over together: what is read of them in the end stays small, 1 MiB
+_SHARE_VARIED = 16  # by so small a share the distance between lines varies
 _NUM_BLOCKS = 2  # sampled of a chunk that is no run of memory
 _BLOCK_ELEMENTS = 64
 _SPREAD = (
@@ -42,14 +47,15 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: to
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """One chunk to be copied while the next forward and backward run.
+    """Chunks of one tensor that are to be copied while the next forward and backward run.
 
-    `live` is a view of it: its bits as a row of integers, or its elements where it is no run of memory.
+    They lie side by side, in the tensor and in the region. `live` is a view of them: their bits as a row of
+    integers; or, of one chunk that is no run of memory, its elements.
     """
 
-    number: int
+    numbers: range
+    slots: tuple[Slot, ...]
     form: Form
-    slot: Slot
     live: torch.Tensor
     version: int
     salt: int
@@ -59,12 +65,23 @@ class Watch:
     address: int
 
     def captured(self, space: memoryview) -> torch.Tensor:
-        """Return the chunk's place in a region, in the form of `live`."""
-        raw = space[self.slot.offset : self.slot.offset + self.slot.num_bytes]
+        """Return the chunks' place in a region, in the form of `live`."""
+        raw = space[self.slots[0].offset : _end(self.slots[-1])]
         return torch.frombuffer(raw, dtype=self.live.dtype).view(self.live.shape)
 
+    def chunks(self) -> Iterator[tuple[int, Any]]:
+        """Yield the number of each chunk, and the index by which it is found in `live` and in its copy."""
+        if self.form == "elements":
+            yield self.numbers[0], ...
+            return
+        begin = 0
+        for number, slot in zip(self.numbers, self.slots, strict=True):
+            end = begin + slot.num_bytes // self.live.element_size()
+            yield number, slice(begin, end)
+            begin = end
+
     def absence(self) -> str | None:
-        """Say so if the chunk's memory is no longer what it was: to read it could end the process."""
+        """Say so if the chunks' memory is no longer what it was: to read it could end the process."""
         if self.memory.nbytes() != self.memory_bytes or self.memory.data_ptr() != self.address:
             return "its memory was given back"
         return None
@@ -86,21 +103,76 @@ class Watch:
         return None
 
 
-def watch(own: torch.Tensor, origin: Origin, slot: Slot, number: int, salt: int) -> Watch:
-    """Begin to watch over a chunk of the rank's own tensor, at places that `salt` chooses."""
-    live = own.detach()
-    memory = live.untyped_storage()
-    version = -1 if live.is_inference() else live._version
-    if origin.first is not None and live.is_contiguous() and not (live.is_conj() or live.is_neg()):
-        form: Form = "run"
-        words = live.as_strided((live.numel(),), (1,)).view(_WORDS[live.element_size()])
-        scale = words.numel() // max(live.numel(), 1)
-        live = words[origin.first * scale : (origin.first + origin.box.numel) * scale]
-    else:
-        form = "elements"
-        live = live[tuple(map(slice, origin.box.start, origin.box.stop))]
-    before = tuple(sample.clone() for sample in _samples(live, form, salt, BEFORE_BYTES))
-    return Watch(number, form, slot, live, version, salt, before, memory, memory.nbytes(), memory.data_ptr())
+class Guards:
+    """Watches over the chunks of one structure that `save` does not copy itself.
+
+    Keeps the memory for samples: what a snapshot's watches hold is good until those of the next are made.
+    """
+
+    def __init__(self, structure: Structure) -> None:
+        self._structure = structure
+        self._stretches = list(_stretches(structure))
+        self._rooms: dict[int, torch.Tensor] = {}
+
+    def watch(self, own: Sequence[torch.Tensor], salt: int) -> tuple[Watch, ...]:
+        """Begin to watch over the rank's own tensors, at places that `salt` chooses."""
+        with torch.no_grad():
+            return tuple(one for numbers in self._stretches for one in self._watched(own, numbers, salt))
+
+    def _watched(self, own: Sequence[torch.Tensor], numbers: range, salt: int) -> Iterator[Watch]:
+        origin = self._structure.origins[numbers[0]]
+        live = own[origin.leaf].detach()
+        if origin.first is not None and live.is_contiguous() and not (live.is_conj() or live.is_neg()):
+            words = live.as_strided((live.numel(),), (1,)).view(_WORDS[live.element_size()])
+            scale = words.numel() // max(live.numel(), 1)
+            numel = sum(self._structure.origins[number].box.numel for number in numbers)
+            row = words[origin.first * scale : (origin.first + numel) * scale]
+            yield self._watch(numbers, "run", row, salt + numbers[0])
+            return
+        for number in numbers:
+            box = self._structure.origins[number].box
+            elements = live[tuple(map(slice, box.start, box.stop))]
+            yield self._watch(range(number, number + 1), "elements", elements, salt + number)
+
+    def _watch(self, numbers: range, form: Form, live: torch.Tensor, salt: int) -> Watch:
+        memory, version = live.untyped_storage(), -1 if live.is_inference() else live._version
+        samples = _samples(live, form, salt, BEFORE_BYTES)
+        before = tuple(self._kept(numbers[0], one) if form == "run" else one.clone() for one in samples)
+        slots = self._structure.slots[numbers.start : numbers.stop]
+        return Watch(
+            numbers, slots, form, live, version, salt, before, memory, memory.nbytes(), memory.data_ptr()
+        )
+
+    def _kept(self, number: int, sample: torch.Tensor) -> torch.Tensor:
+        """Copy a sample to where that of the same chunks was at the save before."""
+        room = self._rooms.get(number)
+        if room is None or room.numel() < sample.numel():
+            most = sample.numel() + sample.numel() // (_SHARE_VARIED // 2) + LINE_BYTES
+            room = self._rooms[number] = torch.empty(most, dtype=sample.dtype, device=sample.device)
+        return room[: sample.numel()].view(sample.shape).copy_(sample)
+
+
+def _stretches(structure: Structure) -> Iterator[range]:
+    """Yield the numbers of the late chunks: together those that lie side by side."""
+    first = structure.num_eager
+    for number in range(first + 1, len(structure.slots) + 1):
+        if number - first == _MOST_CHUNKS or not _is_beside(structure, number):
+            yield range(first, number)
+            first = number
+
+
+def _is_beside(structure: Structure, number: int) -> bool:
+    """Whether a chunk begins where the one before it ends, in its tensor and in the region."""
+    if number == len(structure.slots):
+        return False
+    before, origin = structure.origins[number - 1], structure.origins[number]
+    is_next = before.first is not None and origin.first == before.first + before.box.numel
+    is_one = (before.leaf, _end(structure.slots[number - 1])) == (origin.leaf, structure.slots[number].offset)
+    return is_next and is_one
+
+
+def _end(slot: Slot) -> int:
+    return slot.offset + slot.num_bytes
 
 
 def _samples(chunk: torch.Tensor, form: Form, salt: int, every_bytes: int) -> Iterator[torch.Tensor]:
@@ -113,10 +185,11 @@ def _samples(chunk: torch.Tensor, form: Form, salt: int, every_bytes: int) -> It
 
 
 def _lines(row: torch.Tensor, place: int, every: int) -> torch.Tensor:
-    """Return one line of each `every` elements of a row, at the same place in each."""
+    """Return one line of each `every` elements of a row, or of a few less: else all were in one column."""
     width = min(LINE_BYTES // row.element_size(), row.numel())
-    start = place % (min(every, row.numel()) - width + 1)
-    return row[start:].unfold(0, width, every)
+    step = every - (place >> 40) % (every // _SHARE_VARIED)
+    start = place % (min(step, row.numel()) - width + 1)
+    return row[start:].unfold(0, width, step)
 
 
 def _block(chunk: torch.Tensor, place: int) -> torch.Tensor:

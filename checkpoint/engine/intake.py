@@ -30,6 +30,7 @@ from checkpoint.engine.room import Room, choose_excess
 from checkpoint.engine.settling import await_end
 from checkpoint.engine.worklist import Work, Worklist
 from checkpoint.errors import ArenaFull, Mismatch
+from checkpoint.format.codec import Codec
 
 log = logging.getLogger("holdfast.checkpoint")
 
@@ -100,10 +101,16 @@ class Intake:
             self._room.adopt(arena_bytes, sizing)
 
     def ready(self, ticket: Ticket, chunks: tuple[int, ...]) -> None:
-        """Take note that some chunks are in the arena."""
+        """Take note that some chunks are in the arena.
+
+        What a codec makes of one goes back to its place once the share is sealed, but not before: it would
+        have to be kept besides the arena until then. So it is left alone for so long.
+        """
         with self._changed:
             if found := self._register.find(ticket):
-                self._announce(*found, ticket.rank, chunks)
+                entry, share = found
+                if share.plan.handling.codec is Codec.RAW or entry.is_to_be_held:
+                    self._announce(entry, share, ticket.rank, chunks)
 
     def seal(self, ticket: Ticket) -> None:
         """Take note that a share is whole and stays as it is."""
@@ -200,14 +207,13 @@ class Intake:
         with self._changed:
             self._changed.wait_for(lambda: self._work or self._is_closed, timeout_s)
             while self._work and not self._is_closed:
-                id_, rank, first = self._work.take()
+                id_, rank, chunks = self._work.take()
                 entry = self._register.get(id_)
                 if entry is None or not entry.is_live:
                     continue  # it failed meanwhile
                 if rank is None:
                     return Work(entry, None)
                 share = entry.shares[rank]
-                chunks = self._work.take_along(id_, rank, first, share)
                 share.num_lent += len(chunks)
                 return Work(entry, share, chunks)
             return None

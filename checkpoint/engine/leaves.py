@@ -84,6 +84,8 @@ def take_apart(state: Any) -> Leaves:
 
 def identity_of(leaf: Any) -> Hashable:
     """Return what two leaves have in common if they are one (tied weights)."""
+    if type(leaf) in _PLAIN:
+        return identity(leaf)
     if is_dtensor(leaf):
         with torch.no_grad():
             return identity(leaf.to_local()), leaf.shape, leaf.placements, leaf.device_mesh

@@ -64,7 +64,7 @@ class Packer:
             work = self._intake.next_work(timeout_s)
             if work is not None:
                 ahead.append(self._begin(work))
-            if ahead and (work is None or len(ahead) > self._tuning.num_encoders):
+            if ahead and (work is None or len(ahead) >= self._tuning.num_encoders):
                 self._finish(ahead.popleft())
             self._drop_failed()
         self._outbox.put(None)

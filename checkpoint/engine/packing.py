@@ -83,20 +83,9 @@ class OpenPack:
 
         Else so many bytes are pinned until then, if the data are not copied here.
         """
-        base = stored.base and self.filing.borrow(stored.base)
-        mine = ChunkRecord(
-            stored.tensor,
-            stored.box,
-            stored.codec,
-            self._place,
-            0,
-            0,
-            stored.checksum,
-            stored.fingerprint,
-            base,
-            stored.sums,
-        )
-        self.filing.chunks.append(self._builder.add(mine, data))
+        if stored.base is not None:
+            stored = replace(stored, base=self.filing.borrow(stored.base))
+        self.filing.chunks.append(self._builder.add(stored, data, self._place))
         if lent_by is None:
             self._num_copied_bytes += num_pinned_bytes if len(data) >= COPIED_BELOW else len(data)
         else:

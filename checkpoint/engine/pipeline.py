@@ -1,7 +1,8 @@
 """One host's snapshots on their way from the arena to the store: the threads.
 
 A few digest and encode, one packs in order, a few write, one commits; and one digests what memory holds.
-Chunks move as soon as they are announced. Besides the arena, packs under way take a 128th of its size (8 MiB
+Chunks move as soon as they are announced; those that a codec is to shrink, once their share is sealed, unless
+the snapshot is held. Besides the arena, packs under way take a 128th of its size (8 MiB
 at least), or the memory of one chunk each if that is more, and encoders the few chunks they are at: what is
 stored as it is is written from where it lies, and what was compressed goes back to its place in the arena, if
 the snapshot is not held. An error costs the snapshot it struck, never the thread, and never the training.
@@ -109,12 +110,12 @@ class Pipeline:
         entry, chunks = filing.entry, filing.table()
         place = (entry.generation, entry.step, entry.host)
         pages = write_pages(self._patient_store, place, chunks, life=self._intake.life)
-        leads = entry.hosts[0] == entry.host
+        tells = entry.hosts[0] == entry.host and not entry.is_alone  # else nobody reads what the state is
         share = receipt_of(entry)
         receipt = replace(
             share,
-            content=share.content if leads else None,
-            meta=share.meta if leads else None,
+            content=share.content if tells else None,
+            meta=share.meta if tells else None,
             packs=filing.packs(),
             pages=tuple(pages),
             borrowed=tuple(pack.key for pack in filing.borrowed),
@@ -123,6 +124,8 @@ class Pipeline:
         standing = write_receipt(self._patient_store, receipt)
         if standing is not receipt:  # that of a keeper that died: its packs count, not ours
             chunks = read_pages(self._patient_store, standing.pages)
+        if entry.is_alone and standing.content is None:
+            standing = replace(standing, content=share.content, meta=share.meta)
         return Waiting(entry, standing, chunks, time.monotonic())
 
 

@@ -24,9 +24,10 @@ class Receipt:
     """What one host has made durable of a snapshot: its packs, and the pages that say what lies in them.
 
     `digest` is that of the snapshot's content, which all hosts must agree on; `content` and `meta` themselves
-    come from the host of rank 0 only. `proof` digests the host's share of every tensor's fingerprint: a
-    second attempt at the same receipt is the same snapshot exactly if it is equal. Those of `packs`
-    whose keys are in `borrowed` belong to an earlier checkpoint. `void` tells why there is nothing, if so.
+    come from the host of rank 0 only, if there are others to read them. `proof` digests the host's share of
+    every tensor's fingerprint: a second attempt at the same receipt is the same snapshot exactly if it is
+    equal. Those of `packs` whose keys are in `borrowed` belong to an earlier checkpoint. `void` tells why
+    there is nothing, if so.
     """
 
     run: str

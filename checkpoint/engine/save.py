@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import xxhash
 
 from checkpoint.engine.bounds import check_one_of, check_seconds, check_whole
@@ -23,6 +24,7 @@ from checkpoint.engine.contract import (
     is_final,
 )
 from checkpoint.engine.given import plain_meta, plain_step
+from checkpoint.engine.guards import Guards
 from checkpoint.engine.leaves import Leaves, describe, own_tensors, signature_of, take_apart
 from checkpoint.engine.quiet import no_collection
 from checkpoint.engine.snapshot import Capturer, Snapshot, take
@@ -87,6 +89,7 @@ class _Cache:
 
     structure: Structure
     small: Staging
+    guards: Guards
 
 
 class Saver:
@@ -122,7 +125,8 @@ class Saver:
         """
         self._capturer.wait()
         step, meta = plain_step(step), plain_meta(meta)
-        with no_collection():
+        # Buffers that are kept would be inference tensors in that mode: nobody could fill them outside of it.
+        with no_collection(), torch.inference_mode(False):
             snapshot = self._taken(step, state, share, meta, depth)
         self._pending[share.generation, step] = depth
         self._capturer.start(snapshot)
@@ -185,7 +189,7 @@ class Saver:
             slots=structure.slots,
         )
         ticket = Ticket(self._run, share.generation, step, share.rank)
-        return Snapshot(ticket, plan, take(structure, cache.small, own, step), Future())
+        return Snapshot(ticket, plan, take(structure, cache.small, cache.guards, own, step), Future())
 
     def _take(self) -> None:
         for ending in self._capturer.endings():
@@ -208,7 +212,7 @@ class Saver:
             ]
             self._cache = None  # its buffers first
             structure = plan_structure(key, leaves)
-            self._cache = _Cache(structure, Staging(structure))
+            self._cache = _Cache(structure, Staging(structure), Guards(structure))
         return self._cache
 
     def _handling(self, depth: Depth) -> Handling:

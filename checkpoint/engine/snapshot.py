@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from checkpoint.engine.contract import Host, SnapshotPlan, Ticket
-from checkpoint.engine.guards import Watch, watch
+from checkpoint.engine.guards import Guards, Watch
 from checkpoint.engine.leaving import finish_at_exit
 from checkpoint.engine.staging import Staging
 from checkpoint.engine.structure import Structure
@@ -36,7 +36,7 @@ MAX_ATTEMPTS = 2  # a keeper that died is replaced once within a capture; then t
 class Take:
     """What `save` took of a share on the training thread: small tensors, and samples of the large ones."""
 
-    names: tuple[str, ...]
+    structure: Structure
     small: Staging
     watches: tuple[Watch, ...]
     devices: tuple[torch.device, ...]
@@ -52,19 +52,12 @@ class Snapshot:
     captured: "Future[None]"
 
 
-def take(structure: Structure, small: Staging, own: Sequence[torch.Tensor], salt: int) -> Take:
+def take(
+    structure: Structure, small: Staging, guards: Guards, own: Sequence[torch.Tensor], salt: int
+) -> Take:
     """Copy the small tensors of a share, and look at the large ones. `own` are all leaves' own tensors."""
     small.take(own)
-    names = tuple(structure.specs[slot.tensor].name for slot in structure.slots)
-    late = range(structure.num_eager, len(structure.slots))
-    with torch.no_grad():
-        watches = tuple(_watch(structure, own, number, salt + number) for number in late)
-    return Take(names, small, watches, tuple({tensor.device for tensor in own}))
-
-
-def _watch(structure: Structure, own: Sequence[torch.Tensor], number: int, salt: int) -> Watch:
-    origin, slot = structure.origins[number], structure.slots[number]
-    return watch(own[origin.leaf], origin, slot, number, salt)
+    return Take(structure, small, guards.watch(own, salt), tuple({tensor.device for tensor in own}))
 
 
 def capture(snapshot: Snapshot, host: Host, transfer: Transfer, lent: Callable[[], None]) -> bool:
@@ -72,43 +65,61 @@ def capture(snapshot: Snapshot, host: Host, transfer: Transfer, lent: Callable[[
 
     Calls `lent` once there is room for it. Spoils the share and raises Torn if it is torn.
     """
-    ticket, taken = snapshot.ticket, snapshot.take
+    ticket = snapshot.ticket
     space = host.open(ticket, snapshot.plan)
     lent()
     if space is None:
         return False
-    transfer.prepare(space)
-    taken.small.put(space, transfer)
-    copies, under_way = [], []
-    for one in taken.watches:
-        if absence := one.absence():
-            transfer.settle()  # the region is another's once the share is spoiled
-            _tear(snapshot, host, one, absence)
-        copies.append(one.captured(space))
-        event = transfer.copy(copies[-1], one.live)
-        if event is None:
-            host.ready(ticket, one.number)
-        else:
-            under_way.append((one.number, event))
-    for number, event in under_way:
-        event.synchronize()
-        host.ready(ticket, number)
-    transfer.settle()
-    for one, copy in zip(taken.watches, copies, strict=True):
-        with transfer.beside(one.live):
-            why = one.contradiction(copy)
-        if why:
-            _tear(snapshot, host, one, why)
+    try:
+        copies = _copied(snapshot, space, host, transfer)
+        for one, copy in zip(snapshot.take.watches, copies, strict=True):
+            with transfer.beside(one.live):
+                why = one.contradiction(copy)
+            if why:
+                raise _torn(snapshot, one, why)
+    except Torn as error:
+        host.spoil(ticket, str(error))
+        raise
     host.seal(ticket)
     return True
 
 
-def _tear(snapshot: Snapshot, host: Host, one: Watch, why: str) -> NoReturn:
-    """Give a share up, of which a chunk is not what was to be saved."""
-    name, ticket = snapshot.take.names[one.number], snapshot.ticket
+def _copied(snapshot: Snapshot, space: memoryview, host: Host, transfer: Transfer) -> list[torch.Tensor]:
+    """Copy and announce all chunks; return each watch's copy. No copy is under way any longer."""
+    try:
+        return _copy(snapshot, space, host, transfer)
+    finally:
+        transfer.settle()  # whatever happened: the region is another's once the share is spoiled
+
+
+def _copy(snapshot: Snapshot, space: memoryview, host: Host, transfer: Transfer) -> list[torch.Tensor]:
+    """Copy all chunks, announcing each; return where each watch's are. Copies may still be under way."""
+    ticket, taken = snapshot.ticket, snapshot.take
+    transfer.prepare(space)
+    taken.small.put(space, transfer)
+    copies, under_way = [], []
+    for one in taken.watches:
+        copies.append(one.captured(space))
+        for number, part in one.chunks():
+            if absence := one.absence():
+                raise _torn(snapshot, one, absence)
+            event = transfer.copy(copies[-1][part], one.live[part])
+            if event is None:
+                host.ready(ticket, number)
+            else:
+                under_way.append((number, event))
+    for number, event in under_way:
+        event.synchronize()
+        host.ready(ticket, number)
+    return copies
+
+
+def _torn(snapshot: Snapshot, one: Watch, why: str) -> Torn:
+    """Return the word that a chunk is not what was to be saved."""
+    structure, ticket = snapshot.take.structure, snapshot.ticket
+    name = structure.specs[one.slots[0].tensor].name
     message = f"tensor {name!r} changed while step {ticket.step} was captured ({why})"
-    host.spoil(ticket, message)
-    raise Torn(f"{message}: call wait_captured() before anything changes the state")
+    return Torn(f"{message}: call wait_captured() before anything changes the state")
 
 
 @dataclass(frozen=True, slots=True)

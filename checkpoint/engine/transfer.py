@@ -5,8 +5,8 @@ the training stream never waits for it. The arena is page-locked once, so that t
 """
 
 import logging
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 
 log = logging.getLogger("holdfast.checkpoint")
 
+_PORTABLE = 1  # cudaHostRegisterPortable: locked for every device of this process
 _ALREADY_REGISTERED = 712  # cudaErrorHostMemoryAlreadyRegistered: another saver of this process did it
 
 
@@ -22,7 +23,8 @@ class Transfer:
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, Any] = {}
-        self._locked: Any = None
+        self._arena: Any = None
+        self._has_locked = False
 
     def follow(self, devices: Iterable[torch.device]) -> None:
         """Let later copies see what the training thread, which calls this, has queued by now."""
@@ -33,24 +35,36 @@ class Transfer:
 
     def prepare(self, space: memoryview) -> None:
         """Page-lock the arena that a region lies in, the first time that one of it is used."""
-        if not self._streams or space.obj is self._locked:
+        if not self._streams or space.obj is self._arena:
             return
         self.release()
+        self._arena = space.obj
         arena = np.frombuffer(memoryview(space.obj), np.uint8)
-        cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch's own
-        code = int(cuda.cudaHostRegister(arena.ctypes.data, arena.nbytes, 0))
+        with self._own_device() as device:
+            code = int(_cudart().cudaHostRegister(arena.ctypes.data, arena.nbytes, _PORTABLE))
+            self._has_locked = code == 0
+            if code:
+                with suppress(RuntimeError):
+                    torch.zeros(
+                        1, device=device
+                    )  # the next kernel is blamed for the error: let it be this one
         if code not in (0, _ALREADY_REGISTERED):
             log.warning("CUDA error %d: the arena cannot be page-locked; copies will be slow", code)
-        self._locked = space.obj
 
     def release(self) -> None:
-        """Give page-locked memory back."""
-        if self._locked is not None:
+        """Give page-locked memory back, if it is this saver that locked it."""
+        if self._has_locked:
             self.settle()  # copies of a capture that was given up may still be on their way
-            address = np.frombuffer(memoryview(self._locked), np.uint8).ctypes.data
-            cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch's own
-            cuda.cudaHostUnregister(address)
-            self._locked = None
+            with self._own_device():
+                _cudart().cudaHostUnregister(np.frombuffer(memoryview(self._arena), np.uint8).ctypes.data)
+        self._arena, self._has_locked = None, False
+
+    @contextmanager
+    def _own_device(self) -> Iterator[torch.device]:
+        """Make a device of ours current in this thread, where it is the first of all by default."""
+        device = next(iter(self._streams))
+        with torch.cuda.device(device):
+            yield device
 
     def beside(self, tensor: torch.Tensor) -> AbstractContextManager[Any]:
         """Return the context in which this thread may work with a tensor without waiting for training."""
@@ -68,3 +82,7 @@ class Transfer:
         """Wait until all copies are over."""
         for stream in self._streams.values():
             stream.synchronize()
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch's own

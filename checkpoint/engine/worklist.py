@@ -4,7 +4,7 @@ Not thread-safe: its owner holds a lock around every call.
 """
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from checkpoint.engine.ledger import ShareEntry, SnapshotEntry, SnapshotId
@@ -23,36 +23,37 @@ class Work:
 
 
 class Worklist:
-    """A heap of chunks and of snapshots' ends."""
+    """A heap of batches of chunks, and of snapshots' ends."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[SnapshotId, int, int]] = []
+        self._heap: list[tuple[SnapshotId, int, tuple[int, ...], int]] = []
 
     def __bool__(self) -> bool:
         return bool(self._heap)
 
-    def add(self, entry: SnapshotEntry, rank: int, chunks: Iterable[int]) -> None:
+    def add(self, entry: SnapshotEntry, rank: int, chunks: Sequence[int]) -> None:
         """Put chunks of a rank's share on the list."""
-        for chunk in chunks:
-            heapq.heappush(self._heap, (entry.id, rank, chunk))
+        slots = entry.shares[rank].plan.slots
+        first = num_bytes = 0
+        for place, chunk in enumerate(chunks):
+            added = slots[chunk].num_bytes
+            if num_bytes + added > _BATCH_BYTES and place > first:
+                heapq.heappush(self._heap, (entry.id, rank, tuple(chunks[first:place]), num_bytes))
+                first, num_bytes = place, 0
+            num_bytes += added
+        heapq.heappush(self._heap, (entry.id, rank, tuple(chunks[first:]), num_bytes))
 
     def add_end(self, entry: SnapshotEntry) -> None:
         """Put a snapshot's end on the list, behind all of its chunks."""
-        heapq.heappush(self._heap, (entry.id, _END, _END))
+        heapq.heappush(self._heap, (entry.id, _END, (), 0))
 
-    def take(self) -> tuple[SnapshotId, int | None, int]:
-        """Take the first item: a snapshot's id, the rank whose share it is of and the chunk; no rank at its
-        end."""
-        id_, rank, chunk = heapq.heappop(self._heap)
-        return id_, None if rank == _END else rank, chunk
-
-    def take_along(self, id_: SnapshotId, rank: int, first: int, share: ShareEntry) -> tuple[int, ...]:
-        """Take the small chunks that follow the first one as well; return them all."""
-        chunks = [first]
-        num_bytes = share.plan.slots[first].num_bytes
-        while self._heap and self._heap[0][:2] == (id_, rank):
-            num_bytes += share.plan.slots[self._heap[0][2]].num_bytes
+    def take(self) -> tuple[SnapshotId, int | None, tuple[int, ...]]:
+        """Take the first batch, and small ones that follow it: a snapshot's id, the rank whose share it is of
+        and the chunks; no rank at its end."""
+        id_, rank, chunks, num_bytes = heapq.heappop(self._heap)
+        while self._heap and self._heap[0][:2] == (id_, rank) and rank != _END:
+            num_bytes += self._heap[0][3]
             if num_bytes > _BATCH_BYTES:
                 break
-            chunks.append(heapq.heappop(self._heap)[2])
-        return tuple(chunks)
+            chunks += heapq.heappop(self._heap)[2]
+        return id_, None if rank == _END else rank, chunks

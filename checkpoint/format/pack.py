@@ -25,6 +25,7 @@ TRAILER_BYTES = 32
 COPIED_BELOW = 64 << 10  # so many parts would take longer than their copies
 _MAGIC = b"HOLDFASTPACK\0\0\0\0"
 _LENGTH_BYTES = 8
+_ZEROS = bytes(ALIGNMENT)
 ELSEWHERE = 2**32 - 1  # the pack number of a base, which lies in an earlier pack: its checksum tells which
 
 
@@ -73,6 +74,7 @@ class PackBuilder:
     def __init__(self, generation: int, host: str, seq: int) -> None:
         self._head = {"generation": generation, "host": host, "seq": seq}
         self._parts: list[Buffer] = []
+        self._copied: bytearray | None = None  # the last part, if more small ones go there
         self._num_bytes = 0
         self._chunks: list[ChunkRecord] = []
         self._num_rows = 0
@@ -87,16 +89,19 @@ class PackBuilder:
         """Chunks collected so far, and the bases of deltas among them; at most 65536 fit."""
         return self._num_rows
 
-    def add(self, chunk: ChunkRecord, stored: Buffer) -> ChunkRecord:
-        """Append a chunk's stored bytes; return its record with the offset and length they have here."""
+    def add(self, chunk: ChunkRecord, stored: Buffer, pack: int | None = None) -> ChunkRecord:
+        """Append a chunk's stored bytes; return its record with the place they have here.
+
+        With a number the record's pack is called so, else as it was.
+        """
         if gap := -self._num_bytes % ALIGNMENT:
-            self._append(bytes(gap))
+            self._append(_ZEROS[:gap])
         view = memoryview(stored).cast("B")
         placed = ChunkRecord(  # three times as fast as `replace`, for thousands of small chunks
             chunk.tensor,
             chunk.box,
             chunk.codec,
-            chunk.pack,
+            chunk.pack if pack is None else pack,
             self._num_bytes,
             len(view),
             chunk.checksum,
@@ -106,7 +111,7 @@ class PackBuilder:
         self._append(view)
         if chunk.sums and chunk.codec is Codec.RAW and chunk.base is None:
             self._append(chunk.sums)
-        self._num_rows += 1 + chunk.num_bases
+        self._num_rows += 1 if chunk.base is None else 1 + chunk.num_bases
         self._chunks.append(placed)
         return placed
 
@@ -122,7 +127,7 @@ class PackBuilder:
             for n in numbers
         ]
         head = dump_json({**self._head, "tensors": described}, "a pack's index")
-        table = ChunkTable.of([_numbered(chunk) for chunk in self._chunks])
+        table = ChunkTable.of([chunk if chunk.base is None else _numbered(chunk) for chunk in self._chunks])
         table.rows["pack"] = ELSEWHERE
         table.rows["pack"][: len(table)] = 0
         index = seal("pack", len(head).to_bytes(_LENGTH_BYTES, "little") + head + encode_table(table))
@@ -136,10 +141,12 @@ class PackBuilder:
         self._num_bytes += len(data)
         if len(data) >= COPIED_BELOW:
             self._parts.append(data)
-        elif self._parts and isinstance(self._parts[-1], bytearray):
-            self._parts[-1] += data
+            self._copied = None
+        elif self._copied is None:
+            self._copied = bytearray(data)
+            self._parts.append(self._copied)
         else:
-            self._parts.append(bytearray(data))
+            self._copied += data
 
 
 def _numbered(chunk: ChunkRecord) -> ChunkRecord:

@@ -237,6 +237,8 @@ def _check_bases(rows: Rows, num_chunks: int, where: str) -> None:
 
 def _chain_up(records: list[ChunkRecord]) -> list[int]:
     """Append the bases of all records, level by level; return the place of each record's base."""
+    if all(chunk.base is None for chunk in records):
+        return [NO_BASE] * len(records)
     bases: list[int] = []
     first, depth = 0, 0
     while first < len(records):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from checkpoint import (
+    Catalog,
     Durable,
     LatestN,
     LocalHost,
@@ -21,7 +22,17 @@ from checkpoint import (
 )
 from checkpoint.engine import naming
 from checkpoint.engine.naming import PackNames
-from checkpoint.format.keys import INDEX, MAX_PACK_SEQ, PACKS, PackKey, pack_key, parse_pack_key
+from checkpoint.engine.receipt import RECEIPT_SEQ, read_receipt
+from checkpoint.format.keys import (
+    INDEX,
+    MAX_PACK_SEQ,
+    PACKS,
+    PackKey,
+    manifest_key,
+    pack_key,
+    parse_pack_key,
+    parse_page_key,
+)
 from checkpoint.lifecycle.aside import set_aside
 from tests.fault.checkpoint_worlds import MIB, QUICK, RAW, closing_all, same_bits
 
@@ -91,6 +102,17 @@ def test_a_life_that_was_thought_dead_and_its_successor_write_packs_of_their_own
         assert same_bits(load(store, step).state, state(step))
 
 
+def test_a_receipt_without_its_manifest_is_taken_up_by_the_next_life_of_a_host_that_is_alone(tmp_path, begin):
+    store = open_store(str(tmp_path))
+    begin(store).save(5, seed=1)
+    store.delete(manifest_key(5))  # as if the host had died before it was created
+    (receipt,) = (read_receipt(store, key) for key in _receipts_in(store))
+    assert receipt.content is None
+    begin(store).save(5, seed=1)
+    assert same_bits(load(store).state, state(1)) and verify(store).is_sound
+    assert Catalog(store).manifest(5).packs == receipt.packs
+
+
 def test_no_name_comes_again_although_all_that_had_one_is_gone(tmp_path, begin):
     store = open_store(str(tmp_path))
     seen: set[str] = set()
@@ -127,6 +149,11 @@ def test_saves_go_on_beyond_the_last_number_of_a_generation_and_all_of_them_can_
     prune(store, [LatestN(4)], now_s=time.time() + 2 * GRACE_S, grace_s=GRACE_S, linger_s=0.0)
     assert verify(store).steps == (8, 7, 6, 5) and len(store.list(PACKS)) == 4
     assert same_bits(load(store).state, state(8))
+
+
+def _receipts_in(store: Store) -> list[str]:
+    keys = [entry.key for entry in store.list(INDEX)]
+    return [key for key in keys if (page := parse_page_key(key)) and page.seq == RECEIPT_SEQ]
 
 
 def _life_of(key: str) -> str:

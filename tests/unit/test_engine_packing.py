@@ -11,13 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoint import Catalog, Durable, LocalHost, verify
-from checkpoint.engine.arena import Region
+from checkpoint.engine.arena import Arena, Region
+from checkpoint.engine.contract import Content, Slot, SnapshotPlan, Ticket
 from checkpoint.engine.digester import BATCH_BYTES, batches
 from checkpoint.engine.encoding import Job, digest, digest_once, work_on
-from checkpoint.engine.ledger import ShareEntry, Writing
+from checkpoint.engine.intake import Intake
+from checkpoint.engine.ledger import ShareEntry, SnapshotEntry, Writing
 from checkpoint.engine.pipeline import Tuning
 from checkpoint.engine.source import StoreSource
+from checkpoint.engine.worklist import Worklist
 from checkpoint.format.codec import Codec, checksum, decode
+from checkpoint.format.layout import Box
 from checkpoint.format.records import MAX_CHUNK_BYTES
 from checkpoint.store.contract import parts_of
 from checkpoint.store.memory import MemoryStore
@@ -167,6 +171,53 @@ def test_chunks_keep_their_order_whatever_encoder_is_first():
         host.seal(ticket)
     places = [(chunk.pack, chunk.offset) for chunk in StoreSource(store).chunks(Catalog(store).manifest(1))]
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    ("codec", "hold", "is_at_once"),
+    [(Codec.RAW, 0, True), (Codec.PLANES, 0, False), (Codec.ZSTD, 0, False), (Codec.PLANES, 1, True)],
+)
+def test_chunks_that_a_codec_shrinks_wait_for_the_seal_if_they_can_go_back_to_their_place(
+    codec, hold, is_at_once
+):
+    intake = Intake("local", Arena(8 * MIB), hold)
+    rows = rows_of(1, 5 * MIB)
+    plan, ticket = plan_of(rows, handling(codec=codec)), Ticket("run", 0, 1, 0)
+    intake.open(ticket, plan, None)
+    intake.ready(ticket, (0,))
+    work = intake.next_work(0.0)
+    assert (work is not None) == is_at_once
+    intake.seal(ticket)
+    chunks = [chunk for work in iter(lambda: intake.next_work(0.0), None) for chunk in work.chunks]
+    assert sorted([*chunks, *(work.chunks if work else ())]) == list(range(len(plan.slots)))
+    intake.close()
+
+
+@given(st.lists(st.sampled_from([64, 4000, MIB // 3, MIB, 3 * MIB]), min_size=1, max_size=40), st.integers(0))
+def test_every_chunk_is_worked_on_once_small_ones_together_and_snapshots_in_their_order(sizes, seed):
+    entries = [entry_of(step, sizes) for step in (1, 2)]
+    work, chunks = Worklist(), list(range(len(sizes)))
+    for entry in reversed(entries):
+        cut = seed % (len(chunks) + 1)
+        for part in (chunks[cut:], chunks[:cut]):
+            if part:
+                work.add(entry, 0, part)
+        work.add_end(entry)
+    for entry in entries:
+        taken: list[int] = []
+        while (item := work.take())[1] is not None:
+            assert item[:2] == (entry.id, 0)
+            assert len(item[2]) == 1 or sum(sizes[chunk] for chunk in item[2]) <= MIB
+            taken += item[2]
+        assert taken == chunks and item == (entry.id, None, ())
+    assert not work
+
+
+def entry_of(step, sizes):
+    slots = tuple(Slot(number, Box((0,), (size,)), 0, size) for number, size in enumerate(sizes))
+    plan = SnapshotPlan(("local",), Content((), "{}", ""), {}, handling(), slots)
+    share = ShareEntry(plan, Region(0, 64), None)
+    return SnapshotEntry((0, step), "run", ("local",), "local", plan.content, "store", 0.0, {0: share})
 
 
 def test_an_unsealed_share_s_chunks_are_packed_before_its_end_and_given_up_with_it():
