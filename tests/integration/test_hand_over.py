@@ -97,7 +97,7 @@ def drain(cluster: Any, node: Any) -> None:
 def cluster() -> Iterator[Cluster]:
     """A head without room for workers.
 
-    Its dashboard takes any port: where the usual one is taken, by another test's, Ray forgets an open socket here.
+    Its dashboard takes any port: where another test's has the usual one, Ray forgets an open socket here.
     """
     head = {"num_cpus": 0, "dashboard_port": None, "_system_config": FAST}
     made = Cluster(initialize_head=True, head_node_args=head)
