@@ -40,6 +40,7 @@ from checkpoint.interop.formats.contract import About
 from checkpoint.interop.formats.hf_config import retyped
 from checkpoint.interop.moves import Foreign, Move, Plan
 from checkpoint.interop.placing import resolve_sizes
+from checkpoint.interop.wholeness import check_as_named, check_by_rules
 from checkpoint.interop.writing import plan_export
 
 _BAND_BYTES = 8 << 20
@@ -49,6 +50,7 @@ _AS_NAMED = (
     "(--rules; docs/rules.md)"
 )
 _HOLD_ROUNDED = ("megatron-dist", "deepspeed", "deepspeed-universal")  # their readers compare with masters
+_MASTER = "optimizer.master."
 _LEFT_OUT = "the format {format} holds no optimizer: {number} of its tensors are left out"
 
 
@@ -167,6 +169,22 @@ class Outward:
         specs = (TensorSpec(one.name, one.dtype, one.shape) for one in self.plan.foreign)
         return sum(map(num_bytes_of, specs))
 
+    def own(self, tensors: Sequence[Foreign]) -> dict[int, Foreign]:
+        """Return what was written, by number, without the masters that the format makes of bare weights.
+
+        Of these there is nothing in the source; readers hold them against their weights.
+        """
+        planned = {one.name for one in self.plan.foreign} if self.emigration.format in _HOLD_ROUNDED else None
+        weights = {(f"{_MASTER}{one.name}", *one.at.items(), one.shape) for one in tensors}
+        return {
+            number: one
+            for number, one in enumerate(tensors)
+            if planned is None
+            or one.name in planned
+            or one.dtype != "float32"
+            or (one.name, *one.at.items(), one.shape) not in weights
+        }
+
     def account(self, foreign: Mapping[int, Foreign]) -> Account:
         """Tell what foreign tensors, by number, are by the words of the rules, or by their names."""
         rules = self.emigration.rules
@@ -175,6 +193,17 @@ class Outward:
         known = {to_foreign(spec.name): spec.name for spec in self.contents.tensors}
         names = {number: known.get(one.name, from_foreign(one.name)) for number, one in foreign.items()}
         return account_as_named(foreign, names).tied(universal(self.ties))
+
+    def check_whole(self, foreign: Mapping[int, Foreign]) -> None:
+        """See that all of the export is there, on each rank, in full, and nothing else. Raises Mismatch."""
+        specs, rules = self.contents.tensors, self.emigration.rules
+        if rules is not None:
+            named = [replace(spec, name=rule_name(spec.name)) for spec in specs]
+            check_by_rules(rules.rules, rules.sizes, _axes(self.emigration), foreign, named)
+            return
+        there = {spec.name for spec in specs}
+        copies = [other for other, name in universal(self.ties).items() if name in there]
+        check_as_named(foreign.values(), [to_foreign(name) for name in (*there, *copies)])
 
     def most_held_bytes(self, settings: ConversionSettings) -> int:
         """Return the most that buffers hold: of each thread a block and what it is made of."""

@@ -16,6 +16,7 @@ from checkpoint.interop.conversion.casting import Reach, bands_of
 from checkpoint.interop.conversion.contract import Array, ConversionSettings, Listener, Wish
 from checkpoint.interop.conversion.emigrating import Outward
 from checkpoint.interop.conversion.exporting import Watched
+from checkpoint.interop.conversion.padding import padding_bytes
 from checkpoint.interop.conversion.proving import shared_bytes
 from checkpoint.interop.conversion.stored import Stored
 from checkpoint.interop.formats.contract import Contents, ForeignCheckpoint
@@ -71,5 +72,5 @@ def rehearse_export(
                 outward.chosen.read([(number, band)])
     outward.source.padding(settings)
     account = outward.account(dict(enumerate(outward.plan.foreign)))
-    proved = shared_bytes(account, outward.outbound)
+    proved = shared_bytes(account, outward.outbound) + padding_bytes(account, outward.outbound)
     return outward.source.num_read_bytes() + proved
