@@ -9,6 +9,7 @@ from prefect.client.schemas.objects import State
 from pydantic import BaseModel, ConfigDict, Field
 
 import checkpoint
+from tasks.heap import share_heap
 from tasks.telling import say
 
 _ARTIFACT = "conversion"
@@ -68,6 +69,7 @@ def may_pass(_task: Any, _run: Any, state: State[Any]) -> bool:
 )
 def convert(order: ConversionOrder) -> checkpoint.ConversionReport:
     """Convert a checkpoint, and prove each tensor of it. A retry goes on from what was finished."""
+    share_heap()
     report = carry_out(order)
     did = "would be converted" if report.is_dry else "each of them proved"
     say("conversion", f"step {report.step}: {report.num_tensors} tensors, {did}")

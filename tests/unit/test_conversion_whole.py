@@ -10,8 +10,9 @@ import torch
 import checkpoint
 from checkpoint.errors import Mismatch
 from checkpoint.interop.builtin import builtin_rules
-from checkpoint.interop.conversion.emigrating import Emigration, Outbound
+from checkpoint.interop.conversion.emigrating import Emigration
 from checkpoint.interop.conversion.foreign import Whereabouts, export_foreign
+from checkpoint.interop.conversion.outbound import Outbound
 from checkpoint.interop.conversion.ruled import choose_rules
 from checkpoint.interop.formats import known
 from checkpoint.interop.formats.hf import write_hf
@@ -112,16 +113,16 @@ def test_an_export_by_a_wrong_plan_never_appears(source, tmp_path, monkeypatch, 
 
 
 def test_padding_that_is_not_written_as_zeros_is_refused(source, tmp_path, monkeypatch):
-    read = Outbound.read
+    read = Outbound.filled
 
-    def with_noise(outbound, number, box):
-        found, one = read(outbound, number, box), outbound.tensors[number]
+    def with_noise(outbound, number, box, num_threads):
+        found, one = read(outbound, number, box, num_threads), outbound.tensors[number]
         if "word_embeddings" in one.name and one.at["tensor"] == 1 and box.stop[0] == one.shape[0]:
             found = found.copy()
             found[-1] = 0x7FC00000
         return found
 
-    monkeypatch.setattr(Outbound, "read", with_noise)
+    monkeypatch.setattr(Outbound, "filled", with_noise)
     with pytest.raises(Mismatch, match=r"padding that was written of .*embedding.* is not zero"):
         to_megatron(source, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -4,32 +4,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
-
-from checkpoint.engine.pipeline import fan_out
 from checkpoint.engine.plan import TensorSpec
 from checkpoint.errors import FormatError, Misuse
-from checkpoint.format.box import Box, split_box
 from checkpoint.format.codec import checksum
-from checkpoint.format.dtypes import dtype_of, itemsize
+from checkpoint.format.dtypes import itemsize
 from checkpoint.format.scheme import parse_layout
 from checkpoint.interop.account import Account, account_as_named
 from checkpoint.interop.conversion.assembling import as_they_are
 from checkpoint.interop.conversion.casting import (
     FLOATS,
     Cast,
-    cast,
     parse_dtype,
 )
 from checkpoint.interop.conversion.contract import (
-    READ_BYTES,
-    Array,
     ConversionSettings,
-    GlobalTensors,
 )
-from checkpoint.interop.conversion.moving import target_part, turned_back
 from checkpoint.interop.conversion.names import from_foreign, rule_name, to_foreign
 from checkpoint.interop.conversion.origins import Origin
+from checkpoint.interop.conversion.outbound import Outbound, staging_bytes, working_bytes
 from checkpoint.interop.conversion.resharding import ONE_RANK, Chosen, num_bytes_of
 from checkpoint.interop.conversion.roles import owner_of
 from checkpoint.interop.conversion.ruled import RuleChoice, knowing, uncast
@@ -38,13 +30,11 @@ from checkpoint.interop.conversion.skeletons import matches, nothing_fits
 from checkpoint.interop.conversion.tying import TIED, Ties, universal, with_copies
 from checkpoint.interop.formats.contract import About
 from checkpoint.interop.formats.hf_config import retyped
-from checkpoint.interop.moves import Foreign, Move, Plan
+from checkpoint.interop.moves import Foreign, Plan
 from checkpoint.interop.placing import resolve_sizes
 from checkpoint.interop.wholeness import check_as_named, check_by_rules
 from checkpoint.interop.writing import plan_export
 
-_BAND_BYTES = 8 << 20
-_NUM_BANDS = 4  # of a thread: what is read, turned, cast, and on its way into a file
 _AS_NAMED = (
     "no rules are given, so names and shapes stay as they are: Megatron loads only what has its own names "
     "(--rules; docs/rules.md)"
@@ -73,70 +63,6 @@ class Holds(Protocol):
     """Tells whether a format has a place for an optimizer."""
 
     def __call__(self, format: str) -> bool: ...
-
-
-class Outbound:
-    """The foreign tensors of a plan, as a writer reads them: their boxes are filled from global tensors.
-
-    `widths` are the bytes of an element of each global tensor before it is cast, if any is.
-    """
-
-    def __init__(
-        self,
-        source: GlobalTensors,
-        plan: Plan,
-        about: About,
-        *,
-        widths: Sequence[int] = (),
-        num_threads: int = 2,
-    ) -> None:
-        self.about = about
-        self._num_threads = num_threads
-        self._widths = widths or [itemsize(one.dtype) for one in plan.tensors]
-        self.tensors: Sequence[Foreign] = plan.foreign
-        self._source = source
-        self._plan = plan
-        self._moves: dict[int, list[Move]] = {}
-        for move in plan.moves:
-            self._moves.setdefault(move.source, []).append(move)
-
-    def read(self, number: int, box: Box) -> Array:
-        """Return the bits of a box of a foreign tensor; padding is zero. Large boxes take several threads."""
-        dtype = self.tensors[number].dtype
-        if (whole := self._whole(number, box)) is not None:
-            return whole
-        found: Array = np.zeros(box.size, dtype_of(dtype).carrier)
-        wide = [self._widths[move.target] for move in self._moves.get(number, ())]
-        bands = split_box(box, max(wide, default=itemsize(dtype)), _BAND_BYTES)
-        if len(bands) <= 1:
-            self._fill(number, box, found)
-            return found
-        for _ in fan_out(
-            lambda band: self._fill(number, band, found[band.within(box)]), bands, self._num_threads
-        ):
-            pass
-        return found
-
-    def _whole(self, number: int, box: Box) -> Array | None:
-        """Return a box that is one of a global tensor, and not cast, as it was read: without a copy."""
-        moves = self._moves.get(number, ())
-        if len(moves) != 1 or moves[0].source_box.intersect(box) != box:
-            return None
-        move = moves[0]
-        if self._widths[move.target] != itemsize(self.tensors[number].dtype):
-            return None
-        bits = self._source.read([(move.target, target_part(move, box))])[0]
-        made = cast(bits, self._plan.tensors[move.target].dtype, self.tensors[number].dtype)
-        return np.ascontiguousarray(turned_back(move, made, box)).reshape(box.size)
-
-    def _fill(self, number: int, box: Box, found: Array) -> None:
-        dtype = self.tensors[number].dtype
-        parts = [(move, move.source_box.intersect(box)) for move in self._moves.get(number, ())]
-        here = [(move, part) for move, part in parts if part is not None]
-        bits = self._source.read([(move.target, target_part(move, part)) for move, part in here])
-        for (move, part), values in zip(here, bits, strict=True):
-            made = cast(values, self._plan.tensors[move.target].dtype, dtype)
-            found[part.within(box)] = turned_back(move, made, part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +134,9 @@ class Outward:
     def most_held_bytes(self, settings: ConversionSettings) -> int:
         """Return the most that buffers hold: of each thread a block and what it is made of."""
         whole = max(self.written_bytes, sum(map(num_bytes_of, self.chosen.tensors)))
-        return min(settings.num_workers * (READ_BYTES + _NUM_BANDS * _BAND_BYTES), 2 * whole)
+        if self.outbound.turned:
+            return min(settings.budget_bytes, working_bytes(settings) + staging_bytes(settings), 3 * whole)
+        return min(working_bytes(settings), 2 * whole)
 
     @property
     def attempt(self) -> str:

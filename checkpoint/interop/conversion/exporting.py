@@ -20,9 +20,10 @@ from checkpoint.interop.conversion.contract import (
     Proof,
     unheard,
 )
-from checkpoint.interop.conversion.emigrating import Outbound, Outward
+from checkpoint.interop.conversion.emigrating import Outward
 from checkpoint.interop.conversion.marking import Counted
 from checkpoint.interop.conversion.measuring import high_water_bytes
+from checkpoint.interop.conversion.outbound import Staged
 from checkpoint.interop.conversion.padding import check_blank
 from checkpoint.interop.conversion.proving import check_described, prove
 from checkpoint.interop.conversion.resharding import ONE_RANK, num_bytes_of
@@ -45,7 +46,7 @@ def export_checkpoint(
     """
     settings = settings or ConversionSettings()
     began_s, before = time.monotonic(), high_water_bytes()
-    watched = Watched(outward.outbound, outward.written_bytes, listener)
+    watched = Watched(Staged(outward.outbound, settings), outward.written_bytes, listener)
     write(watched)
     listener(Progress("proving", watched.num_done_bytes, watched.num_bytes))
     reach = Reach()
@@ -75,7 +76,7 @@ def export_checkpoint(
 class Watched:
     """What a writer reads, counted."""
 
-    def __init__(self, inner: Outbound, num_bytes: int, listener: Listener) -> None:
+    def __init__(self, inner: ForeignContents, num_bytes: int, listener: Listener) -> None:
         self.about = inner.about
         self.tensors: Sequence[Foreign] = inner.tensors
         self.num_bytes = num_bytes

@@ -16,6 +16,7 @@ from checkpoint.interop.conversion.casting import Reach, bands_of
 from checkpoint.interop.conversion.contract import Array, ConversionSettings, Listener, Wish
 from checkpoint.interop.conversion.emigrating import Outward
 from checkpoint.interop.conversion.exporting import Watched
+from checkpoint.interop.conversion.outbound import Staged
 from checkpoint.interop.conversion.padding import padding_bytes
 from checkpoint.interop.conversion.proving import shared_bytes
 from checkpoint.interop.conversion.stored import Stored
@@ -64,7 +65,7 @@ def rehearse_export(
     listener: Listener,
 ) -> int:
     """Do what an export does, of a blank source, with `write`. Returns how many bytes it would read."""
-    write(Watched(outward.outbound, outward.written_bytes, listener))
+    write(Watched(Staged(outward.outbound, settings), outward.written_bytes, listener))
     outward.source.fingerprints(outward.names, settings, Reach())
     for number, new in enumerate(outward.contents.tensors):
         if new.name not in outward.uncast:
