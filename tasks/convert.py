@@ -71,7 +71,7 @@ def convert(order: ConversionOrder) -> checkpoint.ConversionReport:
     """Convert a checkpoint, and prove each tensor of it. A retry goes on from what was finished."""
     share_heap()
     report = carry_out(order)
-    did = "would be converted" if report.is_dry else "each of them proved"
+    did = "would be converted" if report.is_dry and report.is_new else "each of them proved"
     say("conversion", f"step {report.step}: {report.num_tensors} tensors, {did}")
     return report
 
@@ -89,10 +89,13 @@ def report_conversion(report: checkpoint.ConversionReport) -> None:
 def describe(report: checkpoint.ConversionReport) -> str:
     """Say in a few lines what a conversion did, or that it was only rehearsed."""
     size = f"{report.num_bytes} bytes of {report.num_tensors} tensors"
-    if report.is_dry:
+    if not report.is_new:
+        did = f"{size} were there already, and are proved; read {report.read_bytes}, written 0"
+    elif report.is_dry:
+        most = "" if report.is_exact else "at most "
         did = (
-            f"{size} would be converted; {report.read_bytes} would be read and at most "
-            f"{report.written_bytes} written. This was a dry run: nothing was written or proved"
+            f"{size} would be converted; {report.read_bytes} would be read and {most}{report.written_bytes} "
+            "written. This was a dry run: nothing was written or proved"
         )
     else:
         did = f"{size} in {report.seconds:.1f} s; read {report.read_bytes}, written {report.written_bytes}"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from checkpoint.engine.plan import TensorSpec
-from checkpoint.errors import FormatError, Misuse
+from checkpoint.errors import FormatError, Incomplete, Mismatch, Misuse
 from checkpoint.format.codec import checksum
 from checkpoint.format.dtypes import itemsize
 from checkpoint.format.scheme import parse_layout
@@ -14,6 +14,7 @@ from checkpoint.interop.conversion.assembling import as_they_are
 from checkpoint.interop.conversion.casting import (
     FLOATS,
     Cast,
+    note_uncast,
     parse_dtype,
 )
 from checkpoint.interop.conversion.contract import (
@@ -24,7 +25,7 @@ from checkpoint.interop.conversion.origins import Origin
 from checkpoint.interop.conversion.outbound import Outbound, staging_bytes, working_bytes
 from checkpoint.interop.conversion.resharding import ONE_RANK, Chosen, num_bytes_of
 from checkpoint.interop.conversion.roles import owner_of
-from checkpoint.interop.conversion.ruled import RuleChoice, knowing, uncast
+from checkpoint.interop.conversion.ruled import RuleChoice, knowing, misfit, uncast
 from checkpoint.interop.conversion.sighting import accounted, check_sure
 from checkpoint.interop.conversion.skeletons import matches, nothing_fits
 from checkpoint.interop.conversion.tying import TIED, Ties, universal, with_copies
@@ -40,6 +41,7 @@ _AS_NAMED = (
     "(--rules; docs/rules.md)"
 )
 _HOLD_ROUNDED = ("megatron-dist", "deepspeed", "deepspeed-universal")  # their readers compare with masters
+_OF_RANKS = ("megatron",)  # the others hold whole tensors
 _MASTER = "optimizer.master."
 _LEFT_OUT = "the format {format} holds no optimizer: {number} of its tensors are left out"
 
@@ -177,13 +179,25 @@ def plan_emigration(source: Origin, emigration: Emigration, holds_optimizer: Hol
     contents = Cast(chosen, _casts(chosen.tensors, emigration.dtype))
     if emigration.format in _HOLD_ROUNDED:
         _check_rounded(chosen.tensors, contents.tensors, emigration)
-    plan = _plan(contents.tensors, emigration)
+    try:
+        plan = _plan(contents.tensors, emigration)
+    except (Mismatch, Incomplete, FormatError) as error:
+        raise misfit(error) from error
     holds_copies = holds_optimizer(emigration.format) and emigration.rules is None and emigration.only is None
     ties = source.ties if holds_copies else {}
     plan = with_copies(plan, contents.tensors, ties)
     widths = [itemsize(one.dtype) for one in chosen.tensors]
     outbound = Outbound(contents, plan, _about(source, emigration, plan), widths=widths)
-    return Outward(source, chosen, contents, plan, outbound, emigration, ties, tuple(notes))
+    return Outward(
+        source,
+        chosen,
+        contents,
+        plan,
+        outbound,
+        emigration,
+        ties,
+        (*notes, *note_uncast(chosen.tensors, emigration.dtype)),
+    )
 
 
 def _check_layout(emigration: Emigration) -> None:
@@ -192,14 +206,14 @@ def _check_layout(emigration: Emigration) -> None:
     asked = {axis for axis, ranks in scheme.mesh.axes if ranks > 1}
     asked |= {"zero"} if scheme.zero else set()
     asked |= {"align"} if scheme.align > 1 else set()
-    can = set() if emigration.rules is None else {"tensor", "pipeline", "expert"}
+    can = {"tensor", "pipeline", "expert"} if emigration.rules and emigration.format in _OF_RANKS else set()
     if emigration.format == "deepspeed" and scheme.zero:
         can |= {"replica", "shard", "zero"}
     if asked - can:
         raise Misuse(
             f"an export to {emigration.format} cannot be divided by {', '.join(sorted(asked - can))}, as "
-            f"{emigration.to!r} asks: tensor, pipeline and expert need rules (--rules) of a framework that "
-            "has them, and replica or shard are for deepspeed, beside zero=1, 2 or 3"
+            f"{emigration.to!r} asks: tensor, pipeline and expert are for megatron, by rules (--rules) that "
+            "know them, and replica or shard for deepspeed, beside zero=1, 2 or 3"
         )
 
 

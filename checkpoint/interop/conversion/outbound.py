@@ -158,7 +158,7 @@ def working_bytes(settings: ConversionSettings) -> int:
 
 
 def staging_bytes(settings: ConversionSettings) -> int:
-    """Return what a budget has for rows that are read together: what threads leave, or more with one of them."""
+    """Return what a budget has for rows that are read together: what threads leave, or one of them."""
     return max(3 * settings.budget_bytes // 8, settings.budget_bytes - working_bytes(settings))
 
 
