@@ -41,7 +41,7 @@ _AS_NAMED = (
     "(--rules; docs/rules.md)"
 )
 _HOLD_ROUNDED = ("megatron-dist", "deepspeed", "deepspeed-universal")  # their readers compare with masters
-_OF_RANKS = ("megatron",)  # the others hold whole tensors
+_OF_WHOLES = ("megatron-dist", "deepspeed", "deepspeed-universal", "dcp", "hf", "torch")
 _MASTER = "optimizer.master."
 _LEFT_OUT = "the format {format} holds no optimizer: {number} of its tensors are left out"
 
@@ -206,7 +206,11 @@ def _check_layout(emigration: Emigration) -> None:
     asked = {axis for axis, ranks in scheme.mesh.axes if ranks > 1}
     asked |= {"zero"} if scheme.zero else set()
     asked |= {"align"} if scheme.align > 1 else set()
-    can = {"tensor", "pipeline", "expert"} if emigration.rules and emigration.format in _OF_RANKS else set()
+    can = (
+        {"tensor", "pipeline", "expert"}
+        if emigration.rules and emigration.format not in _OF_WHOLES
+        else set()
+    )
     if emigration.format == "deepspeed" and scheme.zero:
         can |= {"replica", "shard", "zero"}
     if asked - can:
