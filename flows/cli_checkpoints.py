@@ -249,6 +249,9 @@ def diff(
         other = conversions.rules_of(others) if other_rules or other_sizes else chosen
         settings = conversions.settings_of("1GiB", threads)
         one, two = (stores.find(each, Path(runs_dir)) for each in (first, second))
+        conversions.check_read_by_rules(
+            (one, format, chosen), (two, other_format, other if other is not chosen else None)
+        )
         is_like_first = other_step is None and other_format is None and checkpoint.is_store(two)
         last = step if is_like_first else other_step
         with followed() as listener:

@@ -20,6 +20,7 @@ from flows.cli_checkpoints import (
     rule_names,
 )
 from flows.console import clear_errors, followed, resumable, screen
+from tasks.heap import share_heap
 
 if TYPE_CHECKING:
     import checkpoint
@@ -235,6 +236,7 @@ def _settings(budget: str, threads: int, allow_overflow: bool) -> "checkpoint.Co
     import checkpoint
     from flows import conversions
 
+    share_heap()  # what the allocator keeps for threads that are gone would come on top of the budget
     overflow = checkpoint.Overflow.ALLOWED if allow_overflow else checkpoint.Overflow.REFUSED
     return conversions.settings_of(budget, threads, overflow)
 

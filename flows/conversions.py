@@ -45,6 +45,19 @@ def rules_of(rules: Rules) -> "checkpoint.RuleChoice | None":
         return checkpoint.choose_rules(rules.name, list(rules.sizes))
 
 
+def check_read_by_rules(*sides: "tuple[str, str | None, checkpoint.RuleChoice | None]") -> None:
+    """See that rules of two sides (place, format, rules) have something foreign to read. Raises SpecError.
+
+    Rules of the first serve the second as well, if it has none of its own.
+    """
+    (first, format, rules), (second, other_format, other_rules) = sides
+    is_foreign = format is not None or not checkpoint.is_store(first)
+    is_other_foreign = other_format is not None or not checkpoint.is_store(second)
+    has_use = is_foreign or (is_other_foreign and other_rules is None)
+    if (rules is not None and not has_use) or (other_rules is not None and not is_other_foreign):
+        raise SpecError("rules read foreign checkpoints, and a store needs none: leave out those of a store")
+
+
 def settings_of(
     budget: str, threads: int, overflow: "checkpoint.Overflow | None" = None
 ) -> "checkpoint.ConversionSettings":
@@ -96,7 +109,7 @@ def draw_report(console: Console, report: "checkpoint.ConversionReport") -> None
         _draw_notes(console, report)
         return
     console.print(f"{what} -> {report.target}", markup=False, soft_wrap=True)
-    most = "at most " if report.is_dry else ""
+    most = "" if report.is_exact else "at most "
     rows = [
         ("layout", report.layout),
         ("chunks", report.num_chunks),

@@ -9,6 +9,7 @@ from prefect.client.schemas.objects import State
 from pydantic import BaseModel, ConfigDict, Field
 
 import checkpoint
+from tasks.heap import share_heap
 from tasks.telling import say
 
 _ARTIFACT = "conversion"
@@ -68,8 +69,9 @@ def may_pass(_task: Any, _run: Any, state: State[Any]) -> bool:
 )
 def convert(order: ConversionOrder) -> checkpoint.ConversionReport:
     """Convert a checkpoint, and prove each tensor of it. A retry goes on from what was finished."""
+    share_heap()
     report = carry_out(order)
-    did = "would be converted" if report.is_dry else "each of them proved"
+    did = "would be converted" if report.is_dry and report.is_new else "each of them proved"
     say("conversion", f"step {report.step}: {report.num_tensors} tensors, {did}")
     return report
 
@@ -87,10 +89,13 @@ def report_conversion(report: checkpoint.ConversionReport) -> None:
 def describe(report: checkpoint.ConversionReport) -> str:
     """Say in a few lines what a conversion did, or that it was only rehearsed."""
     size = f"{report.num_bytes} bytes of {report.num_tensors} tensors"
-    if report.is_dry:
+    if not report.is_new:
+        did = f"{size} were there already, and are proved; read {report.read_bytes}, written 0"
+    elif report.is_dry:
+        most = "" if report.is_exact else "at most "
         did = (
-            f"{size} would be converted; {report.read_bytes} would be read and at most "
-            f"{report.written_bytes} written. This was a dry run: nothing was written or proved"
+            f"{size} would be converted; {report.read_bytes} would be read and {most}{report.written_bytes} "
+            "written. This was a dry run: nothing was written or proved"
         )
     else:
         did = f"{size} in {report.seconds:.1f} s; read {report.read_bytes}, written {report.written_bytes}"

@@ -75,9 +75,19 @@ def _check_free_here(path: Path, url: str) -> None:
     with told(url):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise AlreadyExists(_TAKEN.format(url))
-        parent = next(one for one in path.parents if one.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise StoreRefused(f"{url} cannot be made: {parent} is no directory that can be written to")
+        _check_writable(next(one for one in path.parents if one.exists()), url)
+
+
+def check_possible(url: str) -> None:
+    """See that a directory of this machine is there, or can be made. Raises StoreRefused."""
+    with told(url):
+        path = Path(os.path.realpath(filesystem(url)[1]))
+        _check_writable(next(one for one in (path, *path.parents) if one.exists()), url)
+
+
+def _check_writable(folder: Path, url: str) -> None:
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise StoreRefused(f"{url} cannot be made: {folder} is no directory that can be written to")
 
 
 def _check_resumable(there: set[str], url: str, attempt: str) -> None:

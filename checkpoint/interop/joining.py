@@ -241,7 +241,7 @@ class _Join:
             return [(box, body)], []
         dim, real = padding.dim, evaluate(padding.real, self._model.scope({}))
         total = evaluate(padding.total, self._model.scope({}))
-        if dim >= len(self._shape) or self._shape[dim] != total or real > total:
+        if dim >= len(self._shape) or self._shape[dim] != total or not 0 < real <= total:
             raise Mismatch(
                 f"{self._name}: dim {dim} of {self._shape} should have {padding.real.text} = {real} real "
                 f"elements, and {padding.total.text} = {total} with the padding ({self._rule})"

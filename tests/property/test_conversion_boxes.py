@@ -16,8 +16,8 @@ from checkpoint.interop.builtin import builtin_rules
 from checkpoint.interop.conversion.assembling import Assembled
 from checkpoint.interop.conversion.casting import cast, reference_cast
 from checkpoint.interop.conversion.contract import ConversionSettings
-from checkpoint.interop.conversion.emigrating import Outbound
 from checkpoint.interop.conversion.moving import source_part, target_part
+from checkpoint.interop.conversion.outbound import Outbound
 from checkpoint.interop.conversion.proving import prove
 from checkpoint.interop.conversion.resharding import Change, reshard
 from checkpoint.interop.conversion.sharing import share_of_rank

@@ -129,6 +129,38 @@ def test_a_process_grows_by_no_more_than_was_told(verb, dtype, tmp_path):
     assert told / 10 <= grown <= 1.1 * told, (told >> 20, grown >> 20)
 
 
+TIGHT = """
+import json, sys
+from typer.testing import CliRunner
+from flows.cli import app
+options, source, target, warm = sys.argv[1:]
+for place, made in ((warm, target + "-warm"), (source, target)):
+    command = [*options.split(), "--memory-budget", "128MiB", "--json"]
+    command[1:1] = [place, made]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+print(done.stdout)
+"""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "export --format hf --dtype bf16",
+        pytest.param("reshard --dtype bf16 --to shard=3", marks=pytest.mark.slow),
+    ],
+)
+def test_a_command_that_casts_keeps_to_the_least_budget(options, tmp_path):
+    torch.manual_seed(7)
+    small, large = tmp_path / "small", tmp_path / "large"
+    for place, rows in ((small, 8), (large, 5500)):
+        save_state(checkpoint.open_store(str(place)), {"model": {"w": torch.randn(rows, 8192)}})
+    command = [sys.executable, "-c", TIGHT, options, str(large), str(tmp_path / "out"), str(small)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    told = json.loads(done.stdout)
+    assert told["grown_bytes"] <= told["peak_bytes"] <= 128 << 20, told["grown_bytes"] >> 20
+
+
 AVERAGING = """
 import json, sys
 import numpy, torch

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint.errors import Misuse
+from checkpoint.errors import Mismatch, Misuse
 from checkpoint.format.box import Box
 from checkpoint.interop.builtin import find_document
 from checkpoint.interop.conversion.contract import ConversionReport, ConversionSettings, Overflow
@@ -116,3 +116,28 @@ def test_what_would_be_averaged_on_the_way_in_is_written_out_as_copies(tmp_path)
     out_by = rules(MEAN, "{from: v, to: v, axes: {tensor: 0}}")
     report = export_foreign(Whereabouts(url), str(out), Emigration("megatron", "tensor=5", out_by))
     assert [one.how for one in report.proofs] == ["fingerprint"] * 2
+
+
+TWICE = ("{from: a, to: w, axes: {tensor: mean}}", "{from: b, to: w, axes: {tensor: mean}, copy: required}")
+
+
+def averaged_twice(one: list[np.ndarray], two: list[np.ndarray]) -> ConversionReport:
+    """Import an average that is there by two names."""
+    words = [value.view("<u8") for value in (*one, *two)]
+    named = [
+        Foreign(name, "float64", one[0].shape, {"tensor": rank}) for name in "ab" for rank in range(len(one))
+    ]
+    files = Files(named, lambda number: words[number], {"tensor": len(one)})
+    return import_checkpoint(files, "x", MemoryStore("target"), Adoption(rules=rules(*TWICE)))
+
+
+def test_an_average_and_its_copy_are_averages_each_of_its_own():
+    random = np.random.default_rng(0)
+    values = [random.standard_normal((40, 3)) for _ in range(3)]
+    assert [one.how for one in averaged_twice(values, values).proofs] == ["reference"]
+
+
+def test_an_average_whose_copy_is_another_is_told_to_differ():
+    values = [np.arange(120.0).reshape(40, 3)] * 3
+    with pytest.raises(Mismatch, match=r"'model/w': the copies in a .* and b .* differ"):
+        averaged_twice(values, [values[0], values[1], values[2] + 3])

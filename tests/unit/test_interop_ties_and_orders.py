@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
 import checkpoint
 from checkpoint import Adoption, Emigration, Numbering, Whereabouts
-from checkpoint.errors import Unsupported
+from checkpoint.errors import Misuse, Unsupported
 from checkpoint.interop.formats.known import open_foreign
 from checkpoint.store.memory import MemoryStore
 
@@ -109,6 +109,28 @@ def test_a_file_with_tied_weights_goes_into_another_format_with_both_names(tmp_p
     assert {"emb.weight", "head.weight"} <= set(names)
     checkpoint.export_foreign(Whereabouts(url), str(tmp_path / "hf"), Emigration("hf"))
     assert (tmp_path / "hf").exists(), "weights need no order"
+
+
+def thrice(tmp_path: Path) -> str:
+    save_file({name: torch.ones(4, 4) for name in "abc"}, tmp_path / "model.safetensors")
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("order", [["a=b", "b=c"], ["b=c", "a=b"]])
+def test_a_name_that_is_tied_to_a_tied_one_is_the_same_weight(order, tmp_path):
+    store = MemoryStore("s")
+    report = checkpoint.import_foreign(thrice(tmp_path), store, Adoption(ties=checkpoint.parse_ties(order)))
+    assert [one.name for one in report.proofs] == ["model/c"]
+    model = checkpoint.load(store).state["model"]
+    assert model["a"] is model["b"] is model["c"]
+
+
+@pytest.mark.parametrize("order", [["a=b", "b=a"], ["a=b", "b=c", "c=a"], ["c=a", "a=b", "b=a"]])
+def test_names_that_are_tied_in_a_circle_are_wrong_usage(order, tmp_path):
+    with pytest.raises(Misuse, match="the weight's own name"):
+        checkpoint.import_foreign(
+            thrice(tmp_path), MemoryStore("s"), Adoption(ties=checkpoint.parse_ties(order))
+        )
 
 
 def config(kind: str, *, tied: bool = True, architecture: str = "XForCausalLM") -> str:

@@ -10,7 +10,7 @@ from checkpoint.format.box import Box
 from checkpoint.format.dtypes import dtype_of, itemsize
 from checkpoint.interop.conversion.casting import cast, parts_of
 from checkpoint.interop.conversion.contract import Array, Wish
-from checkpoint.interop.conversion.moving import source_part, turned
+from checkpoint.interop.conversion.moving import source_part, target_part, turned
 from checkpoint.interop.formats.contract import Contents
 from checkpoint.interop.moves import Foreign, How, Move, Plan
 
@@ -63,7 +63,7 @@ class Assembled:
                 averaged.setdefault(part, []).append(move)
                 continue
             is_cast = self._plan.foreign[move.source].dtype != spec.dtype
-            for band in parts_of(part) if is_cast else [part]:
+            for band in _bands(move, part) if is_cast else [part]:
                 found[band.within(box)] = cast(*self._filled(move, band), spec.dtype)
         for part, some in averaged.items():
             for band in parts_of(part):
@@ -92,6 +92,11 @@ class Assembled:
         total /= len(moves)
         total.masked_fill_(torch.isnan(total), float("nan"))
         return total.view(torch.int64).numpy().view("<u8")
+
+
+def _bands(move: Move, part: Box) -> list[Box]:
+    """Cut a part of a move's target box where values are changed, as its elements lie in the source."""
+    return [target_part(move, band) for band in parts_of(source_part(move, part))]
 
 
 def _doubles(bits: Array, dtype: str) -> torch.Tensor:

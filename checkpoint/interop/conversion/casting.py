@@ -5,7 +5,8 @@ no number becomes the type's one quiet NaN, since what a cast makes of a NaN's p
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -31,6 +32,16 @@ def parse_dtype(text: str) -> str:
     if name not in FLOATS:
         raise FormatError(f"weights cannot be cast to {text!r}: use one of {', '.join(FLOATS)}")
     return name
+
+
+def note_uncast(specs: Iterable[TensorSpec], dtype: str | None) -> list[str]:
+    """Tell of weights that a cast leaves as they are: floats of types that are none of `FLOATS`."""
+    kinds = Counter(one.dtype for one in specs if one.name.startswith("model/") and one.dtype not in FLOATS)
+    return [
+        f"{number} tensors keep their type, {kind}: only {', '.join(FLOATS)} are cast"
+        for kind, number in sorted(kinds.items())
+        if dtype is not None and kind.startswith("float")
+    ]
 
 
 class Cast:

@@ -120,7 +120,7 @@ class Proof:
 
 @dataclass(frozen=True, slots=True)
 class ConversionReport:
-    """What a conversion did, or, if `is_dry`, would do (then what is written is an upper bound).
+    """What a conversion did, or, if `is_dry`, would do: then what is written is a bound, or `is_exact`.
 
     `num_resumed_bytes` (raw) were found done by an earlier attempt that was cut off. `is_new` is false if the
     very checkpoint was there already. `peak_bytes` is the account of buffers, `grown_bytes` by how much the
@@ -142,5 +142,6 @@ class ConversionReport:
     seconds: float = 0.0
     is_new: bool = True
     is_dry: bool = False
+    is_exact: bool = True
     proofs: tuple[Proof, ...] = ()
     notes: tuple[str, ...] = ()

@@ -4,51 +4,45 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
-
-from checkpoint.engine.pipeline import fan_out
 from checkpoint.engine.plan import TensorSpec
-from checkpoint.errors import FormatError, Misuse
-from checkpoint.format.box import Box, split_box
+from checkpoint.errors import FormatError, Incomplete, Mismatch, Misuse
 from checkpoint.format.codec import checksum
-from checkpoint.format.dtypes import dtype_of, itemsize
+from checkpoint.format.dtypes import itemsize
 from checkpoint.format.scheme import parse_layout
 from checkpoint.interop.account import Account, account_as_named
 from checkpoint.interop.conversion.assembling import as_they_are
 from checkpoint.interop.conversion.casting import (
     FLOATS,
     Cast,
-    cast,
+    note_uncast,
     parse_dtype,
 )
 from checkpoint.interop.conversion.contract import (
-    READ_BYTES,
-    Array,
     ConversionSettings,
-    GlobalTensors,
 )
-from checkpoint.interop.conversion.moving import target_part, turned_back
 from checkpoint.interop.conversion.names import from_foreign, rule_name, to_foreign
 from checkpoint.interop.conversion.origins import Origin
+from checkpoint.interop.conversion.outbound import Outbound, staging_bytes, working_bytes
 from checkpoint.interop.conversion.resharding import ONE_RANK, Chosen, num_bytes_of
 from checkpoint.interop.conversion.roles import owner_of
-from checkpoint.interop.conversion.ruled import RuleChoice, knowing, uncast
+from checkpoint.interop.conversion.ruled import RuleChoice, knowing, misfit, uncast
 from checkpoint.interop.conversion.sighting import accounted, check_sure
 from checkpoint.interop.conversion.skeletons import matches, nothing_fits
 from checkpoint.interop.conversion.tying import TIED, Ties, universal, with_copies
 from checkpoint.interop.formats.contract import About
 from checkpoint.interop.formats.hf_config import retyped
-from checkpoint.interop.moves import Foreign, Move, Plan
+from checkpoint.interop.moves import Foreign, Plan
 from checkpoint.interop.placing import resolve_sizes
+from checkpoint.interop.wholeness import check_as_named, check_by_rules
 from checkpoint.interop.writing import plan_export
 
-_BAND_BYTES = 8 << 20
-_NUM_BANDS = 4  # of a thread: what is read, turned, cast, and on its way into a file
 _AS_NAMED = (
     "no rules are given, so names and shapes stay as they are: Megatron loads only what has its own names "
     "(--rules; docs/rules.md)"
 )
 _HOLD_ROUNDED = ("megatron-dist", "deepspeed", "deepspeed-universal")  # their readers compare with masters
+_OF_WHOLES = ("megatron-dist", "deepspeed", "deepspeed-universal", "dcp", "hf", "torch")
+_MASTER = "optimizer.master."
 _LEFT_OUT = "the format {format} holds no optimizer: {number} of its tensors are left out"
 
 
@@ -71,70 +65,6 @@ class Holds(Protocol):
     """Tells whether a format has a place for an optimizer."""
 
     def __call__(self, format: str) -> bool: ...
-
-
-class Outbound:
-    """The foreign tensors of a plan, as a writer reads them: their boxes are filled from global tensors.
-
-    `widths` are the bytes of an element of each global tensor before it is cast, if any is.
-    """
-
-    def __init__(
-        self,
-        source: GlobalTensors,
-        plan: Plan,
-        about: About,
-        *,
-        widths: Sequence[int] = (),
-        num_threads: int = 2,
-    ) -> None:
-        self.about = about
-        self._num_threads = num_threads
-        self._widths = widths or [itemsize(one.dtype) for one in plan.tensors]
-        self.tensors: Sequence[Foreign] = plan.foreign
-        self._source = source
-        self._plan = plan
-        self._moves: dict[int, list[Move]] = {}
-        for move in plan.moves:
-            self._moves.setdefault(move.source, []).append(move)
-
-    def read(self, number: int, box: Box) -> Array:
-        """Return the bits of a box of a foreign tensor; padding is zero. Large boxes take several threads."""
-        dtype = self.tensors[number].dtype
-        if (whole := self._whole(number, box)) is not None:
-            return whole
-        found: Array = np.zeros(box.size, dtype_of(dtype).carrier)
-        wide = [self._widths[move.target] for move in self._moves.get(number, ())]
-        bands = split_box(box, max(wide, default=itemsize(dtype)), _BAND_BYTES)
-        if len(bands) <= 1:
-            self._fill(number, box, found)
-            return found
-        for _ in fan_out(
-            lambda band: self._fill(number, band, found[band.within(box)]), bands, self._num_threads
-        ):
-            pass
-        return found
-
-    def _whole(self, number: int, box: Box) -> Array | None:
-        """Return a box that is one of a global tensor, and not cast, as it was read: without a copy."""
-        moves = self._moves.get(number, ())
-        if len(moves) != 1 or moves[0].source_box.intersect(box) != box:
-            return None
-        move = moves[0]
-        if self._widths[move.target] != itemsize(self.tensors[number].dtype):
-            return None
-        bits = self._source.read([(move.target, target_part(move, box))])[0]
-        made = cast(bits, self._plan.tensors[move.target].dtype, self.tensors[number].dtype)
-        return np.ascontiguousarray(turned_back(move, made, box)).reshape(box.size)
-
-    def _fill(self, number: int, box: Box, found: Array) -> None:
-        dtype = self.tensors[number].dtype
-        parts = [(move, move.source_box.intersect(box)) for move in self._moves.get(number, ())]
-        here = [(move, part) for move, part in parts if part is not None]
-        bits = self._source.read([(move.target, target_part(move, part)) for move, part in here])
-        for (move, part), values in zip(here, bits, strict=True):
-            made = cast(values, self._plan.tensors[move.target].dtype, dtype)
-            found[part.within(box)] = turned_back(move, made, part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +97,22 @@ class Outward:
         specs = (TensorSpec(one.name, one.dtype, one.shape) for one in self.plan.foreign)
         return sum(map(num_bytes_of, specs))
 
+    def own(self, tensors: Sequence[Foreign]) -> dict[int, Foreign]:
+        """Return what was written, by number, without the masters that the format makes of bare weights.
+
+        Of these there is nothing in the source; readers hold them against their weights.
+        """
+        planned = {one.name for one in self.plan.foreign} if self.emigration.format in _HOLD_ROUNDED else None
+        weights = {(f"{_MASTER}{one.name}", *one.at.items(), one.shape) for one in tensors}
+        return {
+            number: one
+            for number, one in enumerate(tensors)
+            if planned is None
+            or one.name in planned
+            or one.dtype != "float32"
+            or (one.name, *one.at.items(), one.shape) not in weights
+        }
+
     def account(self, foreign: Mapping[int, Foreign]) -> Account:
         """Tell what foreign tensors, by number, are by the words of the rules, or by their names."""
         rules = self.emigration.rules
@@ -176,10 +122,23 @@ class Outward:
         names = {number: known.get(one.name, from_foreign(one.name)) for number, one in foreign.items()}
         return account_as_named(foreign, names).tied(universal(self.ties))
 
+    def check_whole(self, foreign: Mapping[int, Foreign]) -> None:
+        """See that all of the export is there, on each rank, in full, and nothing else. Raises Mismatch."""
+        specs, rules = self.contents.tensors, self.emigration.rules
+        if rules is not None:
+            named = [replace(spec, name=rule_name(spec.name)) for spec in specs]
+            check_by_rules(rules.rules, rules.sizes, _axes(self.emigration), foreign, named)
+            return
+        there = {spec.name for spec in specs}
+        copies = [other for other, name in universal(self.ties).items() if name in there]
+        check_as_named(foreign.values(), [to_foreign(name) for name in (*there, *copies)])
+
     def most_held_bytes(self, settings: ConversionSettings) -> int:
         """Return the most that buffers hold: of each thread a block and what it is made of."""
         whole = max(self.written_bytes, sum(map(num_bytes_of, self.chosen.tensors)))
-        return min(settings.num_workers * (READ_BYTES + _NUM_BANDS * _BAND_BYTES), 2 * whole)
+        if self.outbound.turned:
+            return min(settings.budget_bytes, working_bytes(settings) + staging_bytes(settings), 3 * whole)
+        return min(working_bytes(settings), 2 * whole)
 
     @property
     def attempt(self) -> str:
@@ -220,13 +179,25 @@ def plan_emigration(source: Origin, emigration: Emigration, holds_optimizer: Hol
     contents = Cast(chosen, _casts(chosen.tensors, emigration.dtype))
     if emigration.format in _HOLD_ROUNDED:
         _check_rounded(chosen.tensors, contents.tensors, emigration)
-    plan = _plan(contents.tensors, emigration)
+    try:
+        plan = _plan(contents.tensors, emigration)
+    except (Mismatch, Incomplete, FormatError) as error:
+        raise misfit(error) from error
     holds_copies = holds_optimizer(emigration.format) and emigration.rules is None and emigration.only is None
     ties = source.ties if holds_copies else {}
     plan = with_copies(plan, contents.tensors, ties)
     widths = [itemsize(one.dtype) for one in chosen.tensors]
     outbound = Outbound(contents, plan, _about(source, emigration, plan), widths=widths)
-    return Outward(source, chosen, contents, plan, outbound, emigration, ties, tuple(notes))
+    return Outward(
+        source,
+        chosen,
+        contents,
+        plan,
+        outbound,
+        emigration,
+        ties,
+        (*notes, *note_uncast(chosen.tensors, emigration.dtype)),
+    )
 
 
 def _check_layout(emigration: Emigration) -> None:
@@ -235,14 +206,18 @@ def _check_layout(emigration: Emigration) -> None:
     asked = {axis for axis, ranks in scheme.mesh.axes if ranks > 1}
     asked |= {"zero"} if scheme.zero else set()
     asked |= {"align"} if scheme.align > 1 else set()
-    can = set() if emigration.rules is None else {"tensor", "pipeline", "expert"}
+    can = (
+        {"tensor", "pipeline", "expert"}
+        if emigration.rules and emigration.format not in _OF_WHOLES
+        else set()
+    )
     if emigration.format == "deepspeed" and scheme.zero:
         can |= {"replica", "shard", "zero"}
     if asked - can:
         raise Misuse(
             f"an export to {emigration.format} cannot be divided by {', '.join(sorted(asked - can))}, as "
-            f"{emigration.to!r} asks: tensor, pipeline and expert need rules (--rules) of a framework that "
-            "has them, and replica or shard are for deepspeed, beside zero=1, 2 or 3"
+            f"{emigration.to!r} asks: tensor, pipeline and expert are for megatron, by rules (--rules) that "
+            "know them, and replica or shard for deepspeed, beside zero=1, 2 or 3"
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from checkpoint.errors import Mismatch
 from checkpoint.format.box import Box
+from checkpoint.interop.account import Account
 from checkpoint.interop.conversion.casting import (
     Reach,
     reference_fingerprint,
@@ -19,10 +20,12 @@ from checkpoint.interop.conversion.contract import (
     Proof,
     unheard,
 )
-from checkpoint.interop.conversion.emigrating import Outbound, Outward
+from checkpoint.interop.conversion.emigrating import Outward
 from checkpoint.interop.conversion.marking import Counted
 from checkpoint.interop.conversion.measuring import high_water_bytes
-from checkpoint.interop.conversion.proving import prove
+from checkpoint.interop.conversion.outbound import Staged
+from checkpoint.interop.conversion.padding import check_blank
+from checkpoint.interop.conversion.proving import check_described, prove
 from checkpoint.interop.conversion.resharding import ONE_RANK, num_bytes_of
 from checkpoint.interop.formats.contract import Contents as ForeignContents
 from checkpoint.interop.moves import Foreign
@@ -43,7 +46,7 @@ def export_checkpoint(
     """
     settings = settings or ConversionSettings()
     began_s, before = time.monotonic(), high_water_bytes()
-    watched = Watched(outward.outbound, outward.written_bytes, listener)
+    watched = Watched(Staged(outward.outbound, settings), outward.written_bytes, listener)
     write(watched)
     listener(Progress("proving", watched.num_done_bytes, watched.num_bytes))
     reach = Reach()
@@ -73,7 +76,7 @@ def export_checkpoint(
 class Watched:
     """What a writer reads, counted."""
 
-    def __init__(self, inner: Outbound, num_bytes: int, listener: Listener) -> None:
+    def __init__(self, inner: ForeignContents, num_bytes: int, listener: Listener) -> None:
         self.about = inner.about
         self.tensors: Sequence[Foreign] = inner.tensors
         self.num_bytes = num_bytes
@@ -101,12 +104,9 @@ def _prove(
     settings: ConversionSettings,
 ) -> tuple[Proof, ...]:
     """Work out every global tensor's fingerprint from what was written, and hold it against the source's."""
-    places = {_place(one): number for number, one in enumerate(back.tensors)}
-    missing = [str(one) for one in outward.plan.foreign if _place(one) not in places]
-    if missing:
-        raise Mismatch(f"what was written to become {url} lacks {missing[:5]}: it is not left there")
-    numbers = [places[_place(one)] for one in outward.plan.foreign]
-    found = prove(outward.account({number: back.tensors[number] for number in numbers}), back, settings)
+    account = _described(outward, back, url)
+    check_blank(account, back, settings)
+    found = prove(account, back, settings)
     proofs, wrong = [], []
     uncast = outward.uncast
     for number, new in enumerate(outward.contents.tensors):
@@ -126,6 +126,13 @@ def _prove(
     return tuple(proofs)
 
 
-def _place(one: Foreign) -> tuple[str, tuple[tuple[str, int], ...]]:
-    """Return what identifies a tensor; files may number its ranks on axes that it is not spread over."""
-    return one.name, tuple(sorted((axis, rank) for axis, rank in one.at.items() if rank))
+def _described(outward: Outward, back: ForeignContents, url: str) -> Account:
+    """Return the account of what was written: all that should be there, in type and shape, and no more."""
+    own = outward.own(back.tensors)
+    try:
+        outward.check_whole(own)
+        account = outward.account(own)
+        check_described(account, outward.contents.tensors)
+    except Mismatch as error:
+        raise Mismatch(f"what was written to become {url} is not left there: {error}") from error
+    return account

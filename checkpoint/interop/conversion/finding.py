@@ -3,10 +3,28 @@
 from checkpoint.engine.catalog import Catalog
 from checkpoint.engine.plan import check_chunks
 from checkpoint.engine.source import StoreSource
-from checkpoint.errors import NoCheckpoint
+from checkpoint.errors import AlreadyExists, NoCheckpoint
 from checkpoint.format.manifest import Manifest
 from checkpoint.format.table import ChunkTable
+from checkpoint.interop.drafting import check_possible
 from checkpoint.store.contract import Store
+
+_HERE = "file://"
+
+
+_FOLDERS = {"manifests", "packs", "index", "control"}
+
+
+def check_own(store: Store) -> None:
+    """See that a store that has no checkpoint yet is no directory of something else.
+
+    Raises AlreadyExists naming what is there, StoreRefused if there can be no store here.
+    """
+    strange = sorted(one.key for one in store.list("") if one.key.split("/")[0] not in _FOLDERS)
+    if strange:
+        raise AlreadyExists(f"{store} holds {strange[:3]}, which are no store's: give a new directory")
+    if str(store).startswith(_HERE):
+        check_possible(str(store))
 
 
 def manifest_of(store: Store, step: int | None) -> Manifest:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from checkpoint.engine.catalog import Catalog
 from checkpoint.engine.plan import TensorSpec
-from checkpoint.errors import NoSuchStep, StoreRefused
+from checkpoint.errors import Misuse, NoSuchStep, StoreRefused
 from checkpoint.interop.account import Account
 from checkpoint.interop.conversion.assembling import Assembled, assembled_bytes
 from checkpoint.interop.conversion.batches import most_held_bytes
@@ -131,6 +131,7 @@ def plan_import_foreign(
             written_bytes=most_stored_bytes(draft, settings),
             peak_bytes=most_held_bytes(draft.cuts, settings),
             is_dry=True,
+            is_exact=False,
             notes=(*foreign.about.notes, *sighted.notes),
         )
 
@@ -251,6 +252,11 @@ def is_store(url: str) -> bool:
 def _opened(place: Whereabouts) -> Iterator[Stored | ForeignCheckpoint]:
     """Open what an export is made of."""
     if place.format is None and is_store(place.url):
+        if place.rules is not None or place.numbering is not Numbering.TOLD:
+            raise Misuse(
+                f"{place.url} is a store, whose names and order are known: leave out what is for a foreign "
+                "source (--source-rules, --source-set, --by-order)"
+            )
         yield Stored(open_store(place.url), place.step)
         return
     _check_stepless(place)

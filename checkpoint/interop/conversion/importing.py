@@ -22,6 +22,7 @@ from checkpoint.interop.conversion.contract import (
     Proof,
     unheard,
 )
+from checkpoint.interop.conversion.finding import check_own
 from checkpoint.interop.conversion.marking import Counted
 from checkpoint.interop.conversion.measuring import high_water_bytes
 from checkpoint.interop.conversion.padding import look_at_padding
@@ -117,8 +118,11 @@ def import_checkpoint(
 
 
 def check_new(target: Store, draft: Draft) -> None:
-    """See that a store has no checkpoint of the step that is to be written. Raises AlreadyExists."""
-    if draft.step in Catalog(target).steps():
+    """See that a store can have a step, and has none of it. Raises AlreadyExists, StoreRefused."""
+    steps = Catalog(target).steps()
+    if not steps:
+        check_own(target)
+    if draft.step in steps:
         raise AlreadyExists(f"{target} has a checkpoint of step {draft.step}: give another store, or a step")
 
 

@@ -41,6 +41,12 @@ def turned_back(move: Move, bits: Array, part: Box) -> Array:
     return bits.reshape(turned_size).transpose(back)
 
 
+def is_turned(move: Move) -> bool:
+    """Whether a move's dims have another order in the foreign tensor than in the global one."""
+    pairs = _matched(move)
+    return pairs != sorted(pairs)
+
+
 def _order(move: Move) -> Sequence[int]:
     """Return a move's transposition; that of a single number has none."""
     num_dims = len(move.source_box.size)

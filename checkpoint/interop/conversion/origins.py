@@ -94,7 +94,7 @@ def foreign_origin(
         step=about.step or 0,
         digest=checksum(json.dumps([url, told]).encode()).hex(),
         contents=Assembled(marked, sighted.plan),
-        extra=about.extra,
+        extra={**about.extra, **sighted.extra},
         fingerprints=marked.fingerprints,
         changed=marked.changed,
         padding=marked.padding,

@@ -3,6 +3,7 @@
 import numpy as np
 
 from checkpoint.engine.pipeline import fan_out
+from checkpoint.errors import Mismatch
 from checkpoint.format.box import split_box
 from checkpoint.format.dtypes import itemsize
 from checkpoint.interop.account import Account, Padded
@@ -38,6 +39,16 @@ def look_at_padding(account: Account, foreign: Contents, settings: ConversionSet
         + ("they hold values, as of a framework that trains its padding" if is_filled else "all of it zero")
         for (number, is_filled), names in kinds.items()
     ]
+
+
+def check_blank(account: Account, written: Contents, settings: ConversionSettings) -> None:
+    """See that what was written beyond the end of tensors is zero, as writers make it. Raises Mismatch."""
+    has_values = fan_out(lambda one: _has_values(written, one), account.padding, settings.num_workers)
+    filled = {one.name for one, value in zip(account.padding, has_values, strict=True) if value}
+    if filled:
+        raise Mismatch(
+            f"the padding that was written of {sorted(filled)[:5]} is not zero: it is not left there"
+        )
 
 
 def _has_values(foreign: Contents, one: Padded) -> bool:

@@ -85,10 +85,10 @@ def shared_bytes(account: Account, foreign: Contents) -> int:
 
 def _works(account: Account) -> list[list[Share]]:
     """Return which shares are read together: those of one average, as its ranks are listed; others alone."""
-    averages: dict[tuple[str, Box], list[Share]] = {}
+    averages: dict[tuple[str, Box, str], list[Share]] = {}
     for one in account.shares:
         if one.is_mean:
-            averages.setdefault((one.name, one.place(one.box)), []).append(one)
+            averages.setdefault((one.name, one.place(one.box), one.copy), []).append(one)
     in_order = [sorted(work, key=lambda one: one.source) for work in averages.values()]
     return [[one] for one in account.shares if not one.is_mean] + in_order
 

@@ -16,6 +16,8 @@ from checkpoint.interop.conversion.casting import Reach, bands_of
 from checkpoint.interop.conversion.contract import Array, ConversionSettings, Listener, Wish
 from checkpoint.interop.conversion.emigrating import Outward
 from checkpoint.interop.conversion.exporting import Watched
+from checkpoint.interop.conversion.outbound import Staged
+from checkpoint.interop.conversion.padding import padding_bytes
 from checkpoint.interop.conversion.proving import shared_bytes
 from checkpoint.interop.conversion.stored import Stored
 from checkpoint.interop.formats.contract import Contents, ForeignCheckpoint
@@ -63,7 +65,7 @@ def rehearse_export(
     listener: Listener,
 ) -> int:
     """Do what an export does, of a blank source, with `write`. Returns how many bytes it would read."""
-    write(Watched(outward.outbound, outward.written_bytes, listener))
+    write(Watched(Staged(outward.outbound, settings), outward.written_bytes, listener))
     outward.source.fingerprints(outward.names, settings, Reach())
     for number, new in enumerate(outward.contents.tensors):
         if new.name not in outward.uncast:
@@ -71,5 +73,5 @@ def rehearse_export(
                 outward.chosen.read([(number, band)])
     outward.source.padding(settings)
     account = outward.account(dict(enumerate(outward.plan.foreign)))
-    proved = shared_bytes(account, outward.outbound)
+    proved = shared_bytes(account, outward.outbound) + padding_bytes(account, outward.outbound)
     return outward.source.num_read_bytes() + proved

@@ -21,6 +21,7 @@ from checkpoint.interop.conversion.casting import (
     Cast,
     Reach,
     bands_of,
+    note_uncast,
     parse_dtype,
     reference_fingerprint,
 )
@@ -35,6 +36,7 @@ from checkpoint.interop.conversion.contract import (
     Wish,
     unheard,
 )
+from checkpoint.interop.conversion.finding import check_own
 from checkpoint.interop.conversion.measuring import high_water_bytes
 from checkpoint.interop.conversion.roles import lay_out, pieces_of
 from checkpoint.interop.conversion.ruled import (
@@ -124,12 +126,10 @@ def reshard(
     settings = settings or ConversionSettings()
     began_s, before = time.monotonic(), high_water_bytes()
     plan = _plan(source, change, step)
-    present = _present(target, plan, reach := Reach())
-    if present is not None:
-        lost = tuple(reach.settle(settings.overflow))
-        return replace(_report(target, plan, settings, present), is_new=False, notes=lost)
+    if (proved := _present(target, plan, reach := Reach())) is not None:
+        return _already_there(target, plan, settings, proved, reach)
     proofs: list[Proof] = []
-    notes: list[str] = []
+    notes = note_uncast(plan.chosen.tensors, change.dtype)
 
     def check(found: Mapping[str, int]) -> None:
         proofs.extend(_prove(plan, found, reach := Reach(), listener))
@@ -162,8 +162,8 @@ def plan_reshard(
     """Tell what `reshard` would do: the bytes that it would read, and write at most, and its peak memory."""
     settings = settings or ConversionSettings()
     plan = _plan(source, change, step)
-    _present(target, plan, reach := Reach())
-    lost = tuple(reach.settle(settings.overflow))
+    if (proved := _present(target, plan, reach := Reach())) is not None:
+        return replace(_already_there(target, plan, settings, proved, reach), is_dry=True)
     cuts = plan.draft.cuts
     reads = [wishes_of(batch) for batch in batches_of(cuts, settings.batch_bytes)]
     for number, spec in enumerate(plan.chosen.tensors):
@@ -176,7 +176,8 @@ def plan_reshard(
         read_bytes=read,
         written_bytes=most_stored_bytes(plan.draft, settings),
         is_dry=True,
-        notes=lost,
+        is_exact=False,
+        notes=tuple(note_uncast(plan.chosen.tensors, change.dtype)),
     )
 
 
@@ -233,9 +234,25 @@ def _is_weight(name: str) -> bool:
     return name.startswith("model/")
 
 
-def _present(target: Store, plan: _Plan, reach: Reach) -> Manifest | None:
-    """Return the checkpoint if the target has it. Raises AlreadyExists if it has another of the step."""
-    if plan.draft.step not in Catalog(target).steps():
+def _already_there(
+    target: Store, plan: _Plan, settings: ConversionSettings, proofs: Sequence[Proof], reach: Reach
+) -> ConversionReport:
+    """Return the report of a conversion that was done before; only what proves casts was read for it."""
+    return replace(
+        _report(target, plan, settings, plan.source.manifest),
+        read_bytes=plan.source.read_bytes,
+        is_new=False,
+        proofs=tuple(proofs),
+        notes=tuple(reach.settle(settings.overflow)),
+    )
+
+
+def _present(target: Store, plan: _Plan, reach: Reach) -> list[Proof] | None:
+    """Prove the checkpoint if the target has it. Raises AlreadyExists if it has another of the step."""
+    steps = Catalog(target).steps()
+    if not steps:
+        check_own(target)
+    if plan.draft.step not in steps:
         return None
     found = Catalog(target).manifest(plan.draft.step)
     specs = tuple(TensorSpec(one.name, one.dtype, one.shape) for one in found.tensors)
@@ -246,8 +263,7 @@ def _present(target: Store, plan: _Plan, reach: Reach) -> Manifest | None:
         and found.meta.get("layout") == meta["layout"]
         and found.meta.get("converted") == meta["converted"]
     ):
-        _prove(plan, {one.name: one.fingerprint for one in found.tensors}, reach, unheard)
-        return found
+        return _prove(plan, {one.name: one.fingerprint for one in found.tensors}, reach, unheard)
     raise AlreadyExists(
         f"{target} has another checkpoint of step {plan.draft.step} (run {found.run!r}): "
         "give a store of its own, nothing is overwritten"

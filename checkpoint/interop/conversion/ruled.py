@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.engine.plan import TensorSpec
-from checkpoint.errors import FormatError
+from checkpoint.errors import FormatError, Incomplete, Mismatch, Misuse
 from checkpoint.format.box import Box
 from checkpoint.format.layout import Only, Placement, Replicate, SectionShard, Shard
 from checkpoint.format.manifest import Manifest
@@ -91,6 +91,15 @@ def _copied(axes: Mapping[str, Use]) -> dict[str, Use]:
     return {axis: Held.SAME if use is Held.MEAN else use for axis, use in axes.items()}
 
 
+def misfit(error: Exception) -> Misuse:
+    """Return what says of a checkpoint that the rules, sizes or ranks given are not for it."""
+    return (
+        error
+        if isinstance(error, Misuse)
+        else Misuse(f"{error}: other rules, sizes (--set) or numbers of ranks (--to) may fit this model")
+    )
+
+
 def rule_names() -> list[str]:
     """List the built-in rule sets."""
     return builtin_names()
@@ -112,12 +121,15 @@ def parse_sizes(settings: Sequence[str]) -> dict[str, Size]:
 def placements_by(
     choice: RuleChoice, specs: Sequence[TensorSpec], scheme: Scheme
 ) -> dict[str, dict[str, Placement]]:
-    """Return what each axis does with each parameter. Raises Mismatch, Incomplete, FormatError."""
+    """Return what each axis does with each parameter. Raises Misuse, FormatError."""
     known = set(_SPREADING) & _axes_of(choice.rules)  # a dense model's copies on expert ranks are replicas
     axes = {axis: ranks for axis, ranks in scheme.mesh.axes if axis in known and ranks > 1}
     weights = [spec for spec in specs if spec.name.startswith("model/")]
     renamed = [TensorSpec(rule_name(spec.name), spec.dtype, spec.shape) for spec in weights]
-    plan = plan_export(choice.rules, choice.sizes, axes, renamed)
+    try:
+        plan = plan_export(choice.rules, choice.sizes, axes, renamed)
+    except (Mismatch, Incomplete, FormatError) as error:
+        raise misfit(error) from error
     held: dict[str, dict[str, Boxes]] = {
         spec.name: {axis: {at: [] for at in range(ranks)} for axis, ranks in axes.items()} for spec in renamed
     }

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from checkpoint.engine.plan import TensorSpec
 from checkpoint.errors import FormatError, NotFound
 from checkpoint.format.box import Box
+from checkpoint.format.codec import checksum, decode
+from checkpoint.format.dtypes import itemsize
 from checkpoint.format.keys import PACKS, pages_prefix, parse_pack_key, parse_page_key
 from checkpoint.format.manifest import Manifest, PackRef
 from checkpoint.format.pack import TRAILER_BYTES, decode_pack_index, index_range
@@ -27,7 +29,8 @@ class Salvage:
 def salvage(store: Store, host: str, specs: Sequence[TensorSpec], wanted: set[tuple[int, Box]]) -> Salvage:
     """Find the chunks that an attempt of the same name (so of the same source and target) has stored.
 
-    A pack is used whole or not at all: if all of its chunks are wanted, and no pack before it has them.
+    A pack is used whole or not at all: if all of its chunks are wanted, no pack before it has them, and each
+    is still what its checksum says. To read and unpack them is cheaper than to make them anew.
     """
     packs: list[PackRef] = []
     chunks: dict[tuple[int, Box], ChunkRecord] = {}
@@ -39,7 +42,8 @@ def salvage(store: Store, host: str, specs: Sequence[TensorSpec], wanted: set[tu
         next_seq = max(next_seq, key.seq + 1)
         found = _read_index(store, entry.key, entry.num_bytes, specs)
         places = {(chunk.tensor, chunk.box) for chunk in found}
-        if found and places <= wanted and len(places) == len(found) and not places & chunks.keys():
+        is_fit = found and places <= wanted and len(places) == len(found) and not places & chunks.keys()
+        if is_fit and all(_is_whole(store, entry.key, one, specs) for one in found):
             chunks |= {(one.tensor, one.box): replace(one, pack=len(packs)) for one in found}
             packs.append(PackRef(entry.key, entry.num_bytes))
     return Salvage(tuple(packs), chunks, next_seq)
@@ -61,6 +65,16 @@ def discard_attempt(store: Store, host: str) -> None:
     """Delete the packs of an attempt whose proof failed, so that the next one begins anew."""
     for entry in store.list(f"{PACKS}{GENERATION:06d}-{host}-"):
         store.delete(entry.key)
+
+
+def _is_whole(store: Store, key: str, chunk: ChunkRecord, specs: Sequence[TensorSpec]) -> bool:
+    """Whether a stored chunk unpacks to what it is said to be."""
+    num_bytes = chunk.box.numel * itemsize(specs[chunk.tensor].dtype)
+    try:
+        data = store.read(key, [ByteRange(chunk.offset, chunk.num_bytes)])[0]
+        return checksum(decode(chunk.codec, data, num_bytes)) == chunk.checksum
+    except (FormatError, NotFound):
+        return False
 
 
 def _read_index(store: Store, key: str, num_bytes: int, specs: Sequence[TensorSpec]) -> list[ChunkRecord]:

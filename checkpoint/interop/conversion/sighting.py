@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from checkpoint.engine.plan import TensorSpec
-from checkpoint.errors import FormatError, Misuse, Unsupported
+from checkpoint.errors import FormatError, Incomplete, Mismatch, Misuse, Unsupported
 from checkpoint.format.tree import flatten
 from checkpoint.interop.account import Account, account_as_named
 from checkpoint.interop.conversion.assembling import as_they_are
@@ -14,10 +14,11 @@ from checkpoint.interop.conversion.casting import FLOATS
 from checkpoint.interop.conversion.names import from_foreign, from_rules
 from checkpoint.interop.conversion.proving import check_described
 from checkpoint.interop.conversion.roles import owner_of
-from checkpoint.interop.conversion.ruled import RuleChoice
+from checkpoint.interop.conversion.ruled import RuleChoice, misfit
 from checkpoint.interop.conversion.tying import TIED, Ties, merged, tie, universal
 from checkpoint.interop.expression import Size
 from checkpoint.interop.formats.contract import LEAST_VOCAB, About, ForeignCheckpoint
+from checkpoint.interop.formats.hf_config import retyped
 from checkpoint.interop.formats.numbered import listed
 from checkpoint.interop.moves import Foreign, How, Plan
 from checkpoint.interop.reference import account_by_rules
@@ -40,6 +41,7 @@ class Sighted:
     skeleton: Any
     notes: tuple[str, ...] = ()
     ties: Ties = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def account(self) -> Account:
         """Return what proofs go by. Raises Mismatch if the plan makes tensors of other types or shapes."""
@@ -86,14 +88,19 @@ def sight(foreign: ForeignCheckpoint, choice: RuleChoice | None, ties: Ties | No
         ties = merged({**about.ties, **known}, ties or {})
         plan = tie(_renamed(as_they_are(foreign.tensors), from_foreign), ties)
         words = partial(_account_as_named, foreign.tensors, ties)
-        return Sighted(plan, words, _skeleton(plan.tensors, extra, ties), ties=ties)
+        return Sighted(plan, words, _skeleton(plan.tensors, extra, ties), ties=ties, extra=extra)
     ties = merged(known, ties or {})  # what the files call tied, the rules speak of
     others = [number for number, one in enumerate(foreign.tensors) if one.name.startswith(_OTHER)]
     numbers = [number for number in range(len(foreign.tensors)) if number not in set(others)]
     sizes = {**_known_sizes(choice, about.sizes), **choice.sizes}
     if any(rule.padding for rule in choice.rules.rules):
         _check_vocabulary(sizes, about)
-    plan = plan_import(choice.rules, sizes, about.axes, [foreign.tensors[number] for number in numbers])
+    try:
+        plan = plan_import(choice.rules, sizes, about.axes, [foreign.tensors[number] for number in numbers])
+    except (Mismatch, Incomplete) as error:
+        if _is_told_otherwise(choice, about, error):
+            raise misfit(error) from error
+        raise
     _check_floats(plan)
     plan = tie(_renamed(_renumbered(plan, numbers, foreign.tensors), from_rules), ties)
     notes = [
@@ -105,7 +112,8 @@ def sight(foreign: ForeignCheckpoint, choice: RuleChoice | None, ties: Ties | No
         notes.append(f"{len(others)} tensors that are neither weights nor optimizer states are left out")
     chosen = {number: foreign.tensors[number] for number in numbers}
     words = partial(accounted, RuleChoice(choice.rules, sizes), about.axes, chosen, ties)
-    return Sighted(plan, words, _skeleton(plan.tensors, extra, ties), tuple(notes), ties)
+    extra = _of_new_type(extra, plan)
+    return Sighted(plan, words, _skeleton(plan.tensors, extra, ties), tuple(notes), ties, extra)
 
 
 def accounted(
@@ -195,6 +203,31 @@ def _check_vocabulary(sizes: Mapping[str, Size], about: About) -> None:
             f"vocab={given} would leave out words as if they were padding: by what the files say of their "
             f"run there are at least {least}"
         )
+
+
+def _of_new_type(extra: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """Return plain data whose configuration tells the type that rules cast all of a model's floats to."""
+    weights = {
+        number: one.dtype for number, one in enumerate(plan.tensors) if one.name.startswith(f"{MODEL}/")
+    }
+    kinds = {dtype for dtype in weights.values() if dtype in FLOATS}
+    is_cast = any(
+        plan.foreign[one.source].dtype != weights.get(one.target)
+        for one in plan.moves
+        if one.target in weights
+    )
+    config = extra.get("config")
+    if len(kinds) != 1 or not is_cast or not isinstance(config, dict):
+        return dict(extra)
+    return {**extra, "config": retyped(config, *kinds)}
+
+
+def _is_told_otherwise(choice: RuleChoice, about: About, error: Exception) -> bool:
+    """Whether sizes that people gave may be why: files tell others, or none and shapes are off."""
+    told = {
+        name: about.sizes.get(name) for name, size in choice.sizes.items() if about.sizes.get(name) != size
+    }
+    return any(size is not None for size in told.values()) or (bool(told) and isinstance(error, Mismatch))
 
 
 def _renamed(plan: Plan, rename: Any) -> Plan:

@@ -27,9 +27,22 @@ def parse_ties(texts: Sequence[str]) -> dict[str, str]:
 
 
 def merged(known: Ties, told: Ties) -> dict[str, str]:
-    """Return ties that a checkpoint knows of together with what people tell, who are right if they differ."""
+    """Return ties that a checkpoint knows of together with what people tell, who are right if they differ.
+
+    Where a name is tied to one that is tied itself, both are the last one's. Raises Misuse for a circle.
+    """
     kept = {other: name for other, name in known.items() if other not in told and name not in told}
-    return {**kept, **{other: kept.get(name, name) for other, name in told.items()}}
+    ties = {**kept, **told}
+    return {other: _last(ties, name) for other, name in ties.items()}
+
+
+def _last(ties: Ties, name: str) -> str:
+    seen = [name]
+    while (name := ties.get(name, name)) != seen[-1]:
+        if name in seen:
+            raise Misuse(f"{' = '.join([*seen, name])}: one of these has to be the weight's own name")
+        seen.append(name)
+    return name
 
 
 def ties_of(skeleton: Json) -> dict[str, str]:
