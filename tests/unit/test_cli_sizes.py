@@ -23,7 +23,7 @@ def test_sizes_that_were_told_once_or_that_files_tell_go_along(tmp_path):
     assert told("plan", cut, *padded)["num_ranks"] == 2
     assert {each["verdict"] for each in told("diff", ranks, str(tmp_path / "last"), *rules)} == {"equal"}
     layers = ["--set", "layers=7"]
-    assert ask("export", back, str(tmp_path / "no"), "--format", "megatron", *rules, *layers).exit_code == 1
+    assert ask("export", back, str(tmp_path / "no"), "--format", "megatron", *rules, *layers).exit_code == 2
     halved = {"heads": 4, "kv_heads": 2, "head_dim": 4}  # as many elements; 8, 4 and 2 it has
     others = [word for key, value in halved.items() for word in ("--set", f"{key}={value}")]
     notes = told("import", ranks, str(tmp_path / "halved"), *rules, *others)["notes"]
