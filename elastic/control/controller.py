@@ -89,6 +89,7 @@ class Controller:
     losses: Losses = field(default_factory=Losses)
     stopping: str | None = None
     _ends_as: Status = Status.STOPPED
+    _settled: int = 0  # the generation that did last
     _least: int = field(init=False)
     _is_broken: bool = True
     _is_parting: bool = False  # all will be taken away: the world saves what it holds, and ends
@@ -168,11 +169,8 @@ class Controller:
         return []
 
     def _blank(self, broken: WorldBroken) -> None:
-        """A member has given its state up; one that tells it late does so of a world before the one that
-        forms.
-        """
-        is_news = broken.generation == self.formed or self.phase is not Phase.TRAINING
-        if is_news and self.members.blank(broken.member):
+        """A member has given its state up, and has got none in a world that settled since."""
+        if broken.generation >= self._settled and self.members.blank(broken.member):
             self.diagnosis.expect_restore(broken.member)
             self.roll.origin = self.members.origin
 
@@ -199,8 +197,8 @@ class Controller:
         return [*self._consider(now), *self._replenish(now)]
 
     def _fail(self, why: str, now: float) -> list[Instruction]:
-        """The run has to end; who holds its state saves that first."""
-        if not (self.members.heirs or self.members.found):
+        """The run has to end; who holds its state saves that first, unless it is safe already."""
+        if self._is_safe or not (self.members.heirs or self.members.found):
             return self._end(Status.FAILED, why)
         self._ends_as, self.stopping = Status.FAILED, None
         return self._stop(why, now)
@@ -216,7 +214,7 @@ class Controller:
             return self._improve(now)
         if self.members.missing:
             return []
-        is_unsafe = is_left_to_store(self.members, self.most_ranks) and not self._is_safe
+        is_unsafe = is_left_to_store(self.members, self.policy, self.most_ranks) and not self._is_safe
         if self.stopping or (is_unsafe and (self.members.heirs or self.members.found)):
             return self._form_last(now)
         return self._choose(Manner.AT_ONCE, now)
@@ -226,7 +224,7 @@ class Controller:
         is_ending = self.roll.stage is Stage.ENDING and not self._is_parting
         if self.phase is not Phase.TRAINING or self.roll.ended or self.stopping or is_ending:
             return []
-        if is_left_to_store(self.members, self.most_ranks):
+        if is_left_to_store(self.members, self.policy, self.most_ranks):
             is_told, self._is_parting = self._is_parting, True
             why = "all workers that hold the state will be taken away"
             return [] if is_told else [StopWorld(self.generation, why)]
@@ -240,8 +238,8 @@ class Controller:
         num_starting, waited_s = len(self.members.starting), now - self._idle_since
         decision = choose_world(*candidates, num_starting=num_starting, waited_s=waited_s)
         match decision.action:
-            case Action.GIVE_UP:
-                return self._end(Status.FAILED, decision.reason)
+            case Action.GIVE_UP if manner is Manner.AT_ONCE:
+                return self._fail(decision.reason, now)
             case Action.FORM:
                 return [self._form(decision.members, manner, decision.reason, now)]
         return []
@@ -277,7 +275,7 @@ class Controller:
         """Begin to train, once all hold the state."""
         if self.phase is not Phase.FORMING or not self.roll.has_settled:
             return []
-        self.phase = Phase.TRAINING
+        self.phase, self._settled = Phase.TRAINING, self.formed
         self.members.settle()
         if self.stopping:
             return [StopWorld(self.generation, self.stopping)]
@@ -369,11 +367,12 @@ class Controller:
 
     def _stall(self, why: str, now: float) -> list[Instruction]:
         """The world cannot go on though nobody was lost: form it anew, for a while."""
-        if self.diagnosis.stall(now):
-            reason = f"{self.diagnosis.num_stalls} worlds in a row got nowhere: {why}"
-            return self._end(Status.FAILED, reason)
+        is_enough = self.diagnosis.stall(now)
         self._break(now)
-        return self._consider(now)
+        if not is_enough:
+            return self._consider(now)
+        reason = f"{self.diagnosis.num_stalls} worlds in a row got nowhere: {why}"
+        return self._end(Status.FAILED, reason) if self.stopping else self._fail(reason, now)
 
     def _relax(self, by: float, now: float) -> list[Instruction]:
         """Start what is lacking if the survivors, who hurried since before, have had their time."""

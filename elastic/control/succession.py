@@ -31,11 +31,14 @@ def find_candidates(members: Membership, policy: WorldPolicy, most_ranks: int) -
     return heirs, others, replace(policy, workers=min(max(2, policy.workers), most_ranks))
 
 
-def is_left_to_store(members: Membership, most_ranks: int) -> bool:
-    """Whether what the members hold goes on through the store only: all of them are leaving, or who holds it
-    is, and no newcomer fits beside it.
+def is_left_to_store(members: Membership, policy: WorldPolicy, most_ranks: int) -> bool:
+    """Whether what the members hold goes on through the store only: all of them are leaving, or all who hold
+    it are, and no newcomer fits beside one of them, or too few are there.
     """
-    return members.is_deserted or (most_ranks == 1 and not members.has_heir)
+    if members.is_deserted or members.has_heir:
+        return members.is_deserted
+    num_others = len(members.outside) + len(members.staying)
+    return most_ranks == 1 or 1 + num_others < policy.min_workers
 
 
 def has_reason(members: Membership, policy: WorldPolicy) -> bool:

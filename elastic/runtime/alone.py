@@ -1,14 +1,17 @@
 """How a worker that lost its driver saves what no world is left to save: alone, under a claim of its own."""
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from checkpoint import Catalog, Store, newest_generation
 from elastic.runtime.claims import claim_alone
 
 MAX_TRIES = 5
 LOOK_EVERY_S, NUM_LOOKS = 1.0, 30  # between two tries
+RENEW_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +48,22 @@ def save_alone(store: Store, survivor: Survivor, wait: Callable[[float], None] =
             if not is_needed():
                 return
             wait(LOOK_EVERY_S)  # for the other one's checkpoint, or for what kept ours from being one to pass
+
+
+def keep_ray(lease: Path, is_orphaned: Callable[[], bool], most_s: float) -> threading.Thread:
+    """Renew the lease of a local Ray, if there is one, while a worker without a driver finishes and saves.
+
+    For so many seconds in a row at most: one that hangs does not keep it for ever.
+    """
+
+    def renew() -> None:
+        orphaned_s = 0.0
+        while True:
+            time.sleep(RENEW_EVERY_S)  # a lease is longer; the thread ends with its process
+            orphaned_s = orphaned_s + RENEW_EVERY_S if is_orphaned() else 0.0
+            if 0 < orphaned_s <= most_s and lease.exists():
+                lease.touch()
+
+    thread = threading.Thread(target=renew, name="lease", daemon=True)
+    thread.start()
+    return thread

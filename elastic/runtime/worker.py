@@ -46,13 +46,14 @@ from elastic.control.instructions import Manner, StopWorld
 from elastic.control.standing import BLANK
 from elastic.errors import JobRejected, ReplicasDiffer
 from elastic.runtime import autopsy
-from elastic.runtime.alone import Survivor, save_alone
+from elastic.runtime.alone import Survivor, keep_ray, save_alone
 from elastic.runtime.lifeline import Lifeline
 from elastic.runtime.mailbox import Mailbox, Outbox, WorldOrder
 from elastic.runtime.notices import Answer
 from elastic.runtime.order import TrainOrder
 from elastic.runtime.peers import Home, Neighbours
 from elastic.runtime.preemption import heed_sigterm
+from elastic.runtime.warden import LEASE
 from elastic.runtime.world import Former, Place, World
 from elastic.training.blame import UserFailure, explain, is_out_of_memory
 from elastic.training.job import load_job, load_settings
@@ -171,6 +172,8 @@ class Member:
         parity = assignment.order.checkpoint.parity
         self._neighbours = Neighbours(keeper, Home(assignment.host, assignment.address, parity))
         trainer = self._trainer = _trainer(assignment, saver, device, self._neighbours)
+        lease, save_s = assignment.order.run_dir / "ray" / LEASE, assignment.order.world.save_s
+        keep_ray(lease, lambda: self._mailbox.is_orphaned, save_s)
         gc.collect()
         gc.freeze()  # what lives by now lives on: searching the rest for cycles takes milliseconds
         self._ready = MemberReady(assignment.member, assignment.host, os.getpid())

@@ -26,7 +26,7 @@ class Chaos:
         workers = self.random.randint(1, 6)
         self.policy = WorldPolicy(
             workers=workers,
-            min_workers=min(workers, self.random.randint(1, 2)),
+            min_workers=min(workers, self.random.choice((1, 2, 6))),
             standbys=self.random.choice((0, 0, 1, 2)),
             max_failures=self.random.choice((1000,) * 9 + (3,)),
             forming_s=5.0,

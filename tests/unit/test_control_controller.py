@@ -22,6 +22,7 @@ from elastic.control.events import (
 from elastic.control.instructions import (
     End,
     FormWorld,
+    Instruction,
     KillMember,
     Manner,
     ReleaseMember,
@@ -308,3 +309,54 @@ def test_a_joiner_that_is_one_loss_too_many_lets_the_world_save_at_its_next_boun
     controller.handle(WorkersWanted(3), 3.0)
     (stop,) = controller.handle(MemberLost("w2", Cause.START_FAILED, "no room"), 3.5)
     assert isinstance(stop, StopWorld)
+
+
+def test_where_too_few_are_left_and_none_comes_the_state_is_saved_before_the_run_ends() -> None:
+    controller = training(4)
+    controller.policy = replace(controller.policy, min_workers=2, wait_s=5.0)
+    for member in ("w1", "w2", "w3"):
+        controller.handle(MemberLost(member, Cause.PROCESS_DIED, ""), 3.0)
+    (last,) = pass_time(controller, 3.0, 12.0)
+    assert isinstance(last, FormWorld) and last.members == ("w0",)
+    (stop,) = controller.handle(Settled("w0", last.generation, 5, "self", 0.1), 12.5)
+    assert isinstance(stop, StopWorld)
+    (end,) = controller.handle(MemberEnded("w0", last.generation, 6, Ending.STOPPED), 13.0)
+    assert isinstance(end, End) and end.status is Status.FAILED
+    assert "at least 2 workers" in end.reason
+
+
+def test_where_worlds_get_nowhere_whoever_holds_the_state_may_save_it_before_the_run_ends() -> None:
+    controller, now, told = training(), 2.0, list[Instruction]()
+    while controller.phase is not Phase.ENDED:
+        now += 0.2
+        told += controller.handle(WorldBroken("w0", controller.formed, "port 7 is blocked"), now)
+        told += controller.handle(Tick(), now)
+    last, end = told[-2:]
+    assert isinstance(last, FormWorld) and last.reason == "the survivors save the state and stop"
+    assert isinstance(end, End) and end.status is Status.FAILED
+
+
+def test_a_replacement_that_comes_while_those_that_leave_save_is_too_few_and_ends_nothing() -> None:
+    controller = training(3)
+    controller.policy = replace(controller.policy, min_workers=3)
+    told = [one for member in ("w0", "w1", "w2") for one in controller.handle(left(member), 400.0)]
+    assert isinstance(told[-1], StopWorld)
+    assert controller.handle(MemberReady("w3", "h", 3), 401.0) == []
+    for member in ("w0", "w1", "w2"):
+        assert controller.handle(MemberEnded(member, 1, 5, Ending.STOPPED), 402.0) == []
+    assert controller.phase is Phase.GATHERING
+
+
+def test_that_a_member_gave_up_a_state_which_it_has_got_anew_since_is_no_news() -> None:
+    controller = training(3)
+    controller.handle(MemberLost("w2", Cause.PROCESS_DIED, ""), 3.0)
+    for member in ("w0", "w1"):
+        controller.handle(Settled(member, 2, 5, "store", 0.1), 3.5)
+    controller.handle(MemberLost("w1", Cause.PROCESS_DIED, ""), 4.0)
+    controller.handle(WorldBroken("w0", 1, "told late", True), 4.1)
+    assert controller.members.heirs == ("w0",)
+
+
+def left(member: str) -> MemberLeaving:
+    """Tell that a member will be taken away."""
+    return MemberLeaving(member, "drained")

@@ -1,11 +1,16 @@
 """Workers without a driver save alone: the newest step becomes durable, whoever claims first."""
 
+import os
+import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from checkpoint import Catalog, LocalHost, Saver, Share, Store, newest_generation, open_store
-from elastic.runtime.alone import MAX_TRIES, Survivor, save_alone
+from elastic.runtime import alone
+from elastic.runtime.alone import MAX_TRIES, Survivor, keep_ray, save_alone
 from elastic.runtime.claims import Claims, claim_alone
 from tests.fault.checkpoint_worlds import MIB, QUICK, RAW, small_state
 
@@ -89,3 +94,27 @@ def test_a_survivor_to_which_a_driver_comes_leaves_the_saving_to_it(store: Store
     survivor = Survivor("w1", 8, lambda _: False, lambda: next(is_orphaned))
     save_alone(store, survivor, no_wait)
     assert newest_generation(store) == 1
+
+
+def test_a_worker_that_lost_its_driver_keeps_its_local_ray_for_as_long_as_a_save_may_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alone, "RENEW_EVERY_S", 0.01)
+    lease, looks = tmp_path / "lease", []
+    lease.touch()
+    os.utime(lease, (1.0, 1.0))
+    enough = threading.Event()
+
+    def is_orphaned() -> bool:
+        looks.append(lease.stat().st_mtime)
+        if len(looks) == 10:  # five more were allowed
+            os.utime(lease, (1.0, 1.0))
+        if len(looks) == 20:
+            enough.set()
+        return len(looks) > 3
+
+    keep_ray(lease, is_orphaned, most_s=0.05)
+    assert enough.wait(30)
+    assert looks[:4] == [1.0] * 4, "it has a driver"
+    assert looks[4] > time.time() - 60
+    assert looks[-5:] == [1.0] * 5, "one that hangs does not keep it"
