@@ -11,10 +11,11 @@ What moves no counter - fused optimizers, `.data`, numpy - is known by samples: 
 are taken when the snapshot is asked for, one in every 128 KiB, and the captured copy has to equal them; and
 when the capture ends, the copy and the live tensor have to agree in one line of every 16 KiB. Where the lines
 lie, and by how much less than that they are apart, changes from step to step. So a run of bytes that changed
-before it was copied is noticed for certain from 128 KiB on, one that changed after from 16 KiB on; a shorter
-one of n bytes with a probability of about n / 128 KiB and n / 16 KiB in each snapshot. A single element
-written so once is most likely NOT noticed (1 in 256 after it was copied, 1 in 2,048 before); who writes it
-at every step is found out within some hundreds. What lies scattered (a transposed tensor) is sampled in two
+before it was copied is noticed for certain from 128 KiB on, one that changed after from 16 KiB on (from twice
+that where two stretches of up to 64 chunks meet, each of which has lines of its own); a shorter one of n
+bytes with a probability of about n / 128 KiB and n / 16 KiB in each snapshot. A single element written so
+once is most likely NOT noticed (1 in 256 after it was copied, 1 in 2,048 before); who writes it at every step
+is found out within some hundreds. What lies scattered (a transposed tensor) is sampled in two
 blocks of 64 elements only. Who writes so has to call `wait_captured` first, as torch optimizers do by
 themselves.
 

@@ -28,8 +28,9 @@ from checkpoint.interop.conversion.roles import owner_of
 from checkpoint.interop.conversion.ruled import RuleChoice, knowing, misfit, uncast
 from checkpoint.interop.conversion.sighting import accounted, check_sure
 from checkpoint.interop.conversion.skeletons import matches, nothing_fits
+from checkpoint.interop.conversion.surplus import HOLD_ROUNDED, own_tensors
 from checkpoint.interop.conversion.tying import TIED, Ties, universal, with_copies
-from checkpoint.interop.formats.contract import About
+from checkpoint.interop.formats.contract import About, Contents
 from checkpoint.interop.formats.hf_config import retyped
 from checkpoint.interop.moves import Foreign, Plan
 from checkpoint.interop.placing import resolve_sizes
@@ -40,9 +41,7 @@ _AS_NAMED = (
     "no rules are given, so names and shapes stay as they are: Megatron loads only what has its own names "
     "(--rules; docs/rules.md)"
 )
-_HOLD_ROUNDED = ("megatron-dist", "deepspeed", "deepspeed-universal")  # their readers compare with masters
 _OF_WHOLES = ("megatron-dist", "deepspeed", "deepspeed-universal", "dcp", "hf", "torch")
-_MASTER = "optimizer.master."
 _LEFT_OUT = "the format {format} holds no optimizer: {number} of its tensors are left out"
 
 
@@ -97,21 +96,9 @@ class Outward:
         specs = (TensorSpec(one.name, one.dtype, one.shape) for one in self.plan.foreign)
         return sum(map(num_bytes_of, specs))
 
-    def own(self, tensors: Sequence[Foreign]) -> dict[int, Foreign]:
-        """Return what was written, by number, without the masters that the format makes of bare weights.
-
-        Of these there is nothing in the source; readers hold them against their weights.
-        """
-        planned = {one.name for one in self.plan.foreign} if self.emigration.format in _HOLD_ROUNDED else None
-        weights = {(f"{_MASTER}{one.name}", *one.at.items(), one.shape) for one in tensors}
-        return {
-            number: one
-            for number, one in enumerate(tensors)
-            if planned is None
-            or one.name in planned
-            or one.dtype != "float32"
-            or (one.name, *one.at.items(), one.shape) not in weights
-        }
+    def own(self, back: Contents) -> dict[int, Foreign]:
+        """Return what was written, by number, without what the format's reader adds. Raises Mismatch."""
+        return own_tensors(self.outbound, back, self.emigration.format)
 
     def account(self, foreign: Mapping[int, Foreign]) -> Account:
         """Tell what foreign tensors, by number, are by the words of the rules, or by their names."""
@@ -177,7 +164,7 @@ def plan_emigration(source: Origin, emigration: Emigration, holds_optimizer: Hol
         raise kind(f"{source.url}: {emigration.format} has a place for {what}; another --format may have")
     chosen = Chosen(source.contents, names)
     contents = Cast(chosen, _casts(chosen.tensors, emigration.dtype))
-    if emigration.format in _HOLD_ROUNDED:
+    if emigration.format in HOLD_ROUNDED:
         _check_rounded(chosen.tensors, contents.tensors, emigration)
     try:
         plan = _plan(contents.tensors, emigration)

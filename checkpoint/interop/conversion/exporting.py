@@ -128,8 +128,8 @@ def _prove(
 
 def _described(outward: Outward, back: ForeignContents, url: str) -> Account:
     """Return the account of what was written: all that should be there, in type and shape, and no more."""
-    own = outward.own(back.tensors)
     try:
+        own = outward.own(back)
         outward.check_whole(own)
         account = outward.account(own)
         check_described(account, outward.contents.tensors)

@@ -80,12 +80,16 @@ class Outbound:
         return [[(move, part) for move, part in some if part is not None] for some in cut]
 
     def _whole(self, number: int, box: Box) -> Array | None:
-        """Return a box that is one of a global tensor, and not cast, as it was read: without a copy."""
-        moves = self._moves.get(number, ())
+        """Return a box that is one of a global tensor, and not cast, as it was read: without a copy.
+
+        A large one that is turned would be copied, beside all that was read.
+        """
+        moves, width = self._moves.get(number, ()), itemsize(self.tensors[number].dtype)
         if len(moves) != 1 or moves[0].source_box.intersect(box) != box:
             return None
         move = moves[0]
-        if self._widths[move.target] != itemsize(self.tensors[number].dtype):
+        is_copied = number in self.turned and box.numel * width > BAND_BYTES
+        if is_copied or self._widths[move.target] != width:
             return None
         bits = self._source.read([(move.target, target_part(move, box))])[0]
         made = cast(bits, self._plan.tensors[move.target].dtype, self.tensors[number].dtype)

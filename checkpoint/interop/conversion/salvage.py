@@ -1,8 +1,9 @@
 """What an attempt that was cut off has left: its packs, which tell by themselves what is in them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from checkpoint.engine.pipeline import fan_out
 from checkpoint.engine.plan import TensorSpec
 from checkpoint.errors import FormatError, NotFound
 from checkpoint.format.box import Box
@@ -12,8 +13,9 @@ from checkpoint.format.keys import PACKS, pages_prefix, parse_pack_key, parse_pa
 from checkpoint.format.manifest import Manifest, PackRef
 from checkpoint.format.pack import TRAILER_BYTES, decode_pack_index, index_range
 from checkpoint.format.records import ChunkRecord
-from checkpoint.store.contract import ByteRange, Store
+from checkpoint.store.contract import ByteRange, Entry, Store
 
+_REQUEST_BYTES = 4 << 20
 GENERATION = 0  # a conversion claims none: it has no world, and the manifest decides
 
 
@@ -26,27 +28,32 @@ class Salvage:
     next_seq: int
 
 
-def salvage(store: Store, host: str, specs: Sequence[TensorSpec], wanted: set[tuple[int, Box]]) -> Salvage:
+def salvage(
+    store: Store,
+    host: str,
+    specs: Sequence[TensorSpec],
+    wanted: set[tuple[int, Box]],
+    *,
+    num_threads: int,
+) -> Salvage:
     """Find the chunks that an attempt of the same name (so of the same source and target) has stored.
 
     A pack is used whole or not at all: if all of its chunks are wanted, no pack before it has them, and each
     is still what its checksum says. To read and unpack them is cheaper than to make them anew.
     """
+    entries = [
+        (entry, key.seq)
+        for entry in store.list(f"{PACKS}{GENERATION:06d}-{host}-")
+        if (key := parse_pack_key(entry.key)) is not None
+    ]
     packs: list[PackRef] = []
     chunks: dict[tuple[int, Box], ChunkRecord] = {}
-    next_seq = 0
-    for entry in store.list(f"{PACKS}{GENERATION:06d}-{host}-"):
-        key = parse_pack_key(entry.key)
-        if key is None:
-            continue
-        next_seq = max(next_seq, key.seq + 1)
-        found = _read_index(store, entry.key, entry.num_bytes, specs)
-        places = {(chunk.tensor, chunk.box) for chunk in found}
-        is_fit = found and places <= wanted and len(places) == len(found) and not places & chunks.keys()
-        if is_fit and all(_is_whole(store, entry.key, one, specs) for one in found):
-            chunks |= {(one.tensor, one.box): replace(one, pack=len(packs)) for one in found}
+    proved = fan_out(lambda one: _proved(store, one[0], specs, wanted), entries, num_threads)
+    for (entry, _), found in zip(entries, proved, strict=True):
+        if found and not found.keys() & chunks.keys():
+            chunks |= {place: replace(one, pack=len(packs)) for place, one in found.items()}
             packs.append(PackRef(entry.key, entry.num_bytes))
-    return Salvage(tuple(packs), chunks, next_seq)
+    return Salvage(tuple(packs), chunks, max((seq + 1 for _, seq in entries), default=0))
 
 
 def sweep_attempt(store: Store, host: str, manifest: Manifest) -> None:
@@ -67,12 +74,40 @@ def discard_attempt(store: Store, host: str) -> None:
         store.delete(entry.key)
 
 
-def _is_whole(store: Store, key: str, chunk: ChunkRecord, specs: Sequence[TensorSpec]) -> bool:
-    """Whether a stored chunk unpacks to what it is said to be."""
-    num_bytes = chunk.box.numel * itemsize(specs[chunk.tensor].dtype)
+def _proved(
+    store: Store, entry: Entry, specs: Sequence[TensorSpec], wanted: set[tuple[int, Box]]
+) -> dict[tuple[int, Box], ChunkRecord]:
+    """Return the chunks of a pack, by place; none if one is not wanted, or not what it is said to be."""
+    found = _read_index(store, entry.key, entry.num_bytes, specs)
+    places = {(chunk.tensor, chunk.box): chunk for chunk in found}
+    if not places.keys() <= wanted or len(places) < len(found):
+        return {}
+    return places if all(_are_whole(store, entry.key, some, specs) for some in _together(found)) else {}
+
+
+def _together(chunks: Sequence[ChunkRecord]) -> Iterator[list[ChunkRecord]]:
+    """Yield chunks to read with one request: a few MiB of them, or one."""
+    some: list[ChunkRecord] = []
+    num_bytes = 0
+    for chunk in chunks:
+        if some and num_bytes + chunk.num_bytes > _REQUEST_BYTES:
+            yield some
+            some, num_bytes = [], 0
+        some.append(chunk)
+        num_bytes += chunk.num_bytes
+    if some:
+        yield some
+
+
+def _are_whole(store: Store, key: str, chunks: Sequence[ChunkRecord], specs: Sequence[TensorSpec]) -> bool:
+    """Whether stored chunks unpack to what they are said to be."""
     try:
-        data = store.read(key, [ByteRange(chunk.offset, chunk.num_bytes)])[0]
-        return checksum(decode(chunk.codec, data, num_bytes)) == chunk.checksum
+        read = store.read(key, [ByteRange(one.offset, one.num_bytes) for one in chunks])
+        return all(
+            checksum(decode(one.codec, data, one.box.numel * itemsize(specs[one.tensor].dtype)))
+            == one.checksum
+            for one, data in zip(chunks, read, strict=True)
+        )
     except (FormatError, NotFound):
         return False
 

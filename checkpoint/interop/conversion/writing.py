@@ -116,7 +116,8 @@ def write_checkpoint(
     """
     host = draft.host(settings)
     cuts = draft.cuts
-    found = salvage(store, host, draft.tensors, {(cut.tensor, cut.box) for cut in cuts})
+    wanted = {(cut.tensor, cut.box) for cut in cuts}
+    found = salvage(store, host, draft.tensors, wanted, num_threads=settings.num_workers)
     todo = [cut for cut in cuts if (cut.tensor, cut.box) not in found.chunks]
     num_bytes = sum(cut.num_bytes for cut in cuts)
     packing = _Packing(store, host, draft, found, settings.pack_bytes)

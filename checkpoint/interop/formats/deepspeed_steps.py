@@ -8,8 +8,8 @@ from checkpoint.errors import Corrupt
 from checkpoint.format.box import Box
 from checkpoint.interop.formats.archive import Archive, Stored
 from checkpoint.interop.formats.contract import Array
-from checkpoint.interop.formats.extents import Extent, read_box
-from checkpoint.interop.formats.tiles import held
+from checkpoint.interop.formats.extents import read_box
+from checkpoint.interop.formats.tiles import as_bits
 from checkpoint.interop.moves import Foreign
 from checkpoint.interop.place import Place
 
@@ -21,8 +21,4 @@ def read_step(place: Place, archive: Archive, step: Any, path: str) -> tuple[For
         return Foreign("step", step.dtype, ()), read_box(place, extent, Box((), ()))
     if type(step) not in (int, float):
         raise Corrupt(f"{path} does not say which step its optimizer has done")
-    tensor, tiles = held("step", step)
-    bits = tiles[0].locate()
-    if isinstance(bits, Extent):
-        raise TypeError("a number lies in no file")
-    return tensor, bits
+    return as_bits("step", step)

@@ -22,6 +22,7 @@ from checkpoint.interop.formats.extents import check_shape
 from checkpoint.interop.formats.rounding import ROUNDED
 from checkpoint.interop.formats.saving import Later, Saving
 from checkpoint.interop.formats.streams import check_global
+from checkpoint.interop.formats.told import told_numbers
 
 STAGE, WORLD = "zero_stage", "dp_world_size"  # in `extra`: which stage, for how many ranks
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -97,9 +98,12 @@ class _Work:
         return str(said)
 
     def step_of(self, members: Mapping[str, Shape]) -> Any:
-        """Return the step of a group: a tensor, or nothing done."""
-        number = self.parts.states[next(iter(members))].get("step")
-        return later_of(self.contents, number) if number is not None else 0
+        """Return the step of a group: a tensor, a plain number, or nothing done."""
+        first = next(iter(members))
+        number = self.parts.states[first].get("step")
+        if number is not None:
+            return later_of(self.contents, number)
+        return told_numbers(self.contents.about.extra).get(f"optimizer.step.{first}", 0)
 
 
 def _flat(work: _Work, partitions: Partitions, rank: int) -> dict[str, Any]:

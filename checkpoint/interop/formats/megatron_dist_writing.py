@@ -22,11 +22,12 @@ from checkpoint.interop.formats.megatron_dist_names import Layers, put_together
 from checkpoint.interop.formats.megatron_files import AXES, TRACKER
 from checkpoint.interop.formats.saving import Later, Saving
 from checkpoint.interop.formats.streams import check_global
+from checkpoint.interop.formats.told import told_numbers
 from checkpoint.interop.moves import Foreign
 
 _VERSION = 3.0
 _FORM = "fully_reshardable"
-_STEP = "optimizer.step."
+_STEP, _MOMENT = "optimizer.step.", "optimizer.exp_avg."
 # The modules that keep FP8 scales: Megatron asks for their states, and takes none for none.
 _SCALED = (".linear_qkv.weight", ".linear_proj.weight", ".linear_fc1.weight", ".linear_fc2.weight")
 _IDENTITY: Mapping[str, Any] = {"lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False}
@@ -180,11 +181,14 @@ def _optimizer(contents: Contents) -> dict[str, Any]:
 
 def _step_of(contents: Contents) -> int | None:
     """Return the step that the optimizer has done; None if there is none. Raises Unsupported."""
-    found: dict[int, str] = {}
+    told, found = told_numbers(contents.about.extra), dict[int, str]()
     for number, tensor in enumerate(contents.tensors):
         if tensor.name.startswith(_STEP):
             bits = contents.read(number, Box((), ())).view(tensor.dtype)
             found.setdefault(int(bits), tensor.name)
+        name = tensor.name.replace(_MOMENT, _STEP, 1)
+        if tensor.name.startswith(_MOMENT) and name in told:
+            found.setdefault(int(told[name]), name)
     if len(found) > 1:
         raise Unsupported(f"Megatron keeps one step for all parameters, and there are {sorted(found)[:5]}")
     return next(iter(found), None)

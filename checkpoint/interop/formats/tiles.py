@@ -51,7 +51,13 @@ def found(box: Box, source: Extent | Array) -> Tile:
 
 
 def held(name: str, value: float) -> tuple[Foreign, list[Tile]]:
-    """Return a tensor made of a number, as old optimizers keep their steps: float32 if that holds it."""
+    """Return a tensor made of a number, as old optimizers keep their steps."""
+    tensor, bits = as_bits(name, value)
+    return tensor, [found(Box((), ()), bits)]
+
+
+def as_bits(name: str, value: float) -> tuple[Foreign, Array]:
+    """Return the tensor that a number becomes, and its bits: float32 if that holds it."""
     if type(value) is int and not -_MAX_INT <= value < _MAX_INT:
         raise Corrupt(f"{name} cannot be a number of {value.bit_length()} bits")
     with np.errstate(over="ignore"):
@@ -59,7 +65,7 @@ def held(name: str, value: float) -> tuple[Foreign, list[Tile]]:
     if type(value) is int and abs(value) > _EXACT_IN_FLOAT32:
         dtype = "int64"
     bits: Array = np.array(value, dtype).view(dtype_of(dtype).carrier)
-    return Foreign(name, dtype, ()), [found(Box((), ()), bits)]
+    return Foreign(name, dtype, ()), bits
 
 
 def check_tiles(tensors: Sequence[Foreign], tiles: Sequence[Sequence[Tile]], where: str) -> None:
