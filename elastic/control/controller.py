@@ -47,7 +47,6 @@ from elastic.control.losses import Losses
 from elastic.control.membership import Membership
 from elastic.control.policy import Action, WorldPolicy, choose_world
 from elastic.control.succession import (
-    Candidates,
     find_candidates,
     find_unneeded,
     has_reason,
@@ -139,7 +138,8 @@ class Controller:
             case MemberCame() | WorldFormed() | WorldBroken() | Settled() | StepCommitted() | MemberEnded():
                 return self._hear(event, now)
             case GenerationTaken():
-                return [self._form(self.members.world, self.roll.manner, self._why_formed, now)]
+                form = self._form_to_save if self.roll.is_closing else self._form
+                return [form(self.members.world, self.roll.manner, self._why_formed, now)]
         return []
 
     def _welcome(self, member: str, host: str, now: float) -> list[Instruction]:
@@ -231,10 +231,7 @@ class Controller:
         return self._choose(Manner.AT_BOUNDARY, now) if has_reason(self.members, self.policy) else []
 
     def _choose(self, manner: Manner, now: float) -> list[Instruction]:
-        if self.members.is_deserted:
-            candidates: Candidates = (), (), replace(self.policy, gather_s=self.policy.wait_s)
-        else:
-            candidates = find_candidates(self.members, self.policy, self.most_ranks)
+        candidates = find_candidates(self.members, self.policy, self.most_ranks)
         num_starting, waited_s = len(self.members.starting), now - self._idle_since
         decision = choose_world(*candidates, num_starting=num_starting, waited_s=waited_s)
         match decision.action:
@@ -248,11 +245,18 @@ class Controller:
         """All is to end, and there is no world: whoever holds state saves it, be they ever so few."""
         holders = self.members.heirs or self.members.found or self.members.world
         if holders:
-            why = "the survivors save the state and stop"
-            return [self._form(holders[: self.most_ranks], Manner.AT_ONCE, why, now)]
+            then = "and stop" if self.stopping else "before they are taken away"
+            why = f"the survivors save the state {then}"
+            return [self._form_to_save(holders[: self.most_ranks], Manner.AT_ONCE, why, now)]
         return self._end(self._ends_as, f"{self.stopping}; no worker is left to save a final checkpoint")
 
-    def _form(self, members: tuple[str, ...], manner: Manner, reason: str, now: float) -> Instruction:
+    def _form_to_save(self, members: tuple[str, ...], manner: Manner, reason: str, now: float) -> FormWorld:
+        """Form a world that makes no step: one may have killed those before it."""
+        form = self._form(members, manner, reason, now)
+        self._is_parting = self.roll.is_closing = True
+        return replace(form, only_saves=True)
+
+    def _form(self, members: tuple[str, ...], manner: Manner, reason: str, now: float) -> FormWorld:
         self.generation = self.formed = self.generation + 1
         self.members.rank(members)
         self.phase, self._why_formed = Phase.FORMING, reason
@@ -278,7 +282,7 @@ class Controller:
         self.phase, self._settled = Phase.TRAINING, self.formed
         self.members.settle()
         if self.stopping:
-            return [StopWorld(self.generation, self.stopping)]
+            return self._stop_world(self.stopping)
         return [*self._release(now), *self._consider(now)]
 
     def _part(self, member: str, notice: str, now: float) -> list[Instruction]:
@@ -326,9 +330,11 @@ class Controller:
             return []
         self.stopping = reason
         self.members.hasten(now + self.policy.roll_s)
-        if self._is_broken:
-            return self._consider(now)
-        return [StopWorld(self.generation, reason)]
+        return self._consider(now) if self._is_broken else self._stop_world(reason)
+
+    def _stop_world(self, reason: str) -> list[Instruction]:
+        """Let the world save after its next step, unless it is about to save anyway."""
+        return [] if self.roll.is_closing else [StopWorld(self.generation, reason)]
 
     def _wait(self, tick: Tick, now: float) -> list[Instruction]:
         """Look at who answers and at what moves; end who holds the others up."""

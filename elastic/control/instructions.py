@@ -47,13 +47,17 @@ class ReleaseMember:
 
 @dataclass(frozen=True, slots=True)
 class FormWorld:
-    """Form the world of `generation`: `members` in rank order, on `hosts` (same order)."""
+    """Form the world of `generation`: `members` in rank order, on `hosts` (same order).
+
+    One that `only_saves` makes no step: it comes to one state, saves that and ends.
+    """
 
     generation: int
     members: tuple[str, ...]
     hosts: tuple[str, ...]
     manner: Manner
     reason: str
+    only_saves: bool = False
 
 
 @dataclass(frozen=True, slots=True)

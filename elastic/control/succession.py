@@ -14,8 +14,10 @@ def find_candidates(members: Membership, policy: WorldPolicy, most_ranks: int) -
 
     If all who hold the state are leaving, one of them hands it over, if a newcomer fits beside it. Until a
     world has settled, all of an earlier driver's members are in it, if that many can be: which of them hold
-    the state is not known.
+    the state is not known. Where all are leaving, newcomers are waited for as replacements are.
     """
+    if members.is_deserted:
+        return (), (), replace(policy, gather_s=policy.wait_s)
     if found := members.found:
         others = [one for one in (*members.staying, *members.outside) if one not in found]
         at_least_found = min(max(policy.workers, len(found)), most_ranks)

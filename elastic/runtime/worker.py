@@ -42,7 +42,7 @@ from elastic.control.events import (
     WorldCalledOff,
     WorldFormed,
 )
-from elastic.control.instructions import Manner, StopWorld
+from elastic.control.instructions import FormWorld, Manner, StopWorld
 from elastic.control.standing import BLANK
 from elastic.errors import JobRejected, ReplicasDiffer
 from elastic.runtime import autopsy
@@ -219,7 +219,7 @@ class Member:
             self._mailbox.check(form.generation)  # called off before there was a world to cut
             if self._assignment.order.checkpoint.hold and self._neighbours is not None:
                 self._neighbours.meet(form, member, order.endpoint)
-            self._outbox.put(self._train(self._world, trainer))
+            self._outbox.put(self._train(self._world, trainer, form))
         except Broken as error:
             error.__traceback__ = None
             log.warning("world %d broke: %s", form.generation, error)
@@ -230,13 +230,14 @@ class Member:
                 self._world.leave()
             self._world = None
 
-    def _train(self, world: World, trainer: Trainer) -> MemberEnded:
+    def _train(self, world: World, trainer: Trainer, form: FormWorld) -> MemberEnded:
         member = self._assignment.member
         settled = trainer.settle(world)
         self._outbox.put(
             Settled(member, world.generation, settled.step, settled.source, settled.seconds, settled.note)
         )
-        ending = trainer.run(world, self._mailbox, self._outbox.put)
+        go_on = trainer.save_and_stop if form.only_saves else trainer.run
+        ending = go_on(world, self._mailbox, self._outbox.put)
         sha256 = "" if ending is Ending.REGROUP else trainer.weights_sha256()
         return MemberEnded(member, world.generation, trainer.standing.committed, ending, sha256)
 

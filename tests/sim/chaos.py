@@ -7,7 +7,7 @@ from functools import partial
 from elastic.control.events import Event, StopRequested, WorkersWanted
 from elastic.control.instructions import End
 from elastic.control.policy import WorldPolicy
-from tests.sim.cluster import Cluster
+from tests.sim.cluster import NUM_STEPS, Cluster
 from tests.sim.driving import Driver, Story
 from tests.sim.node import Fault, Node
 
@@ -24,11 +24,14 @@ class Chaos:
         self.story: Story = []
         self.cluster = Cluster(self.random, self.explain, audience=self)
         workers = self.random.randint(1, 6)
+        self.is_deadly = self.random.random() < 0.05
+        if self.is_deadly:
+            self.cluster.deadly_step = self.random.randint(1, NUM_STEPS - 1)
         self.policy = WorldPolicy(
             workers=workers,
             min_workers=min(workers, self.random.choice((1, 2, 6))),
             standbys=self.random.choice((0, 0, 1, 2)),
-            max_failures=self.random.choice((1000,) * 9 + (3,)),
+            max_failures=20 if self.is_deadly else self.random.choice((1000,) * 9 + (3,)),
             forming_s=5.0,
             start_s=30.0,
         )

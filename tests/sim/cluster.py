@@ -66,6 +66,7 @@ class Cluster:
     audience: Audience | None = None
     is_chaotic: bool = True
     restore_s: float = 3.0
+    deadly_step: int = -1  # whoever computes it loses one of the world
     _queue: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
     _num_queued: int = 0
 
@@ -206,7 +207,10 @@ class Cluster:
             told = "self" if source == "peer" and not node.is_blank else source
             node.standing = Standing(step)
             self.tell(node, Settled(node.name, generation, step, told, 0.1))
-        self._begin_step(generation)
+        if self.worlds[generation].order.only_saves:
+            self._save_last(generation, Ending.FINISHED if step >= NUM_STEPS else Ending.STOPPED)
+        else:
+            self._begin_step(generation)
 
     def _commit(self, generation: int, step: int) -> None:
         """Note a step, unless it is one of a world that others went on without: it changes nothing."""
@@ -226,7 +230,14 @@ class Cluster:
             node.began_at = self.now
             node.busy_until = self.now + STEP_S * node.slowness * self.random.uniform(0.8, 1.2)
         lasts_s = max((node.busy_until for node in members), default=self.now) - self.now
-        self.later(lasts_s, partial(self._step, generation))
+        is_deadly = any(node.standing.committed == self.deadly_step for node in members)
+        self.later(lasts_s, partial(self._strike if is_deadly else self._step, generation))
+
+    def _strike(self, generation: int) -> None:
+        """A step kills one of those who compute it."""
+        members = self._together(generation, self._strike)
+        if members is not None:
+            self.die(self.random.choice(members))
 
     def _step(self, generation: int) -> None:
         """The end of a step: reduce, agree, apply; a blow may fall between any of them."""

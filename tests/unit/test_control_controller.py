@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from elastic.control.attendance import Stage
 from elastic.control.controller import Controller, Phase
 from elastic.control.events import (
     Cause,
@@ -60,9 +61,10 @@ def test_a_stop_before_the_found_workers_said_hello_still_saves_their_state() ->
     controller.handle(MemberReady("w0", "h", 1), 0.2)
     (formed,) = controller.handle(MemberReady("w1", "h", 2), 0.3)
     assert isinstance(formed, FormWorld)
-    assert formed.members == ("w0", "w1")
+    assert (formed.members, formed.only_saves) == (("w0", "w1"), True)
     controller.handle(Settled("w0", 6, 9, "self", 0.1), 0.4)
-    assert controller.handle(Settled("w1", 6, 9, "self", 0.1), 0.4) == [StopWorld(6, "test")]
+    assert controller.handle(Settled("w1", 6, 9, "self", 0.1), 0.4) == [], "it saves and ends as it is"
+    assert controller.roll.stage is Stage.ENDING
 
 
 def test_a_stop_without_any_worker_that_holds_state_ends_at_once() -> None:
@@ -286,13 +288,13 @@ def test_a_run_that_lost_too_many_workers_ends_once_those_that_are_left_have_sav
     (formed,) = controller.handle(MemberLost("w1", Cause.PROCESS_DIED, "it was killed"), 3.0)
     assert isinstance(formed, FormWorld) and formed.members == ("w0", "w2")
     assert controller.handle(Settled("w0", 2, 5, "self", 0.1), 3.5) == []
-    told = controller.handle(Settled("w2", 2, 5, "self", 0.1), 3.5)
-    why = "1 workers were lost, recovery.max_failures allows fewer: it was killed"
-    assert told == [StopWorld(2, why)]
+    assert controller.handle(Settled("w2", 2, 5, "self", 0.1), 3.5) == []
     (again,) = controller.handle(MemberLost("w0", Cause.PROCESS_DIED, ""), 4.0)
     assert isinstance(again, FormWorld) and again.members == ("w2",)
+    assert formed.only_saves and again.only_saves, "one more step might kill them, too"
     controller.handle(Settled("w2", 3, 5, "self", 0.1), 4.5)
-    (end,) = controller.handle(MemberEnded("w2", 3, 6, Ending.STOPPED), 5.0)
+    (end,) = controller.handle(MemberEnded("w2", 3, 5, Ending.STOPPED), 5.0)
+    why = "1 workers were lost, recovery.max_failures allows fewer: it was killed"
     assert end == End(Status.FAILED, why)
 
 
@@ -318,9 +320,8 @@ def test_where_too_few_are_left_and_none_comes_the_state_is_saved_before_the_run
         controller.handle(MemberLost(member, Cause.PROCESS_DIED, ""), 3.0)
     (last,) = pass_time(controller, 3.0, 12.0)
     assert isinstance(last, FormWorld) and last.members == ("w0",)
-    (stop,) = controller.handle(Settled("w0", last.generation, 5, "self", 0.1), 12.5)
-    assert isinstance(stop, StopWorld)
-    (end,) = controller.handle(MemberEnded("w0", last.generation, 6, Ending.STOPPED), 13.0)
+    assert controller.handle(Settled("w0", last.generation, 5, "self", 0.1), 12.5) == []
+    (end,) = controller.handle(MemberEnded("w0", last.generation, 5, Ending.STOPPED), 13.0)
     assert isinstance(end, End) and end.status is Status.FAILED
     assert "at least 2 workers" in end.reason
 
