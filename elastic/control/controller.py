@@ -91,8 +91,7 @@ class Controller:
     _settled: int = 0  # the generation that did last
     _least: int = field(init=False)
     _is_broken: bool = True
-    _is_parting: bool = False  # all will be taken away: the world saves what it holds, and ends
-    _is_safe: bool = False  # it has; whoever comes goes on from there
+    _is_parting: bool = False  # all will be taken away: the world saves what it holds, and who leaves may go
     _why_formed: str = ""
     _hurries_since: float | None = None  # survivors are on their way to their next step
     _begun_at: float = 0.0
@@ -198,7 +197,7 @@ class Controller:
 
     def _fail(self, why: str, now: float) -> list[Instruction]:
         """The run has to end; who holds its state saves that first, unless it is safe already."""
-        if self._is_safe or not (self.members.heirs or self.members.found):
+        if self.members.is_safe or not (self.members.heirs or self.members.found):
             return self._end(Status.FAILED, why)
         self._ends_as, self.stopping = Status.FAILED, None
         return self._stop(why, now)
@@ -214,7 +213,7 @@ class Controller:
             return self._improve(now)
         if self.members.missing:
             return []
-        is_unsafe = is_left_to_store(self.members, self.policy, self.most_ranks) and not self._is_safe
+        is_unsafe = not self.members.is_safe and is_left_to_store(self.members, self.policy, self.most_ranks)
         if self.stopping or (is_unsafe and (self.members.heirs or self.members.found)):
             return self._form_last(now)
         return self._choose(Manner.AT_ONCE, now)
@@ -260,7 +259,7 @@ class Controller:
         self.generation = self.formed = self.generation + 1
         self.members.rank(members)
         self.phase, self._why_formed = Phase.FORMING, reason
-        self._is_broken = self._is_parting = self._is_safe = False
+        self._is_broken = self._is_parting = False
         if manner is Manner.AT_ONCE and self.members.has_state and self._hurries_since is None:
             self._hurries_since = now
         self.roll = Attendance(
@@ -290,7 +289,8 @@ class Controller:
         if not self.members.knows(member) or member in self.members.leaving:
             return []
         self.members.part(member, notice)
-        released = [] if self._is_broken or self.members.is_ranked(member) else self._release(now)
+        may_go = not self.members.is_ranked(member) and (self.members.is_safe or not self._is_broken)
+        released = self._release(now) if may_go else []
         return [*(released or self._replenish(now)), *self._consider(now)]
 
     def _resize(self, workers: int, now: float) -> list[Instruction]:
@@ -322,8 +322,7 @@ class Controller:
             return self._stall("the world stopped because one of its workers had no driver", now)
         self.members.disband()
         self._break(now)
-        self._is_safe = True
-        return self._consider(now)
+        return [*self._release(now), *self._consider(now)]
 
     def _stop(self, reason: str, now: float) -> list[Instruction]:
         if self.stopping:

@@ -27,6 +27,7 @@ class Membership:
     _heirs: dict[str, None] = field(default_factory=dict)
     _num_settled: int = 0
     _is_lost: bool = False
+    _is_safe: bool = False
     _found: dict[str, None] = field(default_factory=dict)
     _missing: set[str] = field(default_factory=set)
     _gone: set[str] = field(default_factory=set)
@@ -88,7 +89,7 @@ class Membership:
 
     def rank(self, members: tuple[str, ...]) -> None:
         """Make ready members the world, in this order of ranks."""
-        self.world, self._ranked = members, frozenset(members)
+        self.world, self._ranked, self._is_safe = members, frozenset(members), False
         self._veterans.update(dict.fromkeys(members))
         self._outside = {
             member: None
@@ -113,8 +114,8 @@ class Membership:
         return True
 
     def disband(self) -> None:
-        """Leave nobody in the world: it ended in good order."""
-        self.world, self._ranked = (), frozenset()
+        """Leave nobody in the world: it ended in good order, and what it held is durable."""
+        self.world, self._ranked, self._is_safe = (), frozenset(), True
 
     def overdue(self, now: float) -> tuple[str, ...]:
         """Name those that should have been ready by now."""
@@ -124,6 +125,17 @@ class Membership:
     def heirs(self) -> tuple[str, ...]:
         """Who holds the newest state: what is left of the world that settled last, wherever they are now."""
         return tuple(self._heirs)
+
+    @property
+    def is_safe(self) -> bool:
+        """Whether what the members hold is durable, and no world has gone on from there."""
+        return self._is_safe
+
+    @property
+    def needed(self) -> Collection[str]:
+        """Who may not be ended, as it holds the newest state; where that is safe, who leaves may."""
+        heirs = self._heirs.keys()
+        return heirs - self._leaving.keys() if self._is_safe else heirs
 
     @property
     def found(self) -> tuple[str, ...]:
@@ -170,8 +182,10 @@ class Membership:
 
     @property
     def left_behind(self) -> tuple[str, ...]:
-        """The members outside the world that have been in one: what they hold is old."""
-        if len(self._veterans) == len(self.world):
+        """The members outside the world that have been in one: what they hold is old. None, if no world is
+        there.
+        """
+        if not self.world or len(self._veterans) == len(self.world):
             return ()
         return tuple(member for member in self._veterans if member not in self._ranked)
 

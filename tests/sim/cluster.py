@@ -66,6 +66,8 @@ class Cluster:
     audience: Audience | None = None
     is_chaotic: bool = True
     restore_s: float = 3.0
+    num_places: int = 1 << 30  # where a process can be
+    called_off: set[str] = field(default_factory=set)
     deadly_step: int = -1  # whoever computes it loses one of the world
     _queue: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
     _num_queued: int = 0
@@ -102,8 +104,11 @@ class Cluster:
     # --------------------------------------------------------------------------------- what members are told
 
     def start(self, name: str, seat: Callable[[Node], None]) -> None:
-        """A process comes up, or fails to."""
+        """A process comes up, or fails to; where there is no place for it, it waits for one."""
         if name in self.nodes:
+            return
+        if sum(not node.is_beyond_help for node in self.nodes.values()) >= self.num_places:
+            self.later(BLOCKED_S, partial(self._await_place, name, seat))
             return
         node = Node(name, f"host-{self.random.randint(0, 2)}", heard_at=self.now, answered_at=self.now)
         seat(node)
@@ -112,6 +117,10 @@ class Cluster:
             return
         self.nodes[name] = node
         self.greet(node)
+
+    def _await_place(self, name: str, seat: Callable[[Node], None]) -> None:
+        if name not in self.called_off:
+            self.start(name, seat)
 
     def greet(self, node: Node) -> None:
         """Ask a member that is up to say so."""

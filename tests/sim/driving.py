@@ -175,7 +175,9 @@ class Driver:
         """End a process, if the run is still ours and the network lets us."""
         cluster = self.cluster
         node = cluster.nodes.get(name)
-        if self._is_superseded() or self.seats.pop(name, None) is not node or node is None:
+        if not self._is_superseded():
+            cluster.called_off.add(name)
+        if self.is_gone or self.seats.pop(name, None) is not node or node is None:
             return
         assert reason, cluster.explain(f"{name} is ended without a reason")
         if cause is Cause.HUNG:

@@ -52,6 +52,11 @@ class Node:
     def is_blank(self) -> bool:
         return self.standing.committed == BLANK
 
+    @property
+    def is_beyond_help(self) -> bool:
+        """Whether it was ended as far as its driver could, and does nothing any more."""
+        return self.is_evicted and bool(self.faults)
+
     def is_orphaned(self, now: float) -> bool:
         return now - self.heard_at > LEASE_S
 

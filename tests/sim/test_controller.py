@@ -1,8 +1,8 @@
 """The controller under seeded chaos: what it promises must hold, whatever goes wrong.
 
 Members die, hang, are slow, are cut off from the driver or from each other, are taken away with or without
-notice, join, and are told to stop; a step may kill whoever computes it; drivers die and sleep, and have
-successors; messages come late, twice, in another order, or never.
+notice, join (where there is a place for them), and are told to stop; a step may kill whoever computes it;
+drivers die and sleep, and have successors; messages come late, twice, in another order, or never.
 """
 
 import random

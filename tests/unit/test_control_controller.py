@@ -264,10 +264,11 @@ def test_where_one_rank_is_all_there_can_be_its_state_goes_on_through_the_store(
     assert started == StartMember("w1")
     assert isinstance(stop, StopWorld)
     assert controller.handle(MemberReady("w1", "h", 1), 3.5) == []
-    (formed,) = controller.handle(MemberEnded("w0", 1, 4, Ending.STOPPED), 4.0)
+    released, formed = controller.handle(MemberEnded("w0", 1, 4, Ending.STOPPED), 4.0)
+    assert released == ReleaseMember("w0", "drained")
     assert isinstance(formed, FormWorld) and formed.members == ("w1",)
     assert controller.roll.origin == "store"
-    assert controller.handle(Settled("w1", 2, 4, "store", 0.1), 5.0) == [ReleaseMember("w0", "drained")]
+    assert controller.handle(Settled("w1", 2, 4, "store", 0.1), 5.0) == []
 
 
 def test_where_one_rank_is_all_there_can_be_a_broken_world_of_its_is_saved_before_it_is_passed_on() -> None:
@@ -343,8 +344,8 @@ def test_a_replacement_that_comes_while_those_that_leave_save_is_too_few_and_end
     told = [one for member in ("w0", "w1", "w2") for one in controller.handle(left(member), 400.0)]
     assert isinstance(told[-1], StopWorld)
     assert controller.handle(MemberReady("w3", "h", 3), 401.0) == []
-    for member in ("w0", "w1", "w2"):
-        assert controller.handle(MemberEnded(member, 1, 5, Ending.STOPPED), 402.0) == []
+    told = [controller.handle(MemberEnded(f"w{rank}", 1, 5, Ending.STOPPED), 402.0) for rank in range(3)]
+    assert told == [[], [], [ReleaseMember(f"w{rank}", "drained") for rank in range(3)]]
     assert controller.phase is Phase.GATHERING
 
 
