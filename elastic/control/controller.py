@@ -115,8 +115,8 @@ class Controller:
         if self.phase is Phase.ENDED:
             return []
         match event:
-            case MemberReady(member, host):
-                return self._welcome(member, host, now)
+            case MemberReady():
+                return self._welcome(event, now)
             case MemberLost():
                 return self._lose(event, now)
             case MemberFailed(member, evidence):
@@ -141,9 +141,9 @@ class Controller:
                 return [form(self.members.world, self.roll.manner, self._why_formed, now)]
         return []
 
-    def _welcome(self, member: str, host: str, now: float) -> list[Instruction]:
-        if self.members.admit(member, host):
-            self.diagnosis.welcome(member)
+    def _welcome(self, ready: MemberReady, now: float) -> list[Instruction]:
+        if self.members.admit(ready.member, ready.host, ready.step):
+            self.diagnosis.welcome(ready.member)
         return self._consider(now)
 
     def _hear(self, event: OfWorld, now: float) -> list[Instruction]:

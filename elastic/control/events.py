@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from elastic.control.standing import BLANK
+
 
 class Cause(StrEnum):
     """Why a member was lost."""
@@ -28,11 +30,15 @@ class Ending(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MemberReady:
-    """A member's process is up and can be given a rank. `host` names its machine."""
+    """A member's process is up and can be given a rank. `host` names its machine.
+
+    `step` counts the committed steps of the state that it holds as it says so (`BLANK`: it holds none).
+    """
 
     member: str
     host: str
     pid: int
+    step: int = BLANK
 
 
 @dataclass(frozen=True, slots=True)

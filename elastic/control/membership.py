@@ -6,6 +6,8 @@ Every change costs the same however many members there are, but for those of the
 from collections.abc import Collection, Iterable, KeysView, Mapping
 from dataclasses import dataclass, field
 
+from elastic.control.standing import BLANK
+
 
 @dataclass(slots=True)
 class Membership:
@@ -28,13 +30,13 @@ class Membership:
     _num_settled: int = 0
     _is_lost: bool = False
     _is_safe: bool = False
-    _found: dict[str, None] = field(default_factory=dict)
+    _found: dict[str, int] = field(default_factory=dict)
     _missing: set[str] = field(default_factory=set)
     _gone: set[str] = field(default_factory=set)
 
     def expect(self, members: Iterable[str], until: float) -> None:
         """Count an earlier driver's members as starting."""
-        self._found = dict.fromkeys(members)
+        self._found = dict.fromkeys(members, BLANK)
         self._missing = set(self._found)
         self._starting.update(dict.fromkeys(self._found, until))
 
@@ -50,13 +52,16 @@ class Membership:
         self._starting[member] = until
         return member
 
-    def admit(self, member: str, host: str) -> bool:
+    def admit(self, member: str, host: str, step: int = BLANK) -> bool:
         """Count a member as ready, also one that another driver started, but none that was dropped; return
-        whether this controller started it, and hears of it for the first time.
+        whether this controller started it, and hears of it for the first time. It holds the state of a
+        `step`, or none.
         """
         if member in self._gone:
             return False
         is_new = self._starting.pop(member, None) is not None and member not in self._found
+        if member in self._found:
+            self._found[member] = max(step, self._found[member])
         self._missing.discard(member)
         self.hosts[member] = host
         if member not in self._ranked and member not in self._leaving:
@@ -139,8 +144,11 @@ class Membership:
 
     @property
     def found(self) -> tuple[str, ...]:
-        """An earlier driver's ready members, while no world has settled yet: they may hold the state."""
-        return tuple(member for member in self._found if member in self.hosts)
+        """An earlier driver's ready members, while no world has settled yet: they may hold the state. Who
+        holds the newest, as far as they have said, comes first.
+        """
+        newest_first = sorted(self._found, key=lambda member: -self._found[member])
+        return tuple(member for member in newest_first if member in self.hosts)
 
     @property
     def is_missing_all(self) -> bool:

@@ -13,9 +13,9 @@ def find_candidates(members: Membership, policy: WorldPolicy, most_ranks: int) -
     """Return who stays, who may join them, and the policy that says how many.
 
     If all who hold the state are leaving, one of them hands it over, if a newcomer fits beside it. Until a
-    world has settled, all of an earlier driver's members are in it, if that many can be: which of them hold
-    the state is not known. Where all are leaving, or have saved and left, whoever comes goes on as survivors
-    do, and is waited for as replacements are.
+    world has settled, all of an earlier driver's members are in it, or as many as can be: those first who say
+    that they hold the newest state. Where all are leaving, or have saved and left, whoever comes goes on as
+    survivors do, and is waited for as replacements are.
     """
     if members.is_deserted or members.is_safe:
         return tuple(members.outside), (), replace(policy, gather_s=policy.wait_s)

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -108,9 +108,10 @@ class Member:
     def greet(self) -> None:
         """Introduce this member to a new driver."""
         self._mailbox.hear()
-        for known in (self._ready, self._notice):
-            if known is not None:
-                self._outbox.put(known)
+        if self._ready is not None and self._trainer is not None:
+            self._outbox.put(replace(self._ready, step=self._trainer.standing.committed))
+        if self._notice is not None:
+            self._outbox.put(self._notice)
 
     def form(self, order: WorldOrder) -> None:
         """Take an order to form a world; an order at once also breaks the world the member is in."""

@@ -125,7 +125,7 @@ class Cluster:
     def greet(self, node: Node) -> None:
         """Ask a member that is up to say so."""
         if not (node.is_cut_off or Fault.STOPPED in node.faults or self.is_gone(node)):
-            self.tell(node, MemberReady(node.name, node.host, 1))
+            self.tell(node, MemberReady(node.name, node.host, 1, node.standing.committed))
             if node.has_notice:
                 self.give_notice(node)
 
