@@ -5,12 +5,12 @@ does so at a step boundary, and a request to stop leads to ENDED through one las
 an older generation is ignored.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from elastic.control.attendance import Attendance, OfWorld, Stage
-from elastic.control.diagnosis import Diagnosis, Hung, Stalled
+from elastic.control.diagnosis import Blamed, Diagnosis, Stalled
 from elastic.control.events import (
     Cause,
     Ending,
@@ -243,6 +243,8 @@ class Controller:
     def _form_last(self, now: float) -> list[Instruction]:
         """All is to end, and there is no world: whoever holds state saves it, be they ever so few."""
         holders = self.members.heirs or self.members.found or self.members.world
+        if self.members.is_safe:
+            return self._end(self._ends_as, f"{self.stopping}")
         if holders:
             then = "and stop" if self.stopping else "before they are taken away"
             why = f"the survivors save the state {then}"
@@ -263,13 +265,12 @@ class Controller:
         if manner is Manner.AT_ONCE and self.members.has_state and self._hurries_since is None:
             self._hurries_since = now
         self.roll = Attendance(
-            frozenset(members),
+            members,
             manner,
             self.members.origin,
             frozenset(self.members.heirs or self.members.found),
             self.last_step,
             ordered_at=now,
-            moved_at=now,
         )
         hosts = tuple(self.members.hosts[member] for member in members)
         return FormWorld(self.generation, members, hosts, manner, reason)
@@ -340,21 +341,21 @@ class Controller:
         self.diagnosis.look(tick, self.members.hosts, now=now, slept_s=self._clock.slept_s)
         overdue = self._replace_overdue(now)
         if unreachable := self.diagnosis.unreachable():
-            return [*overdue, *self._evict_all(unreachable.evidence, now)]
+            return [*overdue, *self._evict_all(unreachable, now)]
         if self._is_broken:
             return [*overdue, *self._consider(now)]
         match self.diagnosis.judge(self.roll, now):
-            case Hung(evidence):
-                return [*overdue, *self._evict_all(evidence, now)]
+            case Blamed() as blamed:
+                return [*overdue, *self._evict_all(blamed, now)]
             case Stalled(why):
                 return [*overdue, *self._stall(why, now)]
         return overdue
 
-    def _evict_all(self, evidence: Mapping[str, str], now: float) -> list[Instruction]:
+    def _evict_all(self, blamed: Blamed, now: float) -> list[Instruction]:
         instructions: list[Instruction] = []
-        for member, what in evidence.items():
+        for member, what in blamed.evidence.items():
             if self.phase is not Phase.ENDED:
-                instructions.extend(self._evict(member, Cause.HUNG, what, now))
+                instructions.extend(self._evict(member, blamed.cause, what, now))
         return instructions
 
     def _replace_overdue(self, now: float) -> list[Instruction]:

@@ -40,8 +40,9 @@ class FailureSpan:
     recovers from, the last carries both. None: the run ended first.
 
     A world that broke though no member was lost (its members formed the next one at once) is a failure too:
-    cause "world broken", member "world N". So are a member killed as "hung", and "driver lost": a segment
-    that begins though the one before did not end. `stacks` is the run's file on what a hung member did.
+    cause "world broken", member "world N". So are a member killed as "hung", or as "cut off" from its peers,
+    and "driver lost": a segment that begins though the one before did not end. `stacks` is the run's file on
+    what a hung member did.
     """
 
     cause: str

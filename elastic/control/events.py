@@ -16,6 +16,7 @@ class Cause(StrEnum):
     PROCESS_DIED = "process died"
     HOST_DIED = "host died"
     HUNG = "hung"
+    CUT_OFF = "cut off"
     FAILED = "worker failed"
     START_FAILED = "start failed"
 
@@ -54,13 +55,15 @@ class MemberLost:
 class WorldBroken:
     """A member saw a collective of this generation fail and has left its process group.
 
-    If it `is_blank` it holds no state now: it never did, or gave it up.
+    If it `is_blank` it holds no state now: it never did, or gave it up. Where the world could not connect it
+    has looked whom of it is `unreachable` from here (None: it has not looked).
     """
 
     member: str
     generation: int
     evidence: str
     is_blank: bool = False
+    unreachable: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

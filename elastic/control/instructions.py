@@ -30,7 +30,9 @@ class StartMember:
 
 @dataclass(frozen=True, slots=True)
 class KillMember:
-    """End a member that hangs, or whose machine or memory cannot be trusted; `cause` says which."""
+    """End a member that hangs, that its peers cannot reach, or whose machine or memory cannot be trusted;
+    `cause` says which.
+    """
 
     member: str
     reason: str

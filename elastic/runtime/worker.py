@@ -54,7 +54,7 @@ from elastic.runtime.order import TrainOrder
 from elastic.runtime.peers import Home, Neighbours
 from elastic.runtime.preemption import heed_sigterm
 from elastic.runtime.warden import LEASE
-from elastic.runtime.world import Former, Place, World
+from elastic.runtime.world import Former, Place, Unconnected, World
 from elastic.training.blame import UserFailure, explain, is_out_of_memory
 from elastic.training.job import load_job, load_settings
 from elastic.training.plan import TrainPlan
@@ -225,7 +225,8 @@ class Member:
             error.__traceback__ = None
             log.warning("world %d broke: %s", form.generation, error)
             is_blank = trainer.standing.committed == BLANK
-            self._outbox.put(WorldBroken(member, form.generation, str(error), is_blank))
+            unreachable = _named(error, form)
+            self._outbox.put(WorldBroken(member, form.generation, str(error), is_blank, unreachable))
         finally:
             if self._world is not None:
                 self._world.leave()
@@ -241,6 +242,13 @@ class Member:
         ending = go_on(world, self._mailbox, self._outbox.put)
         sha256 = "" if ending is Ending.REGROUP else trainer.weights_sha256()
         return MemberEnded(member, world.generation, trainer.standing.committed, ending, sha256)
+
+
+def _named(error: Broken, form: FormWorld) -> tuple[str, ...] | None:
+    """Name whom of its world a member could not reach; None if it has not looked."""
+    if not isinstance(error, Unconnected) or error.unreachable is None:
+        return None
+    return tuple(form.members[rank] for rank in error.unreachable)
 
 
 def _device(order: TrainOrder) -> torch.device:

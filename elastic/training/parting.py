@@ -17,7 +17,7 @@ def lets_go(work: Callable[Concatenate[S, World, P], R]) -> Callable[Concatenate
     """
 
     @wraps(work)
-    def bare(self: S, world: World, *arguments: P.args, **options: P.kwargs) -> R:
+    def bare(self: S, world: World, /, *arguments: P.args, **options: P.kwargs) -> R:
         try:
             return work(self, world, *arguments, **options)
         except Broken as broken:

@@ -25,6 +25,7 @@ from elastic.control.events import (
 )
 from elastic.control.instructions import FormWorld, Manner
 from elastic.control.standing import BLANK, Standing, settle
+from tests.sim.network import Network
 from tests.sim.node import LEASE_S, Fault, Node
 
 NUM_STEPS = 40
@@ -66,6 +67,7 @@ class Cluster:
     audience: Audience | None = None
     is_chaotic: bool = True
     restore_s: float = 3.0
+    network: Network = field(default_factory=Network)
     num_places: int = 1 << 30  # where a process can be
     called_off: set[str] = field(default_factory=set)
     deadly_step: int = -1  # whoever computes it loses one of the world
@@ -107,7 +109,7 @@ class Cluster:
         """A process comes up, or fails to; where there is no place for it, it waits for one."""
         if name in self.nodes:
             return
-        if sum(not node.is_beyond_help for node in self.nodes.values()) >= self.num_places:
+        if sum(not node.is_beyond_help(self.now) for node in self.nodes.values()) >= self.num_places:
             self.later(BLOCKED_S, partial(self._await_place, name, seat))
             return
         node = Node(name, f"host-{self.random.randint(0, 2)}", heard_at=self.now, answered_at=self.now)
@@ -173,17 +175,18 @@ class Cluster:
         members = self._members(generation)
         if members is None or any(node.waiting_at != generation for node in members):
             return
-        if len(members) > 1 and any(node.is_isolated for node in members):
+        if self.network.is_torn(members):
             self.later(CONNECT_S, partial(self._fail_to_connect, generation))
         else:
             self.later(self.random.uniform(0.01, 0.1), partial(self._connect, generation))
 
     def _fail_to_connect(self, generation: int) -> None:
-        for name in self.worlds[generation].order.members:
-            node = self.nodes.get(name)
+        peers = {name: self.nodes.get(name) for name in self.worlds[generation].order.members}
+        for node in peers.values():
             if node is not None and node.waiting_at == generation:
                 node.waiting_at = 0
-                self.tell_broken(node, generation, "could not form: timed out")
+                unreachable = self.network.unreachable(node, peers)
+                self.tell_broken(node, generation, "could not form: timed out", unreachable)
                 self.advance(node)
 
     def _connect(self, generation: int) -> None:
@@ -332,8 +335,10 @@ class Cluster:
         is_well = not (node.faults or node.is_isolated or node.is_held_up(self.now))
         return is_well and node.inside == generation and not node.is_blank
 
-    def tell_broken(self, node: Node, generation: int, why: str) -> None:
-        self.tell(node, WorldBroken(node.name, generation, why, node.is_blank))
+    def tell_broken(
+        self, node: Node, generation: int, why: str, unreachable: tuple[str, ...] | None = None
+    ) -> None:
+        self.tell(node, WorldBroken(node.name, generation, why, node.is_blank, unreachable))
 
     def _break(self, generation: int) -> None:
         for other in list(self.nodes.values()):
@@ -364,8 +369,18 @@ class Cluster:
 
     def is_sound(self, node: Node) -> bool:
         """Whether nothing has been wrong with a member for long enough that nobody may think ill of it."""
-        is_whole = not (node.faults or node.is_cut_off or node.is_isolated or node.is_evicted)
+        is_whole = not (node.faults or node.is_cut_off or node.is_evicted or self.network.touches(node))
         return is_whole and self.now - node.blemished_at > LEASE_S
+
+    def may_be_cut_off(self, node: Node) -> bool:
+        """Whether a member is out of reach of others, or was lately. Of two nobody can tell which it is, and
+        the only one of its world that holds the newest state is kept in any case.
+        """
+        living = [self.nodes.get(name) for name in self.worlds[node.taken].order.members]
+        newest = max(one.standing.committed for one in living if one is not None)
+        kept = [one for one in living if one is None or one.standing.committed == newest]
+        suspects = living if len(living) == 2 else [node, *(kept if len(kept) == 1 else [])]
+        return any(one is None or not self.is_sound(one) for one in suspects)
 
     def _members(self, generation: int) -> list[Node] | None:
         """Return a world's processes; None if one of them is gone."""
@@ -378,8 +393,7 @@ class Cluster:
         members = self._members(generation)
         if members is None or any(node.inside != generation for node in members):
             return None  # it broke
-        is_parted = len(members) > 1 and any(node.is_isolated for node in members)
-        if is_parted or any(node.faults or node.is_held_up(self.now) for node in members):
+        if self.network.is_torn(members) or any(node.faults or node.is_held_up(self.now) for node in members):
             self.later(BLOCKED_S, partial(again, generation))
             return None
         return members

@@ -182,6 +182,8 @@ class Driver:
         assert reason, cluster.explain(f"{name} is ended without a reason")
         if cause is Cause.HUNG:
             assert not cluster.is_sound(node), cluster.explain(f"{name} is killed, though it is sound")
+        if cause is Cause.CUT_OFF:
+            assert cluster.may_be_cut_off(node), cluster.explain(f"{name} is killed, though all reach it")
         self._check_kept(node)
         node.is_evicted = True
         if not node.is_cut_off:
