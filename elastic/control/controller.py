@@ -7,7 +7,6 @@ an older generation is ignored.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from enum import Enum
 
 from elastic.control.attendance import Attendance, OfWorld, Stage
 from elastic.control.diagnosis import Blamed, Diagnosis, Stalled
@@ -45,25 +44,12 @@ from elastic.control.instructions import (
 )
 from elastic.control.losses import Losses
 from elastic.control.membership import Membership
+from elastic.control.phase import Phase
 from elastic.control.policy import Action, WorldPolicy, choose_world
-from elastic.control.succession import (
-    find_candidates,
-    find_unneeded,
-    has_reason,
-    is_left_to_store,
-)
+from elastic.control.succession import find_candidates, find_unneeded, has_reason, is_left_to_store
 from elastic.control.waking import WakingClock
 
 HASTE_S = 2.0  # a process that starts takes seconds of a core: survivors come first, for so long at most
-
-
-class Phase(Enum):
-    """What the run is doing."""
-
-    GATHERING = "gathering workers"
-    FORMING = "forming a world"
-    TRAINING = "training"
-    ENDED = "ended"
 
 
 @dataclass(slots=True)
@@ -92,7 +78,7 @@ class Controller:
     _least: int = field(init=False)
     _is_broken: bool = True
     _is_parting: bool = False  # all will be taken away: the world saves what it holds, and who leaves may go
-    _why_formed: str = ""
+    _ordered: FormWorld = field(init=False)
     _hurries_since: float | None = None  # survivors are on their way to their next step
     _begun_at: float = 0.0
     _idle_since: float = 0.0
@@ -137,8 +123,9 @@ class Controller:
             case MemberCame() | WorldFormed() | WorldBroken() | Settled() | StepCommitted() | MemberEnded():
                 return self._hear(event, now)
             case GenerationTaken():
-                form = self._form_to_save if self.roll.is_closing else self._form
-                return [form(self.members.world, self.roll.manner, self._why_formed, now)]
+                self.generation = self.formed = self.generation + 1
+                self._ordered = replace(self._ordered, generation=self.formed)
+                return [self._ordered]
         return []
 
     def _welcome(self, ready: MemberReady, now: float) -> list[Instruction]:
@@ -158,7 +145,7 @@ class Controller:
             case MemberCame(member=member) if self.roll.manner is Manner.AT_ONCE:
                 self.diagnosis.learn_of_coming(member, self.roll.ordered_at, now)
             case Settled(seconds=seconds):
-                self.diagnosis.learn_of_settling(self.roll.origin, seconds)
+                self.diagnosis.learn_of_settling(self.roll, seconds)
                 return self._settle(now)
             case StepCommitted():
                 self.losses.num_in_a_row = self.diagnosis.num_stalls = 0
@@ -248,19 +235,21 @@ class Controller:
         if holders:
             then = "and stop" if self.stopping else "before they are taken away"
             why = f"the survivors save the state {then}"
-            return [self._form_to_save(holders[: self.most_ranks], Manner.AT_ONCE, why, now)]
+            last = self._form_to_save(holders[: self.most_ranks], Manner.AT_ONCE, why, now)
+            self._is_parting = True
+            return [last]
         return self._end(self._ends_as, f"{self.stopping}; no worker is left to save a final checkpoint")
 
     def _form_to_save(self, members: tuple[str, ...], manner: Manner, reason: str, now: float) -> FormWorld:
         """Form a world that makes no step: one may have killed those before it."""
-        form = self._form(members, manner, reason, now)
-        self._is_parting = self.roll.is_closing = True
-        return replace(form, only_saves=True)
+        self._ordered = replace(self._form(members, manner, reason, now), only_saves=True)
+        self.roll.is_closing = True
+        return self._ordered
 
     def _form(self, members: tuple[str, ...], manner: Manner, reason: str, now: float) -> FormWorld:
         self.generation = self.formed = self.generation + 1
         self.members.rank(members)
-        self.phase, self._why_formed = Phase.FORMING, reason
+        self.phase = Phase.FORMING
         self._is_broken = self._is_parting = False
         if manner is Manner.AT_ONCE and self.members.has_state and self._hurries_since is None:
             self._hurries_since = now
@@ -273,7 +262,8 @@ class Controller:
             ordered_at=now,
         )
         hosts = tuple(self.members.hosts[member] for member in members)
-        return FormWorld(self.generation, members, hosts, manner, reason)
+        self._ordered = FormWorld(self.generation, members, hosts, manner, reason)
+        return self._ordered
 
     def _settle(self, now: float) -> list[Instruction]:
         """Begin to train, once all hold the state."""
@@ -283,7 +273,8 @@ class Controller:
         self.members.settle()
         if self.stopping:
             return self._stop_world(self.stopping)
-        return [*self._release(now), *self._consider(now)]
+        released = [] if self._ordered.only_saves else self._release(now)  # the others go on after it
+        return [*released, *self._consider(now)]
 
     def _part(self, member: str, notice: str, now: float) -> list[Instruction]:
         """A member will be taken away: let the others go on without it from the next step boundary on."""
@@ -319,7 +310,7 @@ class Controller:
             return self._end(Status.FINISHED, "all steps are committed and durable")
         if self.stopping:
             return self._end(self._ends_as, self.stopping)
-        if not self._is_parting:
+        if not (self._is_parting or self._ordered.only_saves):
             return self._stall("the world stopped because one of its workers had no driver", now)
         self.members.disband()
         self._break(now)
@@ -351,12 +342,20 @@ class Controller:
                 return [*overdue, *self._stall(why, now)]
         return overdue
 
-    def _evict_all(self, blamed: Blamed, now: float) -> list[Instruction]:
-        instructions: list[Instruction] = []
+    def _evict_all(self, blamed: Blamed, now: float) -> Iterable[Instruction]:
         for member, what in blamed.evidence.items():
-            if self.phase is not Phase.ENDED:
-                instructions.extend(self._evict(member, blamed.cause, what, now))
-        return instructions
+            if self.phase is Phase.ENDED:
+                return
+            if blamed.cause is Cause.CUT_OFF and self.members.is_last_holder(member):
+                yield self._set_aside(member, what, now)
+            else:
+                yield from self._evict(member, blamed.cause, what, now)
+
+    def _set_aside(self, member: str, why: str, now: float) -> Instruction:
+        """Let the only one that holds the state save it alone, and go then: the others cannot reach it."""
+        self._break(now)
+        self.members.part(member, why)
+        return self._form_to_save((member,), Manner.AT_ONCE, f"it saves the state alone: {why}", now)
 
     def _replace_overdue(self, now: float) -> list[Instruction]:
         """Give up whom nobody has heard of; that is no failure, it never was there."""

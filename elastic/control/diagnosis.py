@@ -95,9 +95,12 @@ class Diagnosis:
         if member in self._seasoned:
             self._lengthen(_COMING, now - self._since(ordered_at, (member,)))
 
-    def learn_of_settling(self, origin: str, seconds: float) -> None:
-        """Learn how long it takes to come to one state that members get from there."""
-        self._lengthen(origin, seconds)
+    def learn_of_settling(self, roll: Attendance, seconds: float) -> None:
+        """Learn how long it takes to come to one state, by where members get it from; and that they have
+        reached each other.
+        """
+        self._lengthen(roll.origin, seconds)
+        self._reach.acquit(roll.ranks)
 
     def expect_restore(self, member: str) -> None:
         """Note that a member may have to restore a state before it makes another step."""
@@ -124,7 +127,7 @@ class Diagnosis:
     def judge(self, roll: Attendance, now: float) -> Verdict:
         """Say who holds this world up, or that somebody does."""
         if roll.broken_at is not None and now - roll.broken_at > SUSPICION_S * self._backoff:
-            cut_off = self._reach.cut_off(roll.ranks, roll.holding)
+            cut_off = self._reach.name(roll.ranks, roll.holding)
             return Blamed(cut_off, Cause.CUT_OFF) if cut_off else Stalled(roll.why_broken)
         idle_s = now - roll.moved_at
         return (

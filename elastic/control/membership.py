@@ -150,6 +150,14 @@ class Membership:
         newest_first = sorted(self._found, key=lambda member: -self._found[member])
         return tuple(member for member in newest_first if member in self.hosts)
 
+    def is_last_holder(self, member: str) -> bool:
+        """Whether nobody else is known to hold as new a state as this member."""
+        if self._heirs:
+            return self._heirs.keys() == {member}
+        step = self._found.get(member, BLANK)
+        others = [self._found[one] for one in self.found if one != member]
+        return step > max(others, default=BLANK)
+
     @property
     def is_missing_all(self) -> bool:
         """Whether none of an earlier driver's members has answered yet."""

@@ -1,7 +1,8 @@
 """Who is cut off from its peers: the fewest without whom all others reach each other. Pure.
 
 Where a world could not connect each member says whom it cannot reach. Of a pair nobody knows which of the two
-it is; so who is in most pairs is named first (a greedy vertex cover).
+it is; so who is in most pairs is named first (a greedy vertex cover), and the one that stays is remembered
+until it has reached somebody.
 """
 
 from collections import Counter
@@ -22,6 +23,7 @@ class Reach:
     _settled: int = 0
     _spoke_of: dict[str, int] = field(default_factory=dict)
     _said: dict[str, dict[str, int]] = field(default_factory=dict)
+    _doubtful: set[str] = field(default_factory=set)
 
     def take(self, broken: WorldBroken) -> None:
         """Take what a member says of a world that did not connect."""
@@ -39,11 +41,17 @@ class Reach:
             self._spoke_of.clear()
             self._said.clear()
 
-    def cut_off(self, ranks: Sequence[str], holding: frozenset[str]) -> dict[str, str]:
+    def acquit(self, ranks: Sequence[str]) -> None:
+        """These have reached each other."""
+        if self._doubtful and len(ranks) > 1:
+            self._doubtful.difference_update(ranks)
+
+    def name(self, ranks: Sequence[str], holding: frozenset[str]) -> dict[str, str]:
         """Name the fewest of a world's members without whom all others reach each other, with the evidence.
 
         What was said counts if it was said twice in a row, or at once by all others. Among equals goes who
-        said nothing, then who holds no state, then the highest rank; never all of the `holding` ones.
+        said nothing, then who was apart before from somebody that was named, then who does not hold the
+        state, then the highest rank.
         """
         said = dict(self._pairs(ranks))
         rank_of = {one: rank for rank, one in enumerate(ranks)}
@@ -53,18 +61,19 @@ class Reach:
         named: dict[str, str] = {}
         while certain:
             num_pairs = Counter(one for pair in certain for one in pair)
-            left = holding.difference(named)
             worst = max(
-                (one for one in num_pairs if left != {one}),
+                num_pairs,
                 key=lambda one: (
                     num_pairs[one],
                     one not in self._spoke_of,
+                    one in self._doubtful,
                     one not in holding,
                     rank_of[one],
                 ),
             )
             named[worst] = _evidence(worst, said, len(ranks) - 1)
             certain = {pair for pair in certain if worst not in pair}
+        self._doubtful |= {one for pair in said if not named.keys().isdisjoint(pair) for one in pair}
         return named
 
     def _pairs(self, ranks: Sequence[str]) -> Iterator[tuple[Pair, int]]:

@@ -373,13 +373,9 @@ class Cluster:
         return is_whole and self.now - node.blemished_at > LEASE_S
 
     def may_be_cut_off(self, node: Node) -> bool:
-        """Whether a member is out of reach of others, or was lately. Of two nobody can tell which it is, and
-        the only one of its world that holds the newest state is kept in any case.
-        """
+        """Whether a member is out of reach of others, or was lately; of two nobody can tell which it is."""
         living = [self.nodes.get(name) for name in self.worlds[node.taken].order.members]
-        newest = max(one.standing.committed for one in living if one is not None)
-        kept = [one for one in living if one is None or one.standing.committed == newest]
-        suspects = living if len(living) == 2 else [node, *(kept if len(kept) == 1 else [])]
+        suspects = living if len(living) == 2 else [node]
         return any(one is None or not self.is_sound(one) for one in suspects)
 
     def _members(self, generation: int) -> list[Node] | None:

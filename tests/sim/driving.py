@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from functools import partial
 
-from elastic.control.controller import Controller, Phase
+from elastic.control.controller import Controller
 from elastic.control.events import Cause, Event, GenerationTaken, Tick
 from elastic.control.instructions import (
     End,
@@ -15,6 +15,7 @@ from elastic.control.instructions import (
     StartMember,
     StopWorld,
 )
+from elastic.control.phase import Phase
 from elastic.control.policy import WorldPolicy
 from tests.sim.cluster import Cluster, World
 from tests.sim.node import Fault, Node

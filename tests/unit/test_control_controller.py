@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from elastic.control.attendance import Stage
-from elastic.control.controller import Controller, Phase
+from elastic.control.controller import Controller
 from elastic.control.events import (
     Cause,
     Ending,
@@ -31,6 +31,7 @@ from elastic.control.instructions import (
     Status,
     StopWorld,
 )
+from elastic.control.phase import Phase
 from elastic.control.policy import WorldPolicy
 from tests.controlled import pass_time, training
 

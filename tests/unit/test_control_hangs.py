@@ -1,7 +1,7 @@
 """Hangs in any phase: the one that hangs is named and ended, who waits for it is not, the others go on."""
 
 from elastic.control.attendance import Stage
-from elastic.control.controller import Controller, Phase
+from elastic.control.controller import Controller
 from elastic.control.events import (
     Cause,
     Ending,
@@ -24,6 +24,7 @@ from elastic.control.instructions import (
     Status,
     StopWorld,
 )
+from elastic.control.phase import Phase
 from elastic.control.policy import WorldPolicy
 from tests.controlled import pass_time, stepping, tell_all, training
 

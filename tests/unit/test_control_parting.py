@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from elastic.control.controller import Controller, Phase
+from elastic.control.controller import Controller
 from elastic.control.events import (
     Cause,
     Ending,
@@ -15,6 +15,7 @@ from elastic.control.events import (
     StopRequested,
 )
 from elastic.control.instructions import End, FormWorld, ReleaseMember, StartMember, Status, StopWorld
+from elastic.control.phase import Phase
 from tests.controlled import pass_time, training
 
 
