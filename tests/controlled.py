@@ -2,9 +2,10 @@
 
 from collections.abc import Collection, Mapping
 
-from elastic.control.controller import Controller, Phase
+from elastic.control.controller import Controller
 from elastic.control.events import MemberCame, MemberReady, Settled, StepCommitted, Tick, WorldFormed
 from elastic.control.instructions import Instruction
+from elastic.control.phase import Phase
 from elastic.control.policy import WorldPolicy
 
 

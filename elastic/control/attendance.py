@@ -34,7 +34,7 @@ class Stage(Enum):
 
 @dataclass(slots=True)
 class Attendance:
-    """Who of a world's `members` has told what, and when anybody told anything last.
+    """Who of a world's members, in their `ranks`, has told what, and when anybody told anything last.
 
     `holders` are those known to hold the state as it was ordered; none, if that is known of nobody. `origin`
     says where those who lack the state get it from: "self" (nobody does), "survivors" (nor does anybody, but
@@ -42,21 +42,25 @@ class Attendance:
     last checkpoint is left to do.
     """
 
-    members: frozenset[str] = frozenset()
+    ranks: tuple[str, ...] = ()
     manner: Manner = Manner.AT_ONCE
     origin: str = "store"
     holders: frozenset[str] = frozenset()
     last_step: int = 1 << 62
     ordered_at: float = 0.0
-    moved_at: float = 0.0
     broken_at: float | None = None
     why_broken: str = ""
     is_closing: bool = False
+    members: frozenset[str] = field(init=False)
+    moved_at: float = field(init=False)
     ended: dict[str, Ending] = field(default_factory=dict)
     _came: set[str] = field(default_factory=set)
     _formed: set[str] = field(default_factory=set)
     _settled: set[str] = field(default_factory=set)
     _has_stepped: bool = False
+
+    def __post_init__(self) -> None:
+        self.members, self.moved_at = frozenset(self.ranks), self.ordered_at
 
     def take(self, event: OfWorld, now: float) -> None:
         """Take in what a member of this world tells."""

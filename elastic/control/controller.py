@@ -5,12 +5,11 @@ does so at a step boundary, and a request to stop leads to ENDED through one las
 an older generation is ignored.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from enum import Enum
 
 from elastic.control.attendance import Attendance, OfWorld, Stage
-from elastic.control.diagnosis import Diagnosis, Hung, Stalled
+from elastic.control.diagnosis import Blamed, Diagnosis, Stalled
 from elastic.control.events import (
     Cause,
     Ending,
@@ -45,26 +44,12 @@ from elastic.control.instructions import (
 )
 from elastic.control.losses import Losses
 from elastic.control.membership import Membership
+from elastic.control.phase import Phase
 from elastic.control.policy import Action, WorldPolicy, choose_world
-from elastic.control.succession import (
-    Candidates,
-    find_candidates,
-    find_unneeded,
-    has_reason,
-    is_left_to_store,
-)
+from elastic.control.succession import find_candidates, find_unneeded, has_reason, is_left_to_store
 from elastic.control.waking import WakingClock
 
 HASTE_S = 2.0  # a process that starts takes seconds of a core: survivors come first, for so long at most
-
-
-class Phase(Enum):
-    """What the run is doing."""
-
-    GATHERING = "gathering workers"
-    FORMING = "forming a world"
-    TRAINING = "training"
-    ENDED = "ended"
 
 
 @dataclass(slots=True)
@@ -92,9 +77,8 @@ class Controller:
     _settled: int = 0  # the generation that did last
     _least: int = field(init=False)
     _is_broken: bool = True
-    _is_parting: bool = False  # all will be taken away: the world saves what it holds, and ends
-    _is_safe: bool = False  # it has; whoever comes goes on from there
-    _why_formed: str = ""
+    _is_parting: bool = False  # all will be taken away: the world saves what it holds, and who leaves may go
+    _ordered: FormWorld = field(init=False)
     _hurries_since: float | None = None  # survivors are on their way to their next step
     _begun_at: float = 0.0
     _idle_since: float = 0.0
@@ -117,8 +101,8 @@ class Controller:
         if self.phase is Phase.ENDED:
             return []
         match event:
-            case MemberReady(member, host):
-                return self._welcome(member, host, now)
+            case MemberReady():
+                return self._welcome(event, now)
             case MemberLost():
                 return self._lose(event, now)
             case MemberFailed(member, evidence):
@@ -139,12 +123,14 @@ class Controller:
             case MemberCame() | WorldFormed() | WorldBroken() | Settled() | StepCommitted() | MemberEnded():
                 return self._hear(event, now)
             case GenerationTaken():
-                return [self._form(self.members.world, self.roll.manner, self._why_formed, now)]
+                self.generation = self.formed = self.generation + 1
+                self._ordered = replace(self._ordered, generation=self.formed)
+                return [self._ordered]
         return []
 
-    def _welcome(self, member: str, host: str, now: float) -> list[Instruction]:
-        if self.members.admit(member, host):
-            self.diagnosis.welcome(member)
+    def _welcome(self, ready: MemberReady, now: float) -> list[Instruction]:
+        if self.members.admit(ready.member, ready.host, ready.step):
+            self.diagnosis.welcome(ready.member)
         return self._consider(now)
 
     def _hear(self, event: OfWorld, now: float) -> list[Instruction]:
@@ -159,7 +145,7 @@ class Controller:
             case MemberCame(member=member) if self.roll.manner is Manner.AT_ONCE:
                 self.diagnosis.learn_of_coming(member, self.roll.ordered_at, now)
             case Settled(seconds=seconds):
-                self.diagnosis.learn_of_settling(self.roll.origin, seconds)
+                self.diagnosis.learn_of_settling(self.roll, seconds)
                 return self._settle(now)
             case StepCommitted():
                 self.losses.num_in_a_row = self.diagnosis.num_stalls = 0
@@ -198,7 +184,7 @@ class Controller:
 
     def _fail(self, why: str, now: float) -> list[Instruction]:
         """The run has to end; who holds its state saves that first, unless it is safe already."""
-        if self._is_safe or not (self.members.heirs or self.members.found):
+        if self.members.is_safe or not (self.members.heirs or self.members.found):
             return self._end(Status.FAILED, why)
         self._ends_as, self.stopping = Status.FAILED, None
         return self._stop(why, now)
@@ -214,7 +200,7 @@ class Controller:
             return self._improve(now)
         if self.members.missing:
             return []
-        is_unsafe = is_left_to_store(self.members, self.policy, self.most_ranks) and not self._is_safe
+        is_unsafe = not self.members.is_safe and is_left_to_store(self.members, self.policy, self.most_ranks)
         if self.stopping or (is_unsafe and (self.members.heirs or self.members.found)):
             return self._form_last(now)
         return self._choose(Manner.AT_ONCE, now)
@@ -231,10 +217,7 @@ class Controller:
         return self._choose(Manner.AT_BOUNDARY, now) if has_reason(self.members, self.policy) else []
 
     def _choose(self, manner: Manner, now: float) -> list[Instruction]:
-        if self.members.is_deserted:
-            candidates: Candidates = (), (), replace(self.policy, gather_s=self.policy.wait_s)
-        else:
-            candidates = find_candidates(self.members, self.policy, self.most_ranks)
+        candidates = find_candidates(self.members, self.policy, self.most_ranks)
         num_starting, waited_s = len(self.members.starting), now - self._idle_since
         decision = choose_world(*candidates, num_starting=num_starting, waited_s=waited_s)
         match decision.action:
@@ -247,29 +230,40 @@ class Controller:
     def _form_last(self, now: float) -> list[Instruction]:
         """All is to end, and there is no world: whoever holds state saves it, be they ever so few."""
         holders = self.members.heirs or self.members.found or self.members.world
+        if self.members.is_safe:
+            return self._end(self._ends_as, f"{self.stopping}")
         if holders:
-            why = "the survivors save the state and stop"
-            return [self._form(holders[: self.most_ranks], Manner.AT_ONCE, why, now)]
+            then = "and stop" if self.stopping else "before they are taken away"
+            why = f"the survivors save the state {then}"
+            last = self._form_to_save(holders[: self.most_ranks], Manner.AT_ONCE, why, now)
+            self._is_parting = True
+            return [last]
         return self._end(self._ends_as, f"{self.stopping}; no worker is left to save a final checkpoint")
 
-    def _form(self, members: tuple[str, ...], manner: Manner, reason: str, now: float) -> Instruction:
+    def _form_to_save(self, members: tuple[str, ...], manner: Manner, reason: str, now: float) -> FormWorld:
+        """Form a world that makes no step: one may have killed those before it."""
+        self._ordered = replace(self._form(members, manner, reason, now), only_saves=True)
+        self.roll.is_closing = True
+        return self._ordered
+
+    def _form(self, members: tuple[str, ...], manner: Manner, reason: str, now: float) -> FormWorld:
         self.generation = self.formed = self.generation + 1
         self.members.rank(members)
-        self.phase, self._why_formed = Phase.FORMING, reason
-        self._is_broken = self._is_parting = self._is_safe = False
+        self.phase = Phase.FORMING
+        self._is_broken = self._is_parting = False
         if manner is Manner.AT_ONCE and self.members.has_state and self._hurries_since is None:
             self._hurries_since = now
         self.roll = Attendance(
-            frozenset(members),
+            members,
             manner,
             self.members.origin,
             frozenset(self.members.heirs or self.members.found),
             self.last_step,
             ordered_at=now,
-            moved_at=now,
         )
         hosts = tuple(self.members.hosts[member] for member in members)
-        return FormWorld(self.generation, members, hosts, manner, reason)
+        self._ordered = FormWorld(self.generation, members, hosts, manner, reason)
+        return self._ordered
 
     def _settle(self, now: float) -> list[Instruction]:
         """Begin to train, once all hold the state."""
@@ -278,15 +272,17 @@ class Controller:
         self.phase, self._settled = Phase.TRAINING, self.formed
         self.members.settle()
         if self.stopping:
-            return [StopWorld(self.generation, self.stopping)]
-        return [*self._release(now), *self._consider(now)]
+            return self._stop_world(self.stopping)
+        released = [] if self._ordered.only_saves else self._release(now)  # the others go on after it
+        return [*released, *self._consider(now)]
 
     def _part(self, member: str, notice: str, now: float) -> list[Instruction]:
         """A member will be taken away: let the others go on without it from the next step boundary on."""
         if not self.members.knows(member) or member in self.members.leaving:
             return []
         self.members.part(member, notice)
-        released = [] if self._is_broken or self.members.is_ranked(member) else self._release(now)
+        may_go = not self.members.is_ranked(member) and (self.members.is_safe or not self._is_broken)
+        released = self._release(now) if may_go else []
         return [*(released or self._replenish(now)), *self._consider(now)]
 
     def _resize(self, workers: int, now: float) -> list[Instruction]:
@@ -314,43 +310,52 @@ class Controller:
             return self._end(Status.FINISHED, "all steps are committed and durable")
         if self.stopping:
             return self._end(self._ends_as, self.stopping)
-        if not self._is_parting:
+        if not (self._is_parting or self._ordered.only_saves):
             return self._stall("the world stopped because one of its workers had no driver", now)
         self.members.disband()
         self._break(now)
-        self._is_safe = True
-        return self._consider(now)
+        return [*self._release(now), *self._consider(now)]
 
     def _stop(self, reason: str, now: float) -> list[Instruction]:
         if self.stopping:
             return []
         self.stopping = reason
         self.members.hasten(now + self.policy.roll_s)
-        if self._is_broken:
-            return self._consider(now)
-        return [StopWorld(self.generation, reason)]
+        return self._consider(now) if self._is_broken else self._stop_world(reason)
+
+    def _stop_world(self, reason: str) -> list[Instruction]:
+        """Let the world save after its next step, unless it is about to save anyway."""
+        return [] if self.roll.is_closing else [StopWorld(self.generation, reason)]
 
     def _wait(self, tick: Tick, now: float) -> list[Instruction]:
         """Look at who answers and at what moves; end who holds the others up."""
         self.diagnosis.look(tick, self.members.hosts, now=now, slept_s=self._clock.slept_s)
         overdue = self._replace_overdue(now)
         if unreachable := self.diagnosis.unreachable():
-            return [*overdue, *self._evict_all(unreachable.evidence, now)]
+            return [*overdue, *self._evict_all(unreachable, now)]
         if self._is_broken:
             return [*overdue, *self._consider(now)]
         match self.diagnosis.judge(self.roll, now):
-            case Hung(evidence):
-                return [*overdue, *self._evict_all(evidence, now)]
+            case Blamed() as blamed:
+                return [*overdue, *self._evict_all(blamed, now)]
             case Stalled(why):
                 return [*overdue, *self._stall(why, now)]
         return overdue
 
-    def _evict_all(self, evidence: Mapping[str, str], now: float) -> list[Instruction]:
-        instructions: list[Instruction] = []
-        for member, what in evidence.items():
-            if self.phase is not Phase.ENDED:
-                instructions.extend(self._evict(member, Cause.HUNG, what, now))
-        return instructions
+    def _evict_all(self, blamed: Blamed, now: float) -> Iterable[Instruction]:
+        for member, what in blamed.evidence.items():
+            if self.phase is Phase.ENDED:
+                return
+            if blamed.cause is Cause.CUT_OFF and self.members.is_last_holder(member):
+                yield self._set_aside(member, what, now)
+            else:
+                yield from self._evict(member, blamed.cause, what, now)
+
+    def _set_aside(self, member: str, why: str, now: float) -> Instruction:
+        """Let the only one that holds the state save it alone, and go then: the others cannot reach it."""
+        self._break(now)
+        self.members.part(member, why)
+        return self._form_to_save((member,), Manner.AT_ONCE, f"it saves the state alone: {why}", now)
 
     def _replace_overdue(self, now: float) -> list[Instruction]:
         """Give up whom nobody has heard of; that is no failure, it never was there."""

@@ -40,8 +40,9 @@ class FailureSpan:
     recovers from, the last carries both. None: the run ended first.
 
     A world that broke though no member was lost (its members formed the next one at once) is a failure too:
-    cause "world broken", member "world N". So are a member killed as "hung", and "driver lost": a segment
-    that begins though the one before did not end. `stacks` is the run's file on what a hung member did.
+    cause "world broken", member "world N". So are a member killed as "hung", or as "cut off" from its peers,
+    and "driver lost": a segment that begins though the one before did not end. `stacks` is the run's file on
+    what a hung member did.
     """
 
     cause: str
@@ -160,7 +161,7 @@ class Course:
                 self._form(at, entry)
             case Settled(generation=generation, step=step):
                 self.position = max(self.position, (generation, step))
-                self.attempt_in = max(self.attempt_in, generation)
+                self._begin_attempt(generation)
             case StepCommitted(generation=generation, step=step):
                 self.position = max(self.position, (generation, step))
                 self.steps.setdefault(step, (at, entry))
@@ -214,6 +215,14 @@ class Course:
             blow.world, blow.is_last = world, blow is self.open_blows[-1]
         self.open_blows = []
         self.generation, self.world = order.generation, set(order.members)
+
+    def _begin_attempt(self, generation: int) -> None:
+        """A world holds its state: a step is in progress, unless it makes none; one of an older world is over
+        then.
+        """
+        if generation >= self.attempt_in:
+            makes_none = generation in self.worlds and self.worlds[generation].order.only_saves
+            self.attempt_in = 0 if makes_none else generation
 
     def _end(self, ended: MemberEnded) -> None:
         if ended.generation >= self.attempt_in:

@@ -3,16 +3,17 @@
 A process that does not answer is told by its silence, one that is stuck in a micro-batch by its length. In
 any other place a hang shows as nothing moving, and whoever waits for the one that hangs looks just like it.
 So the roll is called: the world is to form anew at once, which frees all who wait, and who does not come
-while others do is the one.
+while others do is the one. If all come and cannot connect, they say whom they cannot reach.
 """
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from elastic.control.attendance import Attendance, OfWorld, Stage
-from elastic.control.events import StepCommitted, Tick
+from elastic.control.events import Cause, Settled, StepCommitted, Tick, WorldBroken
 from elastic.control.instructions import Manner
 from elastic.control.policy import WorldPolicy
+from elastic.control.reach import Reach
 from elastic.control.suspicion import PAUSES, Suspicion
 
 SUSPICION_S = 1.0  # from a world's first crack until it forms anew, if nobody is told to be lost
@@ -23,10 +24,11 @@ _COMING = "coming"
 
 
 @dataclass(frozen=True, slots=True)
-class Hung:
-    """Members that hang, each with the evidence."""
+class Blamed:
+    """Members that hang, or that their peers cannot reach, each with the evidence."""
 
     evidence: Mapping[str, str]
+    cause: Cause = Cause.HUNG
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Stalled:
     why: str
 
 
-Verdict = Hung | Stalled | None
+Verdict = Blamed | Stalled | None
 
 
 @dataclass(slots=True)
@@ -46,6 +48,7 @@ class Diagnosis:
     policy: WorldPolicy
     num_stalls: int = 0
     _stalls_since: float = 0.0
+    _reach: Reach = field(default_factory=Reach)
     _silence: Suspicion = field(init=False)
     _diligence: Suspicion = field(init=False)
     _working_s: Mapping[str, float] = field(default_factory=dict)
@@ -78,7 +81,12 @@ class Diagnosis:
         """Learn from what members tell, of whatever world."""
         self._unused.discard(event.member)
         match event:
-            case StepCommitted(member=member, seconds=seconds):
+            case WorldBroken():
+                self._reach.take(event)
+            case Settled(generation=generation):
+                self._reach.settle(generation)
+            case StepCommitted(member=member, generation=generation, seconds=seconds):
+                self._reach.settle(generation)
                 self._seasoned.add(member)
                 self._step_s = seconds if self._step_s == 0.0 else 0.8 * self._step_s + 0.2 * seconds
 
@@ -87,9 +95,12 @@ class Diagnosis:
         if member in self._seasoned:
             self._lengthen(_COMING, now - self._since(ordered_at, (member,)))
 
-    def learn_of_settling(self, origin: str, seconds: float) -> None:
-        """Learn how long it takes to come to one state that members get from there."""
-        self._lengthen(origin, seconds)
+    def learn_of_settling(self, roll: Attendance, seconds: float) -> None:
+        """Learn how long it takes to come to one state, by where members get it from; and that they have
+        reached each other.
+        """
+        self._lengthen(roll.origin, seconds)
+        self._reach.acquit(roll.ranks)
 
     def expect_restore(self, member: str) -> None:
         """Note that a member may have to restore a state before it makes another step."""
@@ -107,7 +118,7 @@ class Diagnosis:
         self.num_stalls += 1
         return self.num_stalls > MAX_STALLS_IN_A_ROW and now - self._stalls_since > self.policy.wait_s
 
-    def unreachable(self) -> Hung | None:
+    def unreachable(self) -> Blamed | None:
         """Blame whose process has not answered for so long that it matters wherever it is."""
         is_cut_off = self._silence.is_deaf and self._num_ready > 1
         limit_s = max(self.policy.alone_s if is_cut_off else self.policy.unreachable_s, self._silence.limit_s)
@@ -116,7 +127,8 @@ class Diagnosis:
     def judge(self, roll: Attendance, now: float) -> Verdict:
         """Say who holds this world up, or that somebody does."""
         if roll.broken_at is not None and now - roll.broken_at > SUSPICION_S * self._backoff:
-            return Stalled(roll.why_broken)
+            cut_off = self._reach.name(roll.ranks, roll.holding)
+            return Blamed(cut_off, Cause.CUT_OFF) if cut_off else Stalled(roll.why_broken)
         idle_s = now - roll.moved_at
         return (
             self._judge_silent(roll, idle_s)
@@ -222,6 +234,6 @@ class Diagnosis:
         return 2.0 ** min(self.num_stalls, MAX_DOUBLINGS)
 
 
-def _hung(members: Collection[str], what: str) -> Hung | None:
+def _hung(members: Collection[str], what: str) -> Blamed | None:
     """Make the verdict, if anybody is guilty."""
-    return Hung({one: f"{one} {what}" for one in sorted(members)}) if members else None
+    return Blamed({one: f"{one} {what}" for one in sorted(members)}) if members else None

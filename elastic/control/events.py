@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from elastic.control.standing import BLANK
+
 
 class Cause(StrEnum):
     """Why a member was lost."""
@@ -14,6 +16,7 @@ class Cause(StrEnum):
     PROCESS_DIED = "process died"
     HOST_DIED = "host died"
     HUNG = "hung"
+    CUT_OFF = "cut off"
     FAILED = "worker failed"
     START_FAILED = "start failed"
 
@@ -28,11 +31,15 @@ class Ending(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MemberReady:
-    """A member's process is up and can be given a rank. `host` names its machine."""
+    """A member's process is up and can be given a rank. `host` names its machine.
+
+    `step` counts the committed steps of the state that it holds as it says so (`BLANK`: it holds none).
+    """
 
     member: str
     host: str
     pid: int
+    step: int = BLANK
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +55,15 @@ class MemberLost:
 class WorldBroken:
     """A member saw a collective of this generation fail and has left its process group.
 
-    If it `is_blank` it holds no state now: it never did, or gave it up.
+    If it `is_blank` it holds no state now: it never did, or gave it up. Where the world could not connect it
+    has looked whom of it is `unreachable` from here (None: it has not looked).
     """
 
     member: str
     generation: int
     evidence: str
     is_blank: bool = False
+    unreachable: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

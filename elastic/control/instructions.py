@@ -30,7 +30,9 @@ class StartMember:
 
 @dataclass(frozen=True, slots=True)
 class KillMember:
-    """End a member that hangs, or whose machine or memory cannot be trusted; `cause` says which."""
+    """End a member that hangs, that its peers cannot reach, or whose machine or memory cannot be trusted;
+    `cause` says which.
+    """
 
     member: str
     reason: str
@@ -47,13 +49,17 @@ class ReleaseMember:
 
 @dataclass(frozen=True, slots=True)
 class FormWorld:
-    """Form the world of `generation`: `members` in rank order, on `hosts` (same order)."""
+    """Form the world of `generation`: `members` in rank order, on `hosts` (same order).
+
+    One that `only_saves` makes no step: it comes to one state, saves that and ends.
+    """
 
     generation: int
     members: tuple[str, ...]
     hosts: tuple[str, ...]
     manner: Manner
     reason: str
+    only_saves: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ Every change costs the same however many members there are, but for those of the
 from collections.abc import Collection, Iterable, KeysView, Mapping
 from dataclasses import dataclass, field
 
+from elastic.control.standing import BLANK
+
 
 @dataclass(slots=True)
 class Membership:
@@ -27,13 +29,14 @@ class Membership:
     _heirs: dict[str, None] = field(default_factory=dict)
     _num_settled: int = 0
     _is_lost: bool = False
-    _found: dict[str, None] = field(default_factory=dict)
+    _is_safe: bool = False
+    _found: dict[str, int] = field(default_factory=dict)
     _missing: set[str] = field(default_factory=set)
     _gone: set[str] = field(default_factory=set)
 
     def expect(self, members: Iterable[str], until: float) -> None:
         """Count an earlier driver's members as starting."""
-        self._found = dict.fromkeys(members)
+        self._found = dict.fromkeys(members, BLANK)
         self._missing = set(self._found)
         self._starting.update(dict.fromkeys(self._found, until))
 
@@ -49,13 +52,16 @@ class Membership:
         self._starting[member] = until
         return member
 
-    def admit(self, member: str, host: str) -> bool:
+    def admit(self, member: str, host: str, step: int = BLANK) -> bool:
         """Count a member as ready, also one that another driver started, but none that was dropped; return
-        whether this controller started it, and hears of it for the first time.
+        whether this controller started it, and hears of it for the first time. It holds the state of a
+        `step`, or none.
         """
         if member in self._gone:
             return False
         is_new = self._starting.pop(member, None) is not None and member not in self._found
+        if member in self._found:
+            self._found[member] = max(step, self._found[member])
         self._missing.discard(member)
         self.hosts[member] = host
         if member not in self._ranked and member not in self._leaving:
@@ -88,7 +94,7 @@ class Membership:
 
     def rank(self, members: tuple[str, ...]) -> None:
         """Make ready members the world, in this order of ranks."""
-        self.world, self._ranked = members, frozenset(members)
+        self.world, self._ranked, self._is_safe = members, frozenset(members), False
         self._veterans.update(dict.fromkeys(members))
         self._outside = {
             member: None
@@ -113,8 +119,8 @@ class Membership:
         return True
 
     def disband(self) -> None:
-        """Leave nobody in the world: it ended in good order."""
-        self.world, self._ranked = (), frozenset()
+        """Leave nobody in the world: it ended in good order, and what it held is durable."""
+        self.world, self._ranked, self._is_safe = (), frozenset(), True
 
     def overdue(self, now: float) -> tuple[str, ...]:
         """Name those that should have been ready by now."""
@@ -126,9 +132,31 @@ class Membership:
         return tuple(self._heirs)
 
     @property
+    def is_safe(self) -> bool:
+        """Whether what the members hold is durable, and no world has gone on from there."""
+        return self._is_safe
+
+    @property
+    def needed(self) -> Collection[str]:
+        """Who may not be ended, as it holds the newest state; where that is safe, who leaves may."""
+        heirs = self._heirs.keys()
+        return heirs - self._leaving.keys() if self._is_safe else heirs
+
+    @property
     def found(self) -> tuple[str, ...]:
-        """An earlier driver's ready members, while no world has settled yet: they may hold the state."""
-        return tuple(member for member in self._found if member in self.hosts)
+        """An earlier driver's ready members, while no world has settled yet: they may hold the state. Who
+        holds the newest, as far as they have said, comes first.
+        """
+        newest_first = sorted(self._found, key=lambda member: -self._found[member])
+        return tuple(member for member in newest_first if member in self.hosts)
+
+    def is_last_holder(self, member: str) -> bool:
+        """Whether nobody else is known to hold as new a state as this member."""
+        if self._heirs:
+            return self._heirs.keys() == {member}
+        step = self._found.get(member, BLANK)
+        others = [self._found[one] for one in self.found if one != member]
+        return step > max(others, default=BLANK)
 
     @property
     def is_missing_all(self) -> bool:
@@ -170,8 +198,10 @@ class Membership:
 
     @property
     def left_behind(self) -> tuple[str, ...]:
-        """The members outside the world that have been in one: what they hold is old."""
-        if len(self._veterans) == len(self.world):
+        """The members outside the world that have been in one: what they hold is old. None, if no world is
+        there.
+        """
+        if not self.world or len(self._veterans) == len(self.world):
             return ()
         return tuple(member for member in self._veterans if member not in self._ranked)
 

@@ -13,9 +13,12 @@ def find_candidates(members: Membership, policy: WorldPolicy, most_ranks: int) -
     """Return who stays, who may join them, and the policy that says how many.
 
     If all who hold the state are leaving, one of them hands it over, if a newcomer fits beside it. Until a
-    world has settled, all of an earlier driver's members are in it, if that many can be: which of them hold
-    the state is not known.
+    world has settled, all of an earlier driver's members are in it, or as many as can be: those first who say
+    that they hold the newest state. Where all are leaving, or have saved and left, whoever comes goes on as
+    survivors do, and is waited for as replacements are.
     """
+    if members.is_deserted or members.is_safe:
+        return tuple(members.outside), (), replace(policy, gather_s=policy.wait_s)
     if found := members.found:
         others = [one for one in (*members.staying, *members.outside) if one not in found]
         at_least_found = min(max(policy.workers, len(found)), most_ranks)
@@ -54,12 +57,13 @@ def has_reason(members: Membership, policy: WorldPolicy) -> bool:
 def find_unneeded(members: Membership, policy: WorldPolicy) -> dict[str, str]:
     """Name whom no world needs, and why: who is leaving, who holds an old state, who is one too many.
 
-    Who holds the newest state is needed until another world has it, though that went on without them.
+    Who holds the newest state is needed until another world has it, though that went on without them; who
+    leaves is not any more once it is safe: its replacement may need the very place that it has.
     """
     done = dict.fromkeys(members.left_behind, "the world went on without it")
     done |= {one: why for one, why in members.leaving.items() if not members.is_ranked(one)}
-    heirs = frozenset(members.heirs)
-    done = {one: why for one, why in done.items() if one not in heirs}
+    needed = members.needed
+    done = {one: why for one, why in done.items() if one not in needed}
     num_lasting = members.num_lasting - len(done.keys() - members.leaving.keys())
     num_surplus = num_lasting - max(policy.workers + policy.standbys, len(members.staying))
     idle = (

@@ -20,7 +20,7 @@ from checkpoint import (
     open_store,
     prune,
 )
-from elastic.control.controller import Controller, Phase
+from elastic.control.controller import Controller
 from elastic.control.events import (
     CheckpointDurable,
     Entry,
@@ -46,6 +46,7 @@ from elastic.control.instructions import (
     Status,
     StopWorld,
 )
+from elastic.control.phase import Phase
 from elastic.control.report import TrainReport
 from elastic.errors import Fenced, TrainingFailed
 from elastic.runtime.claims import Claims

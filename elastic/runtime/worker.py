@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -42,7 +42,7 @@ from elastic.control.events import (
     WorldCalledOff,
     WorldFormed,
 )
-from elastic.control.instructions import Manner, StopWorld
+from elastic.control.instructions import FormWorld, Manner, StopWorld
 from elastic.control.standing import BLANK
 from elastic.errors import JobRejected, ReplicasDiffer
 from elastic.runtime import autopsy
@@ -54,7 +54,7 @@ from elastic.runtime.order import TrainOrder
 from elastic.runtime.peers import Home, Neighbours
 from elastic.runtime.preemption import heed_sigterm
 from elastic.runtime.warden import LEASE
-from elastic.runtime.world import Former, Place, World
+from elastic.runtime.world import Former, Place, Unconnected, World
 from elastic.training.blame import UserFailure, explain, is_out_of_memory
 from elastic.training.job import load_job, load_settings
 from elastic.training.plan import TrainPlan
@@ -108,9 +108,10 @@ class Member:
     def greet(self) -> None:
         """Introduce this member to a new driver."""
         self._mailbox.hear()
-        for known in (self._ready, self._notice):
-            if known is not None:
-                self._outbox.put(known)
+        if self._ready is not None and self._trainer is not None:
+            self._outbox.put(replace(self._ready, step=self._trainer.standing.committed))
+        if self._notice is not None:
+            self._outbox.put(self._notice)
 
     def form(self, order: WorldOrder) -> None:
         """Take an order to form a world; an order at once also breaks the world the member is in."""
@@ -219,26 +220,35 @@ class Member:
             self._mailbox.check(form.generation)  # called off before there was a world to cut
             if self._assignment.order.checkpoint.hold and self._neighbours is not None:
                 self._neighbours.meet(form, member, order.endpoint)
-            self._outbox.put(self._train(self._world, trainer))
+            self._outbox.put(self._train(self._world, trainer, form))
         except Broken as error:
             error.__traceback__ = None
             log.warning("world %d broke: %s", form.generation, error)
             is_blank = trainer.standing.committed == BLANK
-            self._outbox.put(WorldBroken(member, form.generation, str(error), is_blank))
+            unreachable = _named(error, form)
+            self._outbox.put(WorldBroken(member, form.generation, str(error), is_blank, unreachable))
         finally:
             if self._world is not None:
                 self._world.leave()
             self._world = None
 
-    def _train(self, world: World, trainer: Trainer) -> MemberEnded:
+    def _train(self, world: World, trainer: Trainer, form: FormWorld) -> MemberEnded:
         member = self._assignment.member
         settled = trainer.settle(world)
         self._outbox.put(
             Settled(member, world.generation, settled.step, settled.source, settled.seconds, settled.note)
         )
-        ending = trainer.run(world, self._mailbox, self._outbox.put)
+        go_on = trainer.save_and_stop if form.only_saves else trainer.run
+        ending = go_on(world, self._mailbox, self._outbox.put)
         sha256 = "" if ending is Ending.REGROUP else trainer.weights_sha256()
         return MemberEnded(member, world.generation, trainer.standing.committed, ending, sha256)
+
+
+def _named(error: Broken, form: FormWorld) -> tuple[str, ...] | None:
+    """Name whom of its world a member could not reach; None if it has not looked."""
+    if not isinstance(error, Unconnected) or error.unreachable is None:
+        return None
+    return tuple(form.members[rank] for rank in error.unreachable)
 
 
 def _device(order: TrainOrder) -> torch.device:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from elastic.runtime.doors import Address, Door, find_closed
 from elastic.runtime.lane import Lane, StreamLane, ThreadLane
 from elastic.training.ports import Broken
 
@@ -27,7 +28,6 @@ CONNECT_TIMEOUT = timedelta(seconds=5)
 COLLECTIVE_TIMEOUT = timedelta(seconds=600)
 ABORT_TIMEOUT_S = 10.0
 POLL_S = 0.002
-Address = tuple[str, int]
 _OPS: dict[str, Any] = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -49,6 +49,24 @@ class Place:
     rank: int
     hosts: tuple[str, ...]
     address: str
+
+
+class Unconnected(Broken):
+    """The members did not connect: this one could not reach the `unreachable` ranks (None: it stopped
+    looking, as a newer world was ordered).
+    """
+
+    def __init__(self, generation: int, why: str, unreachable: tuple[int, ...] | None) -> None:
+        super().__init__(generation, why)
+        self.unreachable = unreachable
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where the members of a world listen: for each other's collectives, and behind their doors, by rank."""
+
+    listeners: frozenset[Address]
+    doors: dict[int, Address]
 
 
 class World:
@@ -160,7 +178,7 @@ class World:
 class Former:
     """Forms worlds for one member.
 
-    It keeps one gloo device (a listening socket) for the member's whole life.
+    It keeps one gloo device (a listening socket), and a door, for the member's whole life.
     """
 
     def __init__(self, address: str, device: torch.device) -> None:
@@ -168,6 +186,7 @@ class Former:
         before = _listening()
         self._gloo = dist.ProcessGroupGloo.create_device(hostname=address)
         self._listeners = _listening() - before
+        self._door = Door(address)
 
     def form(
         self, place: Place, endpoint: Endpoint, is_wanted: Callable[[], bool], wait: Callable[[float], None]
@@ -175,33 +194,43 @@ class Former:
         """Meet the other members at the rendezvous store, then connect.
 
         `is_wanted` turns false when a newer world has been ordered; `wait` sleeps. Raises Broken when this
-        one can't form.
+        one can't form: `Unconnected` if its members met, and did not connect.
         """
+        self._door.clear()
         try:
             store = PrefixStore(
                 f"generation-{place.generation}",
                 TCPStore(endpoint.host, endpoint.port, is_master=False, timeout=timedelta(seconds=30)),
             )
-            listeners = self._meet(store, place, is_wanted, wait)
-            lane = StreamLane(self._device) if self._device.type == "cuda" else ThreadLane()
-            return World(place, self._connect(store, place), listeners, lane)
+            meeting = self._meet(store, place, is_wanted, wait)
         except RuntimeError as error:
             raise Broken(place.generation, f"could not form: {_first_line(error)}") from None
+        try:
+            lane = StreamLane(self._device) if self._device.type == "cuda" else ThreadLane()
+            return World(place, self._connect(store, place), meeting.listeners, lane)
+        except RuntimeError as error:
+            why = f"could not form: {_first_line(error)}"
+        raise Unconnected(place.generation, why, find_closed(meeting.doors, is_wanted))
 
     def _meet(
         self, store: Store, place: Place, is_wanted: Callable[[], bool], wait: Callable[[float], None]
-    ) -> frozenset[Address]:
+    ) -> Meeting:
         """Wait until every rank has told where it listens; return all these addresses.
 
         The wait polls, because a blocked store call could not be called off when a member dies meanwhile.
         """
         keys = [f"listens-{rank}" for rank in range(len(place.hosts))]
-        store.set(keys[place.rank], json.dumps(sorted(self._listeners)))
+        store.set(keys[place.rank], json.dumps([sorted(self._listeners), self._door.address]))
         while not store.check(keys):
             if not is_wanted():
                 raise Broken(place.generation, "a newer world was ordered while this one formed")
             wait(POLL_S)
-        return frozenset((host, port) for key in keys for host, port in json.loads(store.get(key)))
+        told = [json.loads(store.get(key)) for key in keys]
+        listeners = frozenset((host, port) for addresses, _ in told for host, port in addresses)
+        return Meeting(
+            listeners,
+            {rank: (host, port) for rank, (_, (host, port)) in enumerate(told) if rank != place.rank},
+        )
 
     def _connect(self, store: Store, place: Place) -> dict[str, Any]:
         size = len(place.hosts)

@@ -21,6 +21,7 @@ from elastic.training.handover import Parcel, accept, hand_over
 from elastic.training.job import Job, Split
 from elastic.training.layout import lay_out
 from elastic.training.pace import Pace
+from elastic.training.parting import lets_go
 from elastic.training.plan import TrainPlan
 from elastic.training.ports import Broken, Emit, Flags, Orders, World
 from elastic.training.randomness import keyed, make_deterministic, seed_for
@@ -127,42 +128,53 @@ class Trainer:
         self._snapshots.save(alone, self._standing.committed, self._learner.whole_tree)
         return self._snapshots.drain(self._plan.save_s) and self._snapshots.why_newest_lost() is None
 
+    @lets_go
     def settle(self, world: World) -> Settling:
         """Come to the same committed step, with the same state, as all ranks of the world.
 
         Raises Broken; this member then stands where it stood, or one step further. Raises `Mismatch` for
         another model's checkpoint.
         """
+        started = time.perf_counter()
+        standings, held = gather_standings(
+            world, self._standing, self._reduction.held(), self._plan.virtual_ranks
+        )
+        settlement = settle(standings)
+        if world.rank in settlement.appliers:
+            self._commit()
+        healed = self._compare_survivors(world, settlement)
+        parcel = Parcel(None, "self")
+        if settlement.step == BLANK and world.rank == settlement.source:
+            parcel = self._begin()
+        if world.rank == settlement.source and settlement.receivers:
+            state = self._learner.tree(self._standing.committed)
+            hand_over(
+                world, sorted(settlement.receivers), Parcel(state, parcel.origin, parcel.note), self._device
+            )
+        source = parcel.origin
+        if world.rank in settlement.receivers:
+            parcel = accept(world, settlement.source, self._device)
+            source = "peer" if parcel.origin == "self" else parcel.origin
+            self._take_over(parcel.state)
+        if parcel.origin == "store":  # of what memories gave the store may lack the step
+            self._snapshots.hold(world.generation, self._standing.committed)
         try:
-            return self._settle(world)
-        except Broken as broken:
-            generation, why = broken.generation, broken.why
-        del world  # so that the new exception's traceback holds neither the world nor the old one's frames
-        raise Broken(generation, why)
+            num_taken = self._learner.settle(world)
+        except StateLost as lost:
+            self._give_up(world, str(lost))
+        up_to_date = [rank for rank, each in enumerate(standings) if each.committed == settlement.step]
+        self._deal_rest([held[r] if r in up_to_date and r not in healed else () for r in range(world.size)])
+        if source == "self" and num_taken:
+            source = "self+peer"
+        return Settling(self._standing.committed, source, time.perf_counter() - started, parcel.note)
 
+    @lets_go
     def run(self, world: World, orders: Orders, emit: Emit) -> Ending:
         """Train until the end of the plan, a request to stop, or a boundary at which a newer world is to
         form.
 
         Raises Broken when the world ends before, `UserFailure` when the job's code does.
         """
-        try:
-            return self._train(world, orders, emit)
-        except Broken as broken:
-            generation, why = broken.generation, broken.why
-        del world
-        raise Broken(generation, why)
-
-    def _first_learner(self) -> Learner:
-        """Make the state that the seed gives."""
-        model = first_model(self._job, self._settings, self._plan.seed)
-        return self._learner_of(model if self._plan.parameter_copies else model.to(self._device))
-
-    def _learner_of(self, model: nn.Module) -> Learner:
-        with blaming_the_job(max(self._standing.committed, 0)):
-            return Learner(self._job, model, self._plan.seed, self._plan.num_steps)
-
-    def _train(self, world: World, orders: Orders, emit: Emit) -> Ending:
         if self._plan.is_saved(self._standing.committed):
             self._save(world)  # the world before may have died before all of its ranks had saved
         while self._standing.committed < self._plan.num_steps:
@@ -180,6 +192,27 @@ class Trainer:
             if agreed.next_generation > world.generation:
                 return Ending.REGROUP
         return self._finish(world, orders, emit, Ending.FINISHED)
+
+    @lets_go
+    def save_and_stop(self, world: World, orders: Orders, emit: Emit) -> Ending:
+        """Save the state as it is, and stop; or finish, if it is that of the last step. A newer world may
+        form before it is durable. Raises Broken when the world ends before, or could not save.
+        """
+        if self._plan.compare_every and self._compare(world, self._learner.replicas()):
+            self._learner.complete(world)
+        if self._standing.committed > 0:  # what the seed gives needs no saving
+            self._save(world)
+        is_done = self._standing.committed >= self._plan.num_steps
+        return self._finish(world, orders, emit, Ending.FINISHED if is_done else Ending.STOPPED)
+
+    def _first_learner(self) -> Learner:
+        """Make the state that the seed gives."""
+        model = first_model(self._job, self._settings, self._plan.seed)
+        return self._learner_of(model if self._plan.parameter_copies else model.to(self._device))
+
+    def _learner_of(self, model: nn.Module) -> Learner:
+        with blaming_the_job(max(self._standing.committed, 0)):
+            return Learner(self._job, model, self._plan.seed, self._plan.num_steps)
 
     def _step(self, world: World, orders: Orders) -> Flags:
         """Commit one step, on all ranks or on none; return what the ranks agreed to do after it."""
@@ -270,40 +303,6 @@ class Trainer:
                 is_last=self._attempt.is_last,
             )
         )
-
-    def _settle(self, world: World) -> Settling:
-        started = time.perf_counter()
-        standings, held = gather_standings(
-            world, self._standing, self._reduction.held(), self._plan.virtual_ranks
-        )
-        settlement = settle(standings)
-        if world.rank in settlement.appliers:
-            self._commit()
-        healed = self._compare_survivors(world, settlement)
-        parcel = Parcel(None, "self")
-        if settlement.step == BLANK and world.rank == settlement.source:
-            parcel = self._begin()
-        if world.rank == settlement.source and settlement.receivers:
-            state = self._learner.tree(self._standing.committed)
-            hand_over(
-                world, sorted(settlement.receivers), Parcel(state, parcel.origin, parcel.note), self._device
-            )
-        source = parcel.origin
-        if world.rank in settlement.receivers:
-            parcel = accept(world, settlement.source, self._device)
-            source = "peer" if parcel.origin == "self" else parcel.origin
-            self._take_over(parcel.state)
-        if parcel.origin == "store":  # of what memories gave the store may lack the step
-            self._snapshots.hold(world.generation, self._standing.committed)
-        try:
-            num_taken = self._learner.settle(world)
-        except StateLost as lost:
-            self._give_up(world, str(lost))
-        up_to_date = [rank for rank, each in enumerate(standings) if each.committed == settlement.step]
-        self._deal_rest([held[r] if r in up_to_date and r not in healed else () for r in range(world.size)])
-        if source == "self" and num_taken:
-            source = "self+peer"
-        return Settling(self._standing.committed, source, time.perf_counter() - started, parcel.note)
 
     def _give_up(self, world: World, why: str) -> NoReturn:
         """Leave the state to the next world, which restores it from a checkpoint."""

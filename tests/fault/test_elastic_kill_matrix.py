@@ -48,7 +48,7 @@ IN_A_STEP = {
 AFTER_A_DEATH = {
     "during forming": [Doom("a1", "Tiny.forward"), Doom("forming", "Former._connect")],
     "while meeting": [Doom("a2", "World.exchange"), Doom("meeting", "Former._meet", "return")],
-    "as the state settles": [Doom("a3", "Trainer._commit"), Doom("settling", "Trainer._settle")],
+    "as the state settles": [Doom("a3", "Trainer._commit"), Doom("settling", "Trainer.settle")],
     "while a newcomer receives": [Doom("a4", "Tiny.forward"), Doom("join", "accept", newcomer=True)],
     "while a newcomer is sent to": [Doom("a5", "Tiny.forward"), Doom("handing", "hand_over")],
     "twice in a row": [Doom("a6", "Tiny.forward"), Doom("again", "in_backward")],

@@ -20,7 +20,7 @@ from tests.fault import elastic_job
 from tests.fault.elastic_churn import Story
 from tests.fault.elastic_job import Doom, Settings
 from tests.fault.elastic_orders import sized, tiny_order
-from tests.integration.drivers import Drive, driving, finish
+from tests.integration.drivers import Drive, drive_to_its_end, driving, finish
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 ENDLESS = 1_000_000
@@ -105,17 +105,22 @@ def cluster() -> Iterator[Cluster]:
     made.shutdown()
 
 
+def cluster_order(cluster: Any, root: Path, workers: int) -> elastic.TrainOrder:
+    """Order a run of so many workers on a cluster, where its code has to travel to."""
+    order = tiny_order(root, "nodes", Settings(pause_s=0.005), num_steps=ENDLESS)
+    shutil.copy(elastic_job.__file__, root / "doomed.py")
+    return replace(
+        sized(order, workers),
+        job=replace(order.job, path="doomed:DoomedJob", code_dir=root),
+        cluster=elastic.ClusterOrder(address=cluster.address),
+    )
+
+
 def test_neither_a_drained_node_nor_a_killed_raylet_leaves_a_trace_in_the_weights(
     tmp_path: Path, drive: Drive, cluster: Any
 ) -> None:
     nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
-    order = tiny_order(tmp_path, "nodes", Settings(pause_s=0.005), num_steps=ENDLESS)
-    shutil.copy(elastic_job.__file__, tmp_path / "doomed.py")
-    order = replace(
-        sized(order, 3),
-        job=replace(order.job, path="doomed:DoomedJob", code_dir=tmp_path),
-        cluster=elastic.ClusterOrder(address=cluster.address),
-    )
+    order = cluster_order(cluster, tmp_path, 3)
     story = Story(order.run_dir)
     driver = drive(order)
     until(story, "a world of three", lambda: len(story.holders) == 3)
@@ -139,3 +144,34 @@ def test_neither_a_drained_node_nor_a_killed_raylet_leaves_a_trace_in_the_weight
     assert [failure.member for failure in report.failures] == [victim]
     quiet = tiny_order(tmp_path, "quiet", Settings(), num_steps=report.committed_steps)
     assert finish(sized(quiet, 1)).weights_sha256 == report.weights_sha256
+
+
+def test_the_only_worker_of_a_full_cluster_makes_room_for_its_replacement_when_it_is_told_to_go(
+    tmp_path: Path, drive: Drive, cluster: Any
+) -> None:
+    cluster.add_node(num_cpus=1)
+    order = cluster_order(cluster, tmp_path, 1)
+    story = Story(order.run_dir)
+    driver = drive(order)
+    until(story, "steps", lambda: story.steps > 5)
+    os.kill(story.pids["w0"], signal.SIGTERM)
+    until(story, "its replacement holds the state", lambda: story.holders == {"w1"})
+    step = story.steps
+    until(story, "more steps", lambda: story.steps > step + 5)
+    driver.terminate()
+    driver.wait(timeout=60)
+    report = elastic.read_report(order.run_dir)
+    assert (report.failures, report.redone_steps) == ((), 0)
+    assert [world.size for world in report.worlds] == [1, 1]
+
+
+def test_a_step_that_kills_whoever_computes_it_costs_no_step_before_it(tmp_path: Path) -> None:
+    order = sized(tiny_order(tmp_path, "deadly", Settings(deadly_at=7), num_steps=50), 2)
+    order = replace(order, world=replace(order.world, max_failures=0))
+    status, said = drive_to_its_end(order)
+    report = elastic.read_report(order.run_dir)
+    assert (status, report.status) == (1, "failed"), said
+    assert "recovery.max_failures allows fewer" in (report.reason or "")
+    assert report.committed_steps == report.newest_durable_step == 7
+    (failure,) = report.failures
+    assert (failure.cause, failure.redone_steps) == ("process died", 0)

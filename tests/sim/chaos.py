@@ -7,7 +7,7 @@ from functools import partial
 from elastic.control.events import Event, StopRequested, WorkersWanted
 from elastic.control.instructions import End
 from elastic.control.policy import WorldPolicy
-from tests.sim.cluster import Cluster
+from tests.sim.cluster import NUM_STEPS, Cluster
 from tests.sim.driving import Driver, Story
 from tests.sim.node import Fault, Node
 
@@ -24,15 +24,20 @@ class Chaos:
         self.story: Story = []
         self.cluster = Cluster(self.random, self.explain, audience=self)
         workers = self.random.randint(1, 6)
+        self.is_deadly = self.random.random() < 0.05
+        if self.is_deadly:
+            self.cluster.deadly_step = self.random.randint(1, NUM_STEPS - 1)
         self.policy = WorldPolicy(
             workers=workers,
             min_workers=min(workers, self.random.choice((1, 2, 6))),
             standbys=self.random.choice((0, 0, 1, 2)),
-            max_failures=self.random.choice((1000,) * 9 + (3,)),
+            max_failures=20 if self.is_deadly else self.random.choice((1000,) * 9 + (3,)),
             forming_s=5.0,
             start_s=30.0,
         )
-        self.most_ranks = self.random.choice((1 << 30, 1 << 30, workers))
+        if self.random.random() < 0.3:  # a replacement needs the place of whom it replaces
+            self.cluster.num_places = workers + self.policy.standbys
+        self.most_ranks = self.random.choice((1 << 30, workers))
         self.cluster.restore_s = self.random.choice((3.0, 200.0))
         self.drivers: list[Driver] = []
         self.wanted = self.policy.workers
@@ -62,6 +67,7 @@ class Chaos:
             (partial(self.afflict, Fault.STUCK), 1),
             (self.cut_off, 1),
             (self.isolate, 1),
+            (self.part, 1),
             (self.cut_off_all, 1 if self.random.random() < 0.2 else 0),
             (self.slow_down, 2),
             (self.fill, 1),
@@ -182,17 +188,32 @@ class Chaos:
         self.note(f"{node.name} is reached again")
         node.is_cut_off, node.blemished_at = False, self.cluster.now
         node.answered_at = self.cluster.now
+        if node.is_evicted and self.random.random() < 0.8:  # its end was under way
+            self.take_away(node)
 
     def isolate(self) -> None:
-        """A member and the other members cannot reach each other for a while."""
+        """A member and the other members cannot reach each other, for a while or for good."""
         if node := self.victim():
-            lasts_s = self.random.uniform(0.5, 60.0)
+            lasts_s = self.random.choice((self.random.uniform(0.5, 60.0), 1e9))
             self.note(f"{node.name} is isolated from the others for {lasts_s:.1f} s")
             node.is_isolated = True
             self.cluster.later(lasts_s, partial(self.join_again, node))
 
     def join_again(self, node: Node) -> None:
         node.is_isolated, node.blemished_at = False, self.cluster.now
+
+    def part(self) -> None:
+        """Two members cannot reach each other, for a while or for good."""
+        one, other = self.victim(), self.victim()
+        if one is not None and other is not None and one is not other:
+            lasts_s = self.random.choice((self.random.uniform(0.5, 60.0), 1e9))
+            self.note(f"{one.name} and {other.name} are parted for {lasts_s:.1f} s")
+            self.cluster.network.part(one, other)
+            self.cluster.later(lasts_s, partial(self.bring_together, one, other))
+
+    def bring_together(self, one: Node, other: Node) -> None:
+        self.cluster.network.join(one, other)
+        one.blemished_at = other.blemished_at = self.cluster.now
 
     def slow_down(self) -> None:
         if node := self.victim():

@@ -25,6 +25,7 @@ from elastic.control.events import (
 )
 from elastic.control.instructions import FormWorld, Manner
 from elastic.control.standing import BLANK, Standing, settle
+from tests.sim.network import Network
 from tests.sim.node import LEASE_S, Fault, Node
 
 NUM_STEPS = 40
@@ -66,6 +67,10 @@ class Cluster:
     audience: Audience | None = None
     is_chaotic: bool = True
     restore_s: float = 3.0
+    network: Network = field(default_factory=Network)
+    num_places: int = 1 << 30  # where a process can be
+    called_off: set[str] = field(default_factory=set)
+    deadly_step: int = -1  # whoever computes it loses one of the world
     _queue: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
     _num_queued: int = 0
 
@@ -101,8 +106,11 @@ class Cluster:
     # --------------------------------------------------------------------------------- what members are told
 
     def start(self, name: str, seat: Callable[[Node], None]) -> None:
-        """A process comes up, or fails to."""
+        """A process comes up, or fails to; where there is no place for it, it waits for one."""
         if name in self.nodes:
+            return
+        if sum(not node.is_beyond_help(self.now) for node in self.nodes.values()) >= self.num_places:
+            self.later(BLOCKED_S, partial(self._await_place, name, seat))
             return
         node = Node(name, f"host-{self.random.randint(0, 2)}", heard_at=self.now, answered_at=self.now)
         seat(node)
@@ -112,10 +120,14 @@ class Cluster:
         self.nodes[name] = node
         self.greet(node)
 
+    def _await_place(self, name: str, seat: Callable[[Node], None]) -> None:
+        if name not in self.called_off:
+            self.start(name, seat)
+
     def greet(self, node: Node) -> None:
         """Ask a member that is up to say so."""
         if not (node.is_cut_off or Fault.STOPPED in node.faults or self.is_gone(node)):
-            self.tell(node, MemberReady(node.name, node.host, 1))
+            self.tell(node, MemberReady(node.name, node.host, 1, node.standing.committed))
             if node.has_notice:
                 self.give_notice(node)
 
@@ -163,17 +175,18 @@ class Cluster:
         members = self._members(generation)
         if members is None or any(node.waiting_at != generation for node in members):
             return
-        if len(members) > 1 and any(node.is_isolated for node in members):
+        if self.network.is_torn(members):
             self.later(CONNECT_S, partial(self._fail_to_connect, generation))
         else:
             self.later(self.random.uniform(0.01, 0.1), partial(self._connect, generation))
 
     def _fail_to_connect(self, generation: int) -> None:
-        for name in self.worlds[generation].order.members:
-            node = self.nodes.get(name)
+        peers = {name: self.nodes.get(name) for name in self.worlds[generation].order.members}
+        for node in peers.values():
             if node is not None and node.waiting_at == generation:
                 node.waiting_at = 0
-                self.tell_broken(node, generation, "could not form: timed out")
+                unreachable = self.network.unreachable(node, peers)
+                self.tell_broken(node, generation, "could not form: timed out", unreachable)
                 self.advance(node)
 
     def _connect(self, generation: int) -> None:
@@ -206,7 +219,10 @@ class Cluster:
             told = "self" if source == "peer" and not node.is_blank else source
             node.standing = Standing(step)
             self.tell(node, Settled(node.name, generation, step, told, 0.1))
-        self._begin_step(generation)
+        if self.worlds[generation].order.only_saves:
+            self._save_last(generation, Ending.FINISHED if step >= NUM_STEPS else Ending.STOPPED)
+        else:
+            self._begin_step(generation)
 
     def _commit(self, generation: int, step: int) -> None:
         """Note a step, unless it is one of a world that others went on without: it changes nothing."""
@@ -226,7 +242,14 @@ class Cluster:
             node.began_at = self.now
             node.busy_until = self.now + STEP_S * node.slowness * self.random.uniform(0.8, 1.2)
         lasts_s = max((node.busy_until for node in members), default=self.now) - self.now
-        self.later(lasts_s, partial(self._step, generation))
+        is_deadly = any(node.standing.committed == self.deadly_step for node in members)
+        self.later(lasts_s, partial(self._strike if is_deadly else self._step, generation))
+
+    def _strike(self, generation: int) -> None:
+        """A step kills one of those who compute it."""
+        members = self._together(generation, self._strike)
+        if members is not None:
+            self.die(self.random.choice(members))
 
     def _step(self, generation: int) -> None:
         """The end of a step: reduce, agree, apply; a blow may fall between any of them."""
@@ -312,8 +335,10 @@ class Cluster:
         is_well = not (node.faults or node.is_isolated or node.is_held_up(self.now))
         return is_well and node.inside == generation and not node.is_blank
 
-    def tell_broken(self, node: Node, generation: int, why: str) -> None:
-        self.tell(node, WorldBroken(node.name, generation, why, node.is_blank))
+    def tell_broken(
+        self, node: Node, generation: int, why: str, unreachable: tuple[str, ...] | None = None
+    ) -> None:
+        self.tell(node, WorldBroken(node.name, generation, why, node.is_blank, unreachable))
 
     def _break(self, generation: int) -> None:
         for other in list(self.nodes.values()):
@@ -344,8 +369,14 @@ class Cluster:
 
     def is_sound(self, node: Node) -> bool:
         """Whether nothing has been wrong with a member for long enough that nobody may think ill of it."""
-        is_whole = not (node.faults or node.is_cut_off or node.is_isolated or node.is_evicted)
+        is_whole = not (node.faults or node.is_cut_off or node.is_evicted or self.network.touches(node))
         return is_whole and self.now - node.blemished_at > LEASE_S
+
+    def may_be_cut_off(self, node: Node) -> bool:
+        """Whether a member is out of reach of others, or was lately; of two nobody can tell which it is."""
+        living = [self.nodes.get(name) for name in self.worlds[node.taken].order.members]
+        suspects = living if len(living) == 2 else [node]
+        return any(one is None or not self.is_sound(one) for one in suspects)
 
     def _members(self, generation: int) -> list[Node] | None:
         """Return a world's processes; None if one of them is gone."""
@@ -358,8 +389,7 @@ class Cluster:
         members = self._members(generation)
         if members is None or any(node.inside != generation for node in members):
             return None  # it broke
-        is_parted = len(members) > 1 and any(node.is_isolated for node in members)
-        if is_parted or any(node.faults or node.is_held_up(self.now) for node in members):
+        if self.network.is_torn(members) or any(node.faults or node.is_held_up(self.now) for node in members):
             self.later(BLOCKED_S, partial(again, generation))
             return None
         return members

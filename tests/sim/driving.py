@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from functools import partial
 
-from elastic.control.controller import Controller, Phase
+from elastic.control.controller import Controller
 from elastic.control.events import Cause, Event, GenerationTaken, Tick
 from elastic.control.instructions import (
     End,
@@ -15,6 +15,7 @@ from elastic.control.instructions import (
     StartMember,
     StopWorld,
 )
+from elastic.control.phase import Phase
 from elastic.control.policy import WorldPolicy
 from tests.sim.cluster import Cluster, World
 from tests.sim.node import Fault, Node
@@ -175,11 +176,15 @@ class Driver:
         """End a process, if the run is still ours and the network lets us."""
         cluster = self.cluster
         node = cluster.nodes.get(name)
-        if self._is_superseded() or self.seats.pop(name, None) is not node or node is None:
+        if not self._is_superseded():
+            cluster.called_off.add(name)
+        if self.is_gone or self.seats.pop(name, None) is not node or node is None:
             return
         assert reason, cluster.explain(f"{name} is ended without a reason")
         if cause is Cause.HUNG:
             assert not cluster.is_sound(node), cluster.explain(f"{name} is killed, though it is sound")
+        if cause is Cause.CUT_OFF:
+            assert cluster.may_be_cut_off(node), cluster.explain(f"{name} is killed, though all reach it")
         self._check_kept(node)
         node.is_evicted = True
         if not node.is_cut_off:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from elastic.control.controller import Controller, Phase
+from elastic.control.controller import Controller
 from elastic.control.events import (
     Cause,
     Event,
@@ -23,6 +23,7 @@ from elastic.control.events import (
     WorldFormed,
 )
 from elastic.control.instructions import FormWorld, Instruction, StartMember
+from elastic.control.phase import Phase
 from elastic.control.policy import WorldPolicy
 
 STEP_S = 6.0

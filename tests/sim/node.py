@@ -52,6 +52,10 @@ class Node:
     def is_blank(self) -> bool:
         return self.standing.committed == BLANK
 
+    def is_beyond_help(self, now: float) -> bool:
+        """Whether it does nothing any more, and nobody is left who would end it."""
+        return bool(self.faults) and (self.is_evicted or self.is_orphaned(now))
+
     def is_orphaned(self, now: float) -> bool:
         return now - self.heard_at > LEASE_S
 

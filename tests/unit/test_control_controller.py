@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from elastic.control.controller import Controller, Phase
+from elastic.control.attendance import Stage
+from elastic.control.controller import Controller
 from elastic.control.events import (
     Cause,
     Ending,
@@ -30,6 +31,7 @@ from elastic.control.instructions import (
     Status,
     StopWorld,
 )
+from elastic.control.phase import Phase
 from elastic.control.policy import WorldPolicy
 from tests.controlled import pass_time, training
 
@@ -60,9 +62,10 @@ def test_a_stop_before_the_found_workers_said_hello_still_saves_their_state() ->
     controller.handle(MemberReady("w0", "h", 1), 0.2)
     (formed,) = controller.handle(MemberReady("w1", "h", 2), 0.3)
     assert isinstance(formed, FormWorld)
-    assert formed.members == ("w0", "w1")
+    assert (formed.members, formed.only_saves) == (("w0", "w1"), True)
     controller.handle(Settled("w0", 6, 9, "self", 0.1), 0.4)
-    assert controller.handle(Settled("w1", 6, 9, "self", 0.1), 0.4) == [StopWorld(6, "test")]
+    assert controller.handle(Settled("w1", 6, 9, "self", 0.1), 0.4) == [], "it saves and ends as it is"
+    assert controller.roll.stage is Stage.ENDING
 
 
 def test_a_stop_without_any_worker_that_holds_state_ends_at_once() -> None:
@@ -262,10 +265,11 @@ def test_where_one_rank_is_all_there_can_be_its_state_goes_on_through_the_store(
     assert started == StartMember("w1")
     assert isinstance(stop, StopWorld)
     assert controller.handle(MemberReady("w1", "h", 1), 3.5) == []
-    (formed,) = controller.handle(MemberEnded("w0", 1, 4, Ending.STOPPED), 4.0)
+    released, formed = controller.handle(MemberEnded("w0", 1, 4, Ending.STOPPED), 4.0)
+    assert released == ReleaseMember("w0", "drained")
     assert isinstance(formed, FormWorld) and formed.members == ("w1",)
     assert controller.roll.origin == "store"
-    assert controller.handle(Settled("w1", 2, 4, "store", 0.1), 5.0) == [ReleaseMember("w0", "drained")]
+    assert controller.handle(Settled("w1", 2, 4, "store", 0.1), 5.0) == []
 
 
 def test_where_one_rank_is_all_there_can_be_a_broken_world_of_its_is_saved_before_it_is_passed_on() -> None:
@@ -286,13 +290,13 @@ def test_a_run_that_lost_too_many_workers_ends_once_those_that_are_left_have_sav
     (formed,) = controller.handle(MemberLost("w1", Cause.PROCESS_DIED, "it was killed"), 3.0)
     assert isinstance(formed, FormWorld) and formed.members == ("w0", "w2")
     assert controller.handle(Settled("w0", 2, 5, "self", 0.1), 3.5) == []
-    told = controller.handle(Settled("w2", 2, 5, "self", 0.1), 3.5)
-    why = "1 workers were lost, recovery.max_failures allows fewer: it was killed"
-    assert told == [StopWorld(2, why)]
+    assert controller.handle(Settled("w2", 2, 5, "self", 0.1), 3.5) == []
     (again,) = controller.handle(MemberLost("w0", Cause.PROCESS_DIED, ""), 4.0)
     assert isinstance(again, FormWorld) and again.members == ("w2",)
+    assert formed.only_saves and again.only_saves, "one more step might kill them, too"
     controller.handle(Settled("w2", 3, 5, "self", 0.1), 4.5)
-    (end,) = controller.handle(MemberEnded("w2", 3, 6, Ending.STOPPED), 5.0)
+    (end,) = controller.handle(MemberEnded("w2", 3, 5, Ending.STOPPED), 5.0)
+    why = "1 workers were lost, recovery.max_failures allows fewer: it was killed"
     assert end == End(Status.FAILED, why)
 
 
@@ -318,9 +322,8 @@ def test_where_too_few_are_left_and_none_comes_the_state_is_saved_before_the_run
         controller.handle(MemberLost(member, Cause.PROCESS_DIED, ""), 3.0)
     (last,) = pass_time(controller, 3.0, 12.0)
     assert isinstance(last, FormWorld) and last.members == ("w0",)
-    (stop,) = controller.handle(Settled("w0", last.generation, 5, "self", 0.1), 12.5)
-    assert isinstance(stop, StopWorld)
-    (end,) = controller.handle(MemberEnded("w0", last.generation, 6, Ending.STOPPED), 13.0)
+    assert controller.handle(Settled("w0", last.generation, 5, "self", 0.1), 12.5) == []
+    (end,) = controller.handle(MemberEnded("w0", last.generation, 5, Ending.STOPPED), 13.0)
     assert isinstance(end, End) and end.status is Status.FAILED
     assert "at least 2 workers" in end.reason
 
@@ -342,8 +345,9 @@ def test_a_replacement_that_comes_while_those_that_leave_save_is_too_few_and_end
     told = [one for member in ("w0", "w1", "w2") for one in controller.handle(left(member), 400.0)]
     assert isinstance(told[-1], StopWorld)
     assert controller.handle(MemberReady("w3", "h", 3), 401.0) == []
-    for member in ("w0", "w1", "w2"):
-        assert controller.handle(MemberEnded(member, 1, 5, Ending.STOPPED), 402.0) == []
+    ended = [controller.handle(MemberEnded(f"w{rank}", 1, 5, Ending.STOPPED), 402.0) for rank in range(3)]
+    assert ended[:2] == [[], []]
+    assert ended[2] == [ReleaseMember(f"w{rank}", "drained") for rank in range(3)]
     assert controller.phase is Phase.GATHERING
 
 

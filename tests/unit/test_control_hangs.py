@@ -1,7 +1,7 @@
 """Hangs in any phase: the one that hangs is named and ended, who waits for it is not, the others go on."""
 
 from elastic.control.attendance import Stage
-from elastic.control.controller import Controller, Phase
+from elastic.control.controller import Controller
 from elastic.control.events import (
     Cause,
     Ending,
@@ -24,6 +24,7 @@ from elastic.control.instructions import (
     Status,
     StopWorld,
 )
+from elastic.control.phase import Phase
 from elastic.control.policy import WorldPolicy
 from tests.controlled import pass_time, stepping, tell_all, training
 
@@ -226,9 +227,11 @@ def test_where_all_will_be_taken_away_they_save_at_the_next_boundary_and_newcome
     assert controller.phase is Phase.GATHERING
     assert controller.handle(MemberLost("w1", Cause.PROCESS_DIED, ""), 6.0) == []
     assert controller.losses.num == 0
-    assert controller.handle(MemberReady("w2", "h", 3), 7.0) == []
-    (formed,) = controller.handle(MemberReady("w3", "h", 3), 8.0)
-    assert isinstance(formed, FormWorld) and formed.members == ("w2", "w3")
+    (formed,) = controller.handle(MemberReady("w2", "h", 3), 7.0)
+    assert isinstance(formed, FormWorld) and formed.members == ("w2",)
+    tell_all(controller, "w2", at=7.5)
+    (larger,) = controller.handle(MemberReady("w3", "h", 3), 8.0)
+    assert isinstance(larger, FormWorld) and larger.members == ("w2", "w3")
 
 
 def test_where_all_will_be_taken_away_and_the_world_broke_the_rest_forms_once_more_to_save() -> None:
@@ -239,20 +242,19 @@ def test_where_all_will_be_taken_away_and_the_world_broke_the_rest_forms_once_mo
     assert isinstance(formed, FormWorld) and formed.members == ("w0",), (
         "it holds the state, though it had left"
     )
-    told = controller.handle(Settled("w0", formed.generation, 1, "self", 0.1), 4.3)
-    assert told[-1] == StopWorld(formed.generation, "all workers that hold the state will be taken away")
+    assert formed.only_saves
+    controller.handle(Settled("w0", formed.generation, 1, "self", 0.1), 4.3)
     controller.handle(MemberEnded("w0", formed.generation, 1, Ending.STOPPED), 4.4)
     (end,) = pass_time(controller, 4.4, 400.0)
     assert isinstance(end, End) and end.status is Status.FAILED
     assert "came within 300 s" in end.reason
 
 
-def test_a_newcomer_that_is_there_before_the_last_holder_is_taken_away_gets_its_state() -> None:
+def test_a_newcomer_that_is_there_before_the_last_holder_has_saved_gets_its_state() -> None:
     controller = stepping(1)
     started, stop = controller.handle(MemberLeaving("w0", "drained"), 4.0)
     assert started == StartMember("w1")
     assert stop == StopWorld(1, "all workers that hold the state will be taken away")
-    controller.handle(MemberEnded("w0", 1, 2, Ending.STOPPED), 4.5)
     (both,) = controller.handle(MemberReady("w1", "h", 2), 5.0)
     assert isinstance(both, FormWorld) and both.members == ("w0", "w1")
 
@@ -276,11 +278,7 @@ def test_a_stop_while_all_wait_for_newcomers_ends_the_run() -> None:
     controller = stepping(1)
     controller.handle(MemberLeaving("w0", "drained"), 4.0)
     controller.handle(MemberEnded("w0", 1, 2, Ending.STOPPED), 4.5)
-    (formed,) = controller.handle(StopRequested("test"), 5.0)
-    assert isinstance(formed, FormWorld) and formed.members == ("w0",)
-    controller.handle(Settled("w0", formed.generation, 2, "self", 0.1), 5.1)
-    (end,) = controller.handle(MemberEnded("w0", formed.generation, 2, Ending.STOPPED), 5.2)
-    assert end == End(Status.STOPPED, "test")
+    assert controller.handle(StopRequested("test"), 5.0) == [End(Status.STOPPED, "test")]
 
 
 def test_a_world_that_stops_because_a_worker_lost_its_driver_is_no_end_of_the_run() -> None:

@@ -1,7 +1,7 @@
 """What takes long for a good reason is waited for: room in an arena, a restore, shards on their way."""
 
 from elastic.control.attendance import Stage
-from elastic.control.controller import Controller, Phase
+from elastic.control.controller import Controller
 from elastic.control.events import (
     Cause,
     MemberCame,
@@ -13,6 +13,7 @@ from elastic.control.events import (
     WorldFormed,
 )
 from elastic.control.instructions import FormWorld, Instruction, KillMember, Manner, StopWorld
+from elastic.control.phase import Phase
 from tests.controlled import pass_time, stepping, tell_all
 
 ALL = ("w0", "w1", "w2")

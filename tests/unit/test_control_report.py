@@ -1,5 +1,6 @@
 """The report is arithmetic over the journal: given moments, known figures."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -258,6 +259,22 @@ def test_a_loss_between_the_last_boundary_and_the_next_world_drops_no_attempt() 
     )
     (failure,) = report.failures
     assert (failure.member, failure.dropped_attempts) == ("w2", 0)
+
+
+def test_a_loss_in_a_world_that_only_saves_drops_no_attempt_of_its_own() -> None:
+    saves = FormWorld(2, ("w0", "w2"), ("h", "h"), Manner.AT_ONCE, "last", only_saves=True)
+    settled: Told = [(11.0, Settled(member, 2, 10, "self", 0.1)) for member in ("w0", "w2")]
+    report = report_of(
+        two_workers(10),
+        [lost(10.5, "w1"), (10.6, saves), *settled, lost(11.5, "w2")],
+        [(11.6, replace(saves, generation=3, members=("w0",)))],
+        [(12.0, Settled("w0", 3, 10, "self", 0.1)), (13.0, MemberEnded("w0", 3, 10, Ending.STOPPED))],
+        [(13.1, End(Status.FAILED, "too many")), (13.1, SegmentEnded("failed", "too many"))],
+    )
+    first, second = report.failures
+    assert (first.dropped_attempts, second.dropped_attempts) == (1, 0)
+    assert (first.redone_steps, second.redone_steps, second.total_s) == (0, 0, None)
+    assert report.committed_steps == 10
 
 
 def test_times_run_on_when_the_clock_restarts_with_the_machine() -> None:

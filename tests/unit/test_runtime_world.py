@@ -1,17 +1,21 @@
-"""Worlds of two members in one process: a late cut, and a device that does not let go."""
+"""Worlds of two members in one process: a late cut, a device that does not let go, and no connection."""
 
+import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from elastic.runtime import world as worlds
 from elastic.runtime.lane import ThreadLane
-from elastic.runtime.world import Endpoint, Former, Place, World, open_rendezvous
+from elastic.runtime.world import Endpoint, Former, Place, Unconnected, World, open_rendezvous
 from elastic.training.ports import Broken
 
 LOOPBACK, CPU = "127.0.0.1", torch.device("cpu")
@@ -90,3 +94,16 @@ def test_a_communicator_that_does_not_abort_holds_nobody_up_and_frees_the_peers(
     stuck.may_end.set()
     for each in pair:
         each.leave()
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_member_that_could_not_connect_says_whose_door_does_not_answer(endpoint, monkeypatch, is_there):
+    monkeypatch.setattr(worlds, "CONNECT_TIMEOUT", timedelta(seconds=0.2))
+    store = TCPStore(endpoint.host, endpoint.port, is_master=False)
+    with socket.create_server((LOOPBACK, 0)) as door:
+        PrefixStore("generation-1", store).set("listens-1", json.dumps([[], door.getsockname()]))
+        if not is_there:
+            door.close()
+        with pytest.raises(Unconnected, match="could not form") as told:
+            Former(LOOPBACK, CPU).form(Place(1, 0, ("h", "h"), LOOPBACK), endpoint, lambda: True, time.sleep)
+    assert told.value.unreachable == (() if is_there else (1,))
