@@ -272,3 +272,42 @@ def test_deepspeed_loads_the_partitions_that_we_write_for_another_stage_and_worl
     found = load_in_deepspeed(target, tmp_path, "--stage", str(stage), "--world", str(world))
     assert found.keys() == golden.keys()
     assert all((found[name] == golden[name]).all() for name in golden)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(not PYTHON.exists(), reason="needs DeepSpeed: see tests/interop/deepspeed.txt")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_counts_on_from_a_step_that_was_a_plain_number(stage, tmp_path):
+    folder, _ = unpack("zero1-bf16-2", tmp_path / "made")
+    opened = open_deepspeed(Place(str(folder)))
+    target = str(tmp_path / "universal")
+    with drafting(target, "one") as draft:
+        write_deepspeed_universal(draft, PlainSteps(opened, 7), 1 << 16)
+    command = [str(PYTHON), "-m", "tests.interop.deepspeed_make", str(tmp_path / "back"), "--steps", "1"]
+    command += ["--load", target, "--universal", "--stage", str(stage), "--world", "2"]
+    subprocess.run(
+        [*command, "--sub-group", "100000"],
+        cwd=PYTHON.parents[2],
+        check=True,
+        timeout=300,
+        capture_output=True,
+    )
+    saved = open_deepspeed(Place(str(tmp_path / "back/checkpoint")))
+    assert {float(values_of(saved, f"optimizer.step.{name}")) for name in SHAPES} == {8.0}
+
+
+class PlainSteps:
+    """A checkpoint whose optimizer keeps its steps as plain numbers."""
+
+    def __init__(self, opened: ForeignCheckpoint, step: int) -> None:
+        names = [one.name.removeprefix("optimizer.step.") for one in opened.tensors]
+        self._kept = [n for n, one in enumerate(opened.tensors) if not one.name.startswith("optimizer.step.")]
+        told = {"state": {name: {"step": step} for name in names if name in SHAPES}}
+        optimizer = {**opened.about.extra["optimizer"], **told}
+        self.about = replace(opened.about, extra={**opened.about.extra, "optimizer": optimizer})
+        self.tensors = [opened.tensors[number] for number in self._kept]
+        self._opened = opened
+
+    def read(self, number: int, box: Box) -> np.ndarray:
+        return self._opened.read(self._kept[number], box)

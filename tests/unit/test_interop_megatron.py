@@ -51,12 +51,13 @@ def reading(opened: ForeignCheckpoint) -> Callable[[int], np.ndarray]:
     return lambda number: opened.read(number, Box.whole(opened.tensors[number].shape))
 
 
-@pytest.mark.parametrize("kind", RULES)
-def test_the_built_in_rules_read_what_megatron_core_itself_makes_of_a_model(kind, tmp_path):
-    folder, golden = unpack(f"megatron-{kind}", tmp_path)
+@pytest.mark.parametrize("made", [*RULES, "virtual-llama", "virtual-gpt"])
+def test_the_built_in_rules_read_what_megatron_core_itself_makes_of_a_model(made, tmp_path):
+    folder, golden = unpack(f"megatron-{made}", tmp_path)
+    kind = made.split("-")[-1]
     assert looks_like_megatron(Place(str(folder)).files)
     opened = open_megatron(Place(str(folder)))
-    assert opened.about.axes == AXES[kind]
+    assert opened.about.axes == (AXES[kind] if made == kind else {"tensor": 1, "pipeline": 2})
     assert opened.about.step == 7
     plan = plan_of(kind, opened)
     read = reading(opened)
@@ -212,15 +213,47 @@ def test_states_that_the_optimizer_lost_are_caught_by_the_rules(tmp_path):
         plan_of("llama", opened)
 
 
-def test_virtual_stages_and_other_files_are_refused_by_name(tmp_path):
+def test_virtual_stages_that_are_missing_copied_or_uneven_are_refused_by_name(tmp_path):
+    folder = unpack("megatron-virtual-llama", tmp_path)[0] / "iter_0000007"
+    path = folder / "mp_rank_00_001/model_optim_rng.pt"
+    kept = path.read_bytes()
+
+    def copied(tree: Any) -> None:
+        tree["model0"] |= layers_of(tree["model1"])
+
+    for change, error, match in (
+        (lambda tree: tree.pop("model0"), Corrupt, r"00_001/.* holds no model .* or not all its chunks"),
+        (lambda tree: tree.pop("model1"), Corrupt, r"00_001/.* has 1 parts of the model, and .* 2"),
+        (copied, Corrupt, r"'0/decoder.* is not what .* was rounded from|layers.* was rounded from"),
+        (grown, Unsupported, r"virtual pipeline stages of \[1, 2\] layers, and only equal ones"),
+    ):
+        path.write_bytes(kept)
+        rewrite(path, change)
+        refuses(folder, error, match)
+
+
+def grown(tree: Any) -> None:
+    """Give a chunk a layer more."""
+    more = layers_of(tree["model0"])
+    tree["model0"] |= {name.replace("layers.0.", "layers.1."): one for name, one in more.items()}
+
+
+def layers_of(chunk: Any) -> dict[str, torch.Tensor]:
+    return {name: one.clone() for name, one in chunk.items() if "layers.0." in name and one is not None}
+
+
+def test_virtual_stages_that_change_places_are_caught_by_the_masters(tmp_path):
+    folder = unpack("megatron-virtual-llama", tmp_path)[0] / "iter_0000007"
+
+    def swap(tree: Any) -> None:
+        tree["model0"], tree["model1"] = tree["model1"], tree["model0"]
+
+    rewrite(folder / "mp_rank_00_000/model_optim_rng.pt", swap)
+    refuses(folder, CheckpointError, "mp_rank_00_000|is not what .* was rounded from")
+
+
+def test_files_that_are_no_model_are_refused_by_name(tmp_path):
     folder = made(tmp_path)
-
-    def divide(tree: Any) -> None:
-        tree["model0"] = tree.pop("model")
-        tree["model1"] = tree["model0"]
-
-    rewrite(folder / "mp_rank_00_000/model_optim_rng.pt", divide)
-    refuses(folder, Unsupported, r"00_000/.* has 2 virtual .*\(model0, model1\).*torch_dist")
     (folder / "mp_rank_00_000/model_optim_rng.pt").write_bytes(b"PK\3\4 and so on")
     refuses(folder, Corrupt, "mp_rank_00_000/model_optim_rng.pt")
 
@@ -232,9 +265,10 @@ def buffers_of(kind: str, tmp_path: Path) -> Path:
     return unpack(f"megatron-buffers-{kind}", tmp_path)[0]
 
 
-@pytest.mark.parametrize("kind", RULES)
-def test_a_distributed_optimizer_s_masters_moments_and_step_are_what_megatron_was_given(kind, tmp_path):
-    folder, golden = unpack(f"megatron-buffers-{kind}", tmp_path)
+@pytest.mark.parametrize("made", [*RULES, "virtual-gpt"])
+def test_a_distributed_optimizer_s_masters_moments_and_step_are_what_megatron_was_given(made, tmp_path):
+    folder, golden = unpack(f"megatron-buffers-{made}", tmp_path)
+    kind = made.split("-")[-1]
     opened = open_megatron(Place(str(folder)))
     plan = plan_of(kind, opened)
     read = reading(opened)

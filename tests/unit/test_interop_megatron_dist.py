@@ -58,10 +58,13 @@ def made(kind: str, to: Path) -> Path:
     return unpack(f"megatron-dist-{kind}", to)[0] / "iter_0000007"
 
 
-@pytest.mark.parametrize("fixture", [*RULES, "dp-llama", "dp-gpt"])  # dp: dp_reshardable, in buckets
+@pytest.mark.parametrize(
+    "fixture",
+    [*RULES, "dp-llama", "dp-gpt", "dp-moe", "virtual-llama", "dp-virtual-gpt"],  # dp: in buckets
+)
 def test_weights_masters_moments_and_step_are_what_megatron_was_given(fixture, tmp_path):
     folder, golden = unpack(f"megatron-dist-{fixture}", tmp_path)
-    kind = fixture.removeprefix("dp-")
+    kind = fixture.split("-")[-1]
     assert detect(Place(str(folder))).name == "megatron-dist"
     opened = open_foreign(str(folder))
     assert (opened.about.step, opened.about.axes) == (7, {})
@@ -135,12 +138,12 @@ def test_buckets_of_several_optimizers_are_left_out_and_that_is_said(tmp_path):
 
     def chain(tree: Any) -> None:
         tree.state_dict_metadata = {
-            key.replace("optimizer.distributed", "chained_0.optimizer.distributed"): one
+            key.replace("optimizer.distributed", "chained_2.optimizer.distributed"): one
             for key, one in tree.state_dict_metadata.items()
         }
         tree.storage_data = {
             type(index)(
-                index.fqn.replace("optimizer.distributed", "chained_0.optimizer.distributed"),
+                index.fqn.replace("optimizer.distributed", "chained_2.optimizer.distributed"),
                 index.offset,
                 index.index,
             ): info
@@ -151,7 +154,7 @@ def test_buckets_of_several_optimizers_are_left_out_and_that_is_said(tmp_path):
     opened = open_foreign(str(folder))
     assert not any(tensor.name.startswith("optimizer.") for tensor in opened.tensors)
     told = [note for note in opened.about.notes if "--dist-ckpt-optim-fully-reshardable" in note]
-    assert len(told) == 1 and "states of chained_0.optimizer.distributed are left out" in told[0]
+    assert len(told) == 1 and "states of chained_2.optimizer.distributed are left out" in told[0]
     assert len(plan_of("llama", opened).tensors) == 39
 
 

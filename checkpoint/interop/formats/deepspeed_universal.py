@@ -18,7 +18,7 @@ from checkpoint.interop.formats.archive import Archive, Stored, read_archive
 from checkpoint.interop.formats.contract import About, Array
 from checkpoint.interop.formats.deepspeed_files import Folder, RankFile, find_folder, model_files
 from checkpoint.interop.formats.deepspeed_parts import Shape, group_shapes, stage_of
-from checkpoint.interop.formats.deepspeed_said import extra_of, step_of
+from checkpoint.interop.formats.deepspeed_said import extra_of, left_of, left_states, step_of
 from checkpoint.interop.formats.deepspeed_state import Collected, Rounded, ZeroCheckpoint, run_of
 from checkpoint.interop.formats.deepspeed_steps import read_step
 from checkpoint.interop.formats.deepspeed_weights import ModelStates, collect_weights
@@ -54,7 +54,7 @@ def open_deepspeed_universal(place: Place) -> ZeroCheckpoint:
         {},
         step_of(tree),
         extra_of(tree, common, str(folder)),
-        notes=tuple(collected.notes),
+        notes=(*left_of(tree), *collected.notes),
     )
     tiled = Tiled(place, about, collected.tensors, collected.tiles)
     check_masters(tiled, str(folder))
@@ -96,6 +96,8 @@ class _Universal:
             self._add_steps(collected, members, steps)
         known = {name for members in groups for name in members} | {one.name for one in collected.tensors}
         known |= {one.name for one in collected.rounded}
+        kinds = {file for files in there.values() for file in files} - {*STATES.values(), "step"}
+        collected.notes += left_states(kinds)
         strange = sorted(there.keys() - known)
         if strange:
             raise Corrupt(f"{self.folder} has zero/{strange[0]}, which the model does not: of another model?")

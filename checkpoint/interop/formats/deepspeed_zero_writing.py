@@ -17,12 +17,12 @@ from checkpoint.interop.formats.deepspeed_partitions import (
     frozen_partition,
 )
 from checkpoint.interop.formats.deepspeed_parts import FLAT, FLAT_3, Shape
-from checkpoint.interop.formats.deepspeed_writing import Parts, engine_of, later_of, parts_of
+from checkpoint.interop.formats.deepspeed_writing import Parts, engine_of, hyper_of, later_of, parts_of
 from checkpoint.interop.formats.extents import check_shape
 from checkpoint.interop.formats.rounding import ROUNDED
 from checkpoint.interop.formats.saving import Later, Saving
 from checkpoint.interop.formats.streams import check_global
-from checkpoint.interop.formats.told import told_numbers
+from checkpoint.interop.formats.told import step_of_groups
 
 STAGE, WORLD = "zero_stage", "dp_world_size"  # in `extra`: which stage, for how many ranks
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -42,7 +42,7 @@ def write_deepspeed(draft: Draft, contents: Contents, budget_bytes: int) -> None
     Raises Unsupported where they are not known, Incomplete for a parameter that lacks a state.
     """
     check_global(contents.tensors, "deepspeed")
-    parts = parts_of(contents.tensors)
+    parts = parts_of(contents)
     work = _Work(
         contents,
         parts,
@@ -89,7 +89,8 @@ class _Work:
     @property
     def hyper(self) -> list[dict[str, Any]]:
         """The options of each group."""
-        return [dict(one) for one in self.zero.get("param_groups") or [{} for _ in self.groups]]
+        told = hyper_of(self.contents)
+        return told if len(told) == len(self.groups) else [{} for _ in self.groups]
 
     @property
     def version(self) -> str:
@@ -98,12 +99,12 @@ class _Work:
         return str(said)
 
     def step_of(self, members: Mapping[str, Shape]) -> Any:
-        """Return the step of a group: a tensor, a plain number, or nothing done."""
+        """Return the step of a group: a tensor, or a plain number."""
         first = next(iter(members))
         number = self.parts.states[first].get("step")
         if number is not None:
             return later_of(self.contents, number)
-        return told_numbers(self.contents.about.extra).get(f"optimizer.step.{first}", 0)
+        return self.parts.steps.get(first, step_of_groups(self.contents.about))
 
 
 def _flat(work: _Work, partitions: Partitions, rank: int) -> dict[str, Any]:
