@@ -192,7 +192,12 @@ def test_buckets_that_change_places_are_caught(tmp_path):
 @pytest.mark.skipif(not PYTHON.exists(), reason="needs Megatron-Core: see tests/interop/deepspeed.txt")
 @pytest.mark.parametrize(
     ("kind", "layout"),
-    [("llama", "--pipeline 2 --data 1"), ("moe", "--expert 2 --data 2"), ("gpt", "--tensor 2")],
+    [
+        ("llama", "--pipeline 2 --data 1"),
+        ("llama", "--pipeline 2 --virtual 2"),
+        ("moe", "--expert 2 --data 2"),
+        ("gpt", "--tensor 2"),
+    ],
 )
 def test_megatron_loads_what_is_written_into_other_ranks(kind, layout, tmp_path):
     folder = through_a_store(kind, tmp_path)

@@ -55,7 +55,7 @@ def export_checkpoint(
     back = Counted(reopen())
     proofs = _prove(outward, known, back, reach, url=url, settings=settings)
     left = left_out(outward.outbound, back, outward.emigration.format)
-    notes = (*outward.notes, *left, *reach.settle(settings.overflow), *outward.source.padding(settings))
+    notes = (*outward.notes, *reach.settle(settings.overflow), *outward.source.padding(settings), *left)
     return ConversionReport(
         source=outward.source.url,
         target=url,

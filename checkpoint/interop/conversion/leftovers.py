@@ -21,7 +21,7 @@ def left_out(outbound: Contents, back: Contents, format: str) -> list[str]:
     """Return notes of the plain data that a format has no place for, or keeps otherwise."""
     there = {one.name for one in back.tensors}
     missing = [*_missing(_comparable(outbound.about.extra, there), _comparable(back.about.extra, there))]
-    if outbound.about.step and back.about.step is None:  # what says no step is at 0
+    if missing and outbound.about.step and back.about.step is None:  # the report itself says of which it is
         missing.append("step")
     notes = []
     if missing:
