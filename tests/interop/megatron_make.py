@@ -120,8 +120,7 @@ def fill(model: Any, prefix: str) -> dict[str, np.ndarray]:
     return whole
 
 
-def run(rank: int, options: argparse.Namespace) -> None:
-    warnings.simplefilter("ignore")
+def begin(rank: int, options: argparse.Namespace) -> None:
     world = options.tensor * options.pipeline * options.expert
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(options.port)}
     torch.set_num_threads(1)
@@ -133,6 +132,11 @@ def run(rank: int, options: argparse.Namespace) -> None:
         options.virtual if options.virtual > 1 else None,
         expert_model_parallel_size=options.expert,
     )
+
+
+def run(rank: int, options: argparse.Namespace) -> None:
+    warnings.simplefilter("ignore")
+    begin(rank, options)
     models = models_of(options)
     states = {}
     golden: dict[str, np.ndarray] = {}
@@ -142,7 +146,7 @@ def run(rank: int, options: argparse.Namespace) -> None:
         states[state] = [parameter.detach().clone() for model in models for parameter in model.parameters()]
     for model in models:
         golden |= fill(model, "")
-    every: list[dict[str, np.ndarray]] = [{} for _ in range(world)]
+    every: list[dict[str, np.ndarray]] = [{} for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(every, golden)
     if rank == 0:
         together = {key: value for one in every for key, value in one.items()}
@@ -250,7 +254,7 @@ def one_optimizer(
     }
 
 
-def main() -> None:
+def parser_of() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     parser.add_argument("out")
     parser.add_argument("--kind", choices=("gpt", "llama", "moe"), default="llama")
@@ -259,7 +263,11 @@ def main() -> None:
     parser.add_argument("--expert", type=int, default=1)
     parser.add_argument("--virtual", type=int, default=1)
     parser.add_argument("--port", type=int, default=29633)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = parser_of().parse_args()
     os.makedirs(options.out, exist_ok=True)
     spawn(run, (options,), math.prod((options.tensor, options.pipeline, options.expert)))
 

@@ -4,6 +4,7 @@ Golden tensors are put together as Megatron-Core's sharded_state_dict says, by t
 """
 
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,9 @@ import torch
 from checkpoint.errors import CheckpointError, Corrupt, Incomplete, Mismatch, Unsupported
 from checkpoint.format.box import Box
 from checkpoint.interop.builtin import builtin_rules
+from checkpoint.interop.conversion.emigrating import Emigration
+from checkpoint.interop.conversion.foreign import Whereabouts, export_foreign
+from checkpoint.interop.conversion.ruled import choose_rules
 from checkpoint.interop.drafting import drafting
 from checkpoint.interop.formats.contract import ForeignCheckpoint
 from checkpoint.interop.formats.megatron import looks_like_megatron, open_megatron
@@ -28,6 +32,7 @@ from tests.interop.megatron_expected import RULES, expected
 from tests.interop.unpacking import rewrite, unpack
 from tests.interop_samples import assemble, check_equal, fingerprints, proved
 
+PYTHON = Path(__file__).resolve().parents[2] / ".venv-deepspeed/bin/python"
 AXES = {
     "llama": {"tensor": 2, "pipeline": 2},
     "gpt": {"tensor": 2, "pipeline": 2},
@@ -107,6 +112,31 @@ def test_weights_that_are_written_come_back_bit_by_bit(kind, tmp_path):
         drafting(str(tmp_path / "all"), "one") as draft,
     ):
         write_megatron(draft, opened, 1 << 16)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(not PYTHON.exists(), reason="needs Megatron-Core: see tests/interop/deepspeed.txt")
+@pytest.mark.parametrize(
+    ("kind", "to"),
+    [("llama", "tensor=2"), ("gpt", "pipeline=2,tensor=2"), ("moe", "expert=2,tensor=1")],
+)
+def test_megatron_s_models_load_the_files_of_other_ranks_that_are_written(kind, to, tmp_path):
+    folder, _ = unpack(f"megatron-{kind}", tmp_path / "made")
+    choice, out = choose_rules(RULES[kind]), str(tmp_path / "out")
+    source = Whereabouts(str(folder), rules=choice)
+    export_foreign(source, out, Emigration("megatron", to, choice, only="model/*"))
+    spread = [f"--{part}" for part in to.split(",")]
+    command = [str(PYTHON), "-m", "tests.interop.megatron_load", f"{out}/iter_0000007", "--kind", kind]
+    done = subprocess.run(
+        [*command, *spread],
+        cwd=PYTHON.parents[2],
+        timeout=300,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_the_experts_of_several_ranks_are_written_for_one(tmp_path):

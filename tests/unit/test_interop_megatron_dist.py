@@ -133,6 +133,20 @@ def test_a_legacy_checkpoint_and_a_distributed_one_of_the_same_training_differ_i
     assert len(same) == 195
 
 
+def test_a_legacy_checkpoint_with_virtual_stages_goes_straight_into_a_distributed_one(tmp_path):
+    """The optimizer with it: its groups' options, which its file says, go along."""
+    legacy, _ = unpack("megatron-virtual-gpt", tmp_path / "legacy")
+    choice = choose_rules("gpt-megatron")
+    source = Whereabouts(str(legacy), rules=choice)
+    report = export_foreign(source, str(tmp_path / "out"), Emigration("megatron-dist", rules=choice))
+    assert {proof.how for proof in report.proofs} == {"fingerprint"}
+    same = compare_places(source, Whereabouts(str(tmp_path / "out"), rules=choice))
+    assert {one.verdict.value for one in same} == {"equal"}
+    about = open_foreign(str(tmp_path / "out")).about
+    assert about.extra["megatron_optimizer"][0]["lr"] == 0.1
+    assert about.extra["opt_param_scheduler"] == {"max_lr": 0.1, "num_steps": 70}
+
+
 def test_buckets_of_several_optimizers_are_left_out_and_that_is_said(tmp_path):
     folder = made("dp-llama", tmp_path)
 
