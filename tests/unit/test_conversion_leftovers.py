@@ -1,11 +1,14 @@
 """Plain data of a training that another format has no place for: the report tells them, or they go along."""
 
+import math
+
 import pytest
 import torch
 
 import checkpoint
 from checkpoint.interop.conversion.emigrating import Emigration
-from checkpoint.interop.conversion.foreign import Whereabouts, export_foreign
+from checkpoint.interop.conversion.foreign import Whereabouts, export_foreign, import_foreign
+from checkpoint.interop.conversion.importing import Adoption
 from checkpoint.interop.formats.known import open_foreign
 from tests.conversion_samples import save_state
 from tests.interop.unpacking import rewrite, unpack
@@ -19,10 +22,11 @@ def adam(**more) -> dict:
     return {"state": {"w": {**entries, **more}}, "param_groups": [dict(GROUP)]}
 
 
-def stored(tmp_path, optimizer, **more) -> str:
+def stored(tmp_path, optimizer, meta=None, **more) -> str:
     url = str(tmp_path / "store")
     weight = optimizer["state"]["w"]["master"].bfloat16()
-    save_state(checkpoint.open_store(url), {"model": {"w": weight}, "optimizer": optimizer, **LOOP, **more})
+    state = {"model": {"w": weight}, "optimizer": optimizer, **LOOP, **more}
+    save_state(checkpoint.open_store(url), state, meta=meta)
     return url
 
 
@@ -49,6 +53,40 @@ def test_megatron_s_legacy_files_have_the_scheduler_and_say_that_the_optimizer_i
     notes = notes_of(stored(tmp_path, adam(step=7)), tmp_path, "megatron")
     assert notes[-1] == "plain data that the format megatron has no place for are left out: optimizer"
     assert open_foreign(str(tmp_path / "out")).about.extra["lr_scheduler"] == LOOP["lr_scheduler"]
+
+
+@pytest.mark.parametrize("format", ["torch", "dcp", "megatron-dist", "deepspeed-universal", "deepspeed"])
+def test_the_cursor_and_the_metrics_of_a_manifest_go_out_and_come_back(format, tmp_path):
+    books = {"data_cursor": {"epoch": 2, "at": [7, 9]}, "metrics": {"loss": 0.5, "best": math.inf}}
+    source = stored(tmp_path, adam(step=7), books, param_shapes=[{"w": [6, 4]}])
+    assert notes_of(source, tmp_path, format) == ()
+    again = checkpoint.open_store(str(tmp_path / "again"))
+    import_foreign(str(tmp_path / "out"), again, Adoption())
+    manifest = checkpoint.Catalog(again).manifest(3)
+    assert (manifest.data_cursor, manifest.metrics) == (books["data_cursor"], {"loss": 0.5, "best": math.inf})
+    assert not any(name.startswith("holdfast") for name in checkpoint.load(again).state)
+
+
+def test_a_format_without_a_place_for_a_cursor_and_metrics_is_said_to_leave_them_out(tmp_path):
+    source = stored(tmp_path, adam(step=7), {"data_cursor": 5, "metrics": {"loss": 0.5}})
+    assert "holdfast_data_cursor, holdfast_metrics" in notes_of(source, tmp_path, "hf")[-1]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"holdfast_data_cursor": b"no JSON"},
+        {"holdfast_metrics": {"loss": [1]}},
+        {"holdfast_metrics": 3, "holdfast_data_cursor": float("nan")},
+    ],
+)
+def test_what_cannot_be_a_cursor_or_metrics_is_plain_data_like_any_other(said, tmp_path):
+    torch.save({"model": {"w": torch.randn(3)}, **said}, tmp_path / "a.pt")
+    again = checkpoint.open_store(str(tmp_path / "again"))
+    import_foreign(str(tmp_path / "a.pt"), again, Adoption())
+    manifest = checkpoint.Catalog(again).manifest(0)
+    assert (manifest.data_cursor, manifest.metrics) == (None, {})
+    assert said.keys() <= checkpoint.load(again).state.keys()
 
 
 @pytest.mark.parametrize("format", ["torch", "dcp", "deepspeed-universal"])

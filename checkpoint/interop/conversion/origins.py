@@ -9,6 +9,7 @@ from checkpoint.format.codec import checksum
 from checkpoint.format.manifest import Manifest, encode_manifest
 from checkpoint.format.tree import unflatten
 from checkpoint.interop.conversion.assembling import Assembled
+from checkpoint.interop.conversion.bookkeeping import books_of
 from checkpoint.interop.conversion.casting import Reach
 from checkpoint.interop.conversion.contract import ConversionSettings, GlobalTensors, Numbering
 from checkpoint.interop.conversion.marking import Marked
@@ -70,7 +71,7 @@ def stored_origin(stored: StoredContents) -> Origin:
         step=manifest.step,
         digest=checksum(encode_manifest(manifest)).hex(),
         contents=stored,
-        extra=_plain_parts(unflatten(manifest.skeleton, _Tensors())),
+        extra={**_plain_parts(unflatten(manifest.skeleton, _Tensors())), **books_of(manifest)},
         ties=ties_of(manifest.skeleton),
         sizes=sizes_in(manifest),
         fingerprints=lambda *_: known,

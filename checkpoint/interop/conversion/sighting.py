@@ -10,6 +10,7 @@ from checkpoint.errors import FormatError, Incomplete, Mismatch, Misuse, Unsuppo
 from checkpoint.format.tree import flatten
 from checkpoint.interop.account import Account, account_as_named
 from checkpoint.interop.conversion.assembling import as_they_are
+from checkpoint.interop.conversion.bookkeeping import without_books
 from checkpoint.interop.conversion.casting import FLOATS
 from checkpoint.interop.conversion.following import follow, names_inward
 from checkpoint.interop.conversion.names import from_foreign, from_rules
@@ -77,7 +78,7 @@ def sight(foreign: ForeignCheckpoint, choice: RuleChoice | None, ties: Ties | No
     Raises FormatError if its tensors are spread over ranks and no rules say how.
     """
     about = foreign.about
-    extra = dict(about.extra)
+    extra = without_books(about.extra)
     said = extra.pop(TIED, None)
     known = said if isinstance(said, dict) else {}
     if choice is None:
