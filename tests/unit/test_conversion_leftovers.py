@@ -45,7 +45,7 @@ def test_scheduler_cursor_and_options_go_along_wherever_there_is_an_optimizer(fo
 def test_a_format_that_holds_weights_only_is_said_to_leave_out_the_rest(tmp_path):
     notes = notes_of(stored(tmp_path, adam(step=7)), tmp_path, "hf")
     assert notes[-1] == (
-        "plain data that the format hf has no place for are left out: loop, lr_scheduler, optimizer, step"
+        "plain data that the format hf has no place for are left out: optimizer, loop, lr_scheduler, step"
     )
 
 

@@ -63,7 +63,7 @@ def _comparable(extra: Tree, there: Collection[str]) -> dict[str, Any]:
             if f"optimizer.{kind}.{owner}" not in there:
                 by_kind.setdefault(f"state.{kind}", {})[str(owner)] = value
     made = {**rest, "param_groups": options, **by_kind}
-    return {**kept, "optimizer": {key: item for key, item in made.items() if item != {}}}
+    return {"optimizer": {key: item for key, item in made.items() if item != {}}, **kept}
 
 
 def _dicts(groups: Any) -> list[dict[str, Any]]:
