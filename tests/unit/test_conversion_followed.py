@@ -94,7 +94,7 @@ def test_a_plain_step_goes_with_a_llama_under_megatron_s_names(format, tmp_path)
         }
         for name, one in weights.items()
     }
-    groups = [{"params": list(weights), "lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.1}]
+    groups = [{"params": list(weights), "lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0}]
     url = str(tmp_path / "store")
     save_state(
         checkpoint.open_store(url), {"model": weights, "optimizer": {"state": state, "param_groups": groups}}

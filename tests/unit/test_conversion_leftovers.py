@@ -117,6 +117,21 @@ def test_a_step_that_nothing_tells_is_the_checkpoint_s_own_and_that_is_said(form
     assert opened.read(number, checkpoint.format.box.Box((), ())).view(one.dtype).item() == 3
 
 
+def test_a_weight_decay_that_megatron_does_not_give_to_norms_is_told(tmp_path):
+    url = str(tmp_path / "store")
+    weights = {"w": torch.randn(6, 4), "norm": torch.randn(4)}
+    state = {
+        name: {"step": 7, "master": one, "exp_avg": torch.zeros_like(one), "exp_avg_sq": torch.ones_like(one)}
+        for name, one in weights.items()
+    }
+    groups = [{**GROUP, "params": list(weights)}]
+    save_state(
+        checkpoint.open_store(url), {"model": weights, "optimizer": {"state": state, "param_groups": groups}}
+    )
+    (note,) = notes_of(url, tmp_path, "megatron-dist")
+    assert note == "biases and norms had a weight decay of 0.1, as all had; Megatron gives them none"
+
+
 def test_moments_without_known_options_are_no_optimizer_of_megatron_s(tmp_path):
     optimizer = adam()
     optimizer["param_groups"] = [{"params": ["w"], "lr": 0.1}]

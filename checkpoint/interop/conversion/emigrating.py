@@ -20,7 +20,7 @@ from checkpoint.interop.conversion.casting import (
 from checkpoint.interop.conversion.contract import (
     ConversionSettings,
 )
-from checkpoint.interop.conversion.following import follow, names_outward
+from checkpoint.interop.conversion.following import follow_outward
 from checkpoint.interop.conversion.names import from_foreign, rule_name, to_foreign
 from checkpoint.interop.conversion.origins import Origin
 from checkpoint.interop.conversion.outbound import Outbound, staging_bytes, working_bytes
@@ -257,7 +257,7 @@ def _about(origin: Origin, emigration: Emigration, plan: Plan) -> About:
     if emigration.only is not None and not has_states:  # people chose to go without
         told = {key: value for key, value in told.items() if key not in ("optimizer", HYPER)}
     if emigration.rules is not None and has_states:
-        told = follow(told, names_outward(plan))
+        told = follow_outward(told, plan)
     scheme = parse_layout(emigration.to)
     if scheme.zero and emigration.format == "deepspeed":  # it names the ranks that its files are for
         told |= {"zero_stage": scheme.zero, "dp_world_size": scheme.mesh.size}

@@ -1,6 +1,6 @@
 """Plain data of an optimizer follow its parameters through rules: numbers and groups get new names. Pure."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from checkpoint.errors import Misuse
@@ -11,26 +11,25 @@ from checkpoint.interop.moves import Plan
 Names = Mapping[str, Sequence[str]]  # what each parameter becomes: several, if it is taken apart
 
 
-def names_inward(plan: Plan) -> Names:
-    """Return which universal parameters each foreign one becomes; the plan's tensors have universal names."""
-    return _collected((foreign, universal) for universal, foreign in _pairs(plan))
+def follow_inward(extra: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """Return foreign plain data in which the optimizer speaks of universal parameters.
 
-
-def names_outward(plan: Plan) -> Names:
-    """Return which foreign parameters each universal one becomes."""
-    return _collected(_pairs(plan))
-
-
-def follow(extra: Mapping[str, Any], names: Names) -> dict[str, Any]:
-    """Return plain data in which the optimizer speaks of its parameters by their new names.
-
-    What is of a parameter without one keeps its name. Raises Misuse for parameters that become one, and of
-    which the optimizer says different things.
+    The plan's tensors have universal names. What is of a parameter without one keeps its name. Raises Misuse
+    for parameters that become one, and of which the optimizer says different things.
     """
+    return _follow(extra, lambda: _collected((foreign, universal) for universal, foreign in _pairs(plan)))
+
+
+def follow_outward(extra: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """Return plain data in which the optimizer speaks of the foreign parameters of a plan. Raises Misuse."""
+    return _follow(extra, lambda: _collected(_pairs(plan)))
+
+
+def _follow(extra: Mapping[str, Any], names_of: Callable[[], Names]) -> dict[str, Any]:
     optimizer = extra.get("optimizer")
     if not isinstance(optimizer, dict):
         return dict(extra)
-    made = dict(optimizer)
+    made, names = dict(optimizer), names_of()
     if isinstance(optimizer.get("state"), dict):
         made["state"] = _states(optimizer["state"], names)
     if isinstance(optimizer.get("param_groups"), list):

@@ -11,6 +11,7 @@ from checkpoint.interop.formats.told import HYPER, STEP, told_numbers
 _SAID = {"step", TIED, "containers", "max_shard_bytes", "zero_stage", "dp_world_size", "ds_version"}
 _LAYOUT = {"args", "zero", "config", "param_shapes"}
 _NO_OPTIONS = {"params", "param_names", "step"}
+_MOMENT = "optimizer.exp_avg."
 _SHOWN = 8
 _GONE = object()
 
@@ -31,13 +32,32 @@ def left_out(outbound: Contents, back: Contents, format: str) -> list[str]:
             f"{', '.join(missing[:_SHOWN])}{more}"
         )
     is_invented = any(name.startswith(STEP) for name in there) and not _has_steps(outbound)
-    return [*notes, _NO_STEPS.format(format=format)] if is_invented else notes
+    notes += [_NO_STEPS.format(format=format)] if is_invented else []
+    has_norms = any(one.name.startswith(_MOMENT) and len(one.shape) < 2 for one in outbound.tensors)
+    return notes + (_decayed(outbound.about.extra, back.about.extra) if has_norms else [])
 
 
 _NO_STEPS = (
     "no state of the optimizer says its step, which the format {format} needs: it is said to be that of the "
     "optimizer's groups, or else the checkpoint's own"
 )
+
+
+def _decayed(told: Tree, found: Tree) -> list[str]:
+    """Tell of a weight decay that Megatron has for matrices alone, where all had it before."""
+    before, after = ({one.get("weight_decay", 0.0) for one in _groups(extra)} for extra in (told, found))
+    if HYPER not in found or len(before) != 1 or not after - before:
+        return []
+    return [
+        f"biases and norms had a weight decay of {next(iter(before))}, as all had; Megatron gives them none"
+    ]
+
+
+def _groups(extra: Tree) -> list[dict[str, Any]]:
+    """Return the options of an optimizer's groups."""
+    optimizer = extra.get("optimizer")
+    own = _dicts(optimizer.get("param_groups")) if isinstance(optimizer, dict) else []
+    return [*own, *_dicts(extra.get(HYPER))]
 
 
 def _has_steps(contents: Contents) -> bool:
@@ -54,9 +74,8 @@ def _comparable(extra: Tree, there: Collection[str]) -> dict[str, Any]:
     kept |= dict.fromkeys(kept.keys() & _LAYOUT, True)
     optimizer = extra.get("optimizer")
     rest = dict(optimizer) if isinstance(optimizer, dict) else {}
-    groups = [*_dicts(rest.pop("param_groups", None)), *_dicts(extra.get(HYPER))]
     state = rest.pop("state", {})
-    options = {name: True for group in groups for name in group if name not in _NO_OPTIONS}
+    options = {name: True for group in _groups(extra) for name in group if name not in _NO_OPTIONS}
     by_kind: dict[str, dict[str, Any]] = {}
     for owner, entries in state.items() if isinstance(state, dict) else ():
         for kind, value in entries.items() if isinstance(entries, dict) else ():

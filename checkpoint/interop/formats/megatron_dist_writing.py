@@ -20,6 +20,7 @@ from checkpoint.interop.formats.megatron_arguments import said_by
 from checkpoint.interop.formats.megatron_dist import BACKEND, COMMON, CONFIG
 from checkpoint.interop.formats.megatron_dist_names import Layers, put_together
 from checkpoint.interop.formats.megatron_files import AXES, TRACKER
+from checkpoint.interop.formats.megatron_groups import one_for_all
 from checkpoint.interop.formats.saving import Later, Saving
 from checkpoint.interop.formats.streams import check_global
 from checkpoint.interop.formats.told import HYPER, STEP, step_of_groups, told_numbers
@@ -198,19 +199,11 @@ def _step_of(contents: Contents) -> int | None:
 
 
 def _groups(contents: Contents) -> list[dict[str, Any]]:
-    """Return the options of the optimizer's groups: Megatron's own, or those of one group for all of its."""
+    """Return the options of the optimizer's groups: Megatron's own, or all others', with and without decay."""
     said = contents.about.extra.get(HYPER)
     if isinstance(said, list) and said:
         return [{**_IDENTITY, "wd_mult": 1.0, **group} for group in said if isinstance(group, dict)]
-    optimizer = contents.about.extra.get("optimizer")
-    groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
-    options = [{key: item for key, item in one.items() if key != "params"} for one in groups or ()]
-    if not options or any(one != options[0] or "betas" not in one for one in options):
-        raise Unsupported(
-            "Megatron's optimizer has the options of its groups (lr, betas, eps, weight_decay), and these "
-            "are not known or not the same for all parameters: leave the optimizer out"
-        )
-    decay = options[0].get("weight_decay", 0.0)
-    made = [{**options[0], **_IDENTITY, "wd_mult": mult, "weight_decay": decay * mult} for mult in (1.0, 0.0)]
+    options, decay = one_for_all(contents)
+    made = [{**options, **_IDENTITY, "wd_mult": mult, "weight_decay": decay * mult} for mult in (1.0, 0.0)]
     has_experts = any(".experts." in tensor.name for tensor in contents.tensors)
     return [*made, {**made[0], "is_expert_parallel": True}] if has_experts else made

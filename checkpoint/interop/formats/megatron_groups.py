@@ -1,14 +1,17 @@
 """What Megatron's optimizers say beside their states: options of groups, and what has no place here."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from checkpoint.errors import Unsupported
+from checkpoint.interop.formats.contract import Contents
 from checkpoint.interop.formats.inert import plain
 from checkpoint.interop.formats.numbered import listed
 
 _OF_RANKS = ("step", "params", "param_names")  # the step is a tensor of each parameter, numbers are a rank's
 _KNOWN = {"optimizer", "fp32_from_fp16_params", "param_state", "param_state_sharding_type"}
 _STATES = {"exp_avg", "exp_avg_sq", "step"}
+_DECAY = "weight_decay"
 
 
 def options_of(said: Any, where: str) -> list[Any]:
@@ -17,6 +20,39 @@ def options_of(said: Any, where: str) -> list[Any]:
     for group in (plain(each, where) for each in _groups(said)):
         groups += [group] if group not in groups else []  # each model rank says them
     return groups
+
+
+def one_for_all(contents: Contents) -> tuple[dict[str, Any], float]:
+    """Return the options of another framework's groups, which are all the same, and the weight decay.
+
+    Of groups that differ in it alone, one may be without, if it has what Megatron does not decay: tensors of
+    one dim. Raises Unsupported.
+    """
+    optimizer = contents.about.extra.get("optimizer")
+    groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
+    told = [one for one in groups if isinstance(one, dict)] if isinstance(groups, list) else []
+    options = [{key: item for key, item in one.items() if key not in (*_OF_RANKS, _DECAY)} for one in told]
+    decays = {one.get(_DECAY, 0.0) for one in told if isinstance(one.get(_DECAY, 0.0), int | float)}
+    is_known = bool(told) and all(one == options[0] and "betas" in one for one in options)
+    if not is_known or (len(decays) > 1 and not (len(decays) == 2 and _decays_alike(contents, told))):
+        raise Unsupported(
+            "Megatron's optimizer has the options of its groups (lr, betas, eps, weight_decay), and these "
+            "are not known or not the same for all (but for weight decay, which it has for matrices "
+            "alone): leave the optimizer out"
+        )
+    return options[0], float(max(decays, default=0.0))
+
+
+def _decays_alike(contents: Contents, groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether groups decay exactly what Megatron would: what has more than one dim."""
+    prefix = "optimizer.exp_avg."
+    wanted = {
+        one.name.removeprefix(prefix): len(one.shape) > 1
+        for one in contents.tensors
+        if one.name.startswith(prefix)
+    }
+    found = {str(name): group.get(_DECAY, 0.0) != 0 for group in groups for name in group.get("params", ())}
+    return found == wanted
 
 
 def left_of_optimizer(said: Any) -> list[str]:
