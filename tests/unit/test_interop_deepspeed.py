@@ -67,15 +67,16 @@ def test_every_master_and_moment_is_what_deepspeed_said(made, tmp_path):
     assert opened.about.extra["zero"]["param_groups"][0]["betas"] == (0.9, 0.999)
 
 
-def test_the_optimizer_s_groups_are_told_by_the_names_of_their_parameters(tmp_path):
-    folder, _ = unpack("zero2-bf16-3", tmp_path)
+@pytest.mark.parametrize(
+    "made", ["zero2-bf16-3", "zero3-groups-2"]
+)  # the latter has two groups cut into four
+def test_the_optimizer_s_groups_are_told_by_the_names_of_their_parameters(made, tmp_path):
+    folder, _ = unpack(made, tmp_path)
     groups = open_deepspeed(Place(str(folder))).about.extra["optimizer"]["param_groups"]
     assert [(group["weight_decay"], group["params"]) for group in groups] == [
         (0.1, ["embed.weight", "up.weight", "down.weight"]),
         (0.0, ["up.bias", "norm.weight", "norm.bias"]),
     ]
-    folder, _ = unpack("zero3-groups-2", tmp_path / "three")  # two groups, cut into four
-    assert "optimizer" not in open_deepspeed(Place(str(folder))).about.extra
 
 
 @pytest.mark.parametrize("made", MADE)
@@ -137,6 +138,20 @@ def test_the_universal_folders_of_deepspeed_s_own_converter_hold_the_same(made, 
         assert (values_of(opened, name) == expected).all(), name
     direct = open_deepspeed(place)
     assert fingerprints(direct) == fingerprints(opened)
+
+
+@pytest.mark.parametrize("made", ["zero2-bf16-3", "zero3-groups-2"])
+def test_universal_folders_tell_which_parameters_a_group_has(made, tmp_path):
+    """ZeRO-3 lists sub-groups, of which its optimizer's groups say how many they have."""
+    folder, _ = unpack(made, tmp_path)
+    with drafting(str(tmp_path / "universal"), "one") as draft:
+        write_deepspeed_universal(draft, open_deepspeed(Place(str(folder))), 1 << 16)
+    told = open_deepspeed_universal(Place(str(tmp_path / "universal"))).about.extra
+    groups = told["optimizer"]["param_groups"]
+    assert [(group["weight_decay"], sorted(group["params"])) for group in groups] == [
+        (0.1, ["down.weight", "embed.weight", "up.weight"]),
+        (0.0, ["norm.bias", "norm.weight", "up.bias"]),
+    ]
 
 
 @pytest.mark.parametrize("made", MADE)

@@ -1,6 +1,6 @@
 """What a DeepSpeed checkpoint says beside its tensors: counters, schedulers, groups, client state."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from checkpoint.errors import Corrupt
@@ -36,18 +36,29 @@ def extra_of(tree: Mapping[str, Any], zero: Mapping[str, Any], where: str) -> di
 
 
 def _by_name(groups: Any, members: Any) -> list[dict[str, Any]]:
-    """Return an optimizer's groups with the names of their parameters, if it can be told which are whose.
-
-    ZeRO-3 may cut a group into several, and does not say where; those of one kind are no matter.
-    """
+    """Return an optimizer's groups with the names of their parameters, if it can be told which are whose."""
     if not isinstance(members, list) or not all(isinstance(each, dict) for each in [*groups, *members]):
         return []
+    members = merged(members, groups)
     told = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     if len(told) == len(members):
         return [{**group, "params": list(names)} for group, names in zip(told, members, strict=True)]
     if told and all(group == told[0] for group in told):
         return [{**told[0], "params": [name for names in members for name in names]}]
     return []
+
+
+def merged(parts: Sequence[Mapping[str, Any]], hyper: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return the optimizer's groups, of which ZeRO-3 lists parts: each says how many it has."""
+    lists = [one.get("params") if isinstance(one, dict) else None for one in hyper]
+    counts = [len(each) if isinstance(each, list | tuple) else 0 for each in lists]
+    if sum(counts) != len(parts):
+        return [dict(part) for part in parts]
+    ends = [sum(counts[: number + 1]) for number in range(len(counts))]
+    return [
+        {name: shape for part in parts[end - count : end] for name, shape in part.items()}
+        for count, end in zip(counts, ends, strict=True)
+    ]
 
 
 def notes_of(zero: Mapping[str, Any], world: int) -> tuple[str, ...]:

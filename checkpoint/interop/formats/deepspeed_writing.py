@@ -11,6 +11,7 @@ from checkpoint.errors import Incomplete, Unsupported
 from checkpoint.format.box import Box, split_box
 from checkpoint.interop.draft import Draft
 from checkpoint.interop.formats.contract import Contents
+from checkpoint.interop.formats.deepspeed_said import merged
 from checkpoint.interop.formats.deepspeed_universal import STATES
 from checkpoint.interop.formats.rounding import ROUNDED, widen_bits
 from checkpoint.interop.formats.saving import Later, Saving
@@ -202,11 +203,13 @@ def _named(contents: Contents) -> list[dict[str, Any]]:
 
 def _by_group(contents: Contents, shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:
     """Return parameters' shapes group by group, as engines list them; all at once if groups are not told."""
-    listed = contents.about.extra.get("param_shapes")
-    for groups in (listed, [group.get("params", ()) for group in _named(contents)]):
-        members = [[str(name) for name in group] for group in (groups if isinstance(groups, list) else ())]
+    hyper = hyper_of(contents)
+    said = contents.about.extra.get("param_shapes")
+    listed = [group for group in (said if isinstance(said, list) else ()) if isinstance(group, dict)]
+    for groups in (merged(listed, hyper), [group.get("params", ()) for group in _named(contents)]):
+        members = [[str(name) for name in group] for group in groups]
         is_told = sorted(name for names in members for name in names) == sorted(shapes)
-        if is_told and len(members) == len(hyper_of(contents)):
+        if is_told and len(members) == len(hyper):
             return [{name: shapes[name] for name in names} for names in members]
     return [dict(shapes)]
 

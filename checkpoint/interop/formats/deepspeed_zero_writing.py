@@ -1,7 +1,7 @@
 """Writes DeepSpeed's ZeRO checkpoints of stages 1, 2 and 3, for engines of a chosen number of ranks."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,14 @@ from checkpoint.interop.formats.deepspeed_partitions import (
     frozen_partition,
 )
 from checkpoint.interop.formats.deepspeed_parts import FLAT, FLAT_3, Shape
-from checkpoint.interop.formats.deepspeed_writing import Parts, engine_of, hyper_of, later_of, parts_of
+from checkpoint.interop.formats.deepspeed_said import merged
+from checkpoint.interop.formats.deepspeed_writing import (
+    Parts,
+    engine_of,
+    hyper_of,
+    later_of,
+    parts_of,
+)
 from checkpoint.interop.formats.extents import check_shape
 from checkpoint.interop.formats.rounding import ROUNDED
 from checkpoint.interop.formats.saving import Later, Saving
@@ -234,7 +241,7 @@ def _groups(contents: Contents, parts: Parts) -> Groups:
     ]
     zero = contents.about.extra.get("zero")
     hyper = zero.get("param_groups") if isinstance(zero, dict) else None
-    groups = _merged(groups, hyper) if isinstance(hyper, list) else groups
+    groups = merged(groups, hyper) if isinstance(hyper, list) else groups
     names = [name for group in groups for name in group]
     if sorted(names) != sorted(parts.states) or (hyper and len(hyper) != len(groups)):
         raise Unsupported(
@@ -249,18 +256,6 @@ def _groups(contents: Contents, parts: Parts) -> Groups:
             if contents.tensors[number].shape and contents.tensors[number].dtype not in ROUNDED:
                 raise Unsupported(f"{contents.tensors[number]} is no floating tensor of 16 or 32 bits")
     return groups
-
-
-def _merged(parts: Groups, hyper: Sequence[Any]) -> Groups:
-    """Return the optimizer's groups, of which ZeRO-3 lists parts: each says how many it has."""
-    counts = [len(one.get("params", ())) if isinstance(one, dict) else 0 for one in hyper]
-    if sum(counts) != len(parts):
-        return parts
-    ends = [sum(counts[: number + 1]) for number in range(len(counts))]
-    return [
-        {name: shape for part in parts[end - count : end] for name, shape in part.items()}
-        for count, end in zip(counts, ends, strict=True)
-    ]
 
 
 def _prefix(work: _Work) -> str:

@@ -199,7 +199,7 @@ def _step_of(contents: Contents) -> int | None:
 
 
 def _groups(contents: Contents) -> list[dict[str, Any]]:
-    """Return the options of the optimizer's groups: Megatron's own, or all others', with and without decay."""
+    """Return the options of the optimizer's groups: Megatron's own, or others' with and without decay."""
     said = contents.about.extra.get(HYPER)
     if isinstance(said, list) and said:
         return [{**_IDENTITY, "wd_mult": 1.0, **group} for group in said if isinstance(group, dict)]
