@@ -31,10 +31,10 @@ def rules() -> RuleChoice:
     return RuleChoice(read_rules(FUSED, "fused"), {})
 
 
-def stored(tmp_path, **numbers) -> str:
+def stored(tmp_path, rms=0.25, **numbers) -> str:
     """Save a model whose optimizer keeps a step and more as plain numbers; `numbers` are those of k."""
     url = str(tmp_path / "store")
-    state = {name: {"exp_avg": torch.randn(4, 3), "step": 7, "RMS": 0.25, "tag": "a"} for name in NAMES}
+    state = {name: {"exp_avg": torch.randn(4, 3), "step": 7, "RMS": rms, "tag": "a"} for name in NAMES}
     state["layers.0.k"] |= numbers
     groups = [{"params": ["embedding"], "lr": 0.1}, {"params": list(NAMES[1:]), "lr": 0.2}]
     weights = {name: torch.randn(4, 3) for name in NAMES}
@@ -68,6 +68,11 @@ def test_parts_of_one_parameter_that_tell_different_numbers_are_refused(tmp_path
     source = stored(tmp_path, step=8)
     with pytest.raises(Misuse, match=r"becomes a part of 'h\.0\.qk', and its optimizer's step is"):
         export_foreign(Whereabouts(source), str(tmp_path / "out"), Emigration("torch", rules=rules()))
+
+
+def test_numbers_that_are_none_agree_with_themselves(tmp_path):
+    source, out = stored(tmp_path, rms=float("nan")), str(tmp_path / "out")
+    assert export_foreign(Whereabouts(source), out, Emigration("torch", rules=rules())).notes == ()
 
 
 def test_parts_of_one_parameter_in_groups_of_different_options_are_refused(tmp_path):

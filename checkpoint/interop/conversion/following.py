@@ -61,15 +61,21 @@ def _states(state: Mapping[str, Any], names: Names) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for owner, entries in state.items():
         for name in names.get(owner, [owner]):
-            known = made.setdefault(name, {})
-            for kind, value in entries.items() if isinstance(entries, dict) else ():
-                if known.get(kind, value) != value:
-                    raise Misuse(
-                        f"{owner!r} becomes a part of {name!r}, and its optimizer's {kind} is {value!r}, "
-                        f"while that of another part is {known[kind]!r}: one parameter has only one"
-                    )
-                known[kind] = value
+            if isinstance(entries, dict) and isinstance(made.get(name, {}), dict):
+                _add(made.setdefault(name, {}), entries, (owner, name))
+            else:
+                made[name] = entries
     return made
+
+
+def _add(known: Any, entries: Mapping[str, Any], names: tuple[str, str]) -> None:
+    """Add what is told of a parameter to what is told of others that become the same. Raises Misuse."""
+    for kind, value in entries.items():
+        if repr(known.setdefault(kind, value)) != repr(value):  # a nan is no other than itself
+            raise Misuse(
+                f"{names[0]!r} becomes a part of {names[1]!r}, and its optimizer's {kind} is {value!r}, "
+                f"while that of another part is {known[kind]!r}: one parameter has only one"
+            )
 
 
 def _groups(groups: Sequence[Any], names: Names) -> list[Any]:

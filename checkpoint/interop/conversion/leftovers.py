@@ -45,7 +45,10 @@ _NO_STEPS = (
 
 def _decayed(told: Tree, found: Tree) -> list[str]:
     """Tell of a weight decay that Megatron has for matrices alone, where all had it before."""
-    before, after = ({one.get("weight_decay", 0.0) for one in _groups(extra)} for extra in (told, found))
+    before, after = (
+        {value for one in _groups(extra) if type(value := one.get("weight_decay", 0.0)) in (int, float)}
+        for extra in (told, found)
+    )
     if HYPER not in found or len(before) != 1 or not after - before:
         return []
     return [

@@ -149,8 +149,11 @@ def _nothing(_: int) -> list[memoryview]:
 
 
 def _as_tensor(step: float) -> tuple[Later, Blocks]:
-    """Return a step that was a plain number as a tensor: engines take what is there as it is, and torch's
-    Adam counts on in a tensor only (a number would stay the same for ever, without a word)."""
+    """Return a step that was a plain number as a tensor, and its bytes.
+
+    Engines take what is there as it is, and torch's Adam counts on in a tensor only: a number would stay the
+    same for ever, without a word.
+    """
     tensor, bits = as_bits("step", step)
     return Later(0, tensor.dtype, ()), lambda _: [memoryview(bits.reshape(-1).view("u1").data)]
 
