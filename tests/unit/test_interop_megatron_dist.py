@@ -23,7 +23,7 @@ from checkpoint.interop.conversion.emigrating import Emigration
 from checkpoint.interop.conversion.foreign import Whereabouts, compare_places, export_foreign, import_foreign
 from checkpoint.interop.conversion.importing import Adoption
 from checkpoint.interop.conversion.ruled import choose_rules
-from checkpoint.interop.formats.contract import About, ForeignCheckpoint
+from checkpoint.interop.formats.contract import ForeignCheckpoint
 from checkpoint.interop.formats.known import detect, open_foreign
 from checkpoint.interop.formats.rounding import round_bits
 from checkpoint.interop.moves import Plan
@@ -368,48 +368,6 @@ def test_another_backend_and_no_json_at_all_are_refused(text, tmp_path):
     (folder / "metadata.json").write_text(text)
     with pytest.raises((Corrupt, Unsupported), match=r"no JSON|backend"):
         open_foreign(str(folder))
-
-
-def test_an_optimizer_whose_options_nobody_knows_is_not_written(tmp_path):
-    opened = open_foreign(str(made("llama", tmp_path)))
-    tensors = contents_of(opened)
-    with pytest.raises(Unsupported, match="options of its groups"):
-        rewritten(Given(tensors, About("given", step=7)), "megatron-dist", tmp_path / "a")
-    groups = [{"params": [], "lr": 0.5, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}]
-    about = About("given", step=7, extra={"optimizer": {"param_groups": groups}})
-    back = rewritten(Given(tensors, about), "megatron-dist", tmp_path / "b")
-    said = back.about.extra["megatron_optimizer"]
-    assert [(one["wd_mult"], one["weight_decay"], one["betas"]) for one in said] == [
-        (1.0, 0.1, (0.9, 0.95)),
-        (0.0, 0.0, (0.9, 0.95)),
-    ]
-    tensors["optimizer.step.output_layer.weight"] = tensors["optimizer.step.output_layer.weight"] + 1
-    with pytest.raises(Unsupported, match=r"one step for all parameters, and there are \[7, 8\]"):
-        rewritten(Given(tensors, about), "megatron-dist", tmp_path / "c")
-
-
-def test_groups_that_decay_what_megatron_decays_are_its_own_and_others_are_refused(tmp_path):
-    tensors = contents_of(open_foreign(str(made("llama", tmp_path))))
-    weights = {name: one for name, one in tensors.items() if not name.startswith("optimizer.")}
-    names = [[name for name, one in weights.items() if (one.dim() > 1) is decays] for decays in (True, False)]
-
-    def about(decays: tuple[float, ...], members: list[list[str]]) -> About:
-        same = {"lr": 0.5, "betas": (0.9, 0.95), "eps": 1e-8}
-        groups = [
-            {"params": each, **same, "weight_decay": one} for each, one in zip(members, decays, strict=True)
-        ]
-        return About("given", step=7, extra={"optimizer": {"param_groups": groups}})
-
-    back = rewritten(Given(tensors, about((0.1, 0.0), names)), "megatron-dist", tmp_path / "a")
-    said = back.about.extra["megatron_optimizer"]
-    assert [(one["wd_mult"], one["weight_decay"], one["lr"]) for one in said] == [
-        (1.0, 0.1, 0.5),
-        (0.0, 0.0, 0.5),
-    ]
-    moved = [[*names[0], names[1][0]], names[1][1:]]
-    for number, wrong in enumerate((about((0.1, 0.0), moved), about((0.0, 0.1), names))):
-        with pytest.raises(Unsupported, match=r"weight decay, which it has for matrices alone"):
-            rewritten(Given(tensors, wrong), "megatron-dist", tmp_path / f"no{number}")
 
 
 def test_layers_of_different_kinds_are_numbered(tmp_path):
