@@ -1,4 +1,4 @@
-"""The options of an optimizer's groups, as Megatron has them: its own, or others' where they can be its own."""
+"""The options of an optimizer's groups, as Megatron has them: its own, or others' that can be its own."""
 
 import pytest
 
