@@ -25,10 +25,12 @@ from tests.interop.megatron_dist_make import (
     inner_of,
     launch,
     make_states,
+    named_parameters,
     parser_of,
+    sharded_of,
     wrap,
 )
-from tests.interop.megatron_make import VOCAB, model_of
+from tests.interop.megatron_make import VOCAB, models_of
 
 _PADDED = ("word_embeddings.weight", "output_layer.weight")
 
@@ -36,20 +38,21 @@ _PADDED = ("word_embeddings.weight", "output_layer.weight")
 def run(rank: int, options: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
     begin(rank, options)
-    model = model_of(options)
-    parts, _ = fill_parts(model)
-    for parameter in model.parameters():
+    models = models_of(options)
+    parts, _ = fill_parts(models)
+    for parameter in named_parameters(models).values():
         parameter.data.zero_()
-    wrapped, optimizer = wrap(model, options)
+    wrapped, optimizer = wrap(models, options)
     make_states(optimizer)
     metadata = dist_checkpointing.load_content_metadata(options.out)
-    sharded = model.sharded_state_dict(metadata=metadata)
+    sharded = sharded_of(models, metadata)
     wanted = {
-        "model": sharded,
+        **sharded,
         "optimizer": optimizer.sharded_state_dict(sharded, is_loading=True, metadata=metadata),
     }
     state = dist_checkpointing.load(wanted, options.out)
-    model.load_state_dict(state["model"])
+    for key, model in zip(sharded, models, strict=True):
+        model.load_state_dict(state[key])
     for one in inner_of(optimizer):
         keep_steps(one)
     optimizer.load_state_dict(state["optimizer"])
@@ -71,8 +74,8 @@ def keep_steps(optimizer: Any) -> None:
     optimizer._set_main_param_and_optimizer_states = take_with_step
 
 
-def compare(wrapped: Any, optimizer: Any, parts: Parts) -> None:
-    names = {parameter: name.removeprefix("module.") for name, parameter in wrapped.named_parameters()}
+def compare(wrapped: list[Any], optimizer: Any, parts: Parts) -> None:
+    names = {parameter: name for name, parameter in named_parameters(wrapped).items()}
     seen = set()
     for parameter, name in names.items():
         same(name, parameter, parts[name]["master"].bfloat16(), slice(None))

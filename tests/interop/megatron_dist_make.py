@@ -33,11 +33,11 @@ from megatron.core.optimizer import (  # type: ignore[import-not-found]  # as ab
 )
 from torch.multiprocessing.spawn import spawn
 
-from tests.interop.megatron_make import STATES, arguments_of, fill, folder_of, model_of
+from tests.interop.megatron_make import STATES, arguments_of, fill, folder_of, models_of, whole_models
 
 STEP = 7
 SAVES = ("plain", "fully_reshardable", "dp_reshardable", "dp_zero_gather_scatter", "legacy")
-Parts = dict[str, dict[str, torch.Tensor]]
+Parts = dict[str, dict[str, torch.Tensor]]  # by the chunk's number and the name there
 
 
 def take_the_cpu_for_a_gpu() -> None:
@@ -58,7 +58,7 @@ def take_the_cpu_for_a_gpu() -> None:
     torch.cuda.synchronize = lambda *_: None
 
 
-def optimizer_of(model: Any, options: argparse.Namespace) -> Any:
+def optimizer_of(models: list[Any], options: argparse.Namespace) -> Any:
     config = OptimizerConfig(
         optimizer="adam",
         lr=0.1,
@@ -67,7 +67,7 @@ def optimizer_of(model: Any, options: argparse.Namespace) -> Any:
         params_dtype=torch.bfloat16,
         use_distributed_optimizer=options.save != "plain",
     )
-    return get_megatron_optimizer(config, [model])
+    return get_megatron_optimizer(config, models)
 
 
 def inner_of(optimizer: Any) -> list[Any]:
@@ -83,9 +83,18 @@ def make_states(optimizer: Any) -> None:
         one.optimizer.step()
 
 
-def give(model: Any, optimizer: Any, parts: Parts) -> None:
+def named_parameters(models: list[Any]) -> dict[str, torch.Tensor]:
+    """Return the parameters of all chunks, by names that tell them apart."""
+    return {
+        f"{number}/{name.removeprefix('module.')}": parameter
+        for number, model in enumerate(models)
+        for name, parameter in model.named_parameters()
+    }
+
+
+def give(models: list[Any], optimizer: Any, parts: Parts) -> None:
     """Give the optimizer's tensors their contents: whole ones, or this data-parallel rank's runs."""
-    names = {parameter: name.removeprefix("module.") for name, parameter in model.named_parameters()}
+    names = {parameter: name for name, parameter in named_parameters(models).items()}
     make_states(optimizer)
     for one in inner_of(optimizer):
         for states in one.optimizer.state.values():
@@ -113,48 +122,52 @@ def begin(rank: int, options: argparse.Namespace) -> None:
     take_the_cpu_for_a_gpu()
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world_of(options))
     parallel_state.initialize_model_parallel(
-        options.tensor, options.pipeline, expert_model_parallel_size=options.expert
+        options.tensor,
+        options.pipeline,
+        options.virtual if options.virtual > 1 else None,
+        expert_model_parallel_size=options.expert,
     )
 
 
-def fill_parts(model: Any) -> tuple[Parts, dict[str, np.ndarray]]:
+def fill_parts(models: list[Any]) -> tuple[Parts, dict[str, np.ndarray]]:
     """Return what this rank's parameters and their states are to hold, and the whole tensors."""
     golden: dict[str, np.ndarray] = {}
-    parts: Parts = {name: {} for name, _ in model.named_parameters()}
+    parts: Parts = {name: {} for name in named_parameters(models)}
     for state in STATES:
-        golden |= fill(model, f"{state}:")
-        for name, parameter in model.named_parameters():
+        for model in models:
+            golden |= fill(model, f"{state}:")
+        for name, parameter in named_parameters(models).items():
             parts[name][state] = parameter.detach().clone()
     return parts, golden
 
 
-def wrap(model: Any, options: argparse.Namespace) -> tuple[Any, Any]:
-    """Return a model as Megatron trains it, and its optimizer."""
+def wrap(models: list[Any], options: argparse.Namespace) -> tuple[list[Any], Any]:
+    """Return the chunks of a model as Megatron trains them, and their optimizer."""
     config = DistributedDataParallelConfig(use_distributed_optimizer=options.save != "plain")
-    wrapped = DistributedDataParallel(model.config, config, model.bfloat16())
+    wrapped = [DistributedDataParallel(model.config, config, model.bfloat16()) for model in models]
     return wrapped, optimizer_of(wrapped, options)
 
 
 def run(rank: int, options: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
     begin(rank, options)
-    model = model_of(options)
-    parts, golden = fill_parts(model)
+    models = models_of(options)
+    parts, golden = fill_parts(models)
     every: list[dict[str, np.ndarray]] = [{} for _ in range(world_of(options))]
     torch.distributed.all_gather_object(every, golden)
     if rank == 0:
         together = {key: value for one in every for key, value in one.items()}
         np.savez_compressed(os.path.join(options.out, "golden.npz"), allow_pickle=False, **together)
-    wrapped, optimizer = wrap(model, options)
-    for name, parameter in model.named_parameters():
+    wrapped, optimizer = wrap(models, options)
+    for name, parameter in named_parameters(models).items():
         parameter.data.copy_(parts[name]["master"])
     give(wrapped, optimizer, parts)
-    save(model, optimizer, options)
+    save(models, optimizer, options)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def save(model: Any, optimizer: Any, options: argparse.Namespace) -> None:
+def save(models: list[Any], optimizer: Any, options: argparse.Namespace) -> None:
     root = Path(options.out, "checkpoint")
     folder = root / f"iter_{STEP:07}"
     state = {
@@ -170,7 +183,7 @@ def save(model: Any, optimizer: Any, options: argparse.Namespace) -> None:
         if parallel_state.get_expert_data_parallel_rank() == 0:
             whole = {
                 **state,
-                "model": model.state_dict_for_save_checkpoint(),
+                **whole_models(models),
                 "optimizer": optimizer.state_dict(),
             }
             torch.save(whole, folder / "model_optim_rng.pt")
@@ -185,17 +198,23 @@ def save(model: Any, optimizer: Any, options: argparse.Namespace) -> None:
             metadata["non_homogeneous_layers"] = True
         if options.save != "plain":
             metadata["distrib_optim_sharding_type"] = options.save
-        sharded = model.sharded_state_dict(metadata=metadata)
-        state |= {"model": sharded, "optimizer": optimizer.sharded_state_dict(sharded, metadata=metadata)}
+        sharded = sharded_of(models, metadata)
+        state |= {**sharded, "optimizer": optimizer.sharded_state_dict(sharded, metadata=metadata)}
         dist_checkpointing.save(state, str(folder), content_metadata=metadata)
     (root / "latest_checkpointed_iteration.txt").write_text(str(STEP), encoding="utf-8")
+
+
+def sharded_of(models: list[Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return what a distributed checkpoint has of the model: chunks are numbered if there are several."""
+    keys = [f"model{number}" for number in range(len(models))] if len(models) > 1 else ["model"]
+    return {key: model.sharded_state_dict(metadata=metadata) for key, model in zip(keys, models, strict=True)}
 
 
 def parser_of() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     parser.add_argument("out")
     parser.add_argument("--kind", choices=("gpt", "llama", "moe"), default="llama")
-    for axis in ("tensor", "pipeline", "expert", "data"):
+    for axis in ("tensor", "pipeline", "expert", "data", "virtual"):
         parser.add_argument(f"--{axis}", type=int, default=1)
     parser.add_argument("--layers", choices=("stacked", "numbered", "singleton"), default="stacked")
     parser.add_argument("--save", choices=SAVES, default="fully_reshardable")

@@ -40,7 +40,12 @@ def layers_of(options: argparse.Namespace) -> int:
     return 2 if options.kind == "moe" else 4
 
 
-def model_of(options: argparse.Namespace) -> Any:
+def models_of(options: argparse.Namespace) -> list[Any]:
+    """Return a rank's chunks of the model: one, or with an interleaved schedule several."""
+    return [model_of(options, number) for number in range(options.virtual)]
+
+
+def model_of(options: argparse.Namespace, chunk: int = 0) -> Any:
     is_gpt = options.kind == "gpt"
     more = (
         {"num_moe_experts": 4, "moe_router_topk": 2, "moe_grouped_gemm": False}
@@ -60,10 +65,12 @@ def model_of(options: argparse.Namespace) -> Any:
         tensor_model_parallel_size=options.tensor,
         pipeline_model_parallel_size=options.pipeline,
         expert_model_parallel_size=options.expert,
+        virtual_pipeline_model_parallel_size=options.virtual if options.virtual > 1 else None,
         pipeline_dtype=torch.float32,
         sequence_parallel=options.kind == "moe" and options.tensor > 1,
         **more,
     )
+    stage = {"ignore_virtual": False, "vp_stage": chunk} if options.virtual > 1 else {}
     spec = get_gpt_layer_local_spec(
         num_experts=more.get("num_moe_experts"), normalization="LayerNorm" if is_gpt else "RMSNorm"
     )
@@ -72,8 +79,9 @@ def model_of(options: argparse.Namespace) -> Any:
         spec,
         vocab_size=PADDED,
         max_sequence_length=POSITIONS,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(**stage),
+        post_process=parallel_state.is_pipeline_last_stage(**stage),
+        vp_stage=stage.get("vp_stage"),
         share_embeddings_and_output_weights=is_gpt,
         position_embedding_type="learned_absolute" if is_gpt else "rope",
     )
@@ -112,42 +120,51 @@ def fill(model: Any, prefix: str) -> dict[str, np.ndarray]:
     return whole
 
 
-def run(rank: int, options: argparse.Namespace) -> None:
-    warnings.simplefilter("ignore")
+def begin(rank: int, options: argparse.Namespace) -> None:
     world = options.tensor * options.pipeline * options.expert
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(options.port)}
     torch.set_num_threads(1)
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]  # tied weights go there
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     parallel_state.initialize_model_parallel(
-        options.tensor, options.pipeline, expert_model_parallel_size=options.expert
+        options.tensor,
+        options.pipeline,
+        options.virtual if options.virtual > 1 else None,
+        expert_model_parallel_size=options.expert,
     )
-    model = model_of(options)
+
+
+def run(rank: int, options: argparse.Namespace) -> None:
+    warnings.simplefilter("ignore")
+    begin(rank, options)
+    models = models_of(options)
     states = {}
     golden: dict[str, np.ndarray] = {}
     for state in STATES:
-        golden |= fill(model, f"{state}:")
-        states[state] = [parameter.detach().clone() for parameter in model.parameters()]
-    golden |= fill(model, "")
-    every: list[dict[str, np.ndarray]] = [{} for _ in range(world)]
+        for model in models:
+            golden |= fill(model, f"{state}:")
+        states[state] = [parameter.detach().clone() for model in models for parameter in model.parameters()]
+    for model in models:
+        golden |= fill(model, "")
+    every: list[dict[str, np.ndarray]] = [{} for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(every, golden)
     if rank == 0:
         together = {key: value for one in every for key, value in one.items()}
         np.savez(os.path.join(options.out, "golden.npz"), allow_pickle=False, **together)
-    save(model.bfloat16(), states, options)
+    save([model.bfloat16() for model in models], states, options)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def save(model: Any, states: dict[str, list[torch.Tensor]], options: argparse.Namespace) -> None:
+def save(models: list[Any], states: dict[str, list[torch.Tensor]], options: argparse.Namespace) -> None:
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) and options.expert == 1:
         return
     tree = {
         "args": arguments_of(options, is_distributed=False),
         "checkpoint_version": 3.0,
         "iteration": 7,
-        "model": model.state_dict_for_save_checkpoint(),
-        "optimizer": optimizer_of(model, states),
+        **whole_models(models),
+        "optimizer": optimizer_of(models, states),
         "opt_param_scheduler": {"max_lr": 0.1, "num_steps": 70},
         "num_floating_point_operations_so_far": 1234,
     }
@@ -156,6 +173,12 @@ def save(model: Any, states: dict[str, list[torch.Tensor]], options: argparse.Na
     torch.save(tree, os.path.join(path, "model_optim_rng.pt"))
     with open(os.path.join(options.out, "checkpoint", "latest_checkpointed_iteration.txt"), "w") as file:
         file.write("7")
+
+
+def whole_models(models: list[Any]) -> dict[str, Any]:
+    """Return what a legacy file has of the model: chunks are numbered if there are several."""
+    keys = [f"model{number}" for number in range(len(models))] if len(models) > 1 else ["model"]
+    return {key: model.state_dict_for_save_checkpoint() for key, model in zip(keys, models, strict=True)}
 
 
 def folder_of(options: argparse.Namespace) -> str:
@@ -175,7 +198,7 @@ def arguments_of(options: argparse.Namespace, *, is_distributed: bool) -> argpar
         tensor_model_parallel_size=options.tensor,
         pipeline_model_parallel_size=options.pipeline,
         expert_model_parallel_size=options.expert,
-        virtual_pipeline_model_parallel_size=None,
+        virtual_pipeline_model_parallel_size=options.virtual if options.virtual > 1 else None,
         num_layers=layers_of(options),
         hidden_size=8,
         num_attention_heads=4,
@@ -194,9 +217,9 @@ def arguments_of(options: argparse.Namespace, *, is_distributed: bool) -> argpar
     )
 
 
-def optimizer_of(model: Any, states: dict[str, list[torch.Tensor]]) -> dict | list:
+def optimizer_of(models: list[Any], states: dict[str, list[torch.Tensor]]) -> dict | list:
     """Return what an optimizer says; experts that are spread over ranks have one of their own, after it."""
-    parameters = list(model.parameters())
+    parameters = [parameter for model in models for parameter in model.parameters()]
     dense = [n for n, p in enumerate(parameters) if getattr(p, "allreduce", True)]
     experts = [n for n in range(len(parameters)) if n not in dense]
     found = [one_optimizer(parameters, chosen, states) for chosen in (dense, experts) if chosen]
@@ -231,15 +254,20 @@ def one_optimizer(
     }
 
 
-def main() -> None:
+def parser_of() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     parser.add_argument("out")
     parser.add_argument("--kind", choices=("gpt", "llama", "moe"), default="llama")
     parser.add_argument("--tensor", type=int, default=2)
     parser.add_argument("--pipeline", type=int, default=1)
     parser.add_argument("--expert", type=int, default=1)
+    parser.add_argument("--virtual", type=int, default=1)
     parser.add_argument("--port", type=int, default=29633)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = parser_of().parse_args()
     os.makedirs(options.out, exist_ok=True)
     spawn(run, (options,), math.prod((options.tensor, options.pipeline, options.expert)))
 

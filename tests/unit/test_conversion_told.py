@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint.errors import Mismatch
+from checkpoint.errors import Incomplete, Mismatch
 from checkpoint.interop.conversion.emigrating import Emigration
 from checkpoint.interop.conversion.foreign import Whereabouts, export_foreign
 from checkpoint.interop.formats import nesting
@@ -73,7 +73,7 @@ def test_moments_without_steps_go_to_formats_whose_readers_say_one(tmp_path, for
     assert exported(source, tmp_path, format).keys() == {"optimizer.step.w"}
 
 
-@pytest.mark.parametrize("format", ["megatron-dist", "deepspeed"])
+@pytest.mark.parametrize("format", ["megatron-dist", "deepspeed", "deepspeed-universal"])
 def test_a_step_that_is_a_plain_number_is_kept_by_formats_that_have_one_step(tmp_path, format):
     weight = torch.randn(6, 4)
     source = stored(
@@ -83,3 +83,39 @@ def test_a_step_that_is_a_plain_number_is_kept_by_formats_that_have_one_step(tmp
         param_shapes=[{"w": [6, 4]}],
     )
     assert exported(source, tmp_path, format) == {"optimizer.step.w": 7}
+
+
+def test_universal_folders_have_a_plain_step_as_the_tensor_that_torch_s_adam_counts_in(tmp_path):
+    weight = torch.randn(6, 4)
+    source = stored(tmp_path, {**moments(weight), "step": 7}, model={"w": weight.bfloat16()})
+    exported(source, tmp_path, "deepspeed-universal")
+    zero = tmp_path / "out/global_step3_universal/zero"
+    found = torch.load(zero / "w/step.pt", weights_only=True)
+    assert (found.dtype, found.shape, found.item()) == (torch.float32, (), 7)
+    common = torch.load(zero / "optimizer_state.pt", weights_only=True)
+    assert torch.equal(common["optimizer_state_dict"]["state"][0]["step"], found)  # where ZeRO-3 looks
+
+
+def test_a_plain_step_that_some_parameters_lack_is_no_universal_checkpoint(tmp_path):
+    url = str(tmp_path / "store")
+    state = {"w": {**moments(), "step": 7}, "v": moments()}
+    weights = {name: torch.zeros(6, 4) for name in state}
+    groups = [{"params": ["w", "v"], "lr": 0.1}]
+    save_state(
+        checkpoint.open_store(url), {"model": weights, "optimizer": {"state": state, "param_groups": groups}}
+    )
+    with pytest.raises(Incomplete, match=r"'v' lacks \['step'\]"):
+        export_foreign(Whereabouts(url), str(tmp_path / "out"), Emigration("deepspeed-universal"))
+
+
+def test_the_groups_of_an_optimizer_come_back_from_universal_folders_with_their_parameters(tmp_path):
+    url = str(tmp_path / "store")
+    state = {name: {**moments(torch.zeros(6, 4)), "step": 7} for name in ("w", "v", "u")}
+    groups = [{"params": ["v"], "lr": 0.1}, {"params": ["w", "u"], "lr": 0.2}]
+    optimizer = {"state": state, "param_groups": groups}
+    save_state(
+        checkpoint.open_store(url), {"model": dict.fromkeys(state, torch.zeros(6, 4)), "optimizer": optimizer}
+    )
+    export_foreign(Whereabouts(url), str(tmp_path / "out"), Emigration("deepspeed-universal"))
+    told = open_foreign(str(tmp_path / "out")).about.extra["optimizer"]["param_groups"]
+    assert [(one["lr"], one["params"]) for one in told] == [(0.1, ["v"]), (0.2, ["w", "u"])]

@@ -67,15 +67,16 @@ def test_every_master_and_moment_is_what_deepspeed_said(made, tmp_path):
     assert opened.about.extra["zero"]["param_groups"][0]["betas"] == (0.9, 0.999)
 
 
-def test_the_optimizer_s_groups_are_told_by_the_names_of_their_parameters(tmp_path):
-    folder, _ = unpack("zero2-bf16-3", tmp_path)
+@pytest.mark.parametrize(
+    "made", ["zero2-bf16-3", "zero3-groups-2"]
+)  # the latter has two groups cut into four
+def test_the_optimizer_s_groups_are_told_by_the_names_of_their_parameters(made, tmp_path):
+    folder, _ = unpack(made, tmp_path)
     groups = open_deepspeed(Place(str(folder))).about.extra["optimizer"]["param_groups"]
     assert [(group["weight_decay"], group["params"]) for group in groups] == [
         (0.1, ["embed.weight", "up.weight", "down.weight"]),
         (0.0, ["up.bias", "norm.weight", "norm.bias"]),
     ]
-    folder, _ = unpack("zero3-groups-2", tmp_path / "three")  # two groups, cut into four
-    assert "optimizer" not in open_deepspeed(Place(str(folder))).about.extra
 
 
 @pytest.mark.parametrize("made", MADE)
@@ -137,6 +138,20 @@ def test_the_universal_folders_of_deepspeed_s_own_converter_hold_the_same(made, 
         assert (values_of(opened, name) == expected).all(), name
     direct = open_deepspeed(place)
     assert fingerprints(direct) == fingerprints(opened)
+
+
+@pytest.mark.parametrize("made", ["zero2-bf16-3", "zero3-groups-2"])
+def test_universal_folders_tell_which_parameters_a_group_has(made, tmp_path):
+    """ZeRO-3 lists sub-groups, of which its optimizer's groups say how many they have."""
+    folder, _ = unpack(made, tmp_path)
+    with drafting(str(tmp_path / "universal"), "one") as draft:
+        write_deepspeed_universal(draft, open_deepspeed(Place(str(folder))), 1 << 16)
+    told = open_deepspeed_universal(Place(str(tmp_path / "universal"))).about.extra
+    groups = told["optimizer"]["param_groups"]
+    assert [(group["weight_decay"], sorted(group["params"])) for group in groups] == [
+        (0.1, ["down.weight", "embed.weight", "up.weight"]),
+        (0.0, ["norm.bias", "norm.weight", "up.bias"]),
+    ]
 
 
 @pytest.mark.parametrize("made", MADE)
@@ -272,3 +287,35 @@ def test_deepspeed_loads_the_partitions_that_we_write_for_another_stage_and_worl
     found = load_in_deepspeed(target, tmp_path, "--stage", str(stage), "--world", str(world))
     assert found.keys() == golden.keys()
     assert all((found[name] == golden[name]).all() for name in golden)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(not PYTHON.exists(), reason="needs DeepSpeed: see tests/interop/deepspeed.txt")
+def test_deepspeed_counts_on_from_a_step_that_was_a_plain_number(tmp_path):
+    folder, _ = unpack("zero1-bf16-2", tmp_path / "made")
+    opened = open_deepspeed(Place(str(folder)))
+    target = str(tmp_path / "universal")
+    with drafting(target, "one") as draft:
+        write_deepspeed_universal(draft, PlainSteps(opened, 7), 1 << 16)
+    command = [str(PYTHON), "-m", "tests.interop.deepspeed_make", str(tmp_path / "back"), "--steps", "1"]
+    command += ["--load", target, "--universal", "--stage", "2", "--world", "2"]
+    subprocess.run(command, cwd=PYTHON.parents[2], check=True, timeout=300, capture_output=True)
+    saved = open_deepspeed(Place(str(tmp_path / "back/checkpoint")))
+    assert {float(values_of(saved, f"optimizer.step.{name}")) for name in SHAPES} == {8.0}
+
+
+class PlainSteps:
+    """A checkpoint whose optimizer keeps its steps as plain numbers."""
+
+    def __init__(self, opened: ForeignCheckpoint, step: int) -> None:
+        names = [one.name.removeprefix("optimizer.step.") for one in opened.tensors]
+        self._kept = [n for n, one in enumerate(opened.tensors) if not one.name.startswith("optimizer.step.")]
+        told = {"state": {name: {"step": step} for name in names if name in SHAPES}}
+        optimizer = {**opened.about.extra["optimizer"], **told}
+        self.about = replace(opened.about, extra={**opened.about.extra, "optimizer": optimizer})
+        self.tensors = [opened.tensors[number] for number in self._kept]
+        self._opened = opened
+
+    def read(self, number: int, box: Box) -> np.ndarray:
+        return self._opened.read(self._kept[number], box)

@@ -4,6 +4,7 @@ Golden tensors are put together as Megatron-Core's sharded_state_dict says, by t
 """
 
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,9 @@ import torch
 from checkpoint.errors import CheckpointError, Corrupt, Incomplete, Mismatch, Unsupported
 from checkpoint.format.box import Box
 from checkpoint.interop.builtin import builtin_rules
+from checkpoint.interop.conversion.emigrating import Emigration
+from checkpoint.interop.conversion.foreign import Whereabouts, export_foreign
+from checkpoint.interop.conversion.ruled import choose_rules
 from checkpoint.interop.drafting import drafting
 from checkpoint.interop.formats.contract import ForeignCheckpoint
 from checkpoint.interop.formats.megatron import looks_like_megatron, open_megatron
@@ -28,6 +32,7 @@ from tests.interop.megatron_expected import RULES, expected
 from tests.interop.unpacking import rewrite, unpack
 from tests.interop_samples import assemble, check_equal, fingerprints, proved
 
+PYTHON = Path(__file__).resolve().parents[2] / ".venv-deepspeed/bin/python"
 AXES = {
     "llama": {"tensor": 2, "pipeline": 2},
     "gpt": {"tensor": 2, "pipeline": 2},
@@ -51,12 +56,13 @@ def reading(opened: ForeignCheckpoint) -> Callable[[int], np.ndarray]:
     return lambda number: opened.read(number, Box.whole(opened.tensors[number].shape))
 
 
-@pytest.mark.parametrize("kind", RULES)
-def test_the_built_in_rules_read_what_megatron_core_itself_makes_of_a_model(kind, tmp_path):
-    folder, golden = unpack(f"megatron-{kind}", tmp_path)
+@pytest.mark.parametrize("made", [*RULES, "virtual-llama", "virtual-gpt"])
+def test_the_built_in_rules_read_what_megatron_core_itself_makes_of_a_model(made, tmp_path):
+    folder, golden = unpack(f"megatron-{made}", tmp_path)
+    kind = made.split("-")[-1]
     assert looks_like_megatron(Place(str(folder)).files)
     opened = open_megatron(Place(str(folder)))
-    assert opened.about.axes == AXES[kind]
+    assert opened.about.axes == (AXES[kind] if made == kind else {"tensor": 1, "pipeline": 2})
     assert opened.about.step == 7
     plan = plan_of(kind, opened)
     read = reading(opened)
@@ -106,6 +112,31 @@ def test_weights_that_are_written_come_back_bit_by_bit(kind, tmp_path):
         drafting(str(tmp_path / "all"), "one") as draft,
     ):
         write_megatron(draft, opened, 1 << 16)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(not PYTHON.exists(), reason="needs Megatron-Core: see tests/interop/deepspeed.txt")
+@pytest.mark.parametrize(
+    ("kind", "to"),
+    [("llama", "tensor=2"), ("gpt", "pipeline=2,tensor=2"), ("moe", "expert=2,tensor=1")],
+)
+def test_megatron_s_models_load_the_files_of_other_ranks_that_are_written(kind, to, tmp_path):
+    folder, _ = unpack(f"megatron-{kind}", tmp_path / "made")
+    choice, out = choose_rules(RULES[kind]), str(tmp_path / "out")
+    source, padded = Whereabouts(str(folder), rules=choice), choose_rules(RULES[kind], ["padded_vocab=32"])
+    export_foreign(source, out, Emigration("megatron", to, padded, only="model/*"))
+    spread = [f"--{part}" for part in to.split(",")]
+    command = [str(PYTHON), "-m", "tests.interop.megatron_load", f"{out}/iter_0000007", "--kind", kind]
+    done = subprocess.run(
+        [*command, *spread],
+        cwd=PYTHON.parents[2],
+        timeout=300,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_the_experts_of_several_ranks_are_written_for_one(tmp_path):
@@ -212,15 +243,47 @@ def test_states_that_the_optimizer_lost_are_caught_by_the_rules(tmp_path):
         plan_of("llama", opened)
 
 
-def test_virtual_stages_and_other_files_are_refused_by_name(tmp_path):
+def test_virtual_stages_that_are_missing_copied_or_uneven_are_refused_by_name(tmp_path):
+    folder = unpack("megatron-virtual-llama", tmp_path)[0] / "iter_0000007"
+    path = folder / "mp_rank_00_001/model_optim_rng.pt"
+    kept = path.read_bytes()
+
+    def copied(tree: Any) -> None:
+        tree["model0"] |= layers_of(tree["model1"])
+
+    for change, error, match in (
+        (lambda tree: tree.pop("model0"), Corrupt, r"00_001/.* holds no model .* or not all its chunks"),
+        (lambda tree: tree.pop("model1"), Corrupt, r"00_001/.* has 1 parts of the model, and .* 2"),
+        (copied, Corrupt, r"'0/decoder.* is not what .* was rounded from|layers.* was rounded from"),
+        (grown, Unsupported, r"virtual pipeline stages of \[1, 2\] layers, and only equal ones"),
+    ):
+        path.write_bytes(kept)
+        rewrite(path, change)
+        refuses(folder, error, match)
+
+
+def grown(tree: Any) -> None:
+    """Give a chunk a layer more."""
+    more = layers_of(tree["model0"])
+    tree["model0"] |= {name.replace("layers.0.", "layers.1."): one for name, one in more.items()}
+
+
+def layers_of(chunk: Any) -> dict[str, torch.Tensor]:
+    return {name: one.clone() for name, one in chunk.items() if "layers.0." in name and one is not None}
+
+
+def test_virtual_stages_that_change_places_are_caught_by_the_masters(tmp_path):
+    folder = unpack("megatron-virtual-llama", tmp_path)[0] / "iter_0000007"
+
+    def swap(tree: Any) -> None:
+        tree["model0"], tree["model1"] = tree["model1"], tree["model0"]
+
+    rewrite(folder / "mp_rank_00_000/model_optim_rng.pt", swap)
+    refuses(folder, CheckpointError, "mp_rank_00_000|is not what .* was rounded from")
+
+
+def test_files_that_are_no_model_are_refused_by_name(tmp_path):
     folder = made(tmp_path)
-
-    def divide(tree: Any) -> None:
-        tree["model0"] = tree.pop("model")
-        tree["model1"] = tree["model0"]
-
-    rewrite(folder / "mp_rank_00_000/model_optim_rng.pt", divide)
-    refuses(folder, Unsupported, r"00_000/.* has 2 virtual .*\(model0, model1\).*torch_dist")
     (folder / "mp_rank_00_000/model_optim_rng.pt").write_bytes(b"PK\3\4 and so on")
     refuses(folder, Corrupt, "mp_rank_00_000/model_optim_rng.pt")
 
@@ -232,9 +295,10 @@ def buffers_of(kind: str, tmp_path: Path) -> Path:
     return unpack(f"megatron-buffers-{kind}", tmp_path)[0]
 
 
-@pytest.mark.parametrize("kind", RULES)
-def test_a_distributed_optimizer_s_masters_moments_and_step_are_what_megatron_was_given(kind, tmp_path):
-    folder, golden = unpack(f"megatron-buffers-{kind}", tmp_path)
+@pytest.mark.parametrize("made", [*RULES, "virtual-gpt"])
+def test_a_distributed_optimizer_s_masters_moments_and_step_are_what_megatron_was_given(made, tmp_path):
+    folder, golden = unpack(f"megatron-buffers-{made}", tmp_path)
+    kind = made.split("-")[-1]
     opened = open_megatron(Place(str(folder)))
     plan = plan_of(kind, opened)
     read = reading(opened)

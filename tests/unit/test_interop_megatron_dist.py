@@ -23,7 +23,7 @@ from checkpoint.interop.conversion.emigrating import Emigration
 from checkpoint.interop.conversion.foreign import Whereabouts, compare_places, export_foreign, import_foreign
 from checkpoint.interop.conversion.importing import Adoption
 from checkpoint.interop.conversion.ruled import choose_rules
-from checkpoint.interop.formats.contract import About, ForeignCheckpoint
+from checkpoint.interop.formats.contract import ForeignCheckpoint
 from checkpoint.interop.formats.known import detect, open_foreign
 from checkpoint.interop.formats.rounding import round_bits
 from checkpoint.interop.moves import Plan
@@ -58,10 +58,13 @@ def made(kind: str, to: Path) -> Path:
     return unpack(f"megatron-dist-{kind}", to)[0] / "iter_0000007"
 
 
-@pytest.mark.parametrize("fixture", [*RULES, "dp-llama", "dp-gpt"])  # dp: dp_reshardable, in buckets
+@pytest.mark.parametrize(
+    "fixture",
+    [*RULES, "dp-llama", "dp-gpt", "dp-moe", "virtual-llama", "dp-virtual-gpt"],  # dp: in buckets
+)
 def test_weights_masters_moments_and_step_are_what_megatron_was_given(fixture, tmp_path):
     folder, golden = unpack(f"megatron-dist-{fixture}", tmp_path)
-    kind = fixture.removeprefix("dp-")
+    kind = fixture.split("-")[-1]
     assert detect(Place(str(folder))).name == "megatron-dist"
     opened = open_foreign(str(folder))
     assert (opened.about.step, opened.about.axes) == (7, {})
@@ -130,17 +133,31 @@ def test_a_legacy_checkpoint_and_a_distributed_one_of_the_same_training_differ_i
     assert len(same) == 195
 
 
+def test_a_legacy_checkpoint_with_virtual_stages_goes_straight_into_a_distributed_one(tmp_path):
+    """The optimizer with it: its groups' options, which its file says, go along."""
+    legacy, _ = unpack("megatron-virtual-gpt", tmp_path / "legacy")
+    choice = choose_rules("gpt-megatron")
+    source = Whereabouts(str(legacy), rules=choice)
+    report = export_foreign(source, str(tmp_path / "out"), Emigration("megatron-dist", rules=choice))
+    assert {proof.how for proof in report.proofs} == {"fingerprint"}
+    same = compare_places(source, Whereabouts(str(tmp_path / "out"), rules=choice))
+    assert {one.verdict.value for one in same} == {"equal"}
+    about = open_foreign(str(tmp_path / "out")).about
+    assert about.extra["megatron_optimizer"][0]["lr"] == 0.1
+    assert about.extra["opt_param_scheduler"] == {"max_lr": 0.1, "num_steps": 70}
+
+
 def test_buckets_of_several_optimizers_are_left_out_and_that_is_said(tmp_path):
     folder = made("dp-llama", tmp_path)
 
     def chain(tree: Any) -> None:
         tree.state_dict_metadata = {
-            key.replace("optimizer.distributed", "chained_0.optimizer.distributed"): one
+            key.replace("optimizer.distributed", "chained_2.optimizer.distributed"): one
             for key, one in tree.state_dict_metadata.items()
         }
         tree.storage_data = {
             type(index)(
-                index.fqn.replace("optimizer.distributed", "chained_0.optimizer.distributed"),
+                index.fqn.replace("optimizer.distributed", "chained_2.optimizer.distributed"),
                 index.offset,
                 index.index,
             ): info
@@ -151,7 +168,7 @@ def test_buckets_of_several_optimizers_are_left_out_and_that_is_said(tmp_path):
     opened = open_foreign(str(folder))
     assert not any(tensor.name.startswith("optimizer.") for tensor in opened.tensors)
     told = [note for note in opened.about.notes if "--dist-ckpt-optim-fully-reshardable" in note]
-    assert len(told) == 1 and "states of chained_0.optimizer.distributed are left out" in told[0]
+    assert len(told) == 1 and "states of chained_2.optimizer.distributed are left out" in told[0]
     assert len(plan_of("llama", opened).tensors) == 39
 
 
@@ -189,7 +206,12 @@ def test_buckets_that_change_places_are_caught(tmp_path):
 @pytest.mark.skipif(not PYTHON.exists(), reason="needs Megatron-Core: see tests/interop/deepspeed.txt")
 @pytest.mark.parametrize(
     ("kind", "layout"),
-    [("llama", "--pipeline 2 --data 1"), ("moe", "--expert 2 --data 2"), ("gpt", "--tensor 2")],
+    [
+        ("llama", "--pipeline 2 --data 1"),
+        ("llama", "--pipeline 2 --virtual 2"),
+        ("moe", "--expert 2 --data 2"),
+        ("gpt", "--tensor 2"),
+    ],
 )
 def test_megatron_loads_what_is_written_into_other_ranks(kind, layout, tmp_path):
     folder = through_a_store(kind, tmp_path)
@@ -346,24 +368,6 @@ def test_another_backend_and_no_json_at_all_are_refused(text, tmp_path):
     (folder / "metadata.json").write_text(text)
     with pytest.raises((Corrupt, Unsupported), match=r"no JSON|backend"):
         open_foreign(str(folder))
-
-
-def test_an_optimizer_whose_options_nobody_knows_is_not_written(tmp_path):
-    opened = open_foreign(str(made("llama", tmp_path)))
-    tensors = contents_of(opened)
-    with pytest.raises(Unsupported, match="options of its groups"):
-        rewritten(Given(tensors, About("given", step=7)), "megatron-dist", tmp_path / "a")
-    groups = [{"params": [], "lr": 0.5, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}]
-    about = About("given", step=7, extra={"optimizer": {"param_groups": groups}})
-    back = rewritten(Given(tensors, about), "megatron-dist", tmp_path / "b")
-    said = back.about.extra["megatron_optimizer"]
-    assert [(one["wd_mult"], one["weight_decay"], one["betas"]) for one in said] == [
-        (1.0, 0.1, (0.9, 0.95)),
-        (0.0, 0.0, (0.9, 0.95)),
-    ]
-    tensors["optimizer.step.output_layer.weight"] = tensors["optimizer.step.output_layer.weight"] + 1
-    with pytest.raises(Unsupported, match=r"one step for all parameters, and there are \[7, 8\]"):
-        rewritten(Given(tensors, about), "megatron-dist", tmp_path / "c")
 
 
 def test_layers_of_different_kinds_are_numbered(tmp_path):

@@ -20,6 +20,7 @@ from checkpoint.interop.conversion.casting import (
 from checkpoint.interop.conversion.contract import (
     ConversionSettings,
 )
+from checkpoint.interop.conversion.following import follow_outward
 from checkpoint.interop.conversion.names import from_foreign, rule_name, to_foreign
 from checkpoint.interop.conversion.origins import Origin
 from checkpoint.interop.conversion.outbound import Outbound, staging_bytes, working_bytes
@@ -32,6 +33,7 @@ from checkpoint.interop.conversion.surplus import HOLD_ROUNDED, own_tensors
 from checkpoint.interop.conversion.tying import TIED, Ties, universal, with_copies
 from checkpoint.interop.formats.contract import About, Contents
 from checkpoint.interop.formats.hf_config import retyped
+from checkpoint.interop.formats.told import HYPER
 from checkpoint.interop.moves import Foreign, Plan
 from checkpoint.interop.placing import resolve_sizes
 from checkpoint.interop.wholeness import check_as_named, check_by_rules
@@ -251,6 +253,11 @@ def _about(origin: Origin, emigration: Emigration, plan: Plan) -> About:
     told = {"step": origin.step, **({TIED: dict(origin.ties)} if origin.ties else {}), **origin.extra}
     if emigration.dtype is not None and isinstance(told.get("config"), dict):
         told["config"] = retyped(told["config"], parse_dtype(emigration.dtype))
+    has_states = any(owner_of(one.name) for one in plan.tensors)
+    if emigration.only is not None and not has_states:  # people chose to go without
+        told = {key: value for key, value in told.items() if key not in ("optimizer", HYPER)}
+    if emigration.rules is not None and has_states:
+        told = follow_outward(told, plan)
     scheme = parse_layout(emigration.to)
     if scheme.zero and emigration.format == "deepspeed":  # it names the ranks that its files are for
         told |= {"zero_stage": scheme.zero, "dp_world_size": scheme.mesh.size}

@@ -21,6 +21,7 @@ from checkpoint.interop.conversion.contract import (
     unheard,
 )
 from checkpoint.interop.conversion.emigrating import Outward
+from checkpoint.interop.conversion.leftovers import left_out
 from checkpoint.interop.conversion.marking import Counted
 from checkpoint.interop.conversion.measuring import high_water_bytes
 from checkpoint.interop.conversion.outbound import Staged
@@ -53,7 +54,8 @@ def export_checkpoint(
     known = outward.source.fingerprints(outward.names, settings, reach)
     back = Counted(reopen())
     proofs = _prove(outward, known, back, reach, url=url, settings=settings)
-    notes = (*outward.notes, *reach.settle(settings.overflow), *outward.source.padding(settings))
+    left = left_out(outward.outbound, back, outward.emigration.format)
+    notes = (*outward.notes, *reach.settle(settings.overflow), *outward.source.padding(settings), *left)
     return ConversionReport(
         source=outward.source.url,
         target=url,

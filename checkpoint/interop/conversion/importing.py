@@ -12,6 +12,7 @@ from checkpoint.format.scheme import format_layout, parse_layout
 from checkpoint.interop.account import Account
 from checkpoint.interop.conversion.assembling import Assembled
 from checkpoint.interop.conversion.batches import most_held_bytes
+from checkpoint.interop.conversion.bookkeeping import taken_over
 from checkpoint.interop.conversion.casting import Reach
 from checkpoint.interop.conversion.contract import (
     ConversionReport,
@@ -164,6 +165,7 @@ def plan_adoption(foreign: ForeignCheckpoint, origin: str, adoption: Adoption) -
             "rules": adoption.rules.rules.name if adoption.rules else None,
         },
         **({SIZES: sizes} if sizes else {}),
+        **taken_over(about.extra),
     }
     draft = Draft(
         run=adoption.run,

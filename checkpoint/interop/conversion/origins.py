@@ -9,11 +9,12 @@ from checkpoint.format.codec import checksum
 from checkpoint.format.manifest import Manifest, encode_manifest
 from checkpoint.format.tree import unflatten
 from checkpoint.interop.conversion.assembling import Assembled
+from checkpoint.interop.conversion.bookkeeping import books_of
 from checkpoint.interop.conversion.casting import Reach
 from checkpoint.interop.conversion.contract import ConversionSettings, GlobalTensors, Numbering
 from checkpoint.interop.conversion.marking import Marked
 from checkpoint.interop.conversion.ruled import RuleChoice, model_sizes, sizes_in
-from checkpoint.interop.conversion.sighting import EXTRA, MODEL, sight
+from checkpoint.interop.conversion.sighting import EXTRA, sight
 from checkpoint.interop.conversion.tying import Ties, ties_of
 from checkpoint.interop.formats.contract import ForeignCheckpoint
 from checkpoint.interop.place import is_here
@@ -70,7 +71,7 @@ def stored_origin(stored: StoredContents) -> Origin:
         step=manifest.step,
         digest=checksum(encode_manifest(manifest)).hex(),
         contents=stored,
-        extra=_plain_parts(unflatten(manifest.skeleton, _Tensors())),
+        extra={**_plain_parts(unflatten(manifest.skeleton, _Tensors())), **books_of(manifest)},
         ties=ties_of(manifest.skeleton),
         sizes=sizes_in(manifest),
         fingerprints=lambda *_: known,
@@ -115,12 +116,11 @@ class _Tensors(dict[str, object]):
 
 
 def _plain_parts(state: Any) -> dict[str, Any]:
-    """Return what of a state is no tensor, by the names that an import would give it; the model has none."""
+    """Return what of a state is no tensor, by the names that an import would give it."""
     plain = _without_tensors(state)
     if not isinstance(plain, dict):
         return {}
-    kept = {name: value for name, value in plain.items() if name not in (MODEL, EXTRA)}
-    return {**kept, **(plain.get(EXTRA) or {})}
+    return {**{name: value for name, value in plain.items() if name != EXTRA}, **(plain.get(EXTRA) or {})}
 
 
 def _without_tensors(node: Any) -> Any:

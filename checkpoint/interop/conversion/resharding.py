@@ -98,6 +98,7 @@ class _Plan:
     contents: Cast
     layout: Layout
     draft: Draft
+    notes: tuple[str, ...]
 
     @property
     def changed(self) -> dict[str, str]:
@@ -129,7 +130,7 @@ def reshard(
     if (proved := _present(target, plan, reach := Reach())) is not None:
         return _already_there(target, plan, settings, proved, reach)
     proofs: list[Proof] = []
-    notes = note_uncast(plan.chosen.tensors, change.dtype)
+    notes = list(plan.notes)
 
     def check(found: Mapping[str, int]) -> None:
         proofs.extend(_prove(plan, found, reach := Reach(), listener))
@@ -177,7 +178,7 @@ def plan_reshard(
         written_bytes=most_stored_bytes(plan.draft, settings),
         is_dry=True,
         is_exact=False,
-        notes=tuple(note_uncast(plan.chosen.tensors, change.dtype)),
+        notes=plan.notes,
     )
 
 
@@ -219,7 +220,8 @@ def _plan(store: Store, change: Change, step: int | None) -> _Plan:
     pieces = tuple(pieces_of(layout, specs))
     widths = tuple(itemsize(spec.dtype) for spec in chosen.tensors)
     draft = Draft(manifest.run, manifest.step, specs, skeleton, meta, pieces, origin, widths)
-    return _Plan(source, chosen, contents, layout, draft)
+    notes = tuple(note_uncast(chosen.tensors, change.dtype))
+    return _Plan(source, chosen, contents, layout, draft, notes)
 
 
 def _casts(specs: Sequence[TensorSpec], dtype: str | None) -> dict[str, str]:
@@ -243,7 +245,7 @@ def _already_there(
         read_bytes=plan.source.read_bytes,
         is_new=False,
         proofs=tuple(proofs),
-        notes=tuple(reach.settle(settings.overflow)),
+        notes=(*plan.notes, *reach.settle(settings.overflow)),
     )
 
 

@@ -10,7 +10,9 @@ from checkpoint.errors import FormatError, Incomplete, Mismatch, Misuse, Unsuppo
 from checkpoint.format.tree import flatten
 from checkpoint.interop.account import Account, account_as_named
 from checkpoint.interop.conversion.assembling import as_they_are
+from checkpoint.interop.conversion.bookkeeping import without_books
 from checkpoint.interop.conversion.casting import FLOATS
+from checkpoint.interop.conversion.following import follow_inward
 from checkpoint.interop.conversion.names import from_foreign, from_rules
 from checkpoint.interop.conversion.proving import check_described
 from checkpoint.interop.conversion.roles import owner_of
@@ -76,7 +78,7 @@ def sight(foreign: ForeignCheckpoint, choice: RuleChoice | None, ties: Ties | No
     Raises FormatError if its tensors are spread over ranks and no rules say how.
     """
     about = foreign.about
-    extra = dict(about.extra)
+    extra = without_books(about.extra)
     said = extra.pop(TIED, None)
     known = said if isinstance(said, dict) else {}
     if choice is None:
@@ -112,7 +114,7 @@ def sight(foreign: ForeignCheckpoint, choice: RuleChoice | None, ties: Ties | No
         notes.append(f"{len(others)} tensors that are neither weights nor optimizer states are left out")
     chosen = {number: foreign.tensors[number] for number in numbers}
     words = partial(accounted, RuleChoice(choice.rules, sizes), about.axes, chosen, ties)
-    extra = _of_new_type(extra, plan)
+    extra = follow_inward(_of_new_type(extra, plan), plan)
     return Sighted(plan, words, _skeleton(plan.tensors, extra, ties), tuple(notes), ties, extra)
 
 

@@ -34,7 +34,7 @@ from checkpoint.interop.formats.deepspeed_parts import (
     stage_of,
     zero_of,
 )
-from checkpoint.interop.formats.deepspeed_said import extra_of, notes_of, step_of
+from checkpoint.interop.formats.deepspeed_said import extra_of, left_of, left_states, notes_of, step_of
 from checkpoint.interop.formats.deepspeed_state import Collected, Rounded, ZeroCheckpoint, run_of
 from checkpoint.interop.formats.deepspeed_steps import read_step
 from checkpoint.interop.formats.deepspeed_weights import ModelStates, collect_weights
@@ -78,7 +78,7 @@ def open_deepspeed(place: Place) -> ZeroCheckpoint:
         {"tensor": len(models)} if len(models) > 1 else {},
         step_of(tree),
         extra_of(tree, zero, str(folder)),
-        notes=(*notes_of(zero, len(files) // len(models)), *collected.notes),
+        notes=(*notes_of(zero, len(files) // len(models)), *left_of(tree), *dict.fromkeys(collected.notes)),
     )
     tiled = Tiled(place, about, collected.tensors, collected.tiles)
     check_masters(tiled, str(folder), list(collected.parts.values()))
@@ -110,6 +110,8 @@ class _ModelRank:
             for moment in MOMENTS:
                 flats[moment] = [[group.get(moment) for group in rank] for rank in states]
             steps = self._steps(states)
+            kinds = {str(kind) for rank in states for group in rank for kind in group}
+            collected.notes += left_states(kinds - {*MOMENTS, "step"})
         check_distinct(
             self._folder.place, [self._samples(number, flats) for number in range(len(self._files))]
         )

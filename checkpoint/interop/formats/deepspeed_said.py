@@ -1,12 +1,13 @@
 """What a DeepSpeed checkpoint says beside its tensors: counters, schedulers, groups, client state."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from checkpoint.errors import Corrupt
 from checkpoint.interop.formats.archive import Stored
 from checkpoint.interop.formats.deepspeed_parts import stage_of
 from checkpoint.interop.formats.inert import MAX_DEPTH, plain
+from checkpoint.interop.formats.numbered import listed
 
 _TENSORS = {"module", "frozen_param_fragments", "optimizer"}
 _MAX_VALUES = 1 << 22
@@ -35,12 +36,10 @@ def extra_of(tree: Mapping[str, Any], zero: Mapping[str, Any], where: str) -> di
 
 
 def _by_name(groups: Any, members: Any) -> list[dict[str, Any]]:
-    """Return an optimizer's groups with the names of their parameters, if it can be told which are whose.
-
-    ZeRO-3 may cut a group into several, and does not say where; those of one kind are no matter.
-    """
+    """Return an optimizer's groups with the names of their parameters, if it can be told which are whose."""
     if not isinstance(members, list) or not all(isinstance(each, dict) for each in [*groups, *members]):
         return []
+    members = merged(members, groups)
     told = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     if len(told) == len(members):
         return [{**group, "params": list(names)} for group, names in zip(told, members, strict=True)]
@@ -49,9 +48,49 @@ def _by_name(groups: Any, members: Any) -> list[dict[str, Any]]:
     return []
 
 
+def merged(parts: Sequence[Mapping[str, Any]], hyper: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return the optimizer's groups, of which ZeRO-3 lists parts: each says how many it has."""
+    lists = [one.get("params") if isinstance(one, dict) else None for one in hyper]
+    counts = [len(each) if isinstance(each, list | tuple) else 0 for each in lists]
+    if sum(counts) != len(parts):
+        return [dict(part) for part in parts]
+    ends = [sum(counts[: number + 1]) for number in range(len(counts))]
+    return [
+        {name: shape for part in parts[end - count : end] for name, shape in part.items()}
+        for count, end in zip(counts, ends, strict=True)
+    ]
+
+
 def notes_of(zero: Mapping[str, Any], world: int) -> tuple[str, ...]:
     """Tell how the checkpoint was laid out."""
     return (f"saved by {world} ranks with ZeRO stage {stage_of(zero)}",)
+
+
+def left_of(tree: Mapping[str, Any]) -> tuple[str, ...]:
+    """Tell which tensors an engine's client gave it besides: they have no place here."""
+    keys = [str(key) for key, value in tree.items() if key not in _TENSORS and _has_tensors(value)]
+    if not keys:
+        return ()
+    return (f"tensors of the client's state are left out: they lie in {listed(sorted(keys))}",)
+
+
+def left_states(kinds: Collection[str]) -> tuple[str, ...]:
+    """Tell which states of the optimizer are none of Adam's."""
+    if not kinds:
+        return ()
+    return (f"states of the optimizer that are none of Adam's are left out: {listed(sorted(kinds))}",)
+
+
+def _has_tensors(value: Any) -> bool:
+    """Tell whether there are tensors in plain data, which were seen to end."""
+    pending = [value]
+    while pending:
+        each = pending.pop()
+        if isinstance(each, Stored):
+            return True
+        if isinstance(each, dict | list | tuple):
+            pending += each.values() if isinstance(each, dict) else each
+    return False
 
 
 def _groups(zero: Mapping[str, Any]) -> Any:

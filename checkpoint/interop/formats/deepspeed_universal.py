@@ -5,12 +5,11 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-
-import numpy as np
 
 from checkpoint.errors import Corrupt, Incomplete, Mismatch
 from checkpoint.format.box import Box
@@ -18,7 +17,7 @@ from checkpoint.interop.formats.archive import Archive, Stored, read_archive
 from checkpoint.interop.formats.contract import About, Array
 from checkpoint.interop.formats.deepspeed_files import Folder, RankFile, find_folder, model_files
 from checkpoint.interop.formats.deepspeed_parts import Shape, group_shapes, stage_of
-from checkpoint.interop.formats.deepspeed_said import extra_of, step_of
+from checkpoint.interop.formats.deepspeed_said import extra_of, left_of, left_states, step_of
 from checkpoint.interop.formats.deepspeed_state import Collected, Rounded, ZeroCheckpoint, run_of
 from checkpoint.interop.formats.deepspeed_steps import read_step
 from checkpoint.interop.formats.deepspeed_weights import ModelStates, collect_weights
@@ -54,7 +53,7 @@ def open_deepspeed_universal(place: Place) -> ZeroCheckpoint:
         {},
         step_of(tree),
         extra_of(tree, common, str(folder)),
-        notes=tuple(collected.notes),
+        notes=(*left_of(tree), *collected.notes),
     )
     tiled = Tiled(place, about, collected.tensors, collected.tiles)
     check_masters(tiled, str(folder))
@@ -96,6 +95,8 @@ class _Universal:
             self._add_steps(collected, members, steps)
         known = {name for members in groups for name in members} | {one.name for one in collected.tensors}
         known |= {one.name for one in collected.rounded}
+        kinds = {file for files in there.values() for file in files} - {*STATES.values(), "step"}
+        collected.notes += left_states(kinds)
         strange = sorted(there.keys() - known)
         if strange:
             raise Corrupt(f"{self.folder} has zero/{strange[0]}, which the model does not: of another model?")
@@ -160,12 +161,10 @@ class _Universal:
     def _add_steps(
         self, collected: Collected, members: Mapping[str, Shape], steps: Mapping[str, tuple[Foreign, Array]]
     ) -> None:
-        """Add the steps of a group, which are the same. Raises Corrupt naming one that is not."""
-        first = next(iter(steps.values()), None)
-        for name in members:
-            if first is None:
-                return
-            if not np.array_equal(steps[name][1], first[1]):
+        """Add the steps of a group, which are the same. Raises Corrupt naming one that is not as most are."""
+        usual = Counter(bits.tobytes() for _, bits in steps.values()).most_common(1)
+        for name in members if usual else ():
+            if steps[name][1].tobytes() != usual[0][0]:
                 raise Corrupt(
                     f"zero/{name}/step.pt in {self.folder} is of another step than the rest of its group"
                 )

@@ -11,15 +11,17 @@ from checkpoint.errors import Incomplete, Unsupported
 from checkpoint.format.box import Box, split_box
 from checkpoint.interop.draft import Draft
 from checkpoint.interop.formats.contract import Contents
+from checkpoint.interop.formats.deepspeed_said import merged
 from checkpoint.interop.formats.deepspeed_universal import STATES
 from checkpoint.interop.formats.rounding import ROUNDED, widen_bits
 from checkpoint.interop.formats.saving import Later, Saving
 from checkpoint.interop.formats.streams import block_bytes, blocks_of, check_global
-from checkpoint.interop.moves import Foreign
+from checkpoint.interop.formats.tiles import as_bits
+from checkpoint.interop.formats.told import STEP, told_numbers
 
 _STATE = re.compile(r"optimizer\.(master|exp_avg|exp_avg_sq|step)\.(.+)")
 _VERSION = "0.19.8"  # of the DeepSpeed that these files were compared with
-_NOT_OURS = {"zero", "param_shapes", "ds_config", "optimizer", "containers", "files", "module"}
+_NOT_OURS = {"zero", "param_shapes", "optimizer", "containers", "files", "module"}
 
 
 @dataclass(slots=True)
@@ -28,6 +30,7 @@ class Parts:
 
     states: dict[str, dict[str, int]] = field(default_factory=dict)  # by parameter
     weights: dict[str, int] = field(default_factory=dict)
+    steps: dict[str, float] = field(default_factory=dict)  # of parameters that tell theirs as plain data
 
 
 def write_deepspeed_universal(draft: Draft, contents: Contents, budget_bytes: int) -> None:
@@ -36,7 +39,7 @@ def write_deepspeed_universal(draft: Draft, contents: Contents, budget_bytes: in
     Raises Incomplete naming a parameter that lacks a state that others have; Unsupported.
     """
     check_global(contents.tensors, "deepspeed-universal")
-    parts = parts_of(contents.tensors)
+    parts = parts_of(contents)
     tag = f"global_step{contents.about.step or 0}_universal"
     plainly = _plainly(contents, budget_bytes)
     module = {name: later_of(contents, number) for name, number in parts.weights.items()}
@@ -46,7 +49,7 @@ def write_deepspeed_universal(draft: Draft, contents: Contents, budget_bytes: in
     works: list[Callable[[], None]] = [
         partial(_save, draft, f"{tag}/mp_rank_00_model_states.pt", {**engine, "module": module}, plainly),
         *_parameters(draft, f"{tag}/zero", (contents, parts), budget_bytes),
-        partial(_save, draft, f"{tag}/zero/optimizer_state.pt", _common(contents, parts), plainly),
+        partial(_save, draft, f"{tag}/zero/optimizer_state.pt", *_common(contents, parts, plainly)),
         partial(
             _save,
             draft,
@@ -68,6 +71,8 @@ def _parameters(
     contents, parts = what
     plainly = _plainly(contents, budget_bytes)
     for name, states in parts.states.items():
+        if name in parts.steps:
+            yield partial(_save, draft, f"{folder}/{name}/step.pt", *_as_tensor(parts.steps[name]))
         for state, number in states.items():
             if state == "step":
                 yield partial(_save, draft, f"{folder}/{name}/step.pt", later_of(contents, number), plainly)
@@ -80,10 +85,10 @@ def _parameters(
             yield partial(_save_wide, draft, f"{folder}/{name}/fp32.pt", (contents, number), budget_bytes)
 
 
-def parts_of(tensors: Iterable[Foreign]) -> Parts:
+def parts_of(contents: Contents) -> Parts:
     """Sort tensors by what they are. Raises Incomplete naming a parameter that lacks a state, Unsupported."""
     parts = Parts()
-    for number, tensor in enumerate(tensors):
+    for number, tensor in enumerate(contents.tensors):
         found = _STATE.fullmatch(tensor.name)
         if found:
             parts.states.setdefault(found[2], {})[found[1]] = number
@@ -96,9 +101,15 @@ def parts_of(tensors: Iterable[Foreign]) -> Parts:
     for name in [*parts.states, *parts.weights]:
         if "/" in name or name in (".", ".."):
             raise Unsupported(f"{name!r} cannot be the name of a folder")
-    kinds = {kind for states in parts.states.values() for kind in states}
+    told = told_numbers(contents.about.extra)
     for name, states in parts.states.items():
-        missing = sorted((kinds | {"master"}) - states.keys())
+        if STEP + name in told and "step" not in states:
+            parts.steps[name] = told[STEP + name]
+    kinds = {kind for states in parts.states.values() for kind in states}
+    kinds |= {"step"} if parts.steps else set()
+    for name, states in parts.states.items():
+        there = states.keys() | ({"step"} if name in parts.steps else set())
+        missing = sorted((kinds | {"master"}) - there)
         if missing and not (missing == ["master"] and name in parts.weights):
             raise Incomplete(f"the parameter {name!r} lacks {missing}, and a universal checkpoint needs it")
     return parts
@@ -137,36 +148,73 @@ def _nothing(_: int) -> list[memoryview]:
     return []
 
 
+def _as_tensor(step: float) -> tuple[Later, Blocks]:
+    """Return a step that was a plain number as a tensor, and its bytes.
+
+    Engines take what is there as it is, and torch's Adam counts on in a tensor only: a number would stay the
+    same for ever, without a word.
+    """
+    tensor, bits = as_bits("step", step)
+    return Later(0, tensor.dtype, ()), lambda _: [memoryview(bits.reshape(-1).view("u1").data)]
+
+
 def later_of(contents: Contents, number: int) -> Later:
     """Return a tensor of the contents as one to write."""
     tensor = contents.tensors[number]
     return Later(number, tensor.dtype, tensor.shape)
 
 
-def _common(contents: Contents, parts: Parts) -> dict[str, Any]:
+def _common(contents: Contents, parts: Parts, plainly: Blocks) -> tuple[dict[str, Any], Blocks]:
     """Return what DeepSpeed keeps once for all parameters; ZeRO-3 takes the step from here."""
     zero = contents.about.extra.get("zero")
     said: Mapping[str, Any] = zero if isinstance(zero, dict) else {}
-    groups = [dict(group) for group in said.get("param_groups") or _groups(contents) or [{}]]
+    groups = hyper_of(contents)
     steps = [states["step"] for states in parts.states.values() if "step" in states]
-    state = {0: {"step": later_of(contents, steps[0])}} if steps else {}
-    return {
+    step, blocks = (later_of(contents, steps[0]), plainly) if steps else (None, plainly)
+    if not steps and parts.steps:
+        step, blocks = _as_tensor(next(iter(parts.steps.values())))
+    tree = {
         "zero_stage": 1,
         "clip_grad": said.get("clip_grad", 0.0),
         "dynamic_loss_scale": said.get("dynamic_loss_scale", False),
         "overflow": False,
         "ds_version": said.get("ds_version", _VERSION),
         "param_groups": groups,
-        "optimizer_state_dict": {"state": state, "param_groups": groups},
+        "optimizer_state_dict": {
+            "state": {} if step is None else {0: {"step": step}},
+            "param_groups": groups,
+        },
     }
+    return tree, blocks
 
 
-def _groups(contents: Contents) -> list[dict[str, Any]]:
+def hyper_of(contents: Contents) -> list[dict[str, Any]]:
+    """Return the options of each group of the optimizer."""
+    zero = contents.about.extra.get("zero")
+    said = zero.get("param_groups") if isinstance(zero, dict) else None
+    if said:
+        return [dict(group) for group in said]
+    return [{**group, "params": [number]} for number, group in enumerate(_named(contents))] or [{}]
+
+
+def _named(contents: Contents) -> list[dict[str, Any]]:
+    """Return the optimizer's groups with the names of their parameters, as far as they are told."""
     optimizer = contents.about.extra.get("optimizer")
     groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
-    if not isinstance(groups, list):
-        return []
-    return [{**group, "params": [number]} for number, group in enumerate(groups) if isinstance(group, dict)]
+    return [group for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []
+
+
+def _by_group(contents: Contents, shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:
+    """Return parameters' shapes group by group, as engines list them; all at once if groups are not told."""
+    hyper = hyper_of(contents)
+    said = contents.about.extra.get("param_shapes")
+    listed = [group for group in (said if isinstance(said, list) else ()) if isinstance(group, dict)]
+    for groups in (merged(listed, hyper), [group.get("params", ()) for group in _named(contents)]):
+        members = [[str(name) for name in group] for group in groups]
+        is_told = sorted(name for names in members for name in names) == sorted(shapes)
+        if is_told and len(members) == len(hyper):
+            return [{name: shapes[name] for name in names} for names in members]
+    return [dict(shapes)]
 
 
 def engine_of(contents: Contents, parts: Parts) -> dict[str, Any]:
@@ -196,4 +244,4 @@ def engine_of(contents: Contents, parts: Parts) -> dict[str, Any]:
         "ds_version": _VERSION,
     }
     said = {key: value for key, value in extra.items() if key not in _NOT_OURS}
-    return {**defaults, **said, "global_steps": step, "param_shapes": [shapes]}
+    return {**defaults, **said, "global_steps": step, "param_shapes": _by_group(contents, shapes)}

@@ -1,7 +1,7 @@
 """Writes DeepSpeed's ZeRO checkpoints of stages 1, 2 and 3, for engines of a chosen number of ranks."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,19 @@ from checkpoint.interop.formats.deepspeed_partitions import (
     frozen_partition,
 )
 from checkpoint.interop.formats.deepspeed_parts import FLAT, FLAT_3, Shape
-from checkpoint.interop.formats.deepspeed_writing import Parts, engine_of, later_of, parts_of
+from checkpoint.interop.formats.deepspeed_said import merged
+from checkpoint.interop.formats.deepspeed_writing import (
+    Parts,
+    engine_of,
+    hyper_of,
+    later_of,
+    parts_of,
+)
 from checkpoint.interop.formats.extents import check_shape
 from checkpoint.interop.formats.rounding import ROUNDED
 from checkpoint.interop.formats.saving import Later, Saving
 from checkpoint.interop.formats.streams import check_global
-from checkpoint.interop.formats.told import told_numbers
+from checkpoint.interop.formats.told import step_of_groups
 
 STAGE, WORLD = "zero_stage", "dp_world_size"  # in `extra`: which stage, for how many ranks
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -42,7 +49,7 @@ def write_deepspeed(draft: Draft, contents: Contents, budget_bytes: int) -> None
     Raises Unsupported where they are not known, Incomplete for a parameter that lacks a state.
     """
     check_global(contents.tensors, "deepspeed")
-    parts = parts_of(contents.tensors)
+    parts = parts_of(contents)
     work = _Work(
         contents,
         parts,
@@ -89,7 +96,8 @@ class _Work:
     @property
     def hyper(self) -> list[dict[str, Any]]:
         """The options of each group."""
-        return [dict(one) for one in self.zero.get("param_groups") or [{} for _ in self.groups]]
+        told = hyper_of(self.contents)
+        return told if len(told) == len(self.groups) else [{} for _ in self.groups]
 
     @property
     def version(self) -> str:
@@ -98,12 +106,12 @@ class _Work:
         return str(said)
 
     def step_of(self, members: Mapping[str, Shape]) -> Any:
-        """Return the step of a group: a tensor, a plain number, or nothing done."""
+        """Return the step of a group: a tensor, or a plain number."""
         first = next(iter(members))
         number = self.parts.states[first].get("step")
         if number is not None:
             return later_of(self.contents, number)
-        return told_numbers(self.contents.about.extra).get(f"optimizer.step.{first}", 0)
+        return self.parts.steps.get(first, step_of_groups(self.contents.about))
 
 
 def _flat(work: _Work, partitions: Partitions, rank: int) -> dict[str, Any]:
@@ -233,7 +241,7 @@ def _groups(contents: Contents, parts: Parts) -> Groups:
     ]
     zero = contents.about.extra.get("zero")
     hyper = zero.get("param_groups") if isinstance(zero, dict) else None
-    groups = _merged(groups, hyper) if isinstance(hyper, list) else groups
+    groups = merged(groups, hyper) if isinstance(hyper, list) else groups
     names = [name for group in groups for name in group]
     if sorted(names) != sorted(parts.states) or (hyper and len(hyper) != len(groups)):
         raise Unsupported(
@@ -248,18 +256,6 @@ def _groups(contents: Contents, parts: Parts) -> Groups:
             if contents.tensors[number].shape and contents.tensors[number].dtype not in ROUNDED:
                 raise Unsupported(f"{contents.tensors[number]} is no floating tensor of 16 or 32 bits")
     return groups
-
-
-def _merged(parts: Groups, hyper: Sequence[Any]) -> Groups:
-    """Return the optimizer's groups, of which ZeRO-3 lists parts: each says how many it has."""
-    counts = [len(one.get("params", ())) if isinstance(one, dict) else 0 for one in hyper]
-    if sum(counts) != len(parts):
-        return parts
-    ends = [sum(counts[: number + 1]) for number in range(len(counts))]
-    return [
-        {name: shape for part in parts[end - count : end] for name, shape in part.items()}
-        for count, end in zip(counts, ends, strict=True)
-    ]
 
 
 def _prefix(work: _Work) -> str:

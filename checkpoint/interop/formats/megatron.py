@@ -18,8 +18,11 @@ from checkpoint.interop.formats.masters import check_masters
 from checkpoint.interop.formats.megatron_arguments import arguments_of, sizes_of
 from checkpoint.interop.formats.megatron_buffers import has_buffers, read_rank, states_of
 from checkpoint.interop.formats.megatron_files import ShardFile, find_files, looks_like_megatron
+from checkpoint.interop.formats.megatron_groups import left_of_optimizer, left_of_ranks, options_of
+from checkpoint.interop.formats.megatron_stages import Stages, chunk_keys, of_chunk
 from checkpoint.interop.formats.numbered import names_of_numbered
 from checkpoint.interop.formats.tiles import Tile, Tiled, held
+from checkpoint.interop.formats.told import HYPER
 from checkpoint.interop.formats.twins import Samples, check_distinct
 from checkpoint.interop.moves import Foreign
 from checkpoint.interop.place import Place
@@ -27,7 +30,7 @@ from checkpoint.interop.place import Place
 __all__ = ["looks_like_megatron", "open_megatron"]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_SKIPPED = ("model", "optimizer", "args", "rng_state", "rerun_state_machine")
+_SKIPPED = ("optimizer", "args", "rng_state", "rerun_state_machine")
 
 
 def open_megatron(place: Place) -> Tiled:
@@ -41,24 +44,58 @@ def open_megatron(place: Place) -> Tiled:
     tiles: list[list[Tile]] = []
     samples, ranks = [], []
     is_flat = has_buffers(place)
-    for file in files:
-        model = _flat(file.tree["model"], file.path)
+    chunks = [_chunks(file) for file in files]
+    stages = _stages(files, chunks, str(place))
+    for file, parts_of_model in zip(files, chunks, strict=True):
+        model = {name: stored for chunk in parts_of_model for name, stored in chunk.items()}
         for name, stored in model.items():
             tensors.append(Foreign(name, stored.dtype, stored.shape, file.at))
             tiles.append([Tile(Box.whole(stored.shape), partial(file.archive.locate, stored))])
         for tensor, parts in _steps(file, model) if is_flat else _optimizer(file, model):
             tensors.append(tensor)
             tiles.append(parts)
-        samples.append(Samples(file.path, file.archive, list(model.values())))
+        samples += [Samples(file.path, file.archive, list(chunk.values())) for chunk in parts_of_model]
         ranks += [read_rank(place, file, model)] if is_flat else []
     check_distinct(place, samples)
     for tensor, parts in states_of(place, ranks):
         tensors.append(tensor)
         tiles.append(parts)
+    tensors = [stages.shown(tensor) for tensor in tensors] if stages else tensors
     opened = Tiled(place, _about(place, axes, files, tensors), tensors, tiles)
     if not is_flat:
         check_masters(opened, str(place))
     return opened
+
+
+def _chunks(file: ShardFile) -> list[dict[str, Stored]]:
+    """Return a rank's model: one, or of virtual pipeline stages each by itself, under names of their own."""
+    keys = chunk_keys(file.tree, file.path)
+    parts = [_flat(file.tree[key], file.path) for key in keys]
+    if keys == ["model"]:
+        return parts
+    return [{of_chunk(number, name): one for name, one in part.items()} for number, part in enumerate(parts)]
+
+
+def _stages(
+    files: Sequence[ShardFile], chunks: Sequence[Sequence[Mapping[str, Stored]]], where: str
+) -> Stages | None:
+    """Return which layers each chunk has, if there are virtual stages. Raises Corrupt, Unsupported."""
+    if all("model" in file.tree for file in files):
+        return None
+    for file, parts in zip(files, chunks, strict=True):
+        if len(parts) != len(chunks[0]) or "model" in file.tree:
+            raise Corrupt(
+                f"{file.path} has {len(parts)} parts of the model, and {files[0].path} {len(chunks[0])}"
+            )
+    return Stages([[*map(set, parts)] for parts in _by_stage(files, chunks)], where)
+
+
+def _by_stage(
+    files: Sequence[ShardFile], chunks: Sequence[Sequence[Mapping[str, Stored]]]
+) -> list[Sequence[Mapping[str, Stored]]]:
+    """Return the chunks of one rank of each pipeline stage."""
+    found = {file.at["pipeline"]: parts for file, parts in zip(files, chunks, strict=True)}
+    return [found[stage] for stage in sorted(found)]
 
 
 def _flat(node: Any, path: str) -> dict[str, Stored]:
@@ -184,9 +221,12 @@ def _about(
     tree, where = files[0].tree, str(place)
     arguments = arguments_of(tree)
     step = tree.get("iteration")
-    extra = {str(key): plain(value, where) for key, value in tree.items() if key not in _SKIPPED}
+    skipped = {*_SKIPPED, *chunk_keys(tree, files[0].path)}
+    extra = {str(key): plain(value, where) for key, value in tree.items() if key not in skipped}
     extra["args"] = {str(key): plain(value, where) for key, value in arguments.items()}
-    notes = ["random states are each rank's own, and left out"] if "rng_state" in tree else []
+    groups = options_of([file.tree.get("optimizer") for file in files], where)
+    extra |= {HYPER: groups} if groups else {}
+    notes = [*left_of_ranks(tree), *left_of_optimizer(tree.get("optimizer"))]
     return About(
         "megatron",
         axes,

@@ -19,6 +19,7 @@ from checkpoint.interop.formats.extents import Extent, contiguous, read_box
 from checkpoint.interop.formats.inert import Name
 from checkpoint.interop.formats.masters import is_rounded
 from checkpoint.interop.formats.megatron_files import FILE, ShardFile
+from checkpoint.interop.formats.megatron_stages import chunk_of
 from checkpoint.interop.formats.rounding import ROUNDED
 from checkpoint.interop.formats.tiles import Tile
 from checkpoint.interop.moves import Foreign
@@ -81,8 +82,12 @@ def states_of(place: Place, ranks: Sequence[Rank]) -> Iterator[Parts]:
                 for name, stored in rank.model.items()
                 if len(rank.optimizers) == 1 or (_EXPERTS in name) == (number == 1)
             }
-            for dtype, table in _tables(holder, number):
-                mine = {name: stored for name, stored in members.items() if stored.dtype == dtype}
+            for dtype, chunk, table in _tables(holder, number):
+                mine = {
+                    name: stored
+                    for name, stored in members.items()
+                    if stored.dtype == dtype and chunk_of(name) == chunk
+                }
                 for name, start in _places(place, rank, mine, (holder, table)):
                     yield from _of_parameter(rank, name, holder, (table, start))
 
@@ -98,22 +103,23 @@ def _holder(ranks: Sequence[Rank], rank: Rank, number: int) -> Rank:
     raise Incomplete(f"{rank.path} leaves its states to another expert rank, and none has them")
 
 
-def _tables(rank: Rank, number: int) -> Iterator[tuple[str, Mapping[str, Stored]]]:
-    """Yield the flat tensors of each buffer, with the dtype of its parameters."""
+def _tables(rank: Rank, number: int) -> Iterator[tuple[str, int, Mapping[str, Stored]]]:
+    """Yield the flat tensors of each buffer, with the dtype and the virtual stage of its parameters."""
     saved = rank.optimizers[number]
     if not isinstance(saved, dict) or saved.get("buckets_coalesced") is not True or number > 1:
         raise Unsupported(
             f"{rank.path} has its buffers in an older layout, bucket by bucket: load it in Megatron with "
             "--ckpt-convert-update-legacy-dist-opt-format, and save it again"
         )
-    seen = set()
-    for buffers in (item for key, item in saved.items() if type(key) is int):
+    seen: dict[str, int] = {}
+    most = 1 + max(chunk_of(name) for name in rank.model)
+    for buffers in (saved[key] for key in sorted(key for key in saved if type(key) is int)):
         for key, table in buffers.items() if isinstance(buffers, dict) else ():
             dtype = key[0].text if isinstance(key, tuple) and key and isinstance(key[0], Name) else ""
-            if dtype not in ROUNDED or dtype in seen:
+            if dtype not in ROUNDED or seen.get(dtype) == most:
                 raise Unsupported(f"{rank.path} has buffers of {dtype!r} parameters, or several: not read")
-            seen.add(dtype)
-            yield dtype, _flat_tensors(rank, table)
+            seen[dtype] = seen.get(dtype, 0) + 1  # each virtual stage has its own
+            yield dtype, seen[dtype] - 1, _flat_tensors(rank, table)
 
 
 def _flat_tensors(rank: Rank, table: Any) -> Mapping[str, Stored]:

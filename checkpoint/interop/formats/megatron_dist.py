@@ -20,18 +20,20 @@ from checkpoint.interop.formats.inert import plain
 from checkpoint.interop.formats.masters import check_masters
 from checkpoint.interop.formats.megatron_arguments import arguments_of, sizes_of
 from checkpoint.interop.formats.megatron_dist_buckets import Buckets, is_bucket
+from checkpoint.interop.formats.megatron_dist_ranks import Ranks
 from checkpoint.interop.formats.megatron_dist_table import Table
 from checkpoint.interop.formats.megatron_files import AXES, tracked_folder
+from checkpoint.interop.formats.megatron_groups import left_of_ranks, options_of
 from checkpoint.interop.formats.tiles import Tile, Tiled, found
+from checkpoint.interop.formats.told import HYPER
 from checkpoint.interop.moves import Foreign
 from checkpoint.interop.place import Place
 
 CONFIG, COMMON = "metadata.json", "common.pt"
 BACKEND = "torch_dist"
 EMBEDDING = "embedding.word_embeddings.weight"
-HYPER = "megatron_optimizer"  # in `extra`: what is no tensor of the optimizer
 _BUCKETS = "optimizer.distributed."
-_GROUPS = re.compile(r"optimizer\.distributed\.dp_group_idx_[0-9]+\.optimizer/shard_0_1")
+_GROUPS = re.compile(r"(?:chained_[0-9]+\.)?optimizer\.distributed\.dp_group_idx_[0-9]+\.optimizer/shard_0_1")
 _MAX_RANKS = 1 << 16
 _SKIPPED = {"args", "optimizer", "content_metadata", "rng_state", "rerun_state_machine"}
 _MAX_CONFIG_BYTES = 1 << 20
@@ -93,16 +95,24 @@ def _in_buckets(
     """Return the states in buckets; or none, and a note, if they are of a kind that is not known."""
     flat_tiles = [parts for _, parts in flats]
     opened = Tiled(model.place, About(""), [one for one, _ in flats], flat_tiles)
-    ranks = [arguments.get(AXES[axis], 1) for axis in ("tensor", "pipeline")]
     try:
-        if any(type(count) is not int or not 1 <= count <= _MAX_RANKS for count in ranks):
-            raise Unsupported(f"the arguments speak of {ranks} ranks")
-        return list(Buckets(model, tiles, opened, flat_tiles).states(*ranks)), []
+        return list(Buckets(model, tiles, opened, flat_tiles).states(_ranks(arguments))), []
     except Unsupported as error:
         return [], [
             f"the distributed optimizer's states are left out, as of its buckets {error}. Save with "
             "--dist-ckpt-optim-fully-reshardable to have them"
         ]
+
+
+def _ranks(arguments: Mapping[str, Any]) -> Ranks:
+    """Return how many ranks the arguments speak of. Raises Unsupported."""
+    tensors, stages, experts = (arguments.get(key, 1) for key in AXES.values())
+    chunks = arguments.get("virtual_pipeline_model_parallel_size") or 1
+    expert_tensors = arguments.get("expert_tensor_parallel_size") or tensors
+    found = (tensors, stages, chunks, experts, expert_tensors)
+    if any(type(count) is not int or not 1 <= count <= _MAX_RANKS for count in found):
+        raise Unsupported(f"the arguments speak of {list(found)} ranks")
+    return Ranks(*found)
 
 
 def _folders(files: Mapping[str, int]) -> list[str]:
@@ -170,26 +180,13 @@ def _said_steps(node: Any) -> Iterator[Any]:
         yield from _said_steps(inner)
 
 
-def _groups(node: Any) -> Iterator[dict[str, Any]]:
-    """Yield the groups of an optimizer's parameters, or of several optimizers'; the step is a tensor here."""
-    if isinstance(node, dict):
-        found = node.get("param_groups")
-        for group in found if isinstance(found, list) else ():
-            if isinstance(group, dict):
-                yield {key: value for key, value in group.items() if key != "step"}
-        for inner in node.values():
-            yield from _groups(inner)
-
-
 def _about(
     folder: Place, common: Mapping[str, Any], tensors: Sequence[Foreign], told: tuple[Any, Sequence[str]]
 ) -> About:
     where, arguments, step = str(folder), arguments_of(common), common.get("iteration")
     extra = {str(key): plain(value, where) for key, value in common.items() if key not in _SKIPPED}
     said, notes = told
-    groups: list[Any] = []
-    for group in (plain(each, where) for each in _groups(said)):
-        groups += [group] if group not in groups else []  # each model rank says them
+    groups = options_of(said, where)
     extra |= {HYPER: groups} if groups else {}
     extra["args"] = {str(key): plain(value, where) for key, value in arguments.items()}
     sizes = sizes_of(arguments, {tensor.name for tensor in tensors})
@@ -202,7 +199,7 @@ def _about(
         step if type(step) is int else None,
         extra,
         sizes,
-        tuple(notes),
+        (*notes, *left_of_ranks(common)),
     )
 
 

@@ -17,19 +17,19 @@ from checkpoint.format.dtypes import itemsize
 from checkpoint.interop.formats.contract import Array
 from checkpoint.interop.formats.extents import Extent, contiguous
 from checkpoint.interop.formats.masters import is_rounded
+from checkpoint.interop.formats.megatron_dist_ranks import TIED, Kind, Ranks, Share, has_copy, order_of
 from checkpoint.interop.formats.tiles import Tile, Tiled
 from checkpoint.interop.moves import Foreign
 
 _BUCKET = re.compile(
-    r"optimizer\.distributed\.dp_group_idx_([0-9]+)\.gbuf_idx_0\.dtype_.*\.bucket_idx_([0-9]+)"
+    r"(?:chained_([01])\.)?optimizer\.distributed\.dp_group_idx_([0-9]+)\.gbuf_idx_([0-9]+)\.dtype_.*\.bucket_idx_([0-9]+)"
     r"\.(param|exp_avg|exp_avg_sq)"
 )
 _STATES = {"param": "master", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
-_LAYER = re.compile(r"decoder\.layers\.([0-9]+)\..+")
-_FIRST, _LAST, _TIED = "embedding.", "output_layer.weight", "embedding.word_embeddings.weight"
 _ALIGNMENT = 64  # elements
 
-Table = dict[int, dict[int, dict[str, int]]]  # by model rank, bucket and state: numbers of flat tensors
+_Buckets = dict[int, dict[str, int]]  # by bucket and state: numbers of flat tensors
+Table = dict[int, dict[int, _Buckets]]  # by model rank and virtual stage, of one optimizer
 Parts = tuple[Foreign, list[Tile]]
 
 
@@ -65,65 +65,74 @@ class Buckets:
         self._model, self._flats, self._flat_tiles = model, flats, flat_tiles
         self._boxes = [sorted({tile.box for tile in parts}, key=lambda box: box.start) for parts in tiles]
 
-    def states(self, tensor_ranks: int, stages: int) -> Iterator[Parts]:
+    def states(self, ranks: Ranks) -> Iterator[Parts]:
         """Yield masters and moments. Raises Corrupt naming a master that is not there, Unsupported."""
-        table = self._table()
-        if len(table) != tensor_ranks * stages or sorted(table) != list(range(len(table))):
-            raise Unsupported(f"there are buckets of the model ranks {sorted(table)}")
+        tables = self._tables()
+        if sorted(tables) != list(range(len(tables))):
+            raise Unsupported(f"there are only those of the optimizer {sorted(tables)} of a chain")
+        kinds = [Kind.DENSE, Kind.EXPERTS] if len(tables) > 1 else [Kind.ALL]
         found: dict[tuple[str, int], list[Tile]] = {}
-        for rank, buckets in sorted(table.items()):
-            pieces = self._pieces((rank % tensor_ranks, tensor_ranks), (rank // tensor_ranks, stages))
-            for piece, bucket, start in self._places(rank, pieces, buckets):
-                for key, state in _STATES.items() if not piece.is_copy else ():
-                    reached = start
-                    for box in piece.boxes:
-                        run = self._run(buckets[bucket][key], reached, box)
-                        found.setdefault((state, piece.number), []).extend(run)
-                        reached += box.numel
+        for link, kind in enumerate(kinds):
+            spread = ranks.of(kind)
+            if sorted(tables[link]) != list(range(spread.num_models)):
+                raise Unsupported(f"there are buckets of the model ranks {sorted(tables[link])}")
+            for rank, chunked in sorted(tables[link].items()):
+                if sorted(chunked) != list(range(ranks.chunks)):
+                    raise Unsupported(
+                        f"there are buckets of the virtual stages {sorted(chunked)}, of {ranks.chunks}"
+                    )
+                for chunk, buckets in chunked.items():
+                    pieces = self._pieces(spread.share(rank, chunk, kind))
+                    for piece, bucket, start in self._places(rank, pieces, buckets):
+                        self._take(found, piece, buckets[bucket], start)
         for (state, number), parts in found.items():
             tensor = self._model.tensors[number]
             yield Foreign(f"optimizer.{state}.{tensor.name}", "float32", tensor.shape), parts
 
-    def _table(self) -> Table:
-        found: Table = {}
+    def _take(
+        self, found: dict[tuple[str, int], list[Tile]], piece: _Piece, bucket: Mapping[str, int], start: int
+    ) -> None:
+        """Add where the states of a part lie; those of a copy are there already."""
+        for key, state in _STATES.items() if not piece.is_copy else ():
+            reached = start
+            for box in piece.boxes:
+                found.setdefault((state, piece.number), []).extend(self._run(bucket[key], reached, box))
+                reached += box.numel
+
+    def _tables(self) -> dict[int, Table]:
+        """Return what each optimizer of the chain has, by its number there."""
+        found: dict[int, Table] = {}
         for number, tensor in enumerate(self._flats.tensors):
             match = _BUCKET.fullmatch(tensor.name)
             if match is None or len(tensor.shape) != 1 or tensor.dtype != "float32":
                 raise Unsupported(
                     f"{tensor.name!r} is {tensor.dtype} of shape {tensor.shape}, of an unknown kind"
                 )
-            rank, bucket = int(match[1]), int(match[2])
-            found.setdefault(rank, {}).setdefault(bucket, {})[match[3]] = number
-        for rank, buckets in found.items():
-            if sorted(buckets) != list(range(len(buckets))):
-                raise Corrupt(
-                    f"the model rank {rank} has the buckets {sorted(buckets)} of its optimizer only"
-                )
-            for states in buckets.values():
-                if (
-                    len({self._flats.tensors[number].shape for number in states.values()}) != 1
-                    or len(states) != 3
-                ):
-                    raise Corrupt(f"the buckets of the model rank {rank} are not all of one length")
+            link, rank, chunk, bucket = (int(text or 0) for text in match.groups()[:4])
+            chunked = found.setdefault(link, {}).setdefault(rank, {})
+            chunked.setdefault(chunk, {}).setdefault(bucket, {})[match[5]] = number
+        for table in found.values():
+            for rank, chunked in table.items():
+                for buckets in chunked.values():
+                    self._check(rank, buckets)
         return found
 
-    def _pieces(self, tensor: tuple[int, int], stage: tuple[int, int]) -> list[_Piece]:
+    def _check(self, rank: int, buckets: _Buckets) -> None:
+        """See that none of a rank's buckets is missing, or shorter in one state. Raises Corrupt."""
+        if sorted(buckets) != list(range(len(buckets))):
+            raise Corrupt(f"the model rank {rank} has the buckets {sorted(buckets)} of its optimizer only")
+        for states in buckets.values():
+            shapes = {self._flats.tensors[number].shape for number in states.values()}
+            if len(shapes) != 1 or len(states) != len(_STATES):
+                raise Corrupt(f"the buckets of the model rank {rank} are not all of one length")
+
+    def _pieces(self, share: Share) -> list[_Piece]:
         """Return a rank's parts of its weights, in the order in which its model has them."""
         names = [one.name for one in self._model.tensors]
-        layers = {
-            number: int(match[1]) for number, name in enumerate(names) if (match := _LAYER.fullmatch(name))
-        }
-        count = 1 + max(layers.values(), default=-1)
-        if count % stage[1]:
-            raise Unsupported(f"{count} layers are not in {stage[1]} equal stages")
-        each = count // stage[1]
-        first = [n for n, name in enumerate(names) if n not in layers and name.startswith(_FIRST)]
-        last = [n for n, name in enumerate(names) if n not in layers and not name.startswith(_FIRST)]
-        mine = sorted((n for n in layers if layers[n] // each == stage[0]), key=lambda n: layers[n])
-        order = [*(first if stage[0] == 0 else ()), *mine, *(last if stage[0] == stage[1] - 1 else ())]
-        pieces = [self._piece(number, tensor) for number in order]
-        if stage[1] > 1 and stage[0] == stage[1] - 1 and _LAST not in names:
-            tied = self._piece(names.index(_TIED), tensor)
+        tensor = (share.tensor, share.tensors)
+        pieces = [self._piece(number, tensor) for number in order_of(names, share)]
+        if has_copy(names, share):
+            tied = self._piece(names.index(TIED), tensor)
             pieces.append(_Piece(tied.number, tied.boxes, is_copy=True))
         return pieces
 

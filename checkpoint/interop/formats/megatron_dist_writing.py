@@ -17,17 +17,19 @@ from checkpoint.interop.draft import Draft
 from checkpoint.interop.formats.contract import About, Array, Contents
 from checkpoint.interop.formats.dcp_writing import Flat, write_flat
 from checkpoint.interop.formats.megatron_arguments import said_by
-from checkpoint.interop.formats.megatron_dist import BACKEND, COMMON, CONFIG, HYPER
+from checkpoint.interop.formats.megatron_dist import BACKEND, COMMON, CONFIG
 from checkpoint.interop.formats.megatron_dist_names import Layers, put_together
 from checkpoint.interop.formats.megatron_files import AXES, TRACKER
+from checkpoint.interop.formats.megatron_groups import one_for_all
 from checkpoint.interop.formats.saving import Later, Saving
 from checkpoint.interop.formats.streams import check_global
-from checkpoint.interop.formats.told import told_numbers
+from checkpoint.interop.formats.told import HYPER, STEP, step_of_groups, told_numbers
 from checkpoint.interop.moves import Foreign
 
 _VERSION = 3.0
 _FORM = "fully_reshardable"
-_STEP, _MOMENT = "optimizer.step.", "optimizer.exp_avg."
+_MOMENT = "optimizer.exp_avg."
+_NOT_COMMON = {HYPER, "optimizer", "model"}  # the latter two have places of their own, which Megatron checks
 # The modules that keep FP8 scales: Megatron asks for their states, and takes none for none.
 _SCALED = (".linear_qkv.weight", ".linear_proj.weight", ".linear_fc1.weight", ".linear_fc2.weight")
 _IDENTITY: Mapping[str, Any] = {"lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False}
@@ -47,7 +49,7 @@ def write_megatron_dist(draft: Draft, contents: Contents, budget_bytes: int) -> 
         for number, tensor in enumerate(stacked.tensors)
     }
     common = {
-        **{key: value for key, value in contents.about.extra.items() if key not in (HYPER, "optimizer")},
+        **{key: value for key, value in contents.about.extra.items() if key not in _NOT_COMMON},
         "args": Namespace(**_arguments(contents.about)),
         "checkpoint_version": _VERSION,
         "iteration": step,
@@ -119,7 +121,7 @@ def _stacks(tensors: Sequence[Foreign], layers: Layers) -> dict[str, _Stack] | N
     """Return what goes into each key; None if layers (or experts) are not all alike."""
     found: dict[str, _Stack] = {}
     for number, tensor in enumerate(tensors):
-        if tensor.name.startswith(_STEP):
+        if tensor.name.startswith(STEP):
             continue
         if tensor.name.startswith("other."):
             raise Unsupported(f"Megatron's checkpoints have no place for {tensor.name!r}: leave it out")
@@ -180,34 +182,28 @@ def _optimizer(contents: Contents) -> dict[str, Any]:
 
 
 def _step_of(contents: Contents) -> int | None:
-    """Return the step that the optimizer has done; None if there is none. Raises Unsupported."""
+    """Return the step that the optimizer has done; None if there is no optimizer. Raises Unsupported."""
     told, found = told_numbers(contents.about.extra), dict[int, str]()
     for number, tensor in enumerate(contents.tensors):
-        if tensor.name.startswith(_STEP):
+        if tensor.name.startswith(STEP):
             bits = contents.read(number, Box((), ())).view(tensor.dtype)
             found.setdefault(int(bits), tensor.name)
-        name = tensor.name.replace(_MOMENT, _STEP, 1)
+        name = tensor.name.replace(_MOMENT, STEP, 1)
         if tensor.name.startswith(_MOMENT) and name in told:
             found.setdefault(int(told[name]), name)
     if len(found) > 1:
         raise Unsupported(f"Megatron keeps one step for all parameters, and there are {sorted(found)[:5]}")
+    if not found and any(tensor.name.startswith(_MOMENT) for tensor in contents.tensors):
+        return int(step_of_groups(contents.about))
     return next(iter(found), None)
 
 
 def _groups(contents: Contents) -> list[dict[str, Any]]:
-    """Return the options of the optimizer's groups: Megatron's own, or those of one group for all of its."""
+    """Return the options of the optimizer's groups: Megatron's own, or others' with and without decay."""
     said = contents.about.extra.get(HYPER)
     if isinstance(said, list) and said:
         return [{**_IDENTITY, "wd_mult": 1.0, **group} for group in said if isinstance(group, dict)]
-    optimizer = contents.about.extra.get("optimizer")
-    groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
-    options = [{key: item for key, item in one.items() if key != "params"} for one in groups or ()]
-    if not options or any(one != options[0] or "betas" not in one for one in options):
-        raise Unsupported(
-            "Megatron's optimizer has the options of its groups (lr, betas, eps, weight_decay), and these "
-            "are not known or not the same for all parameters: leave the optimizer out"
-        )
-    decay = options[0].get("weight_decay", 0.0)
-    made = [{**options[0], **_IDENTITY, "wd_mult": mult, "weight_decay": decay * mult} for mult in (1.0, 0.0)]
+    options, decay = one_for_all(contents)
+    made = [{**options, **_IDENTITY, "wd_mult": mult, "weight_decay": decay * mult} for mult in (1.0, 0.0)]
     has_experts = any(".experts." in tensor.name for tensor in contents.tensors)
     return [*made, {**made[0], "is_expert_parallel": True}] if has_experts else made

@@ -12,6 +12,7 @@ from typing import Any
 from checkpoint.errors import Corrupt, Incomplete, Unsupported
 from checkpoint.interop.formats.archive import Archive, read_archive
 from checkpoint.interop.formats.megatron_arguments import arguments_of
+from checkpoint.interop.formats.megatron_stages import chunk_keys
 from checkpoint.interop.place import Place
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -117,19 +118,10 @@ def _prefix(place: Place) -> str:
 
 def _read(place: Place, path: str) -> Archive:
     archive = read_archive(place, path)
-    if not isinstance(archive.tree, dict) or "model" not in archive.tree:
-        stages = [key for key in (archive.tree if isinstance(archive.tree, dict) else ()) if _is_stage(key)]
-        if stages:
-            raise Unsupported(
-                f"{path} in {place} has {len(stages)} virtual pipeline stages ({', '.join(stages)}), which "
-                "are not read: load it in Megatron and save it with --ckpt-format torch_dist, which has none"
-            )
+    if not isinstance(archive.tree, dict):
         raise Corrupt(f"{path} in {place} holds no model of Megatron's")
+    chunk_keys(archive.tree, f"{path} in {place}")
     return archive
-
-
-def _is_stage(key: Any) -> bool:
-    return isinstance(key, str) and re.fullmatch(r"model[0-9]+", key) is not None
 
 
 def _check_same(files: Sequence[ShardFile]) -> None:

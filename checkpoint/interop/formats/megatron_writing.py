@@ -12,8 +12,11 @@ from checkpoint.interop.formats.megatron_arguments import said_by
 from checkpoint.interop.formats.megatron_files import AXES, FILE, TRACKER, folder_of
 from checkpoint.interop.formats.saving import Later, Saving
 from checkpoint.interop.formats.streams import blocks_of
+from checkpoint.interop.formats.told import HYPER
 
 _VERSION = 3.0
+# Weights and options of an optimizer that is not written; what no rank needs a copy of.
+_NOT_BESIDE = {HYPER, "optimizer", "model", "files", "containers", "rng_state", "rerun_state_machine"}
 
 
 def write_megatron(draft: Draft, contents: Contents, budget_bytes: int) -> None:
@@ -37,10 +40,12 @@ def write_megatron(draft: Draft, contents: Contents, budget_bytes: int) -> None:
         models.setdefault(place, {})[tensor.name] = Later(number, tensor.dtype, tensor.shape)
     step = contents.about.step or 0
     arguments = _arguments(contents.about, axes)
+    beside = {key: value for key, value in contents.about.extra.items() if key not in _NOT_BESIDE}
     for ranks in product(*(range(size) for size in axes.values())):
         at = dict(zip(axes, ranks, strict=True))
         path = f"iter_{step:07}/{folder_of(axes, at)}/{FILE}"
         tree = {
+            **beside,
             "args": Namespace(**arguments),
             "checkpoint_version": _VERSION,
             "iteration": step,

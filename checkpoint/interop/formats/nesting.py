@@ -28,7 +28,7 @@ def nest(contents: Contents, keys: Keys) -> dict[str, Any]:
     extra = contents.about.extra
     model: dict[str, Later] = {}
     state: dict[str, dict[str, Any]] = {}
-    root: dict[str, Any] = {key: item for key, item in extra.items() if key not in _NOT_STATE}
+    root = {key: _copied(item) for key, item in extra.items() if key not in _NOT_STATE}
     for number, tensor in enumerate(contents.tensors):
         later = Later(number, tensor.dtype, tensor.shape)
         match tensor.name.split(".", 2):
@@ -46,7 +46,8 @@ def nest(contents: Contents, keys: Keys) -> dict[str, Any]:
             state.setdefault(owner, {}).update(entries)
         groups = _groups(optimizer.get("param_groups"), model, state)
         make = {Keys.NUMBERS: _numbered, Keys.NAMES: _named}[keys]
-        _put(root, list(places["optimizer"]), make(state, groups))
+        beside = {key: item for key, item in optimizer.items() if key not in ("state", "param_groups")}
+        _put(root, list(places["optimizer"]), {**beside, **make(state, groups)})
     return root
 
 
@@ -57,6 +58,11 @@ def leaves_of(node: Any, path: tuple[str | int, ...] = ()) -> list[tuple[tuple[s
     if isinstance(node, list) and any(isinstance(item, dict | Later) for item in node):
         return [leaf for number, item in enumerate(node) for leaf in leaves_of(item, (*path, number))]
     return [(path, node)]
+
+
+def _copied(node: Any) -> Any:
+    """Return dicts that can be added to without changing those of the contents."""
+    return {key: _copied(item) for key, item in node.items()} if isinstance(node, dict) else node
 
 
 def _groups(

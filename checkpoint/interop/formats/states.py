@@ -75,6 +75,9 @@ class _Naming:
         if model_key is None:
             taken |= {str(key) for key in model}
         self._states.extra |= self._rest(root, taken, ())
+        beside = self._without_leaves(model)
+        if model_key is not None and isinstance(beside, dict) and beside:
+            self._states.extra[str(model_key)] = self._plain(beside)
         containers: dict[str, Any] = {"model": [*place, model_key] if model_key is not None else [*place]}
         if optimizers:
             containers["optimizer"] = [*place, next(iter(optimizers))]
@@ -144,11 +147,23 @@ class _Naming:
             owner = called.get(key, str(key))
             for kind, item in entries.items() if isinstance(entries, dict) else [("state", entries)]:
                 self._put_state(str(kind), owner, item)
-        kept = self._states.extra.setdefault("optimizer", {"param_groups": []})["param_groups"]
+        said = self._states.extra.setdefault("optimizer", {"param_groups": []})
+        for key, item in node.items():
+            if key not in ("state", "param_groups"):
+                self._put_beside(said, str(key), item)
+        kept = said["param_groups"]
         for group in groups:
             named = [called.get(each, each) for each in _params(group)]
             rest = {key: item for key, item in group.items() if key not in ("params", "param_names")}
             kept.append({**self._plain(rest), "params": named})
+
+    def _put_beside(self, said: dict[str, Any], key: str, item: Any) -> None:
+        """Take in what an optimizer says beside its states and groups, such as a scaler."""
+        for path, each in self._leaves(item, ("optimizer", key)):
+            self._put("other." + ".".join(path), each)
+        data = self._without_leaves(item)
+        if data is not _NOTHING:
+            said[key] = self._plain(data)
 
     def _named(
         self, state: Mapping[Any, Any], groups: list[Any], names: Mapping[str, str]
