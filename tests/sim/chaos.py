@@ -31,7 +31,7 @@ class Chaos:
             workers=workers,
             min_workers=min(workers, self.random.choice((1, 2, 6))),
             standbys=self.random.choice((0, 0, 1, 2)),
-            max_failures=20 if self.is_deadly else self.random.choice((1000,) * 9 + (3,)),
+            max_failures=6 if self.is_deadly else self.random.choice((1000,) * 9 + (3,)),
             forming_s=5.0,
             start_s=30.0,
         )
@@ -127,7 +127,7 @@ class Chaos:
         self.note(f"the driver sleeps for {lasts_s:.1f} s")
         driver.is_frozen = True
         self.cluster.later(lasts_s, partial(self.thaw_driver, driver))
-        if self.random.random() < 0.5:
+        if self.random.random() < 0.5 and not self.cluster.has_few_places:  # two would fight over them
             self.cluster.later(self.random.uniform(0.0, lasts_s), self.take_up)
 
     def thaw_driver(self, driver: Driver) -> None:

@@ -69,7 +69,6 @@ class Cluster:
     restore_s: float = 3.0
     network: Network = field(default_factory=Network)
     num_places: int = 1 << 30  # where a process can be
-    called_off: set[str] = field(default_factory=set)
     deadly_step: int = -1  # whoever computes it loses one of the world
     _queue: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
     _num_queued: int = 0
@@ -105,12 +104,18 @@ class Cluster:
 
     # --------------------------------------------------------------------------------- what members are told
 
-    def start(self, name: str, seat: Callable[[Node], None]) -> None:
+    @property
+    def has_few_places(self) -> bool:
+        """Whether a process may have to wait until another one ends."""
+        return self.num_places < 1000
+
+    def start(self, name: str, seat: Callable[[Node], None], is_awaited: Callable[[], bool]) -> None:
         """A process comes up, or fails to; where there is no place for it, it waits for one."""
-        if name in self.nodes:
+        is_ended = self.has_few_places and not is_awaited()  # else it may come up all the same, a stranger
+        if name in self.nodes or is_ended:
             return
         if sum(not node.is_beyond_help(self.now) for node in self.nodes.values()) >= self.num_places:
-            self.later(BLOCKED_S, partial(self._await_place, name, seat))
+            self.later(BLOCKED_S, partial(self.start, name, seat, is_awaited))
             return
         node = Node(name, f"host-{self.random.randint(0, 2)}", heard_at=self.now, answered_at=self.now)
         seat(node)
@@ -119,10 +124,6 @@ class Cluster:
             return
         self.nodes[name] = node
         self.greet(node)
-
-    def _await_place(self, name: str, seat: Callable[[Node], None]) -> None:
-        if name not in self.called_off:
-            self.start(name, seat)
 
     def greet(self, node: Node) -> None:
         """Ask a member that is up to say so."""

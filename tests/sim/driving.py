@@ -133,7 +133,8 @@ class Driver:
             self.story.append((cluster.now, self.name, instruction))
             match instruction:
                 case StartMember(member):
-                    cluster.later(cluster.random.uniform(0.5, 8.0), partial(cluster.start, member, self.seat))
+                    start = partial(cluster.start, member, self.seat, partial(self._awaits, member))
+                    cluster.later(cluster.random.uniform(0.5, 8.0), start)
                 case KillMember(member, reason, cause):
                     self._end_member(member, reason, cause)
                 case ReleaseMember(member, reason):
@@ -145,6 +146,9 @@ class Driver:
                     self._tell_stop(instruction)
                 case End() if not self._is_superseded():
                     self.end = instruction
+
+    def _awaits(self, member: str) -> bool:
+        return member in self.controller.members.starting
 
     def _form(self, order: FormWorld) -> None:
         """Claim the generation, then tell the members; one that somebody saving alone has is passed over."""
@@ -176,9 +180,7 @@ class Driver:
         """End a process, if the run is still ours and the network lets us."""
         cluster = self.cluster
         node = cluster.nodes.get(name)
-        if not self._is_superseded():
-            cluster.called_off.add(name)
-        if self.is_gone or self.seats.pop(name, None) is not node or node is None:
+        if self._is_superseded() or self.seats.pop(name, None) is not node or node is None:
             return
         assert reason, cluster.explain(f"{name} is ended without a reason")
         if cause is Cause.HUNG:

@@ -53,8 +53,8 @@ class Node:
         return self.standing.committed == BLANK
 
     def is_beyond_help(self, now: float) -> bool:
-        """Whether it does nothing any more, and nobody is left who would end it."""
-        return bool(self.faults) and (self.is_evicted or self.is_orphaned(now))
+        """Whether nobody is left who could end it, though it may be stuck for ever."""
+        return self.is_orphaned(now) or (self.is_evicted and bool(self.faults))
 
     def is_orphaned(self, now: float) -> bool:
         return now - self.heard_at > LEASE_S
