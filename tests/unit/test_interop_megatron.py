@@ -33,6 +33,7 @@ from tests.interop.unpacking import rewrite, unpack
 from tests.interop_samples import assemble, check_equal, fingerprints, proved
 
 PYTHON = Path(__file__).resolve().parents[2] / ".venv-deepspeed/bin/python"
+LOCAL_SPEC = ["padded_vocab=32", "fused_norms=0"]  # the names of models that need no Transformer Engine
 AXES = {
     "llama": {"tensor": 2, "pipeline": 2},
     "gpt": {"tensor": 2, "pipeline": 2},
@@ -124,7 +125,7 @@ def test_weights_that_are_written_come_back_bit_by_bit(kind, tmp_path):
 def test_megatron_s_models_load_the_files_of_other_ranks_that_are_written(kind, to, tmp_path):
     folder, _ = unpack(f"megatron-{kind}", tmp_path / "made")
     choice, out = choose_rules(RULES[kind]), str(tmp_path / "out")
-    source, padded = Whereabouts(str(folder), rules=choice), choose_rules(RULES[kind], ["padded_vocab=32"])
+    source, padded = Whereabouts(str(folder), rules=choice), choose_rules(RULES[kind], LOCAL_SPEC)
     export_foreign(source, out, Emigration("megatron", to, padded, only="model/*"))
     spread = [f"--{part}" for part in to.split(",")]
     command = [str(PYTHON), "-m", "tests.interop.megatron_load", f"{out}/iter_0000007", "--kind", kind]
