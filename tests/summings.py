@@ -20,7 +20,7 @@ def summing_by(way: str) -> Summing:
     return summing if way == "numpy" else _compiled()
 
 
-def build(source: str) -> Path:
+def build(source: str, *flags: str) -> Path:
     """Compile a library; skip the test without a C compiler."""
     compiler = shutil.which("cc")
     if compiler is None:
@@ -28,7 +28,8 @@ def build(source: str) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="holdfast-compiled-"))
     (folder / "sums.c").write_text(source, encoding="utf-8")
     library = folder / "sums.so"
-    subprocess.run([compiler, "-O1", "-shared", "-fPIC", folder / "sums.c", "-o", library], check=True)
+    plain = [compiler, "-std=c99", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", *flags]
+    subprocess.run([*plain, folder / "sums.c", "-o", library], check=True)
     return library
 
 

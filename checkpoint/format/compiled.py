@@ -96,7 +96,7 @@ def _agrees(compiled: Compiled) -> bool:
 
 
 def _aligned(table: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """Return a copy that begins where a line of the processor's cache does: half of the loads are of tables."""
+    """Return a copy that begins where a line of the processor's cache does: most loads are of tables."""
     room = np.empty(table.nbytes + _LINE_BYTES, np.uint8)
     copy = room[-_address(room) % _LINE_BYTES :][: table.nbytes].view(np.uint32)
     copy[:] = table

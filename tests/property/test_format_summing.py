@@ -77,6 +77,16 @@ def test_threads_do_not_disturb_each_other():
         assert set(pool.map(lambda _: sums.sum_run(POOL, 12), range(400))) == {expected}
 
 
+@pytest.mark.parametrize("widest", [1, 8, 16])
+def test_narrower_processors_make_the_same_sums(widest: int):
+    sums = compiled.load_compiled(str(build(SOURCE.read_text("utf-8"), f"-DWIDEST={widest}")))
+    assert sums is not None
+    for num_bytes in (0, 1, 5, 31, 32, 63, 64, 67, 100, 4099, 70_000):
+        for first in (0, 1, 4, BLOCK_BYTES - 36, BLOCK_BYTES - 2):
+            raw = POOL[first % 7 :][:num_bytes]
+            assert sums.sum_run(raw, first) == summing.sum_run(raw, first)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_either_way_makes_all_fingerprints_and_says_so(way: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fingerprint, "_sums", summing_by(way))
