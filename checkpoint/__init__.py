@@ -30,6 +30,7 @@ from checkpoint.errors import (
     Unsupported,
 )
 from checkpoint.format.codec import Codec
+from checkpoint.format.fingerprint import fingerprinted_by
 from checkpoint.format.manifest import Manifest
 from checkpoint.format.scheme import parse_layout
 from checkpoint.keeper import KeeperConfig, KeeperHost, connect
@@ -204,6 +205,7 @@ __all__ = [
     "connect",
     "export_foreign",
     "fingerprint_tensor",
+    "fingerprinted_by",
     "flatten_state",
     "format_names",
     "import_foreign",

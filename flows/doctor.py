@@ -25,7 +25,7 @@ def examine(store: str | None, port: int, environment: Mapping[str, str]) -> lis
     findings = [_finding("python", platform.python_version(), "")]
     findings += [_package(name, "reinstall Holdfast") for name in _CORE]
     findings += [_package(name, "for training: pip install 'holdfast[train]'") for name in _TRAIN]
-    findings += [_memory(), _disk(), _server(port, environment)]
+    findings += [_fingerprints(), _memory(), _disk(), _server(port, environment)]
     return findings if store is None else [*findings, *_store(store)]
 
 
@@ -49,6 +49,12 @@ def _package(name: str, remedy: str) -> dict[str, Any]:
         below = ".".join(map(str, limit))
         return _finding(name, found, f"Prefect's server does not work with it: pip install '{name}<{below}'")
     return _finding(name, found, "")
+
+
+def _fingerprints() -> dict[str, Any]:
+    found = checkpoint.fingerprinted_by()
+    slower = ", at a fraction of the speed: for more install a C compiler, then Holdfast again"
+    return _finding("fingerprints", f"made by {found}{slower if found == 'numpy' else ''}", "")
 
 
 def _memory() -> dict[str, Any]:

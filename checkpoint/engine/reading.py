@@ -46,10 +46,11 @@ class ReadPolicy:
     store has said that it has nothing, for `empty_patience_s`, and then the restore fails: a training that
     starts anew beside a store it could not ask may lose all that is there.
 
-    Every byte is proved by a checksum, and by its fingerprint that it belongs where it goes; where only a
-    few blocks of a chunk are read, by their fingerprints alone. With `fingerprints` "sampled" that of one
-    block is made anew of a large chunk that is read in place, and those of the others are believed to be
-    what was saved along with it: quicker, and blind to a digest that was wrong from the start.
+    Every byte is proved by its fingerprint, made anew: that it is what was written, and that it belongs where
+    it goes. What a codec or a delta made is held against its checksum as well. With `fingerprints` "sampled"
+    a large raw chunk that is read in place is held against its checksum, and the fingerprint of one block is
+    made anew; those of the others are believed to be what was saved along with it. That is quicker where
+    fingerprints are not made by compiled code, and blind to a digest that was wrong from the start.
     """
 
     num_threads: int = 2

@@ -160,6 +160,7 @@ def test_doctor_looks_at_versions_and_a_store(tmp_path):
     found = {each["what"]: each for each in json.loads(done.output)}
     assert found["torch"]["found"] == torch.__version__
     assert found["store"]["trouble"] == ""
+    assert checkpoint.fingerprinted_by() in found["fingerprints"]["found"]
 
 
 def test_doctor_tells_of_a_store_that_cannot_be_written(tmp_path):

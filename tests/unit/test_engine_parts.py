@@ -1,6 +1,7 @@
 """A restore that wants little of a chunk reads the blocks that hold it, and believes what it proved only."""
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from checkpoint.format.codec import Codec
 from checkpoint.format.keys import manifest_key
 from checkpoint.format.layout import Box, split_box
 from checkpoint.format.manifest import decode_page, encode_manifest, encode_page, page_ref
+from checkpoint.lifecycle.scrub import verify
 from checkpoint.store.local import LocalStore
 from checkpoint.store.memory import MemoryStore
 from tests.restore_samples import Manner, Written, random_bits, write_cut
@@ -127,15 +129,24 @@ def test_a_chunk_that_was_compressed_is_read_as_a_whole(store):
     assert is_filled(written, one)
 
 
+def rewrite_index(store: Any, written: Written, change: Callable[[list[Any]], list[Any]]) -> None:
+    """Put other rows in the index, under a manifest that says it is to be so."""
+    page = written.manifest.pages[0]
+    changed = change(list(decode_page(store.read(page.key)[0])))
+    data = encode_page(changed)
+    store.put(page.key, data)
+    manifest = replace(written.manifest, pages=(page_ref(page.key, data, len(changed)),))
+    store.put(manifest_key(1), encode_manifest(manifest))
+
+
 def swap_places(store: Any, written: Written) -> None:
     """Let the index say that two chunks of equal size lie in each other's place of the tensor."""
-    page = written.manifest.pages[0]
-    first, second, *others = decode_page(store.read(page.key)[0])
-    swapped = [replace(first, box=second.box), replace(second, box=first.box), *others]
-    data = encode_page(swapped)
-    store.put(page.key, data)
-    manifest = replace(written.manifest, pages=(page_ref(page.key, data, len(swapped)),))
-    store.put(manifest_key(1), encode_manifest(manifest))
+
+    def swapped(chunks: list[Any]) -> list[Any]:
+        first, second, *others = chunks
+        return [replace(first, box=second.box), replace(second, box=first.box), *others]
+
+    rewrite_index(store, written, swapped)
 
 
 @pytest.mark.parametrize("fingerprints", ["all", "sampled"])
@@ -168,6 +179,24 @@ def test_any_flipped_bit_of_a_chunk_that_goes_straight_to_its_place_is_refused(t
         with pytest.raises(Corrupt, match="checksum"):
             read_of(store, want(0, 6144), policy=ReadPolicy(fingerprints=fingerprints))
         flip(store, written, place)
+
+
+def test_a_checksum_that_was_wrong_from_the_start_harms_no_raw_chunk_and_verify_finds_it(store):
+    written = write(store)
+    rewrite_index(store, written, lambda chunks: [replace(one, checksum=bytes(16)) for one in chunks])
+    one = want(0, 6144)
+    read_of(store, one)
+    assert is_filled(written, one), "the fingerprint, made anew of every byte, proves it"
+    bad = verify(store).bad
+    assert len(bad) == len(written.records) and all("checksum" in each.why for each in bad)
+
+
+def test_what_a_codec_made_is_held_against_its_checksum_as_well(store):
+    bits = np.tile(np.arange(128, dtype=np.uint32), (6144, 1))
+    written = write_cut(store, 1, {"w": ("float32", bits)}, {"w": [CHUNK]}, Manner(codec=lambda: Codec.ZSTD))
+    rewrite_index(store, written, lambda chunks: [replace(one, checksum=bytes(16)) for one in chunks])
+    with pytest.raises(Corrupt, match="checksum"):
+        read_of(store, want(0, 6144))
 
 
 class Lazy(LocalStore):

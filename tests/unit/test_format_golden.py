@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from checkpoint.errors import Unsupported
+from checkpoint.format import fingerprint as fingerprints
 from checkpoint.format.codec import Buffer, Codec, checksum, decode, encode, xor_bytes
 from checkpoint.format.dtypes import dtype_of, itemsize
 from checkpoint.format.fingerprint import fingerprint
@@ -28,6 +29,7 @@ from checkpoint.store.contract import ByteRange
 from checkpoint.store.local import LocalStore
 from tests.format_samples import Bits
 from tests.golden_samples import STEPS, golden_skeleton, golden_tensors
+from tests.summings import WAYS, summing_by
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -136,7 +138,11 @@ VECTORS = [
 
 
 @pytest.mark.parametrize(("dtype", "shape", "box", "raw", "expected"), VECTORS)
-def test_fingerprints_are_those_of_the_format_document(dtype, shape, box, raw, expected, repository: Path):
+@pytest.mark.parametrize("way", WAYS)
+def test_fingerprints_are_those_of_the_format_document(
+    dtype, shape, box, raw, expected, way, repository: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(fingerprints, "_sums", summing_by(way))
     assert fingerprint(raw, dtype, shape, box) == expected
     assert f"{expected:016x}" in (repository / "docs" / "format.md").read_text(encoding="utf-8")
 
