@@ -218,9 +218,9 @@ class Driver:
                 self._strike(step)
             case CheckpointDurable():
                 self._prune()
-            case MemberLost(member) if self._cluster.is_cut_off(member):
+            case MemberLost(member) if self._cluster.may_live(member):
                 self._confirm()
-                self._cluster.kill(member)  # should only the connection have ended
+                self._cluster.kill(member)
             case _:
                 pass
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 import elastic
-from checkpoint import RetryPolicy, Store, StoreUnavailable, open_store
+from checkpoint import Retrying, RetryPolicy, Store, StoreUnavailable, open_store
 from elastic.control.instructions import FormWorld, KillMember, Manner, ReleaseMember, Status
 from elastic.errors import Fenced
 from elastic.runtime import claims, driver
@@ -128,8 +128,8 @@ def test_a_store_that_refuses_for_a_while_is_asked_again(driving, away):
     assert driving._cluster.told == ["form w0", "form w1"]
 
 
-def test_a_store_that_stays_away_ends_the_driver_with_its_error(driving, away, monkeypatch):
-    monkeypatch.setattr(claims, "PATIENCE", RetryPolicy(0.05, 0.01, 0.01))
+def test_a_store_that_stays_away_ends_the_driver_with_its_error(driving, away):
+    driving._claims._store = Retrying(away, RetryPolicy(0.05, 0.01, 0.01))
     away.num_failures = 1 << 30
     with pytest.raises(StoreUnavailable, match="connection refused"):
         driving._act([FORM])
