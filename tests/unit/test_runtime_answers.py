@@ -1,6 +1,7 @@
 """What is made of Ray's errors: who is dead, who is only silent, and what is the user's own."""
 
 import logging
+from functools import partial
 from typing import NoReturn
 
 import pytest
@@ -48,7 +49,7 @@ def test_a_member_that_ray_cannot_reach_for_now_is_silent_and_not_lost():
         GetTimeoutError("it takes long"),
         RpcError("the connection was reset"),
     ):
-        assert answer_of("w0", lambda error=error: raising(error)) is None
+        assert answer_of("w0", partial(raising, error)) is None
 
 
 @pytest.mark.parametrize(
