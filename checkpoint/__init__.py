@@ -62,6 +62,7 @@ from checkpoint.lifecycle.scrub import verify
 from checkpoint.lifecycle.tiers import Tier, check_tiers
 from checkpoint.store.contract import Store
 from checkpoint.store.open import Probe, open_store, probe
+from checkpoint.store.wrappers import Retrying, RetryPolicy
 
 if TYPE_CHECKING:
     from checkpoint.checkpointer import Checkpointer, Fate, Options, Restoration, Rng, Saving
@@ -175,6 +176,8 @@ __all__ = [
     "Restoration",
     "RestoreReport",
     "Restored",
+    "RetryPolicy",
+    "Retrying",
     "Rng",
     "RuleChoice",
     "SavePolicy",

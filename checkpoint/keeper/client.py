@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
+from weakref import WeakSet
 
 from checkpoint.engine.arena import Region, map_arena, populate
 from checkpoint.engine.contract import Failed, Outcome, Pressure, SnapshotPlan, Ticket, is_final
@@ -44,6 +45,7 @@ _BUSY_S = 5.0  # a trainer that was replaced may take a moment to be gone
 _MAX_FAILED = 3  # keepers that do not come up, one after the other
 _POPULATED_BYTES = 8 << 20  # at a time
 _STREAM_BYTES = 4 << 20  # chunks are announced in batches of about this size
+_channels: WeakSet[socket.socket] = WeakSet()
 
 
 def connect(config: KeeperConfig) -> "KeeperHost":
@@ -236,6 +238,7 @@ class _Link:
         self._answer_s = answer_s
         self._heard_s = time.monotonic()
         self._channel = channel
+        _channels.add(channel)
         self._asking = threading.Lock()
         self._sending = threading.Lock()
         self._replies: SimpleQueue[Message | None] = SimpleQueue()
@@ -318,6 +321,15 @@ class _Link:
             self._channel.close()
             with self._mapping:
                 os.close(self._arena_fd)
+
+
+def _let_go() -> None:
+    """Close, in a child of a trainer, what tells the keeper that the trainer is there."""
+    for channel in list(_channels):
+        channel.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _join_or_start(config: KeeperConfig) -> _Link:

@@ -7,9 +7,10 @@ place: a driver that lives passes over it.
 import json
 import secrets
 
-from checkpoint import Store, claim_generation, newest_generation, who_claimed
+from checkpoint import Retrying, RetryPolicy, Store, claim_generation, newest_generation, who_claimed
 from elastic.errors import Fenced
 
+PATIENCE = RetryPolicy(deadline_s=600.0)  # as long as snapshots wait for a store that is away
 _ALONE = "alone-"
 
 
@@ -19,12 +20,15 @@ def claim_alone(store: Store, generation: int, member: str) -> bool:
 
 
 class Claims:
-    """One driver's claims; `newest` is the newest generation it claimed, passed over, or found at first."""
+    """One driver's claims; `newest` is the newest generation it claimed, passed over, or found at first.
+
+    Once the store has answered, it is tried for ten minutes if it does not any more.
+    """
 
     def __init__(self, store: Store, run: str) -> None:
-        self._store, self._run = store, run
-        self._token = secrets.token_hex(8)
         self.newest = newest_generation(store)
+        self._store, self._run = Retrying(store, PATIENCE), run
+        self._token = secrets.token_hex(8)
 
     def claim(self, generation: int) -> bool:
         """Claim a generation; False if a worker saved alone in it. Raises Fenced if another driver has it."""

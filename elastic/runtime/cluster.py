@@ -4,24 +4,34 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, ActorUnschedulableError, RayActorError, RayError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from elastic.control.events import Cause, Event, MemberLeaving, MemberLost, MemberReady, StacksKept, Tick
+from elastic.control.events import (
+    Cause,
+    Event,
+    MemberLeaving,
+    MemberLost,
+    MemberReady,
+    StacksKept,
+    Tick,
+    UserFailed,
+)
 from elastic.errors import JobRejected
+from elastic.runtime.answers import answer_of, living
 from elastic.runtime.autopsies import Autopsies
 from elastic.runtime.autopsy import examine
 from elastic.runtime.joining import connect, own_address, runtime_env
 from elastic.runtime.lifeline import Anchor, Lifelines
 from elastic.runtime.local_ray import LocalRay
-from elastic.runtime.notices import Answer, LogLine
+from elastic.runtime.notices import LogLine
 from elastic.runtime.order import TrainOrder
 from elastic.runtime.placement import HOST_LENGTH, Room, choose_room, list_rooms, strategy_for
 from elastic.runtime.preemption import Draining
@@ -76,7 +86,7 @@ class Cluster:
     def __init__(self, order: TrainOrder) -> None:
         self._order = order
         self._seats: dict[str, Seat] = {}
-        self._cut_off: dict[str, Seat] = {}
+        self._unheard: dict[str, Seat] = {}
         self._seating = threading.Lock()
         self._news: SimpleQueue[News | _CutOff | Exception] = SimpleQueue()
         self._local = LocalRay(order) if order.cluster.address is None else None
@@ -107,7 +117,7 @@ class Cluster:
         self._is_over.set()
         self._listener.join()
         self._seats.clear()
-        self._cut_off.clear()
+        self._unheard.clear()
         gc.collect()
         ray.shutdown()
 
@@ -191,17 +201,17 @@ class Cluster:
 
     def kill(self, member: str) -> None:
         """End a member's process."""
-        seat = self._unseat(member) or self._cut_off.pop(member, None)
+        seat = self._unseat(member) or self._unheard.pop(member, None)
         if seat is not None:
             ray.kill(seat.actor)
 
-    def is_cut_off(self, member: str) -> bool:
-        """Whether a member was lost because its lifeline ended: its process may be there all the same."""
-        return member in self._cut_off
+    def may_live(self, member: str) -> bool:
+        """Whether the process of a lost member may be there all the same: it only is not heard any more."""
+        return member in self._unheard
 
     def end_silent(self, member: str) -> None:
         """End a member that does not answer, once it is written down what it was doing."""
-        seat = self._unseat(member)
+        seat = self._unseat(member) or self._unheard.pop(member, None)
         if seat is not None:
             self._autopsies.begin(partial(self._examine, member, seat), partial(ray.kill, seat.actor))
 
@@ -276,7 +286,7 @@ class Cluster:
             case Exception():
                 raise message
             case _CutOff(member) if (seat := self._unseat(member)) is not None:
-                self._cut_off[member] = seat
+                self._unheard[member] = seat
                 yield MemberLost(member, Cause.PROCESS_DIED, "its connection to the driver ended")
             case _CutOff():
                 return  # it was known
@@ -318,8 +328,9 @@ class Cluster:
             self._is_over.wait(LISTEN_S)  # the next call may fail at once, too
             self._ask_again(member)
             return
-        if isinstance(answer, MemberLost):
-            if self._unseat(member) is not None:
+        if isinstance(answer, MemberLost | UserFailed):
+            if (seat := self._unseat(member)) is not None:
+                self._unheard[member] = seat
                 self._news.put(answer)
             return
         with self._seating:
@@ -338,25 +349,6 @@ class Cluster:
                 seat.call = seat.actor.poll.remote(POLL_S)
 
 
-def living(names: Iterable[str], actor_of: Callable[[str], Any]) -> Iterator[tuple[str, Any]]:
-    """Yield named actors with their handles; one that Ray names but cannot give is dying, or may be."""
-    for name in names:
-        try:
-            yield name, actor_of(name)
-        except (ValueError, RayError) as error:
-            log.warning("%s, which an earlier driver left, is taken for lost: %s", name, error)
-
-
-def answer_of(member: str, get: Callable[[], Answer]) -> Answer | MemberLost | None:
-    """Return what a call to a member gives; None if it cannot be reached now: that is silence, no death."""
-    try:
-        return get()
-    except ActorUnavailableError:
-        return None
-    except (RayActorError, ActorUnschedulableError) as error:
-        return MemberLost(member, _cause(error), _evidence(error))
-
-
 def check_portable(order: TrainOrder) -> None:
     """Raise JobRejected if an order cannot travel to a worker's process."""
     for name, value in order.job.settings.items():
@@ -367,17 +359,3 @@ def check_portable(order: TrainOrder) -> None:
                 f"job.settings.{name} cannot travel to a worker: {type(error).__name__}: {error}; "
                 "settings are plain data, make what they describe in the job"
             ) from error
-
-
-def _cause(error: RayError) -> Cause:
-    text = str(error)
-    if isinstance(error, ActorUnschedulableError) or "creation task" in text or "__init__" in text:
-        return Cause.START_FAILED
-    return Cause.HOST_DIED if "node has died" in text else Cause.PROCESS_DIED
-
-
-def _evidence(error: RayError) -> str:
-    """Take the sentence in which Ray says why, leaving out its general advice."""
-    text = " ".join(str(error).split())
-    reason = text[text.find("The actor is dead because") :] if "The actor is dead because" in text else text
-    return f"Ray: {reason.split(' Some common causes')[0][:300]}"

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
 
-Address = tuple[str, int]
+from elastic.runtime.sockets import Address
+
 ANSWER_S = 0.5
 _LOOK_S = 0.02
 _AT_ONCE = 256  # sockets that are open at once

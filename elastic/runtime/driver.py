@@ -7,7 +7,7 @@ import fcntl
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import FrameType
@@ -49,6 +49,7 @@ from elastic.control.instructions import (
 from elastic.control.phase import Phase
 from elastic.control.report import TrainReport
 from elastic.errors import Fenced, TrainingFailed
+from elastic.runtime.aside import Answer, asked_aside
 from elastic.runtime.claims import Claims
 from elastic.runtime.cluster import Cluster, check_portable
 from elastic.runtime.journal import Journal, read_moments, read_report
@@ -89,6 +90,10 @@ def train(order: TrainOrder, observe: Observer) -> TrainReport:
     return report
 
 
+class _TooLate(Exception):
+    """The end that was asked for does not come in time."""
+
+
 class Driver:
     """One driver's hold on a run."""
 
@@ -111,6 +116,8 @@ class Driver:
         self._stop_given: StopWorld | None = None
         self._reminded_at = 0.0
         self._end: End | None = None
+        self._asked: list[int] = []
+        self._stop_at: float | None = None  # when an end that was asked for is too late
         self._is_late = False  # to end the workers: they are not done, and save by themselves
         self._metrics: Metrics | None = None  # once Ray is there
         self._note(SegmentStarted(order.training.num_steps, generation, time.time()))
@@ -128,7 +135,6 @@ class Driver:
             try:
                 self._rendezvous, self._endpoint = open_rendezvous(self._cluster.address)
                 end = self._loop(asked)
-                self._confirm()
             except KeyboardInterrupt:
                 self._cluster.end()
                 raise
@@ -155,35 +161,48 @@ class Driver:
             raise
 
     def _loop(self, asked: list[int]) -> End:
-        stop_at: float | None = None
-        if self._controller.generation:  # before anybody is found: who is, is ours
-            self._claims.take_over()
-            self._controller.generation = self._claims.newest
-        self._act(self._controller.begin(self._cluster.find(), time.monotonic()))
-        while self._end is None:
-            for message in self._cluster.hear(HEAR_S):
-                if isinstance(message, LogLine):
-                    self._watch.tell(message)
-                elif isinstance(message, StacksKept):
-                    self._note(message)
-                else:
-                    self._take(message)
-            if asked and stop_at is None:
-                stop_at = time.monotonic() + STOP_LIMIT_S
-                self._take(StopRequested(f"asked to by {signal.Signals(asked[0]).name}"))
-            if stop_at is not None and time.monotonic() > stop_at and self._end is None:
-                self._is_late = True
-                what = f"the final checkpoint takes longer than {STOP_LIMIT_S:.0f} s"
-                self._end = End(
-                    Status.STOPPED, f"{what}: the workers go on with it, and end with their lease"
-                )
-            if (wanted := self._wish.news()) is not None:
-                self._take(WorkersWanted(wanted))
-            self._take(self._cluster.tick())
-            self._remind(time.monotonic())
-            self._cluster.renew()
-            self._watch.phase(self._controller.phase.value)
+        self._asked = asked
+        try:
+            if self._controller.generation:  # before anybody is found: who is, is ours
+                self._ask_store(self._claims.take_over)
+                self._controller.generation = self._claims.newest
+            self._act(self._controller.begin(self._cluster.find(), time.monotonic()))
+            while self._end is None:
+                self._look()
+            self._confirm()
+        except _TooLate:
+            self._is_late = True
+            what = f"the final checkpoint takes longer than {STOP_LIMIT_S:.0f} s"
+            why = f"{what}: the workers go on with it, and end with their lease"
+            self._end = self._end or End(Status.STOPPED, why)
         return self._end
+
+    def _look(self) -> None:
+        """Hear what there is to hear, once."""
+        for message in self._cluster.hear(HEAR_S):
+            if isinstance(message, LogLine):
+                self._watch.tell(message)
+            elif isinstance(message, StacksKept):
+                self._note(message)
+            else:
+                self._take(message)
+        if self._asked and not self._controller.stopping:
+            self._take(StopRequested(f"asked to by {signal.Signals(self._asked[0]).name}"))
+        if (wanted := self._wish.news()) is not None:
+            self._take(WorkersWanted(wanted))
+        self._take(self._cluster.tick())
+        self._remind(time.monotonic())
+        if self._end is None:
+            self._live_on(self._controller.phase.value)
+
+    def _live_on(self, phase: str) -> None:
+        """Keep the run alive, whatever else there is to do. Raises _TooLate after a stop that takes long."""
+        self._cluster.renew()
+        self._watch.phase(phase)
+        if self._asked and self._stop_at is None:
+            self._stop_at = time.monotonic() + STOP_LIMIT_S
+        if self._stop_at is not None and time.monotonic() > self._stop_at:
+            raise _TooLate
 
     def _take(self, event: Event) -> None:
         """Carry one event to the controller, and do what it says."""
@@ -199,9 +218,9 @@ class Driver:
                 self._strike(step)
             case CheckpointDurable():
                 self._prune()
-            case MemberLost(member) if self._cluster.is_cut_off(member):
+            case MemberLost(member) if self._cluster.may_live(member):
                 self._confirm()
-                self._cluster.kill(member)  # should only the connection have ended
+                self._cluster.kill(member)
             case _:
                 pass
 
@@ -232,7 +251,7 @@ class Driver:
         """
         if form.manner is Manner.AT_ONCE:
             self._tell(form.members, "leave", form.generation)  # they need not wait for the store
-        if not self._claims.claim(form.generation):
+        if not self._ask_store(lambda: self._claims.claim(form.generation)):
             self._take(GenerationTaken(form.generation))
             return
         self._note(form)
@@ -242,7 +261,13 @@ class Driver:
 
     def _confirm(self) -> None:
         """Make sure that this driver still has the run, and ends nothing that a successor took over."""
-        self._claims.confirm()
+        self._ask_store(self._claims.confirm)
+
+    def _ask_store(self, question: Callable[[], Answer]) -> Answer:
+        """Ask what the store has to answer. Nothing is decided before it does, as nothing could be done;
+        members are polled, and what they tell waits.
+        """
+        return asked_aside(question, lambda: self._live_on("waiting for the store"))
 
     def _remind(self, now: float) -> None:
         """Tell again what has shown no effect yet: while a member cannot be reached, calls to it are lost."""

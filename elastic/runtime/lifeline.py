@@ -13,6 +13,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+from elastic.runtime.sockets import keep_private
+
 _MAX_HELLO_BYTES = 256
 _MOVED = b"moved\n"
 _CONNECT_S = 5.0
@@ -106,6 +108,7 @@ class Lifeline:
             with suppress(OSError):
                 self._socket.sendall(_MOVED)
         self.let_go()
+        keep_private(self, [(anchor.host, anchor.port)])
         with suppress(OSError):
             self._socket = socket.create_connection((anchor.host, anchor.port), _CONNECT_S)
             self._socket.sendall(f"{anchor.token} {self._member}\n".encode())

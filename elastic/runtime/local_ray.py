@@ -1,6 +1,7 @@
 """A Ray of the run's own, on this machine: joined if it lives, started under a warden if not."""
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import psutil
+import torch
 
 from elastic.errors import TrainingFailed
 from elastic.runtime import warden
@@ -19,6 +21,7 @@ log = logging.getLogger("holdfast.cluster")
 START_LIMIT_S = 120.0
 WARDEN_GRACE_S = 15.0
 SURELY_DEAD_S = 1.0
+_PART = 1e-4  # of a GPU: the least that Ray tells apart
 
 
 class LocalRay:
@@ -85,9 +88,32 @@ def _answers(address: str) -> bool:
     return True
 
 
+def choose_num_gpus(order: TrainOrder, num_here: int) -> int:
+    """Choose the GPUs that a local Ray has to give: what workers and standbys take, or what the machine has.
+
+    On a machine without any they only count, as workers compute on its CPU.
+    """
+    num_members = order.world.workers + order.world.standbys
+    per_worker = order.cluster.gpus_per_worker
+    if 0 < per_worker < 1:  # Ray gives a worker parts of one GPU only, whatever is left of others
+        num_taken = math.ceil(num_members / math.floor(1 / per_worker + _PART))
+    else:
+        num_taken = math.ceil(num_members * per_worker)
+    if num_taken > num_here:
+        log.warning(
+            "%d workers and %d standbys take %d GPUs, and this machine has %s: %s",
+            order.world.workers,
+            order.world.standbys,
+            num_taken,
+            num_here or "none",
+            "not all of them can start" if num_here else "they compute on its CPU",
+        )
+    return min(num_taken, num_here) if num_here else num_taken
+
+
 def _start_warden(directory: Path, order: TrainOrder) -> subprocess.Popen[bytes]:
     num_cpus = (order.world.workers + order.world.standbys + 2) * order.cluster.threads_per_worker
-    num_gpus = round(order.world.workers * order.cluster.gpus_per_worker)
+    num_gpus = choose_num_gpus(order, torch.cuda.device_count()) if order.cluster.gpus_per_worker else 0
     arguments = [str(directory), str(num_cpus), str(num_gpus), str(order.lease_s + WARDEN_GRACE_S)]
     with (directory / "warden.log").open("ab") as output:
         process = subprocess.Popen(

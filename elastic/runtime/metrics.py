@@ -3,6 +3,7 @@
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from elastic.control.events import (
+    Cause,
     CheckpointDurable,
     CheckpointLost,
     Entry,
@@ -11,7 +12,7 @@ from elastic.control.events import (
     Settled,
     StepCommitted,
 )
-from elastic.control.instructions import FormWorld, Instruction
+from elastic.control.instructions import FormWorld, Instruction, KillMember
 
 _SECONDS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
 
@@ -22,6 +23,7 @@ class Metrics:
     def __init__(self, run: str) -> None:
         self._run = {"run": run}
         self._committed = 0
+        self._gone: set[str] = set()
         self._step = self._gauge("step", "Optimizer steps committed.")
         self._loss = self._gauge("loss", "Training loss of the newest committed step.")
         self._rate = self._gauge("tokens_per_s", "Tokens of the newest committed step per second.")
@@ -49,12 +51,18 @@ class Metrics:
                 self._durable.set(step, {**self._run, "tier": tier})
             case CheckpointLost():
                 self._failed.inc(1, self._run)
-            case MemberLost(cause=cause):
-                self._lost.inc(1, {**self._run, "cause": cause.value})
+            case MemberLost(member, cause) | KillMember(member, cause=cause):
+                self._see_loss(member, cause)
             case ReplicaHealed():
                 self._healed.inc(1, self._run)
             case _:
                 pass
+
+    def _see_loss(self, member: str, cause: Cause) -> None:
+        """Take in that a member died, or is ended as one that cannot stay: the first word counts."""
+        if member not in self._gone:
+            self._gone.add(member)
+            self._lost.inc(1, {**self._run, "cause": cause.value})
 
     def _see_step(self, event: StepCommitted) -> None:
         """Take in a step, which every rank tells of: the first word counts."""

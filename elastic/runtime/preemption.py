@@ -3,6 +3,7 @@ node.
 """
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -19,11 +20,17 @@ LOOK_EVERY_S = 1.0
 
 
 def heed_sigterm(told: Callable[[], None]) -> None:
-    """Call `told` at the first SIGTERM instead of dying; the second one ends the process as ever."""
+    """Call `told` at the first SIGTERM instead of dying; the second one ends the process as ever, and the
+    first one a child that the job forked.
+    """
+    worker = os.getpid()
 
     def heed(number: int, _frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
-        told()
+        if os.getpid() == worker:
+            told()
+        else:
+            signal.raise_signal(number)
 
     try:
         signal.signal(signal.SIGTERM, heed)

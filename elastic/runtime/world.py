@@ -7,11 +7,9 @@ listen on) and shuts them down itself, which frees a blocked thread at once and 
 
 import gc
 import json
-import os
 import socket
-import stat
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -20,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from elastic.runtime.doors import Address, Door, find_closed
+from elastic.runtime.doors import Door, find_closed
 from elastic.runtime.lane import Lane, StreamLane, ThreadLane
+from elastic.runtime.sockets import Address, keep_private, listening, shut
 from elastic.training.ports import Broken
 
 CONNECT_TIMEOUT = timedelta(seconds=5)
@@ -139,7 +138,7 @@ class World:
         """
         with self._cutting:
             if not self._is_left:
-                _shut(self._listeners)
+                shut(self._listeners)
 
     def leave(self) -> None:
         """Drop the groups, so that their sockets close and peers that still wait are freed.
@@ -183,10 +182,11 @@ class Former:
 
     def __init__(self, address: str, device: torch.device) -> None:
         self._address, self._device = address, device
-        before = _listening()
+        before = listening()
         self._gloo = dist.ProcessGroupGloo.create_device(hostname=address)
-        self._listeners = _listening() - before
+        self._listeners = listening() - before
         self._door = Door(address)
+        keep_private(self, {*self._listeners, self._door.address})
 
     def form(
         self, place: Place, endpoint: Endpoint, is_wanted: Callable[[], bool], wait: Callable[[float], None]
@@ -207,7 +207,10 @@ class Former:
             raise Broken(place.generation, f"could not form: {_first_line(error)}") from None
         try:
             lane = StreamLane(self._device) if self._device.type == "cuda" else ThreadLane()
-            return World(place, self._connect(store, place), meeting.listeners, lane)
+            groups = self._connect(store, place)
+            mine = {self._door.address, (endpoint.host, endpoint.port)}
+            keep_private(self, meeting.listeners | mine)
+            return World(place, groups, meeting.listeners, lane)
         except RuntimeError as error:
             why = f"could not form: {_first_line(error)}"
         raise Unconnected(place.generation, why, find_closed(meeting.doors, is_wanted))
@@ -272,44 +275,3 @@ def _first_line(error: BaseException) -> str:
     """Take gloo's first line without the place in its source and its general advice."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
     return line.split("] ", 1)[-1].split(" This is typically")[0][:300]
-
-
-def _sockets() -> Iterator[socket.socket]:
-    """Yield a duplicate of each internet socket this process holds; the caller's use ends with the iteration
-    step.
-    """
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                continue
-            copy = socket.socket(fileno=os.dup(int(name)))
-        except OSError:
-            continue
-        with copy:
-            if copy.family in (socket.AF_INET, socket.AF_INET6):
-                yield copy
-
-
-def _listening() -> frozenset[Address]:
-    return frozenset(_address(each.getsockname()) for each in _sockets() if _is_listener(each))
-
-
-def _address(name: tuple[Any, ...]) -> Address:
-    return (str(name[0]), int(name[1]))
-
-
-def _is_listener(each: socket.socket) -> bool:
-    return bool(each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-
-
-def _shut(listeners: frozenset[Address]) -> None:
-    """Shut down the connected sockets that have one of these addresses at either end; never a listener (gloo
-    would abort).
-    """
-    for each in _sockets():
-        try:
-            ends = {_address(each.getsockname()), _address(each.getpeername())}
-            if ends & listeners and not _is_listener(each):
-                each.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            continue

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -22,9 +24,20 @@ from checkpoint import (
     load,
     open_store,
 )
+from checkpoint.keeper.settings import config_to_text
 from tests.fault.checkpoint_worlds import MIB, at_once, durable_steps, same_bits, small_state
 
 pytestmark = pytest.mark.slow
+PARENT = """
+import os, signal, sys
+from pathlib import Path
+from checkpoint import connect
+from checkpoint.keeper.settings import parse_config
+host = connect(parse_config(sys.argv[1], Path(sys.argv[2])))
+if child := os.fork():
+    print(child, flush=True)
+signal.pause()
+"""
 
 
 @pytest.fixture
@@ -100,6 +113,18 @@ def test_clients_that_come_at_once_share_one_keeper_and_one_manifest(config):
         saver.close()
         host.close()
     assert Catalog(open_store(config.store_url)).steps() == [1, 2]
+
+
+def test_a_killed_trainer_is_gone_for_its_keeper_though_a_child_of_its_lives_on(config):
+    arguments = [sys.executable, "-c", PARENT, config_to_text(config), str(config.directory)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.send_signal(signal.SIGKILL)
+        try:
+            connect(replace(config, hold=2)).close()  # else refused, as the other one's settings differ
+        finally:
+            os.kill(child, signal.SIGKILL)
 
 
 def test_sigterm_flushes_and_ends(config):

@@ -6,7 +6,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from elastic.runtime.doors import Address, Door, find_closed
+from elastic.runtime.doors import Door, find_closed
+from elastic.runtime.sockets import Address
 
 LOOPBACK = "127.0.0.1"
 

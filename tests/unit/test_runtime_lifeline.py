@@ -1,5 +1,6 @@
 """Lifelines: the driver hears of a member's end from its socket, once, and of nobody else's."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -14,11 +15,13 @@ from elastic.runtime.lifeline import Lifeline, Lifelines
 LOOPBACK = "127.0.0.1"
 WAIT_S = 10.0
 HOLDER = """
-import signal, sys
+import os, signal, sys
 from elastic.runtime.lifeline import Anchor, Lifeline
 line = Lifeline(sys.argv[1])
 line.hold(Anchor("127.0.0.1", int(sys.argv[2]), sys.argv[3]))
-print("held", flush=True)
+child = os.fork() if "fork" in sys.argv else -1
+if child:
+    print(child, flush=True)
 signal.pause()
 """
 
@@ -35,16 +38,21 @@ def lifelines(lost):
     lines.close()
 
 
-def test_a_sigkilled_process_is_told_lost_by_its_name(lifelines, lost):
+@pytest.mark.parametrize("then", ["", "fork"])
+def test_a_sigkilled_process_is_told_lost_by_its_name_though_a_child_of_its_lives_on(lifelines, lost, then):
     anchor = lifelines.anchor
-    arguments = [sys.executable, "-c", HOLDER, "w3", str(anchor.port), anchor.token]
+    arguments = [sys.executable, "-c", HOLDER, "w3", str(anchor.port), anchor.token, then]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
+        child = int(process.stdout.readline())
         with pytest.raises(Empty):
             lost.get(timeout=0.05)
         process.send_signal(signal.SIGKILL)
-        assert lost.get(timeout=WAIT_S) == "w3"
+        try:
+            assert lost.get(timeout=WAIT_S) == "w3"
+        finally:
+            if child > 0:
+                os.kill(child, signal.SIGKILL)
 
 
 def test_a_stranger_without_the_word_can_call_nobody_lost(lifelines, lost):

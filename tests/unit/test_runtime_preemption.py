@@ -1,12 +1,16 @@
-"""Nodes that Ray drains: each is told once as news, and can be asked for at any time after."""
+"""Nodes that Ray drains: each is told once as news, and can be asked for at any time after. A SIGTERM is a
+notice to the worker alone, and not to children that it forked.
+"""
 
+import os
+import signal
 from collections.abc import Mapping
 
 import pytest
 
 from elastic.runtime import preemption
 from elastic.runtime.placement import HOST_LENGTH
-from elastic.runtime.preemption import Draining
+from elastic.runtime.preemption import Draining, heed_sigterm
 
 NODE = "a" * 2 * HOST_LENGTH
 HOST = NODE[:HOST_LENGTH]
@@ -40,3 +44,25 @@ def test_what_ray_does_not_answer_changes_nothing_that_was_known() -> None:
     assert list(draining.news()) == [HOST]
     assert draining.news() == {}
     assert draining.notice(HOST) is not None
+
+
+def test_a_sigterm_tells_a_worker_and_ends_a_child_that_it_forked() -> None:
+    told: list[int] = []
+    before = signal.getsignal(signal.SIGTERM)
+    heed_sigterm(lambda: told.append(os.getpid()))
+    reader, writer = os.pipe()
+    try:
+        if not (child := os.fork()):
+            os.write(writer, b"!")  # what comes sooner after a fork is forgotten
+            while True:
+                signal.pause()
+        os.read(reader, 1)
+        os.kill(child, signal.SIGTERM)
+        _, status = os.waitpid(child, 0)
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        os.close(reader)
+        os.close(writer)
+    assert os.WTERMSIG(status) == signal.SIGTERM
+    assert told == [os.getpid()]

@@ -1,7 +1,13 @@
-"""Worlds of two members in one process: a late cut, a device that does not let go, and no connection."""
+"""Worlds of two members: a late cut, a device that does not let go, no connection, and a member that dies
+while children of its live on.
+"""
 
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +25,26 @@ from elastic.runtime.world import Endpoint, Former, Place, Unconnected, World, o
 from elastic.training.ports import Broken
 
 LOOPBACK, CPU = "127.0.0.1", torch.device("cpu")
+WAIT_S = 20.0
+PARENT = """
+import os, signal, sys, time
+import torch
+from elastic.runtime.world import Endpoint, Former, Place
+former = Former("127.0.0.1", torch.device("cpu"))
+place = Place(1, 1, ("h", "h"), "127.0.0.1")
+world = former.form(place, Endpoint("127.0.0.1", int(sys.argv[1])), lambda: True, time.sleep)
+tensor = torch.ones(1)
+world.all_reduce(tensor, "sum")
+if sys.argv[2] == "fork":
+    child = os.fork()
+else:  # a program that closes nothing of what it was given
+    command = [sys.executable, "-c", "import signal; signal.pause()"]
+    child = os.posix_spawn(sys.executable, command, os.environ)
+if child:
+    world.all_reduce(tensor, "sum")
+    print(child, flush=True)
+signal.pause()
+"""
 
 
 @pytest.fixture
@@ -107,3 +133,31 @@ def test_a_member_that_could_not_connect_says_whose_door_does_not_answer(endpoin
         with pytest.raises(Unconnected, match="could not form") as told:
             Former(LOOPBACK, CPU).form(Place(1, 0, ("h", "h"), LOOPBACK), endpoint, lambda: True, time.sleep)
     assert told.value.unreachable == (() if is_there else (1,))
+
+
+@pytest.mark.parametrize("how", ["fork", "exec"])
+def test_a_sigkilled_member_is_gone_for_its_peers_though_a_child_of_its_lives_on(endpoint, how):
+    former, arguments = Former(LOOPBACK, CPU), [sys.executable, "-c", PARENT, str(endpoint.port), how]
+    with (
+        subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as parent,
+        ThreadPoolExecutor(1) as one,
+    ):
+        world = former.form(Place(1, 0, ("h", "h"), LOOPBACK), endpoint, lambda: True, time.sleep)
+        for _ in range(2):  # the second once there is a child, which takes nothing from its parent
+            world.all_reduce(torch.ones(1), "sum")
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        waiting = one.submit(world.all_reduce, torch.ones(1), "sum")
+        parent.send_signal(signal.SIGKILL)
+        try:
+            with pytest.raises(Broken):
+                waiting.result(timeout=WAIT_S)
+            assert not _sockets_of(child)
+        finally:
+            os.kill(child, signal.SIGKILL)
+            world.leave()
+
+
+def _sockets_of(pid: int) -> list[str]:
+    files = [f"/proc/{pid}/fd/{name}" for name in os.listdir(f"/proc/{pid}/fd")]
+    return [file for file in files if os.readlink(file).startswith("socket:")]

@@ -1,19 +1,26 @@
-"""What the cluster makes of Ray's errors: who is dead, and who is only silent."""
+"""What is made of Ray's errors: who is dead, who is only silent, and what is the user's own."""
 
 import logging
+from functools import partial
 from typing import NoReturn
 
 import pytest
 from ray.exceptions import (
     ActorDiedError,
+    ActorPlacementGroupRemoved,
     ActorUnavailableError,
     ActorUnschedulableError,
+    GetTimeoutError,
+    NodeDiedError,
+    OutOfMemoryError,
     RayError,
     RaySystemError,
+    RpcError,
+    RuntimeEnvSetupError,
 )
 
-from elastic.control.events import Cause, MemberLost
-from elastic.runtime.cluster import answer_of, living
+from elastic.control.events import Cause, MemberLost, UserFailed
+from elastic.runtime.answers import answer_of, living
 from elastic.runtime.notices import Answer
 
 
@@ -37,7 +44,12 @@ def raising(error: RayError) -> NoReturn:
 def test_a_member_that_ray_cannot_reach_for_now_is_silent_and_not_lost():
     answer = Answer((), 0.5)
     assert answer_of("w0", lambda: answer) is answer
-    assert answer_of("w0", lambda: raising(ActorUnavailableError("the connection broke", None))) is None
+    for error in (
+        ActorUnavailableError("the connection broke", None),
+        GetTimeoutError("it takes long"),
+        RpcError("the connection was reset"),
+    ):
+        assert answer_of("w0", partial(raising, error)) is None
 
 
 @pytest.mark.parametrize(
@@ -45,6 +57,9 @@ def test_a_member_that_ray_cannot_reach_for_now_is_silent_and_not_lost():
     [
         (ActorDiedError(), Cause.PROCESS_DIED),
         (ActorUnschedulableError("no node has so many CPUs"), Cause.START_FAILED),
+        (OutOfMemoryError("the node is running low on memory"), Cause.PROCESS_DIED),
+        (ActorPlacementGroupRemoved(), Cause.PROCESS_DIED),
+        (NodeDiedError("its node is gone"), Cause.HOST_DIED),
     ],
 )
 def test_a_member_whose_actor_died_or_never_was_is_lost_with_its_cause(error, cause):
@@ -52,6 +67,20 @@ def test_a_member_whose_actor_died_or_never_was_is_lost_with_its_cause(error, ca
     assert isinstance(lost, MemberLost)
     assert (lost.member, lost.cause) == ("w0", cause)
     assert lost.evidence.startswith("Ray: ")
+
+
+def test_ray_says_why_a_member_was_killed():
+    lost = answer_of("w0", lambda: raising(OutOfMemoryError("the node is running low on memory")))
+    assert isinstance(lost, MemberLost)
+    assert "low on memory" in lost.evidence
+
+
+def test_an_environment_that_cannot_be_set_up_is_what_the_user_asked_for_in_rays_words():
+    failed = answer_of("w3", lambda: raising(RuntimeEnvSetupError("no such working_dir: /code")))
+    assert isinstance(failed, UserFailed)
+    assert failed.member == "w3"
+    assert "environment of w3" in failed.message
+    assert "no such working_dir" in failed.message
 
 
 def test_an_error_that_says_nothing_of_the_actor_is_no_loss_and_is_raised():
