@@ -24,6 +24,7 @@ from checkpoint import (
     NoCheckpoint,
     Saver,
     StoreSource,
+    Unsupported,
     connect,
     load,
     open_store,
@@ -151,7 +152,7 @@ class Member:
             self._train_until_told()
         except UserFailure as failure:
             self._blame(failure.step, str(failure), failure.traceback)
-        except (JobRejected, Mismatch, NoCheckpoint, ReplicasDiffer) as error:
+        except (JobRejected, Mismatch, NoCheckpoint, ReplicasDiffer, Unsupported) as error:
             self._blame(0, str(error), "")
         except Exception as error:  # the border: another machine may do better
             if is_out_of_memory(error):  # elsewhere it would not fit either
