@@ -174,8 +174,7 @@ class Trainer:
 
     @lets_go
     def run(self, world: World, orders: Orders, emit: Emit) -> Ending:
-        """Train until the end of the plan, a request to stop, or a boundary at which a newer world is to
-        form.
+        """Train until the plan's end, a request to stop, or a boundary at which a newer world is to form.
 
         Raises Broken when the world ends before, `UserFailure` when the job's code does.
         """
@@ -283,8 +282,7 @@ class Trainer:
         """Apply the reduced gradients this member holds. Asks nobody: a broken world cannot interrupt it."""
         blocked_s = self._attempt.blocked_s + self._snapshots.wait_captured()
         if not self._attempt.is_refused:
-            with blaming_the_job(self._standing.committed):
-                self._learner.update()
+            self._update()
         self._standing = Standing(self._standing.committed + 1)
         if self._is_first_update and not self._attempt.is_refused:  # which makes the optimizer's state
             check_carried(self._learner.tree(self._standing.committed))
@@ -303,6 +301,14 @@ class Trainer:
                 is_last=self._attempt.is_last,
             )
         )
+
+    def _update(self) -> None:
+        try:
+            with blaming_the_job(self._standing.committed):
+                self._learner.update()
+        except BaseException:
+            self._standing = Standing(BLANK)  # some of the state is that of a step more
+            raise
 
     def _give_up(self, world: World, why: str) -> NoReturn:
         """Leave the state to the next world, which restores it from a checkpoint."""
@@ -370,8 +376,7 @@ class Trainer:
     def _finish(self, world: World, orders: Orders, emit: Emit, ending: Ending) -> Ending:
         """Wait until the last checkpoint is durable, or a newer world (it saves again) is to form.
 
-        Raises Broken if it was lost or takes too long, so that a newer world saves it again: the state is
-        still in memory.
+        Raises Broken if it was lost or is late: the state is still here, and a newer world saves it again.
         """
         self._snapshots.wait_captured()
         deadline = time.monotonic() + self._plan.save_s
