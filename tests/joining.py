@@ -44,6 +44,11 @@ def adam(model: nn.Module) -> Optimizer:
 
 
 @dataclass(frozen=True)
+class NoSettings:
+    """There are none."""
+
+
+@dataclass(frozen=True)
 class ChosenJob:
     """A job of parts."""
 
@@ -52,7 +57,7 @@ class ChosenJob:
     make_schedule: Callable[[Optimizer], Any] = lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 1 / (step + 1)
     )
-    settings: Any = None
+    settings = NoSettings
 
     def model(self, settings: Any) -> nn.Module:
         return self.make_model()
