@@ -66,6 +66,7 @@ from checkpoint.store.wrappers import Retrying, RetryPolicy
 
 if TYPE_CHECKING:
     from checkpoint.checkpointer import Checkpointer, Fate, Options, Restoration, Rng, Saving
+    from checkpoint.engine.likeness import like, to_plain
     from checkpoint.engine.on_ranks import OnRanks
     from checkpoint.engine.per_rank import PerRank, per_rank_values
     from checkpoint.engine.reading import ReadPolicy
@@ -213,6 +214,7 @@ __all__ = [
     "format_names",
     "import_foreign",
     "is_store",
+    "like",
     "load",
     "look_at_foreign",
     "newest_generation",
@@ -239,6 +241,7 @@ __all__ = [
     "specs_of",
     "tag",
     "tags",
+    "to_plain",
     "unflatten_state",
     "untag",
     "verify",
@@ -251,6 +254,7 @@ _WITH_TORCH = {
     **dict.fromkeys(
         ("Checkpointer", "Fate", "Options", "Restoration", "Rng", "Saving"), "checkpoint.checkpointer"
     ),
+    **dict.fromkeys(("like", "to_plain"), "checkpoint.engine.likeness"),
     "OnRanks": "checkpoint.engine.on_ranks",
     **dict.fromkeys(("PerRank", "per_rank_values"), "checkpoint.engine.per_rank"),
     "ReadPolicy": "checkpoint.engine.reading",

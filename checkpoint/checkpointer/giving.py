@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from checkpoint.checkpointer.likeness import check_depth, to_plain
 from checkpoint.checkpointer.objects import (
     Kind,
     class_of,
@@ -17,6 +16,7 @@ from checkpoint.checkpointer.objects import (
     parameter_names,
     state_of_rank,
 )
+from checkpoint.engine.likeness import check_depth, to_plain
 from checkpoint.engine.per_rank import PerRank
 from checkpoint.errors import Unsupported
 from checkpoint.format.tree import is_bulk

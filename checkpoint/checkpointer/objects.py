@@ -11,8 +11,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from checkpoint.checkpointer.likeness import check_depth
 from checkpoint.checkpointer.rng import Rng
+from checkpoint.engine.likeness import check_depth
 from checkpoint.engine.on_ranks import OnRanks
 from checkpoint.engine.per_rank import PerRank
 from checkpoint.errors import Mismatch, Unsupported

@@ -13,7 +13,6 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from checkpoint.checkpointer.likeness import like, rebuilt
 from checkpoint.checkpointer.objects import (
     Kind,
     class_of,
@@ -26,6 +25,7 @@ from checkpoint.checkpointer.objects import (
 from checkpoint.checkpointer.optimizers import plan_optimizer
 from checkpoint.checkpointer.sharing import Ranks, Request
 from checkpoint.engine.leaves import describe, identity_of, own_tensors
+from checkpoint.engine.likeness import like, rebuilt
 from checkpoint.engine.on_ranks import OnRanks
 from checkpoint.engine.per_rank import PerRank, per_rank_values
 from checkpoint.engine.targets import Wanted

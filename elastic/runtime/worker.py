@@ -24,6 +24,7 @@ from checkpoint import (
     NoCheckpoint,
     Saver,
     StoreSource,
+    Unsupported,
     connect,
     load,
     open_store,
@@ -93,6 +94,7 @@ class Member:
         logging.getLogger("holdfast").addHandler(self._outbox)
         logging.getLogger("holdfast").setLevel(logging.INFO)
         autopsy.prepare()
+        self._has_failed = False  # the job has, here, in a world
         self._notice: MemberLeaving | None = None
         heed_sigterm(self._take_notice)
         threading.Thread(target=self._live, name="training", daemon=True).start()
@@ -149,16 +151,21 @@ class Member:
         """Train until the lease ends; tell the driver what went wrong otherwise."""
         try:
             self._train_until_told()
-        except UserFailure as failure:
-            self._blame(failure.step, str(failure), failure.traceback)
-        except (JobRejected, Mismatch, NoCheckpoint, ReplicasDiffer) as error:
-            self._blame(0, str(error), "")
-        except Exception as error:  # the border: another machine may do better
-            if is_out_of_memory(error):  # elsewhere it would not fit either
+        except BaseException as error:  # noqa: BLE001  (the border: what is not told would look like a hang)
+            self._tell(error)
+
+    def _tell(self, error: BaseException) -> None:
+        """Tell the driver of the error that is being handled: the job's, or this machine's perhaps."""
+        match error:
+            case UserFailure():
+                self._blame(error.step, str(error), error.traceback)
+            case JobRejected() | Mismatch() | NoCheckpoint() | ReplicasDiffer() | Unsupported():
+                self._blame(0, str(error), "")
+            case _ if is_out_of_memory(error) or not isinstance(error, Exception):
                 self._blame(0, explain(error), traceback.format_exc())
-                return
-            log.exception("the worker failed")
-            self._outbox.put(MemberFailed(self._assignment.member, f"{type(error).__name__}: {error}"))
+            case _:
+                log.error("the worker failed", exc_info=error)
+                self._outbox.put(MemberFailed(self._assignment.member, f"{type(error).__name__}: {error}"))
 
     def _blame(self, step: int, message: str, trace: str) -> None:
         """Tell what no other worker could do better."""
@@ -181,7 +188,8 @@ class Member:
         self._outbox.put(self._ready)
         while True:
             while (order := self._mailbox.next()) is not None:
-                self._serve(order, former, trainer)
+                if self._may_serve(order):
+                    self._serve_or_tell(order, former, trainer)
                 if self._mailbox.is_orphaned:
                     break
             self._save_alone(trainer)
@@ -204,6 +212,20 @@ class Member:
             save_alone(store, Survivor(assignment.member, step, save, is_orphaned))
         except Exception:  # the border: there is nobody left to tell
             log.exception("the worker could not save step %d alone", step)
+
+    def _may_serve(self, order: WorldOrder) -> bool:
+        """Return whether to be in a world: where the job has failed, its state is still good to be saved."""
+        return order.form.only_saves or not self._has_failed
+
+    def _serve_or_tell(self, order: WorldOrder, former: Former, trainer: Trainer) -> None:
+        """Live through one world; if the job fails in it, tell that once, and keep what it had committed."""
+        try:
+            self._serve(order, former, trainer)
+        except (UserFailure, JobRejected) as failure:
+            if self._has_failed:
+                raise  # not even saving works
+            self._has_failed = True
+            self._tell(failure)
 
     def _serve(self, order: WorldOrder, former: Former, trainer: Trainer) -> None:
         """Live through one world, from its forming until it ends or breaks."""

@@ -5,6 +5,7 @@ another takes its place.
 """
 
 import errno
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,13 +45,15 @@ class MachineFailure(Exception):
 def blaming_the_job(step: int, virtual_rank: int = -1) -> Iterator[None]:
     """Turn whatever the job's code raises into UserFailure, or into MachineFailure for a fault of hardware.
 
-    Inside of a sharded model a world may break.
+    Whatever: it may exit, be cancelled, or panic. Inside of a sharded model a world may break.
     """
     try:
         yield
     except (Broken, JobRejected, UserFailure):
         raise
-    except Exception as error:  # noqa: BLE001  (this is the border to the user's code)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise  # a person's, not the job's
         if is_of_the_machine(error):
             raise MachineFailure(f"{_place(step, virtual_rank)}: {explain(error)}") from None
         raise UserFailure(step, virtual_rank, explain(error), traceback.format_exc()) from None

@@ -104,10 +104,12 @@ class FullyShardedLearner:
         live = self.live
         watched = nullcontext() if self._is_watched else NoPartialSums()  # type: ignore[no-untyped-call]  # torch's
         numbers = no_readings("optimizer", live.sharded.parameters)
-        with implicit_replication(), only_elements(), numbers, watched:
-            live.learner.update()
+        try:
+            with implicit_replication(), only_elements(), numbers, watched:
+                live.learner.update()
+        finally:
+            torch.set_num_threads(num_threads)
         self._is_watched = True
-        torch.set_num_threads(num_threads)
 
     def complete(self, world: World) -> None:
         """Do nothing: the next forward gathers what it needs."""

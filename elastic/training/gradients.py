@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic.errors import JobRejected
+from elastic.training.strides import strides_beside
 from elastic.training.tree import ALIGNMENT, padded_length
 
 
@@ -13,7 +14,8 @@ class GradientRows:
     """Rows of memory, each as long as all virtual ranks' losses and all gradients together, in this order.
 
     Parameters' gradients are views of the row they were last bound to; `places[i]` is where that of
-    `parameters[i]` lies. Rows are made when they are needed and kept.
+    `parameters[i]` lies, in the order in which the parameter lies in memory. Rows are made when they are
+    needed and kept.
     """
 
     def __init__(self, model: nn.Module, virtual_ranks: int) -> None:
@@ -34,6 +36,7 @@ class GradientRows:
         ends = accumulate((parameter.numel() for parameter in self.parameters), initial=first)
         self.places = [slice(start, stop) for start, stop in pairwise(ends)]
         self.num_elements = self.places[-1].stop
+        self._kinds = [(each.shape, strides_beside(each)) for each in self.parameters]
         self._length = padded_length(self.num_elements, range(1, virtual_ranks + 1))
         self._free: list[Tensor] = []
         self.device = self.parameters[0].device
@@ -49,10 +52,7 @@ class GradientRows:
 
     def bind(self, row: Tensor) -> None:
         """Let backward add to this row, and the optimizer read from it."""
-        self._bound = [
-            row[place].view(parameter.shape)
-            for parameter, place in zip(self.parameters, self.places, strict=True)
-        ]
+        self._bound = self.views(row)
         for parameter, gradient in zip(self.parameters, self._bound, strict=True):
             parameter.grad = gradient
 
@@ -70,6 +70,13 @@ class GradientRows:
     def num_writes(self) -> int:
         """How often anything was written to the bound row; 0 while none is."""
         return self._bound[0]._version if self._bound else 0
+
+    def views(self, row: Tensor) -> list[Tensor]:
+        """Return each parameter's gradient in a row."""
+        return [
+            row[place].as_strided(shape, strides)
+            for place, (shape, strides) in zip(self.places, self._kinds, strict=True)
+        ]
 
     def gradient(self, row: Tensor) -> Tensor:
         """Return the part of a row that holds gradients."""

@@ -36,10 +36,12 @@ class Pace:
         started = time.perf_counter()
         self._since = started if self._mine_s else None  # the first one may compile, or warm up a device
         self._waited_s = 0.0
-        yield
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
-        self._since = None
+        try:
+            yield
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()
+        finally:
+            self._since = None
         self.note(time.perf_counter() - started - self._waited_s)
 
     @contextmanager

@@ -285,7 +285,7 @@ def _mean_loss(rows: GradientRows, reduced: Tensor) -> float:
 def _clip(rows: GradientRows, reduced: Tensor | None, largest_norm: float) -> float:
     if reduced is None:
         raise RuntimeError("there is no reduced gradient to clip")
-    norm = norm_of(reduced[place] for place in rows.places)
+    norm = norm_of(rows.views(reduced))
     if largest_norm < inf:
         rows.gradient(reduced).mul_((largest_norm / (norm + 1e-6)).clamp(max=1.0))
     return float(norm)

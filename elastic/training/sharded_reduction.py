@@ -17,6 +17,7 @@ from elastic.training.holdings import local_rows
 from elastic.training.lockstep import COLLECT, END
 from elastic.training.ports import World
 from elastic.training.reduction import Compute, Dealt, norm_of
+from elastic.training.strides import laid_beside
 from elastic.training.through_layers import only_through_layers
 from elastic.training.tree import Node, grow
 from elastic.training.units import WHOLE
@@ -111,7 +112,9 @@ class ShardedReduction:
             (total,) = forest.values()
             total.div_(self._virtual_ranks)
             for name, rows in sharded.split(unit, total):
-                sharded.parameters[name].grad = sharded.spread(name, rows)
+                parameter = sharded.parameters[name]
+                lying = laid_beside(parameter, rows) if unit == WHOLE else rows
+                parameter.grad = sharded.spread(name, lying)
         for name, parameter in sharded.parameters.items():
             if parameter.requires_grad and parameter.grad is None:
                 rows = torch.zeros_like(local_rows(parameter))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from checkpoint import OnRanks
 from elastic.control.sharding import Holders, deal_states, lost_states, moves
 from elastic.errors import JobRejected
+from elastic.training.carrying import placed
 from elastic.training.exchange import gather_words, meet
 from elastic.training.handover import Parcel, accept, hand_over
 from elastic.training.ports import World
@@ -97,7 +98,11 @@ class ShardedLearner:
         """
         model, state = self._learner.model.state_dict(keep_vars=True), self._learner.optimizer.state
         dealt = set(map(id, self._parameters))
-        others = {name: each.detach() for name, each in model.items() if id(each) not in dealt}
+        others = {
+            name: each.detach() if isinstance(each, Tensor) else each
+            for name, each in model.items()
+            if id(each) not in dealt
+        }
         found = held_alike({**self.tree(0), "model": others})
         for number in sorted(self._mine):
             name, parameter = self._names[number], self._parameters[number]
@@ -167,8 +172,9 @@ class ShardedLearner:
         if world.rank == receiver:
             taken = accept(world, sender, self._device).state
             for number, (value, state) in zip(numbers, taken, strict=True):
-                self._parameters[number].data.copy_(value)
-                states[self._parameters[number]] = state
+                parameter = self._parameters[number]
+                parameter.data.copy_(value)
+                states[parameter] = placed(parameter, None, state)
                 self._mine.add(number)
 
     def _learn_kinds(self, world: World) -> None:

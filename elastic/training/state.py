@@ -1,6 +1,7 @@
 """What a training step changes: model, optimizer and schedule; live, and as a plain nested state."""
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,8 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from checkpoint import Mismatch
+from checkpoint import Mismatch, flatten_state
 from elastic.errors import JobRejected
+from elastic.training.blame import blaming_the_job
+from elastic.training.carrying import (
+    EXTRA,
+    check_modules,
+    give_optimizer,
+    give_schedule,
+    groups_of,
+    take_optimizer,
+    take_schedule,
+)
 from elastic.training.job import Job
 from elastic.training.ports import World
 from elastic.training.randomness import INITIAL, keyed, seed_for
@@ -51,6 +62,7 @@ class Learner:
                         "model.parameters()"
                     )
                 self.parameters[self._names[id(parameter)]] = parameter
+        check_modules(model)
 
     @property
     def is_whole(self) -> bool:
@@ -76,17 +88,18 @@ class Learner:
 
     def tree(self, step: int) -> dict[str, Any]:
         """Return the state after `step` committed steps. Its tensors are the live ones."""
-        return {"model": dict(self.model.state_dict()), **self.tree_without_model(step)}
+        with blaming_the_job(step):
+            return {"model": dict(self.model.state_dict()), **self.tree_without_model(step)}
 
     def tree_without_model(self, step: int) -> dict[str, Any]:
         """Return the same without the model."""
-        state = {self._names[id(parameter)]: dict(kept) for parameter, kept in self.optimizer.state.items()}
-        return {
-            "optimizer": {"state": state, "groups": self._groups()},
-            "schedule": self._schedule.state_dict() if self._schedule is not None else None,
-            "cursor": {"step": step},
-            "seed": self.seed,
-        }
+        with blaming_the_job(step):
+            return {
+                "optimizer": take_optimizer(self.optimizer, self._names),
+                "schedule": take_schedule(self._schedule),
+                "cursor": {"step": step},
+                "seed": self.seed,
+            }
 
     def whole_tree(self, step: int) -> dict[str, Any]:
         """Return the same, as every learner does that is whole."""
@@ -108,31 +121,21 @@ class Learner:
         check_origin(tree, self.seed)
         check_model(self.model.state_dict(), tree["model"])
         self._check_kind(tree)
-        load_model(self.model, tree["model"])
+        with blaming_the_job(int(tree["cursor"]["step"])):
+            self.model.load_state_dict(dict(tree["model"]))
         return self.load_without_model(tree)
 
     def load_without_model(self, tree: Mapping[str, Any]) -> int:
         """Take over all but the model. Raises Mismatch, having changed nothing, for another training's."""
         self._check_kind(tree)
-        positions: dict[str, int] = {}
-        groups = []
-        for group in tree["optimizer"]["groups"]:
-            indices = [positions.setdefault(name, len(positions)) for name in group["params"]]
-            groups.append({**group, "params": indices})
-        state = {positions[name]: kept for name, kept in tree["optimizer"]["state"].items()}
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        if self._schedule is not None:
-            self._schedule.load_state_dict(dict(tree["schedule"]))
-        return int(tree["cursor"]["step"])
-
-    def _groups(self) -> list[dict[str, Any]]:
-        return [
-            {**group, "params": [self._names[id(parameter)] for parameter in group["params"]]}
-            for group in self.optimizer.param_groups
-        ]
+        step = int(tree["cursor"]["step"])
+        with blaming_the_job(step):
+            give_optimizer(self.optimizer, tree["optimizer"], self.parameters)
+            give_schedule(self._schedule, tree["schedule"])
+        return step
 
     def _check_kind(self, tree: Mapping[str, Any]) -> None:
-        ours = [group["params"] for group in self._groups()]
+        ours = [group["params"] for group in groups_of(self.optimizer, self._names)]
         theirs = [list(group["params"]) for group in tree["optimizer"]["groups"]]
         if ours != theirs:
             raise Mismatch(
@@ -157,20 +160,20 @@ def check_origin(tree: Mapping[str, Any], seed: int) -> None:
         )
 
 
-def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def load_model(model: nn.Module, tensors: Mapping[str, Any]) -> None:
     """Copy a state's tensors into the model. Raises Mismatch if they are another model's."""
     check_model(model.state_dict(), tensors)
     model.load_state_dict(dict(tensors))
 
 
-def check_model(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+def check_model(state: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
     """Raise Mismatch, naming the first differences, unless names, shapes and dtypes are this state's."""
-    ours = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
-    theirs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    ours = {name: _kind(name, value) for name, value in state.items()}
+    theirs = {name: _kind(name, value) for name, value in tensors.items()}
     different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if different:
         named = "; ".join(
-            f"{name}: {_shown(theirs.get(name))} there, {_shown(ours.get(name))} here"
+            f"{name}: {theirs.get(name, 'absent')} there, {ours.get(name, 'absent')} here"
             for name in different[:_NAMED]
         )
         raise Mismatch(
@@ -184,11 +187,16 @@ def weights_sha256(model: nn.Module) -> str:
     return tensors_sha256(model.state_dict(), lambda _, tensor: tensor)
 
 
-def tensors_sha256(state: Mapping[str, Tensor], whole: Callable[[str, Tensor], Tensor]) -> str:
+def tensors_sha256(state: Mapping[str, Any], whole: Callable[[str, Tensor], Tensor]) -> str:
     """Hash a model's state; `whole` returns the tensor of a name with all its values."""
     digest = hashlib.sha256()
+    extras = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+    plain, inside = flatten_state(extras)
+    if extras:
+        digest.update(json.dumps(plain, sort_keys=True).encode())
+    tensors = {name: value for name, value in state.items() if name not in extras}
     seen = set()
-    for name, shared in sorted(state.items()):
+    for name, shared in sorted({**tensors, **inside}.items()):
         has_memory = shared.numel() and not shared.is_meta
         identity = (shared.data_ptr(), shared.shape, shared.stride()) if has_memory else id(shared)
         if identity not in seen:
@@ -199,5 +207,7 @@ def tensors_sha256(state: Mapping[str, Tensor], whole: Callable[[str, Tensor], T
     return digest.hexdigest()
 
 
-def _shown(kind: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
-    return "absent" if kind is None else f"{str(kind[0]).removeprefix('torch.')}{list(kind[1])}"
+def _kind(name: str, value: Any) -> str:
+    if name.rpartition(".")[2] == EXTRA:
+        return "extra state"  # whose shapes may change
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"

@@ -14,8 +14,8 @@ from elastic.control.dealing import Dealing, deal_rest
 from elastic.control.events import Ending, Event, LossJumped, ReplicaHealed, StepCommitted, StepSkipped
 from elastic.control.guard import LossWatch, why_not_finite
 from elastic.control.standing import BLANK, Settlement, Standing, settle
-from elastic.errors import JobRejected
 from elastic.training.blame import UserFailure, blaming_the_job
+from elastic.training.carrying import check_carried
 from elastic.training.exchange import gather_standings
 from elastic.training.handover import Parcel, accept, hand_over
 from elastic.training.job import Job, Split
@@ -28,6 +28,7 @@ from elastic.training.randomness import keyed, make_deterministic, seed_for
 from elastic.training.replicas import Replicated
 from elastic.training.saving import Snapshots, describe, origin_of, sources_of
 from elastic.training.state import Learner, StateLost, first_model
+from elastic.training.untouched import leaving_state_alone
 from elastic.training.watching import Disputed, ReplicaWatch
 
 _DRAIN_POLL_S = 0.2
@@ -86,6 +87,8 @@ class Trainer:
         self._learner, self._reduction = lay_out(
             learner, self._learner_of, plan, device=device, waiting=self._pace.waiting
         )
+        check_carried(self._learner.tree(0))
+        self._is_first_update = True
         self._restore = storage.restore
         self._snapshots = Snapshots(storage.saver, member, origin_of(job, plan))
         self._has_begun = False
@@ -115,7 +118,8 @@ class Trainer:
 
     def weights_sha256(self) -> str:
         """Hash the model as of the last committed step; all ranks of a world have to. Raises Broken."""
-        return self._learner.weights_sha256()
+        with blaming_the_job(max(self._standing.committed, 0)):
+            return self._learner.weights_sha256()
 
     @property
     def is_whole(self) -> bool:
@@ -170,8 +174,7 @@ class Trainer:
 
     @lets_go
     def run(self, world: World, orders: Orders, emit: Emit) -> Ending:
-        """Train until the end of the plan, a request to stop, or a boundary at which a newer world is to
-        form.
+        """Train until the plan's end, a request to stop, or a boundary at which a newer world is to form.
 
         Raises Broken when the world ends before, `UserFailure` when the job's code does.
         """
@@ -268,16 +271,9 @@ class Trainer:
         key = seed_for(self._plan.seed, step, virtual_rank)
         with blaming_the_job(step, virtual_rank), keyed(key, self._device) as rng:
             batch = self._job.batch(self._dataset, step, virtual_rank)
-            buffers = _buffers(self.model)
-            loss = self._job.loss(self.model, batch, rng)
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            if _buffers(self.model) != buffers:
-                raise JobRejected(
-                    "the model changes a buffer in its forward pass: its state would depend on who "
-                    "computes which "
-                    "micro-batch; use layers without running statistics (LayerNorm or GroupNorm for "
-                    "BatchNorm)"
-                )
+            with leaving_state_alone(self.model):
+                loss = self._job.loss(self.model, batch, rng)
+                loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             count = getattr(self._job, "tokens", None)
             self._num_tokens = int(count(batch)) if count is not None else self._plan.micro_batch
         return loss.detach()
@@ -286,9 +282,11 @@ class Trainer:
         """Apply the reduced gradients this member holds. Asks nobody: a broken world cannot interrupt it."""
         blocked_s = self._attempt.blocked_s + self._snapshots.wait_captured()
         if not self._attempt.is_refused:
-            with blaming_the_job(self._standing.committed):
-                self._learner.update()
+            self._update()
         self._standing = Standing(self._standing.committed + 1)
+        if self._is_first_update and not self._attempt.is_refused:  # which makes the optimizer's state
+            check_carried(self._learner.tree(self._standing.committed))
+            self._is_first_update = False
         self._reduction.forget()
         self._dealing = None
         self._untold.append(
@@ -303,6 +301,14 @@ class Trainer:
                 is_last=self._attempt.is_last,
             )
         )
+
+    def _update(self) -> None:
+        try:
+            with blaming_the_job(self._standing.committed):
+                self._learner.update()
+        except BaseException:
+            self._standing = Standing(BLANK)  # some of the state is that of a step more
+            raise
 
     def _give_up(self, world: World, why: str) -> NoReturn:
         """Leave the state to the next world, which restores it from a checkpoint."""
@@ -370,8 +376,7 @@ class Trainer:
     def _finish(self, world: World, orders: Orders, emit: Emit, ending: Ending) -> Ending:
         """Wait until the last checkpoint is durable, or a newer world (it saves again) is to form.
 
-        Raises Broken if it was lost or takes too long, so that a newer world saves it again: the state is
-        still in memory.
+        Raises Broken if it was lost or is late: the state is still here, and a newer world saves it again.
         """
         self._snapshots.wait_captured()
         deadline = time.monotonic() + self._plan.save_s
@@ -393,7 +398,3 @@ class Trainer:
         untold, self._untold = [*self._untold, *self._snapshots.news()], []
         for event in untold:
             emit(event)
-
-
-def _buffers(model: nn.Module) -> list[tuple[int, int]]:
-    return [(id(buffer), buffer._version) for buffer in model.buffers()]

@@ -5,7 +5,8 @@ backward, and frees them again. It gets a mesh without process groups: what it g
 its reduce-scatters only hand each unit's gradients to whoever adds them up.
 
 Parameters whose rows are no whole vectors (biases, norms) stay whole on every rank: a CPU kernel rounds a
-vector's elements and a remainder's differently, so that a cut elsewhere would change bits of the update.
+vector's elements and a remainder's differently, so that a cut elsewhere would change bits of the update. So
+do those that lie otherwise than row by row (channels_last), which torch does not cut.
 """
 
 import copy
@@ -27,6 +28,8 @@ from torch.utils._pytree import tree_map_only
 
 from elastic.control.resharding import Cut
 from elastic.errors import JobRejected
+from elastic.training.carrying import has_extra
+from elastic.training.strides import laid_beside
 
 VECTOR = 32
 """Elements: the longest step of a CPU kernel's vector loop (two AVX-512 registers of float32)."""
@@ -90,14 +93,21 @@ class Mould:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        if any(has_extra(module) for module in model.modules()):
+            raise JobRejected(
+                "the model keeps extra state (get_extra_state) beside its tensors, which cannot be sharded: "
+                "set training.parameter_copies = 0"
+            )
         self._model = _twin(model, lambda parameter: parameter.detach().to("meta"))
         self.parameters: dict[str, nn.Parameter] = dict(self._model.named_parameters())
         self.sharded = {
             name: each.shape
             for name, each in self.parameters.items()
-            if each.dim() > 1 and each.numel() and each.shape[1:].numel() % VECTOR == 0
+            if each.dim() > 1
+            and each.numel()
+            and each.shape[1:].numel() % VECTOR == 0
+            and each.is_contiguous()
         }
-
         self.tensors: dict[str, Tensor] = dict(self._model.state_dict(keep_vars=True))
         first: dict[int, str] = {id(each): name for name, each in self.parameters.items()}
         self.names = {name: first.setdefault(id(each), name) for name, each in self.tensors.items()}
@@ -234,7 +244,7 @@ def _fill(model: nn.Module, mesh: DeviceMesh, parameters: Mapping[str, Tensor]) 
     filled: dict[int, nn.Parameter] = {}
     for name, empty in model.named_parameters():
         here = parameters[name]
-        tensor = _spread(here, mesh, empty) if isinstance(empty, DTensor) else here
+        tensor = _spread(here, mesh, empty) if isinstance(empty, DTensor) else laid_beside(empty, here)
         filled[id(empty)] = nn.Parameter(tensor, requires_grad=empty.requires_grad)
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler as schedules
 from torch.optim.swa_utils import SWALR, AveragedModel
 
 from checkpoint.checkpointer import Checkpointer, Options
-from checkpoint.checkpointer.likeness import to_plain
+from checkpoint.engine.likeness import to_plain
 from checkpoint.engine.per_rank import PerRank
 from checkpoint.errors import Mismatch
 from tests.fault.checkpoint_worlds import same_bits

@@ -1,6 +1,9 @@
 """Who is blamed for what the job's code raises: the job, once and clearly, or the machine it ran on."""
 
 import errno
+from asyncio import CancelledError
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from elastic.training.blame import MachineFailure, UserFailure, blaming_the_job,
 ECC = "CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be asynchronously reported"
 
 
-def raised_as(error: Exception) -> Exception:
+def raised_as(error: BaseException) -> Exception:
     """Let the job's code raise something, and return what becomes of it."""
     try:
         with blaming_the_job(3, 1):
@@ -74,6 +77,29 @@ def test_whatever_would_happen_elsewhere_too_is_the_jobs(error):
     assert isinstance(failure, UserFailure)
     assert type(error).__name__ in str(failure)
     assert not is_out_of_memory(error)
+
+
+class PanicException(BaseException):
+    """As extensions in Rust raise it."""
+
+
+@pytest.mark.parametrize(
+    "error", [SystemExit(3), CancelledError(), PanicException("index out of bounds"), KeyboardInterrupt()]
+)
+def test_what_no_ordinary_handler_catches_is_the_jobs_too_where_it_trains(error):
+    def raised() -> Any:
+        return raised_as(error)
+
+    with ThreadPoolExecutor(1) as training:
+        failure = training.submit(raised).result()
+    assert isinstance(failure, UserFailure)
+    assert str(failure).startswith(f"the job failed in step 3, virtual rank 1: {type(error).__name__}")
+    assert "in raised_as" in failure.traceback
+
+
+def test_whoever_interrupts_the_main_thread_is_a_person():
+    with pytest.raises(KeyboardInterrupt), blaming_the_job(3, 1):
+        raise KeyboardInterrupt
 
 
 def test_what_was_judged_already_is_passed_on_as_it_is():

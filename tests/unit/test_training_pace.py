@@ -3,6 +3,7 @@
 import random
 from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,3 +72,12 @@ def test_a_new_world_begins_even_and_knows_no_dealing_of_the_one_before():
     for pace in ranks.paces:
         pace.forget_others()
     assert ranks.step() == LEVEL
+
+
+def test_a_virtual_rank_that_raises_is_over():
+    pace = Pace(CPU)
+    pace.note(0.04)
+    with pytest.raises(ZeroDivisionError), pace.measured():
+        raise ZeroDivisionError
+    assert pace.working_s == 0
+    assert pace.mine_us == 40_000
