@@ -38,14 +38,15 @@ class Attendance:
 
     `holders` are those known to hold the state as it was ordered; none, if that is known of nobody. `origin`
     says where those who lack the state get it from: "self" (nobody does), "survivors" (nor does anybody, but
-    for what those held who are not there any more), "peer" or "store". It `is_closing` once nothing but the
-    last checkpoint is left to do.
+    for what those held who are not there any more), "peer" or "store". Until it comes, those `before` make
+    steps, or end their micro-batches. It `is_closing` once nothing but the last checkpoint is left to do.
     """
 
     ranks: tuple[str, ...] = ()
     manner: Manner = Manner.AT_ONCE
     origin: str = "store"
     holders: frozenset[str] = frozenset()
+    before: frozenset[str] = frozenset()
     last_step: int = 1 << 62
     ordered_at: float = 0.0
     broken_at: float | None = None
@@ -106,6 +107,13 @@ class Attendance:
     def holding(self) -> frozenset[str]:
         """Who may be the only ones to hold the state."""
         return self.members if self.has_settled else self.holders & self.members or self.members
+
+    @property
+    def stepping(self) -> frozenset[str]:
+        """Who may be at a micro-batch: until this world has come, members of the one that trained last."""
+        if self.stage is Stage.COMING:
+            return self.before
+        return self.members
 
     @property
     def came(self) -> Collection[str]:

@@ -258,6 +258,7 @@ class Controller:
             manner,
             self.members.origin,
             frozenset(self.members.heirs or self.members.found),
+            self.roll.members if self.roll.has_settled else self.roll.before,
             self.last_step,
             ordered_at=now,
         )

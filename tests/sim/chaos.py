@@ -27,6 +27,9 @@ class Chaos:
         self.is_deadly = self.random.random() < 0.05
         if self.is_deadly:
             self.cluster.deadly_step = self.random.randint(1, NUM_STEPS - 1)
+        if self.random.random() < 0.2:
+            self.cluster.slow_step, self.cluster.slow_s = self.random.randrange(NUM_STEPS), 30.0
+            self.cluster.is_slow_for_all = self.random.random() < 0.5
         self.policy = WorldPolicy(
             workers=workers,
             min_workers=min(workers, self.random.choice((1, 2, 6))),

@@ -71,6 +71,9 @@ class Cluster:
     num_places: int = 1 << 30  # where a process can be
     called_off: set[str] = field(default_factory=set)
     deadly_step: int = -1  # whoever computes it loses one of the world
+    slow_step: int = -1
+    slow_s: float = 0.0
+    is_slow_for_all: bool = False  # else for one of those who compute it
     _queue: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
     _num_queued: int = 0
 
@@ -241,9 +244,17 @@ class Cluster:
         for node in members:
             node.began_at = self.now
             node.busy_until = self.now + STEP_S * node.slowness * self.random.uniform(0.8, 1.2)
+        self._read_slowly([node for node in members if node.standing.committed == self.slow_step])
         lasts_s = max((node.busy_until for node in members), default=self.now) - self.now
         is_deadly = any(node.standing.committed == self.deadly_step for node in members)
         self.later(lasts_s, partial(self._strike if is_deadly else self._step, generation))
+
+    def _read_slowly(self, members: list[Node]) -> None:
+        """Data comes late for whoever computes it, which looks like a hang where others are done."""
+        for node in members if self.is_slow_for_all else members[-1:]:
+            node.busy_until = self.now + self.slow_s
+            if not self.is_slow_for_all:
+                node.blemished_at = node.busy_until
 
     def _strike(self, generation: int) -> None:
         """A step kills one of those who compute it."""
