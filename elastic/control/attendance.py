@@ -63,6 +63,13 @@ class Attendance:
     def __post_init__(self) -> None:
         self.members, self.moved_at = frozenset(self.ranks), self.ordered_at
 
+    def succeed(
+        self, ranks: tuple[str, ...], manner: Manner, origin: str, holders: frozenset[str], *, now: float
+    ) -> "Attendance":
+        """Begin that of the next world, which is ordered now."""
+        before = self.members if self.has_settled else self.before
+        return Attendance(ranks, manner, origin, holders, before, self.last_step, now)
+
     def take(self, event: OfWorld, now: float) -> None:
         """Take in what a member of this world tells."""
         if event.member not in self.members:
@@ -124,3 +131,7 @@ class Attendance:
     def late(self) -> frozenset[str]:
         """Who has not come; nobody, once it is known that all have."""
         return self.members - self._came if self.stage is Stage.COMING else frozenset()
+
+    def have_ended(self, members: Collection[str]) -> bool:
+        """Whether all of these, and there are some, have ended in good order."""
+        return 0 < len(members) <= len(self.ended) and self.ended.keys() >= set(members)

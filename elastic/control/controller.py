@@ -29,8 +29,8 @@ from elastic.control.events import (
     UserFailed,
     WorkersWanted,
     WorldBroken,
-    WorldFormed,
 )
+from elastic.control.haste import HASTE_S, Haste
 from elastic.control.instructions import (
     End,
     FormWorld,
@@ -48,8 +48,6 @@ from elastic.control.phase import Phase
 from elastic.control.policy import Action, WorldPolicy, choose_world
 from elastic.control.succession import find_candidates, find_unneeded, has_reason, is_left_to_store
 from elastic.control.waking import WakingClock
-
-HASTE_S = 2.0  # a process that starts takes seconds of a core: survivors come first, for so long at most
 
 
 @dataclass(slots=True)
@@ -69,7 +67,7 @@ class Controller:
     last_step: int = 1 << 62
     phase: Phase = Phase.GATHERING
     members: Membership = field(init=False)
-    roll: Attendance = field(default_factory=Attendance)
+    roll: Attendance = field(init=False)
     diagnosis: Diagnosis = field(init=False)
     losses: Losses = field(default_factory=Losses)
     stopping: str | None = None
@@ -79,13 +77,13 @@ class Controller:
     _is_broken: bool = True
     _is_parting: bool = False  # all will be taken away: the world saves what it holds, and who leaves may go
     _ordered: FormWorld = field(init=False)
-    _hurries_since: float | None = None  # survivors are on their way to their next step
+    _haste: Haste = field(default_factory=Haste)
     _begun_at: float = 0.0
     _idle_since: float = 0.0
     _clock: WakingClock = field(default_factory=WakingClock)
 
     def __post_init__(self) -> None:
-        self.diagnosis = Diagnosis(self.policy)
+        self.diagnosis, self.roll = Diagnosis(self.policy), Attendance(last_step=self.last_step)
         self.members = Membership(self.prefix)
         self._least = self.policy.min_workers
 
@@ -111,7 +109,7 @@ class Controller:
                 why = self.losses.heal(member, step) if self.members.knows(member) else None
                 return self._evict(member, Cause.FAILED, why, now) if why else []
             case UserFailed(member=member) if self.members.knows(member):
-                return self._end(Status.FAILED, event.message)
+                return self._refuse(event, now)
             case MemberLeaving(member, notice):
                 return self._part(member, notice, now)
             case WorkersWanted(workers):
@@ -120,13 +118,11 @@ class Controller:
                 return self._stop(reason, now)
             case Tick():
                 return [*self._relax(now - HASTE_S, now), *self._wait(event, now)]
-            case MemberCame() | WorldFormed() | WorldBroken() | Settled() | StepCommitted() | MemberEnded():
-                return self._hear(event, now)
             case GenerationTaken():
                 self.generation = self.formed = self.generation + 1
                 self._ordered = replace(self._ordered, generation=self.formed)
                 return [self._ordered]
-        return []
+        return self._hear(event, now) if isinstance(event, OfWorld) else []
 
     def _welcome(self, ready: MemberReady, now: float) -> list[Instruction]:
         if self.members.admit(ready.member, ready.host, ready.step):
@@ -150,7 +146,7 @@ class Controller:
             case StepCommitted():
                 self.losses.num_in_a_row = self.diagnosis.num_stalls = 0
                 return [*self._settle(now), *self._relax(now, now)]
-            case MemberEnded() if self._all_ended():
+            case MemberEnded() if self.roll.have_ended(self.members.world):
                 return self._conclude(now)
         return []
 
@@ -175,16 +171,33 @@ class Controller:
             return []
         why = self.losses.count(lost, self.policy)
         if was_in_world:
-            if self._all_ended():
+            if self.roll.have_ended(self.members.world):
                 return self._conclude(now)
             self._break(now)
         if why and self._ends_as is not Status.FAILED:
             return self._fail(why, now)
         return [*self._consider(now), *self._replenish(now)]
 
+    def _refuse(self, failed: UserFailed, now: float) -> list[Instruction]:
+        """The job raised. The run ends once its state is saved; who holds none may be in a bad place only."""
+        members, who, why = self.members, failed.member, failed.message
+        is_first = not (self._settled or members.found or members.missing)
+        if is_first or (members.has_state and self.diagnosis.step == 0):
+            return self._end(Status.FAILED, why)
+        if not members.may_hold(who):
+            told = self._fail(why, now) if self.losses.refuse() else []
+            is_over = self.phase is Phase.ENDED
+            return told if is_over else [*told, *self._evict(who, Cause.START_FAILED, why, now)]
+        self.diagnosis.welcome(who)  # it comes to a world that only saves, at once or not at all
+        if self._ends_as is Status.FAILED and not self._is_broken and self._ordered.only_saves:
+            return self._evict(who, Cause.FAILED, why, now) if who in self.roll.came else []
+        self._break(now)
+        return self._fail(why, now)
+
     def _fail(self, why: str, now: float) -> list[Instruction]:
         """The run has to end; who holds its state saves that first, unless it is safe already."""
-        if self.members.is_safe or not (self.members.heirs or self.members.found):
+        members = self.members
+        if members.is_safe or not (members.heirs or members.found or members.missing):
             return self._end(Status.FAILED, why)
         self._ends_as, self.stopping = Status.FAILED, None
         return self._stop(why, now)
@@ -251,17 +264,9 @@ class Controller:
         self.members.rank(members)
         self.phase = Phase.FORMING
         self._is_broken = self._is_parting = False
-        if manner is Manner.AT_ONCE and self.members.has_state and self._hurries_since is None:
-            self._hurries_since = now
-        self.roll = Attendance(
-            members,
-            manner,
-            self.members.origin,
-            frozenset(self.members.heirs or self.members.found),
-            self.roll.members if self.roll.has_settled else self.roll.before,
-            self.last_step,
-            ordered_at=now,
-        )
+        if manner is Manner.AT_ONCE and self.members.has_state:
+            self._haste.begin(now)
+        self.roll = self.roll.succeed(members, manner, self.members.origin, self.members.holders, now=now)
         hosts = tuple(self.members.hosts[member] for member in members)
         self._ordered = FormWorld(self.generation, members, hosts, manner, reason)
         return self._ordered
@@ -300,10 +305,6 @@ class Controller:
         for one in done:
             self.members.drop(one)
         return [*(ReleaseMember(one, why) for one, why in done.items()), *self._replenish(now)]
-
-    def _all_ended(self) -> bool:
-        is_possible = 0 < len(self.members.world) <= len(self.roll.ended)
-        return is_possible and self.roll.ended.keys() >= set(self.members.world)
 
     def _conclude(self, now: float) -> list[Instruction]:
         """The world has ended in good order, and what it held is durable."""
@@ -382,14 +383,11 @@ class Controller:
 
     def _relax(self, by: float, now: float) -> list[Instruction]:
         """Start what is lacking if the survivors, who hurried since before, have had their time."""
-        if self._hurries_since is None or self._hurries_since > by:
-            return []
-        self._hurries_since = None
-        return list(self._replenish(now))
+        return list(self._replenish(now)) if self._haste.ends(by) else []
 
     def _replenish(self, now: float) -> Iterable[Instruction]:
         """Start as many members as the policy's world lacks."""
-        is_hurrying = self._hurries_since is not None and not self._is_broken
+        is_hurrying = self._haste.since is not None and not self._is_broken
         if self.stopping or self.phase is Phase.ENDED or is_hurrying:
             return
         while self.members.num_lasting < self.policy.workers + self.policy.standbys:

@@ -74,7 +74,7 @@ class Diagnosis:
         self._diligence.look(tick.working_s, fresh_s)
 
     def welcome(self, member: str) -> None:
-        """Note a member that is idle, and has never been told to do anything."""
+        """Note a member that is idle: it has nothing to leave before it comes."""
         self._unused.add(member)
 
     def learn(self, event: OfWorld) -> None:

@@ -132,6 +132,11 @@ class Membership:
         return tuple(self._heirs)
 
     @property
+    def holders(self) -> frozenset[str]:
+        """Who is known to hold the newest state, or may."""
+        return frozenset(self.heirs or self.found)
+
+    @property
     def is_safe(self) -> bool:
         """Whether what the members hold is durable, and no world has gone on from there."""
         return self._is_safe
@@ -149,6 +154,10 @@ class Membership:
         """
         newest_first = sorted(self._found, key=lambda member: -self._found[member])
         return tuple(member for member in newest_first if member in self.hosts)
+
+    def may_hold(self, member: str) -> bool:
+        """Whether this member holds the newest state, as far as is known."""
+        return member in self._heirs or member in self._found
 
     def is_last_holder(self, member: str) -> bool:
         """Whether nobody else is known to hold as new a state as this member."""

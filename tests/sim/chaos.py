@@ -75,6 +75,7 @@ class Chaos:
             (self.slow_down, 2),
             (self.fill, 1),
             (self.lose_state, 2 if self.random.random() < 0.3 else 0),
+            (self.raise_error, 1 if self.random.random() < 0.1 else 0),
             (self.give_notice, 3),
             (self.give_everybody_notice, 1 if self.random.random() < 0.2 else 0),
             (self.resize, 2),
@@ -235,6 +236,12 @@ class Chaos:
         if (node := self.victim()) and node.inside:
             self.note(f"the state of world {node.inside} is disputed")
             self.cluster.give_up(node.inside)
+
+    def raise_error(self) -> None:
+        """The job raises in a step."""
+        if (node := self.victim()) and node.inside and node.standing.committed > 2 and not node.faults:
+            self.note(f"the job raises in {node.name}")
+            self.cluster.refuse(node)
 
     def give_notice(self) -> None:
         """A machine will be taken away, and some time later is, whether its member has left or not."""

@@ -20,6 +20,7 @@ from elastic.control.events import (
     MemberReady,
     Settled,
     StepCommitted,
+    UserFailed,
     WorldBroken,
     WorldFormed,
 )
@@ -121,6 +122,8 @@ class Cluster:
             self.tell(node, MemberLost(name, Cause.START_FAILED, "simulated"))
             return
         self.nodes[name] = node
+        if self.is_chaotic and self.random.random() < 0.02:
+            self.refuse(node)
         self.greet(node)
 
     def _await_place(self, name: str, seat: Callable[[Node], None]) -> None:
@@ -129,7 +132,8 @@ class Cluster:
 
     def greet(self, node: Node) -> None:
         """Ask a member that is up to say so."""
-        if not (node.is_cut_off or Fault.STOPPED in node.faults or self.is_gone(node)):
+        is_up = not (node.has_raised and node.is_blank)
+        if is_up and not (node.is_cut_off or Fault.STOPPED in node.faults or self.is_gone(node)):
             self.tell(node, MemberReady(node.name, node.host, 1, node.standing.committed))
             if node.has_notice:
                 self.give_notice(node)
@@ -138,6 +142,13 @@ class Cluster:
         """A member learns that it will be taken away, and says so to its driver and to each new one."""
         node.has_notice = True
         self.tell(node, MemberLeaving(node.name, "simulated"))
+
+    def refuse(self, node: Node) -> None:
+        """A member's job raises: it leaves its world, and serves no other one but to save what it holds."""
+        node.has_raised = True
+        self.tell(node, UserFailed(node.name, 0, max(node.standing.committed, 0), "the job raised", ""))
+        if node.inside:
+            self._leave(node, node.inside)
 
     def order(self, name: str, order: FormWorld) -> None:
         """An order reaches a member some time; one that comes too late is ignored, as in its mailbox."""
@@ -165,6 +176,8 @@ class Cluster:
     def advance(self, node: Node) -> None:
         """Let a training thread that waits for orders, or for the others at a rendezvous, go on."""
         if self.is_gone(node) or node.faults or node.inside or node.order is None:
+            return
+        if node.has_raised and not node.order.only_saves:
             return
         if node.waiting_at:
             self.tell_broken(node, node.waiting_at, "a newer world was ordered")
