@@ -45,7 +45,7 @@ from elastic.control.instructions import (
 from elastic.control.losses import Losses
 from elastic.control.membership import Membership
 from elastic.control.phase import Phase
-from elastic.control.policy import Action, WorldPolicy, choose_world
+from elastic.control.policy import Action, Waiting, WorldPolicy, choose_world, resized
 from elastic.control.succession import find_candidates, find_unneeded, has_reason, is_left_to_store
 from elastic.control.waking import WakingClock
 
@@ -231,8 +231,9 @@ class Controller:
 
     def _choose(self, manner: Manner, now: float) -> list[Instruction]:
         candidates = find_candidates(self.members, self.policy, self.most_ranks)
-        num_starting, waited_s = len(self.members.starting), now - self._idle_since
-        decision = choose_world(*candidates, num_starting=num_starting, waited_s=waited_s)
+        num_starting, building = len(self.members.starting), self.diagnosis.building
+        waiting = Waiting(num_starting, building, now - self._idle_since, has_begun=self.generation > 0)
+        decision = choose_world(*candidates, waiting)
         match decision.action:
             case Action.GIVE_UP if manner is Manner.AT_ONCE:
                 return self._fail(decision.reason, now)
@@ -293,8 +294,7 @@ class Controller:
 
     def _resize(self, workers: int, now: float) -> list[Instruction]:
         """Aim at another number of workers; who is too many leaves at the next step boundary."""
-        most = min(workers, self.most_ranks)
-        self.policy = replace(self.policy, workers=most, min_workers=min(self._least, most))
+        self.policy = resized(self.policy, min(workers, self.most_ranks), self._least)
         self.losses.num_in_a_row = 0  # they were many or few for another size
         released = self._release(now) if self.phase is Phase.TRAINING else self._replenish(now)
         return [*released, *self._consider(now)]
@@ -361,15 +361,15 @@ class Controller:
 
     def _replace_overdue(self, now: float) -> list[Instruction]:
         """Give up whom nobody has heard of; that is no failure, it never was there."""
-        killed: list[Instruction] = []
         if self.members.missing:
             self._idle_since = now  # the time to gather begins once it is known who is there
         if self.members.is_missing_all and now - self._begun_at < self.policy.alone_s:
             return []  # perhaps it is this driver that is cut off
-        for member in self.members.overdue(now):
+        overdue = self.members.overdue(now)
+        for member in overdue:
             self.members.drop(member)
-            evidence = f"{member} did not answer in the time it has to start, or to greet a new driver"
-            killed.append(KillMember(member, evidence, Cause.START_FAILED))
+        why = "did not answer in the time it has to start, or to greet a new driver"
+        killed = [KillMember(member, f"{member} {why}", Cause.START_FAILED) for member in overdue]
         return [*killed, *self._replenish(now)] if killed else []
 
     def _stall(self, why: str, now: float) -> list[Instruction]:

@@ -48,6 +48,7 @@ class Diagnosis:
 
     policy: WorldPolicy
     num_stalls: int = 0
+    building: frozenset[str] = frozenset()  # they are up, and not ready yet
     _stalls_since: float = 0.0
     _reach: Reach = field(default_factory=Reach)
     _silence: Suspicion = field(init=False)
@@ -70,6 +71,8 @@ class Diagnosis:
         self._waited_at |= dict.fromkeys(tick.waiting, now)
         fresh_s, self._slept_s = slept_s - self._slept_s, slept_s
         self._ready = ready
+        answering = (one for one, s in tick.silence_s.items() if s < self.policy.unreachable_s)
+        self.building = frozenset(one for one in answering if one not in ready)
         self._silence.look({one: s for one, s in tick.silence_s.items() if one in ready}, fresh_s)
         self._diligence.look(tick.working_s, fresh_s)
 

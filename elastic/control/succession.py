@@ -15,10 +15,10 @@ def find_candidates(members: Membership, policy: WorldPolicy, most_ranks: int) -
     If all who hold the state are leaving, one of them hands it over, if a newcomer fits beside it. Until a
     world has settled, all of an earlier driver's members are in it, or as many as can be: those first who say
     that they hold the newest state. Where all are leaving, or have saved and left, whoever comes goes on as
-    survivors do, and is waited for as replacements are.
+    survivors do.
     """
     if members.is_deserted or members.is_safe:
-        return tuple(members.outside), (), replace(policy, gather_s=policy.wait_s)
+        return tuple(members.outside), (), policy
     if found := members.found:
         others = [one for one in (*members.staying, *members.outside) if one not in found]
         at_least_found = min(max(policy.workers, len(found)), most_ranks)
