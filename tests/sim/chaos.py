@@ -10,6 +10,7 @@ from elastic.control.policy import WorldPolicy
 from tests.sim.cluster import NUM_STEPS, Cluster
 from tests.sim.driving import Driver, Story
 from tests.sim.node import Fault, Node
+from tests.sim.reading import SlowData
 
 CHAOS_S = 40.0  # blows fall within that time
 LIMIT_S = 4000.0
@@ -28,8 +29,8 @@ class Chaos:
         if self.is_deadly:
             self.cluster.deadly_step = self.random.randint(1, NUM_STEPS - 1)
         if self.random.random() < 0.2:
-            self.cluster.slow_step, self.cluster.slow_s = self.random.randrange(NUM_STEPS), 30.0
-            self.cluster.is_slow_for_all = self.random.random() < 0.5
+            step, is_for_all = self.random.randrange(NUM_STEPS), self.random.random() < 0.5
+            self.cluster.slow_data = SlowData(step, 30.0, is_for_all)
         self.policy = WorldPolicy(
             workers=workers,
             min_workers=min(workers, self.random.choice((1, 2, 6))),

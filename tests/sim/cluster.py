@@ -7,7 +7,6 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
 
 from elastic.control.events import (
     Cause,
@@ -26,29 +25,16 @@ from elastic.control.events import (
 )
 from elastic.control.instructions import FormWorld, Manner
 from elastic.control.standing import BLANK, Standing, settle
+from tests.sim.audience import Audience, World
 from tests.sim.network import Network
 from tests.sim.node import LEASE_S, Fault, Node
+from tests.sim.reading import SlowData
 
 NUM_STEPS = 40
 STEP_S = 0.4
 SAVE_EVERY = 10
 CONNECT_S = 5.0  # until a member that cannot reach another one gives the new world up
 BLOCKED_S = 0.25  # how often something that waits for a hang or a partition to end looks again
-
-
-class Audience(Protocol):
-    """Whoever takes what members tell."""
-
-    def hear(self, node: Node, event: Event) -> bool:
-        """Take what a member tells; False if nobody listens to it."""
-
-
-@dataclass
-class World:
-    """One world that was ordered, and the driver that owns it."""
-
-    order: FormWorld
-    owner: str
 
 
 @dataclass
@@ -72,9 +58,7 @@ class Cluster:
     num_places: int = 1 << 30  # where a process can be
     called_off: set[str] = field(default_factory=set)
     deadly_step: int = -1  # whoever computes it loses one of the world
-    slow_step: int = -1
-    slow_s: float = 0.0
-    is_slow_for_all: bool = False  # else for one of those who compute it
+    slow_data: SlowData = field(default_factory=SlowData)
     _queue: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
     _num_queued: int = 0
 
@@ -257,17 +241,10 @@ class Cluster:
         for node in members:
             node.began_at = self.now
             node.busy_until = self.now + STEP_S * node.slowness * self.random.uniform(0.8, 1.2)
-        self._read_slowly([node for node in members if node.standing.committed == self.slow_step])
+        self.slow_data.hold_up(members, self.now)
         lasts_s = max((node.busy_until for node in members), default=self.now) - self.now
         is_deadly = any(node.standing.committed == self.deadly_step for node in members)
         self.later(lasts_s, partial(self._strike if is_deadly else self._step, generation))
-
-    def _read_slowly(self, members: list[Node]) -> None:
-        """Data comes late for whoever computes it, which looks like a hang where others are done."""
-        for node in members if self.is_slow_for_all else members[-1:]:
-            node.busy_until = self.now + self.slow_s
-            if not self.is_slow_for_all:
-                node.blemished_at = node.busy_until
 
     def _strike(self, generation: int) -> None:
         """A step kills one of those who compute it."""

@@ -17,7 +17,8 @@ from elastic.control.instructions import (
 )
 from elastic.control.phase import Phase
 from elastic.control.policy import WorldPolicy
-from tests.sim.cluster import Cluster, World
+from tests.sim.audience import World
+from tests.sim.cluster import Cluster
 from tests.sim.node import Fault, Node
 
 TICK_S = 0.25
