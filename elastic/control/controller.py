@@ -1,8 +1,7 @@
 """The controller: events in, instructions out. It knows no process, no clock and no network.
 
-A world goes GATHERING -> FORMING -> TRAINING; any loss leads back to FORMING with the survivors, a joiner
-does so at a step boundary, and a request to stop leads to ENDED through one last checkpoint. What belongs to
-an older generation is ignored.
+A world goes GATHERING -> FORMING -> TRAINING; any loss leads back to FORMING, a joiner at a step boundary, a
+request to stop to ENDED through a last checkpoint. What belongs to an older generation is ignored.
 """
 
 from collections.abc import Iterable
@@ -45,8 +44,8 @@ from elastic.control.instructions import (
 from elastic.control.losses import Losses
 from elastic.control.membership import Membership
 from elastic.control.phase import Phase
-from elastic.control.policy import Action, Waiting, WorldPolicy, choose_world, resized
-from elastic.control.succession import find_candidates, find_unneeded, has_reason, is_left_to_store
+from elastic.control.policy import Action, Decision, Waiting, WorldPolicy, resized
+from elastic.control.succession import decide, find_unneeded, has_reason, is_left_to_store
 from elastic.control.waking import WakingClock
 
 
@@ -55,8 +54,9 @@ class Controller:
     """Decides which world forms next, from what happened.
 
     `generation` is the newest one claimed so far (0: none), `formed` the newest that this controller formed:
-    what members still have to tell of an earlier driver's world is not about ours. `prefix` names this
-    controller's members. No world has more than `most_ranks`; no step comes after `last_step`.
+    what is told of an earlier driver's world is not about ours. `prefix` names this controller's members. No
+    world has more than `most_ranks`; no step comes after `last_step`. Of each shard of the state there are
+    `copies` (0: all hold all of it).
     """
 
     policy: WorldPolicy
@@ -65,6 +65,7 @@ class Controller:
     formed: int = 0
     most_ranks: int = 1 << 30
     last_step: int = 1 << 62
+    copies: int = 0
     phase: Phase = Phase.GATHERING
     members: Membership = field(init=False)
     roll: Attendance = field(init=False)
@@ -196,8 +197,7 @@ class Controller:
 
     def _fail(self, why: str, now: float) -> list[Instruction]:
         """The run has to end; who holds its state saves that first, unless it is safe already."""
-        members = self.members
-        if members.is_safe or not (members.heirs or members.found or members.missing):
+        if self.members.is_safe or not (self.members.holders or self.members.missing):
             return self._end(Status.FAILED, why)
         self._ends_as, self.stopping = Status.FAILED, None
         return self._stop(why, now)
@@ -214,7 +214,7 @@ class Controller:
         if self.members.missing:
             return []
         is_unsafe = not self.members.is_safe and is_left_to_store(self.members, self.policy, self.most_ranks)
-        if self.stopping or (is_unsafe and (self.members.heirs or self.members.found)):
+        if self.stopping or (is_unsafe and self.members.holders):
             return self._form_last(now)
         return self._choose(Manner.AT_ONCE, now)
 
@@ -230,15 +230,14 @@ class Controller:
         return self._choose(Manner.AT_BOUNDARY, now) if has_reason(self.members, self.policy) else []
 
     def _choose(self, manner: Manner, now: float) -> list[Instruction]:
-        candidates = find_candidates(self.members, self.policy, self.most_ranks)
         num_starting, building = len(self.members.starting), self.diagnosis.building
         waiting = Waiting(num_starting, building, now - self._idle_since, has_begun=self.generation > 0)
-        decision = choose_world(*candidates, waiting)
+        decision = decide(self.members, self.policy, self.most_ranks, self.copies, waiting)
         match decision.action:
             case Action.GIVE_UP if manner is Manner.AT_ONCE:
                 return self._fail(decision.reason, now)
             case Action.FORM:
-                return [self._form(decision.members, manner, decision.reason, now)]
+                return [self._form(decision, manner, now)]
         return []
 
     def _form_last(self, now: float) -> list[Instruction]:
@@ -256,20 +255,23 @@ class Controller:
 
     def _form_to_save(self, members: tuple[str, ...], manner: Manner, reason: str, now: float) -> FormWorld:
         """Form a world that makes no step: one may have killed those before it."""
-        self._ordered = replace(self._form(members, manner, reason, now), only_saves=True)
+        formed = self._form(Decision(Action.FORM, reason, members), manner, now)
+        self._ordered = replace(formed, only_saves=True)
         self.roll.is_closing = True
         return self._ordered
 
-    def _form(self, members: tuple[str, ...], manner: Manner, reason: str, now: float) -> FormWorld:
+    def _form(self, decision: Decision, manner: Manner, now: float) -> FormWorld:
+        members, leaving = decision.members, decision.leaving
         self.generation = self.formed = self.generation + 1
         self.members.rank(members)
         self.phase = Phase.FORMING
         self._is_broken = self._is_parting = False
         if manner is Manner.AT_ONCE and self.members.has_state:
             self._haste.begin(now)
-        self.roll = self.roll.succeed(members, manner, self.members.origin, self.members.holders, now=now)
+        origin = "survivors" if leaving else self.members.origin
+        self.roll = self.roll.succeed(members, manner, origin, self.members.holders, now=now)
         hosts = tuple(self.members.hosts[member] for member in members)
-        self._ordered = FormWorld(self.generation, members, hosts, manner, reason)
+        self._ordered = FormWorld(self.generation, members, hosts, manner, decision.reason, leaving=leaving)
         return self._ordered
 
     def _settle(self, now: float) -> list[Instruction]:
@@ -277,11 +279,13 @@ class Controller:
         if self.phase is not Phase.FORMING or not self.roll.has_settled:
             return []
         self.phase, self._settled = Phase.TRAINING, self.formed
-        self.members.settle()
+        self.members.settle(self._ordered.leaving)
+        if self._ordered.leaving:  # it makes no step
+            self._break(now)
+            return self._consider(now)
         if self.stopping:
-            return self._stop_world(self.stopping)
-        released = [] if self._ordered.only_saves else self._release(now)  # the others go on after it
-        return [*released, *self._consider(now)]
+            return [] if self.roll.is_closing else [StopWorld(self.generation, self.stopping)]
+        return [*([] if self._ordered.only_saves else self._release(now)), *self._consider(now)]
 
     def _part(self, member: str, notice: str, now: float) -> list[Instruction]:
         """A member will be taken away: let the others go on without it from the next step boundary on."""
@@ -323,11 +327,9 @@ class Controller:
             return []
         self.stopping = reason
         self.members.hasten(now + self.policy.roll_s)
-        return self._consider(now) if self._is_broken else self._stop_world(reason)
-
-    def _stop_world(self, reason: str) -> list[Instruction]:
-        """Let the world save after its next step, unless it is about to save anyway."""
-        return [] if self.roll.is_closing else [StopWorld(self.generation, reason)]
+        if self._is_broken:
+            return self._consider(now)
+        return [] if self.roll.is_closing else [StopWorld(self.generation, reason)]  # it saves anyway
 
     def _wait(self, tick: Tick, now: float) -> list[Instruction]:
         """Look at who answers and at what moves; end who holds the others up."""
@@ -368,8 +370,8 @@ class Controller:
         overdue = self.members.overdue(now)
         for member in overdue:
             self.members.drop(member)
-        why = "did not answer in the time it has to start, or to greet a new driver"
-        killed = [KillMember(member, f"{member} {why}", Cause.START_FAILED) for member in overdue]
+        why = "it did not answer in the time it has to start, or to greet a new driver"
+        killed = [KillMember(member, why, Cause.START_FAILED) for member in overdue]
         return [*killed, *self._replenish(now)] if killed else []
 
     def _stall(self, why: str, now: float) -> list[Instruction]:

@@ -102,10 +102,10 @@ class Membership:
             if member not in self._ranked and member not in self._leaving
         }
 
-    def settle(self) -> None:
-        """Note that all of the world hold the newest state."""
-        self._heirs, self._found = dict.fromkeys(self.world), {}
-        self._num_settled, self._is_lost = len(self.world), False
+    def settle(self, leaving: Collection[str] = ()) -> None:
+        """Note that all of the world hold the newest state, but for those who have given theirs away."""
+        self._heirs, self._found = {one: None for one in self.world if one not in leaving}, {}
+        self._num_settled, self._is_lost = len(self._heirs), False
 
     def blank(self, member: str) -> bool:
         """Count a member as one that holds nothing; return whether it held the newest state until then.
@@ -176,6 +176,11 @@ class Membership:
     def missing(self) -> Collection[str]:
         """The members of an earlier driver that have not answered yet."""
         return self._missing
+
+    @property
+    def num_settled(self) -> int:
+        """How many held the newest state together, once all of them did."""
+        return self._num_settled
 
     @property
     def has_state(self) -> bool:

@@ -74,11 +74,14 @@ class Action(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """An action with its reason; `members` are the next world's, in rank order, when the action is FORM."""
+    """An action with its reason; `members` are the next world's, in rank order, when the action is FORM.
+    Those who are `leaving` are in it to give the others what they hold.
+    """
 
     action: Action
     reason: str
     members: tuple[str, ...] = ()
+    leaving: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

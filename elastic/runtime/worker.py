@@ -234,10 +234,12 @@ class Member:
 
     def _train(self, world: World, trainer: Trainer, form: FormWorld) -> MemberEnded:
         member = self._assignment.member
-        settled = trainer.settle(world)
+        settled = trainer.settle(world, [form.members.index(one) for one in form.leaving])
         self._outbox.put(
             Settled(member, world.generation, settled.step, settled.source, settled.seconds, settled.note)
         )
+        if form.leaving:  # what they held is with the others now, who form the next world
+            return MemberEnded(member, world.generation, trainer.standing.committed, Ending.REGROUP)
         go_on = trainer.save_and_stop if form.only_saves else trainer.run
         ending = go_on(world, self._mailbox, self._outbox.put)
         sha256 = "" if ending is Ending.REGROUP else trainer.weights_sha256()

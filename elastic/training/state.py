@@ -1,7 +1,7 @@
 """What a training step changes: model, optimizer and schedule; live, and as a plain nested state."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class Learner:
         """Whether all of the state is here."""
         return True
 
-    def settle(self, world: World) -> int:  # noqa: ARG002  (who holds shares asks it)
+    def settle(self, world: World, leaving: Collection[int] = ()) -> int:  # noqa: ARG002  (who holds shares asks it)
         """Return that nothing had to come from other ranks: every rank holds everything."""
         return 0
 

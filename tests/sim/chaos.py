@@ -41,6 +41,7 @@ class Chaos:
         )
         if self.random.random() < 0.3:  # a replacement needs the place of whom it replaces
             self.cluster.num_places = workers + self.policy.standbys
+        self.cluster.shards.copies = self.random.choice((0, 1, 2))
         self.most_ranks = self.random.choice((1 << 30, workers))
         self.cluster.restore_s = self.random.choice((3.0, 200.0))
         self.drivers: list[Driver] = []

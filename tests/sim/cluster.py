@@ -29,6 +29,7 @@ from tests.sim.audience import Audience, World
 from tests.sim.network import Network
 from tests.sim.node import LEASE_S, Fault, Node
 from tests.sim.reading import SlowData
+from tests.sim.shards import Shards
 
 NUM_STEPS = 40
 STEP_S = 0.4
@@ -59,6 +60,7 @@ class Cluster:
     called_off: set[str] = field(default_factory=set)
     deadly_step: int = -1  # whoever computes it loses one of the world
     slow_data: SlowData = field(default_factory=SlowData)
+    shards: Shards = field(default_factory=Shards)
     _queue: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
     _num_queued: int = 0
 
@@ -118,6 +120,8 @@ class Cluster:
         """Ask a member that is up to say so."""
         is_up = not (node.has_raised and node.is_blank)
         if is_up and not (node.is_cut_off or Fault.STOPPED in node.faults or self.is_gone(node)):
+            if node.has_raised:
+                self.refuse(node)
             self.tell(node, MemberReady(node.name, node.host, 1, node.standing.committed))
             if node.has_notice:
                 self.give_notice(node)
@@ -154,8 +158,6 @@ class Cluster:
         node = self.nodes.get(name)
         if node is not None and not node.is_cut_off:
             node.stop_generation = max(node.stop_generation, generation)
-
-    # ------------------------------------------------------------------------------- a training thread's way
 
     def advance(self, node: Node) -> None:
         """Let a training thread that waits for orders, or for the others at a rendezvous, go on."""
@@ -219,7 +221,11 @@ class Cluster:
             told = "self" if source == "peer" and not node.is_blank else source
             node.standing = Standing(step)
             self.tell(node, Settled(node.name, generation, step, told, 0.1))
-        if self.worlds[generation].order.only_saves:
+        order = self.worlds[generation].order
+        self.shards.settle(members, order.leaving, lambda one: not self.is_gone(one) and self.is_sound(one))
+        if order.leaving:
+            self._end(members, Ending.REGROUP)
+        elif order.only_saves:
             self._save_last(generation, Ending.FINISHED if step >= NUM_STEPS else Ending.STOPPED)
         else:
             self._begin_step(generation)
@@ -345,8 +351,6 @@ class Cluster:
         for other in list(self.nodes.values()):
             if other.inside == generation and not other.is_isolated:
                 self.later(self.random.uniform(0.001, 0.1), partial(self._leave, other, generation))
-
-    # ----------------------------------------------------------------------------------------- life and death
 
     def die(self, node: Node) -> None:
         """A SIGKILL: its peers see their collective fail, the driver hears of the loss, in either order."""
