@@ -109,7 +109,7 @@ class Controller:
             case ReplicaHealed(member=member, step=step):
                 why = self.losses.heal(member, step) if self.members.knows(member) else None
                 return self._evict(member, Cause.FAILED, why, now) if why else []
-            case UserFailed(member=member) if self.members.knows(member):
+            case UserFailed(member=member) if self.members.knows(member) and self.losses.is_news(event):
                 return self._refuse(event, now)
             case MemberLeaving(member, notice):
                 return self._part(member, notice, now)
@@ -183,7 +183,7 @@ class Controller:
         """The job raised. The run ends once its state is saved; who holds none may be in a bad place only."""
         members, who, why = self.members, failed.member, failed.message
         is_first = not (self._settled or members.found or members.missing)
-        if is_first or (members.has_state and self.diagnosis.step == 0):
+        if is_first or (who in members.heirs and self.diagnosis.step == 0):
             return self._end(Status.FAILED, why)
         if not members.may_hold(who):
             told = self._fail(why, now) if self.losses.refuse() else []

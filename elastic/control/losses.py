@@ -3,7 +3,7 @@
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from elastic.control.events import MemberLost
+from elastic.control.events import MemberLost, UserFailed
 from elastic.control.policy import WorldPolicy
 
 HEALINGS_TO_EVICT = 2  # once may be a cosmic ray, twice is a broken machine
@@ -20,6 +20,7 @@ class Losses:
     num: int = 0
     num_in_a_row: int = 0
     num_refusals: int = 0
+    _told: set[UserFailed] = field(default_factory=set)
     _healed: defaultdict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
 
     def count(self, lost: MemberLost, policy: WorldPolicy) -> str | None:
@@ -31,6 +32,12 @@ class Losses:
         if self.num_in_a_row > 2 * policy.workers + LOSSES_BEYOND:
             return f"{self.num_in_a_row} workers were lost in a row without a step: {lost.evidence}"
         return None
+
+    def is_news(self, failed: UserFailed) -> bool:
+        """Note what a member tells; return whether it was not told before."""
+        is_new = failed not in self._told
+        self._told.add(failed)
+        return is_new
 
     def refuse(self) -> bool:
         """Note that the job raised in a newcomer; return whether it is the job."""

@@ -78,7 +78,8 @@ def test_who_raises_as_it_saves_is_left_out_and_the_others_save() -> None:
     last = last_world(controller.handle(raised("w1"), 4.0))
     for member in ("w0", "w1"):
         controller.handle(MemberCame(member, last.generation), 4.2)
-    killed, again = controller.handle(raised("w1"), 4.3)
+    assert controller.handle(raised("w1"), 4.25) == [], "it was told twice"
+    killed, again = controller.handle(raised("w1", 2), 4.3)
     assert isinstance(killed, KillMember) and killed.member == "w1"
     assert last_world([again]).members == ("w0",)
 
