@@ -44,6 +44,7 @@ def to_order(run: Run) -> elastic.TrainOrder:
         world=elastic.WorldPolicy(
             workers=spec.world.workers,
             min_workers=spec.world.min_workers,
+            standbys_follow=spec.world.standbys == "auto",
             standbys=elastic.num_standbys(spec.world.workers)
             if spec.world.standbys == "auto"
             else spec.world.standbys,

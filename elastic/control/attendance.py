@@ -38,14 +38,15 @@ class Attendance:
 
     `holders` are those known to hold the state as it was ordered; none, if that is known of nobody. `origin`
     says where those who lack the state get it from: "self" (nobody does), "survivors" (nor does anybody, but
-    for what those held who are not there any more), "peer" or "store". It `is_closing` once nothing but the
-    last checkpoint is left to do.
+    for what those held who are not there any more), "peer" or "store". Until it comes, those `before` make
+    steps, or end their micro-batches. It `is_closing` once nothing but the last checkpoint is left to do.
     """
 
     ranks: tuple[str, ...] = ()
     manner: Manner = Manner.AT_ONCE
     origin: str = "store"
     holders: frozenset[str] = frozenset()
+    before: frozenset[str] = frozenset()
     last_step: int = 1 << 62
     ordered_at: float = 0.0
     broken_at: float | None = None
@@ -61,6 +62,13 @@ class Attendance:
 
     def __post_init__(self) -> None:
         self.members, self.moved_at = frozenset(self.ranks), self.ordered_at
+
+    def succeed(
+        self, ranks: tuple[str, ...], manner: Manner, origin: str, holders: frozenset[str], *, now: float
+    ) -> "Attendance":
+        """Begin that of the next world, which is ordered now."""
+        before = self.members if self.has_settled else self.before
+        return Attendance(ranks, manner, origin, holders, before, self.last_step, now)
 
     def take(self, event: OfWorld, now: float) -> None:
         """Take in what a member of this world tells."""
@@ -108,6 +116,13 @@ class Attendance:
         return self.members if self.has_settled else self.holders & self.members or self.members
 
     @property
+    def stepping(self) -> frozenset[str]:
+        """Who may be at a micro-batch: until this world has come, members of the one that trained last."""
+        if self.stage is Stage.COMING:
+            return self.before
+        return self.members
+
+    @property
     def came(self) -> Collection[str]:
         """Who is known to have come."""
         return self._came
@@ -116,3 +131,7 @@ class Attendance:
     def late(self) -> frozenset[str]:
         """Who has not come; nobody, once it is known that all have."""
         return self.members - self._came if self.stage is Stage.COMING else frozenset()
+
+    def have_ended(self, members: Collection[str]) -> bool:
+        """Whether all of these, and there are some, have ended in good order."""
+        return 0 < len(members) <= len(self.ended) and self.ended.keys() >= set(members)

@@ -1,8 +1,7 @@
 """The controller: events in, instructions out. It knows no process, no clock and no network.
 
-A world goes GATHERING -> FORMING -> TRAINING; any loss leads back to FORMING with the survivors, a joiner
-does so at a step boundary, and a request to stop leads to ENDED through one last checkpoint. What belongs to
-an older generation is ignored.
+A world goes GATHERING -> FORMING -> TRAINING; any loss leads back to FORMING, a joiner at a step boundary, a
+request to stop to ENDED through a last checkpoint. What belongs to an older generation is ignored.
 """
 
 from collections.abc import Iterable
@@ -29,8 +28,8 @@ from elastic.control.events import (
     UserFailed,
     WorkersWanted,
     WorldBroken,
-    WorldFormed,
 )
+from elastic.control.haste import HASTE_S, Haste
 from elastic.control.instructions import (
     End,
     FormWorld,
@@ -45,11 +44,9 @@ from elastic.control.instructions import (
 from elastic.control.losses import Losses
 from elastic.control.membership import Membership
 from elastic.control.phase import Phase
-from elastic.control.policy import Action, WorldPolicy, choose_world
-from elastic.control.succession import find_candidates, find_unneeded, has_reason, is_left_to_store
+from elastic.control.policy import Action, Decision, Waiting, WorldPolicy, resized
+from elastic.control.succession import decide, find_unneeded, has_reason, is_left_to_store
 from elastic.control.waking import WakingClock
-
-HASTE_S = 2.0  # a process that starts takes seconds of a core: survivors come first, for so long at most
 
 
 @dataclass(slots=True)
@@ -57,8 +54,9 @@ class Controller:
     """Decides which world forms next, from what happened.
 
     `generation` is the newest one claimed so far (0: none), `formed` the newest that this controller formed:
-    what members still have to tell of an earlier driver's world is not about ours. `prefix` names this
-    controller's members. No world has more than `most_ranks`; no step comes after `last_step`.
+    what is told of an earlier driver's world is not about ours. `prefix` names this controller's members. No
+    world has more than `most_ranks`; no step comes after `last_step`. Of each shard of the state there are
+    `copies` (0: all hold all of it).
     """
 
     policy: WorldPolicy
@@ -67,9 +65,10 @@ class Controller:
     formed: int = 0
     most_ranks: int = 1 << 30
     last_step: int = 1 << 62
+    copies: int = 0
     phase: Phase = Phase.GATHERING
     members: Membership = field(init=False)
-    roll: Attendance = field(default_factory=Attendance)
+    roll: Attendance = field(init=False)
     diagnosis: Diagnosis = field(init=False)
     losses: Losses = field(default_factory=Losses)
     stopping: str | None = None
@@ -79,13 +78,13 @@ class Controller:
     _is_broken: bool = True
     _is_parting: bool = False  # all will be taken away: the world saves what it holds, and who leaves may go
     _ordered: FormWorld = field(init=False)
-    _hurries_since: float | None = None  # survivors are on their way to their next step
+    _haste: Haste = field(default_factory=Haste)
     _begun_at: float = 0.0
     _idle_since: float = 0.0
     _clock: WakingClock = field(default_factory=WakingClock)
 
     def __post_init__(self) -> None:
-        self.diagnosis = Diagnosis(self.policy)
+        self.diagnosis, self.roll = Diagnosis(self.policy), Attendance(last_step=self.last_step)
         self.members = Membership(self.prefix)
         self._least = self.policy.min_workers
 
@@ -110,8 +109,8 @@ class Controller:
             case ReplicaHealed(member=member, step=step):
                 why = self.losses.heal(member, step) if self.members.knows(member) else None
                 return self._evict(member, Cause.FAILED, why, now) if why else []
-            case UserFailed(member=member) if self.members.knows(member):
-                return self._end(Status.FAILED, event.message)
+            case UserFailed(member=member) if self.members.knows(member) and self.losses.is_news(event):
+                return self._refuse(event, now)
             case MemberLeaving(member, notice):
                 return self._part(member, notice, now)
             case WorkersWanted(workers):
@@ -120,13 +119,11 @@ class Controller:
                 return self._stop(reason, now)
             case Tick():
                 return [*self._relax(now - HASTE_S, now), *self._wait(event, now)]
-            case MemberCame() | WorldFormed() | WorldBroken() | Settled() | StepCommitted() | MemberEnded():
-                return self._hear(event, now)
             case GenerationTaken():
                 self.generation = self.formed = self.generation + 1
                 self._ordered = replace(self._ordered, generation=self.formed)
                 return [self._ordered]
-        return []
+        return self._hear(event, now) if isinstance(event, OfWorld) else []
 
     def _welcome(self, ready: MemberReady, now: float) -> list[Instruction]:
         if self.members.admit(ready.member, ready.host, ready.step):
@@ -150,7 +147,7 @@ class Controller:
             case StepCommitted():
                 self.losses.num_in_a_row = self.diagnosis.num_stalls = 0
                 return [*self._settle(now), *self._relax(now, now)]
-            case MemberEnded() if self._all_ended():
+            case MemberEnded() if self.roll.have_ended(self.members.world):
                 return self._conclude(now)
         return []
 
@@ -175,16 +172,32 @@ class Controller:
             return []
         why = self.losses.count(lost, self.policy)
         if was_in_world:
-            if self._all_ended():
+            if self.roll.have_ended(self.members.world):
                 return self._conclude(now)
             self._break(now)
         if why and self._ends_as is not Status.FAILED:
             return self._fail(why, now)
         return [*self._consider(now), *self._replenish(now)]
 
+    def _refuse(self, failed: UserFailed, now: float) -> list[Instruction]:
+        """The job raised. The run ends once its state is saved; who holds none may be in a bad place only."""
+        members, who, why = self.members, failed.member, failed.message
+        is_first = not (self._settled or members.found or members.missing)
+        if is_first or (who in members.heirs and self.diagnosis.step == 0):
+            return self._end(Status.FAILED, why)
+        if not members.may_hold(who):
+            told = self._fail(why, now) if self.losses.refuse() else []
+            is_over = self.phase is Phase.ENDED
+            return told if is_over else [*told, *self._evict(who, Cause.START_FAILED, why, now)]
+        self.diagnosis.welcome(who)  # it comes to a world that only saves, at once or not at all
+        if self._ends_as is Status.FAILED and not self._is_broken and self._ordered.only_saves:
+            return self._evict(who, Cause.FAILED, why, now) if who in self.roll.came else []
+        self._break(now)
+        return self._fail(why, now)
+
     def _fail(self, why: str, now: float) -> list[Instruction]:
         """The run has to end; who holds its state saves that first, unless it is safe already."""
-        if self.members.is_safe or not (self.members.heirs or self.members.found):
+        if self.members.is_safe or not (self.members.holders or self.members.missing):
             return self._end(Status.FAILED, why)
         self._ends_as, self.stopping = Status.FAILED, None
         return self._stop(why, now)
@@ -201,7 +214,7 @@ class Controller:
         if self.members.missing:
             return []
         is_unsafe = not self.members.is_safe and is_left_to_store(self.members, self.policy, self.most_ranks)
-        if self.stopping or (is_unsafe and (self.members.heirs or self.members.found)):
+        if self.stopping or (is_unsafe and self.members.holders):
             return self._form_last(now)
         return self._choose(Manner.AT_ONCE, now)
 
@@ -217,14 +230,14 @@ class Controller:
         return self._choose(Manner.AT_BOUNDARY, now) if has_reason(self.members, self.policy) else []
 
     def _choose(self, manner: Manner, now: float) -> list[Instruction]:
-        candidates = find_candidates(self.members, self.policy, self.most_ranks)
-        num_starting, waited_s = len(self.members.starting), now - self._idle_since
-        decision = choose_world(*candidates, num_starting=num_starting, waited_s=waited_s)
+        num_starting, building = len(self.members.starting), self.diagnosis.building
+        waiting = Waiting(num_starting, building, now - self._idle_since, has_begun=self.generation > 0)
+        decision = decide(self.members, self.policy, self.most_ranks, self.copies, waiting)
         match decision.action:
             case Action.GIVE_UP if manner is Manner.AT_ONCE:
                 return self._fail(decision.reason, now)
             case Action.FORM:
-                return [self._form(decision.members, manner, decision.reason, now)]
+                return [self._form(decision, manner, now)]
         return []
 
     def _form_last(self, now: float) -> list[Instruction]:
@@ -242,27 +255,23 @@ class Controller:
 
     def _form_to_save(self, members: tuple[str, ...], manner: Manner, reason: str, now: float) -> FormWorld:
         """Form a world that makes no step: one may have killed those before it."""
-        self._ordered = replace(self._form(members, manner, reason, now), only_saves=True)
+        formed = self._form(Decision(Action.FORM, reason, members), manner, now)
+        self._ordered = replace(formed, only_saves=True)
         self.roll.is_closing = True
         return self._ordered
 
-    def _form(self, members: tuple[str, ...], manner: Manner, reason: str, now: float) -> FormWorld:
+    def _form(self, decision: Decision, manner: Manner, now: float) -> FormWorld:
+        members, leaving = decision.members, decision.leaving
         self.generation = self.formed = self.generation + 1
         self.members.rank(members)
         self.phase = Phase.FORMING
         self._is_broken = self._is_parting = False
-        if manner is Manner.AT_ONCE and self.members.has_state and self._hurries_since is None:
-            self._hurries_since = now
-        self.roll = Attendance(
-            members,
-            manner,
-            self.members.origin,
-            frozenset(self.members.heirs or self.members.found),
-            self.last_step,
-            ordered_at=now,
-        )
+        if manner is Manner.AT_ONCE and self.members.has_state:
+            self._haste.begin(now)
+        origin = "survivors" if leaving else self.members.origin
+        self.roll = self.roll.succeed(members, manner, origin, self.members.holders, now=now)
         hosts = tuple(self.members.hosts[member] for member in members)
-        self._ordered = FormWorld(self.generation, members, hosts, manner, reason)
+        self._ordered = FormWorld(self.generation, members, hosts, manner, decision.reason, leaving=leaving)
         return self._ordered
 
     def _settle(self, now: float) -> list[Instruction]:
@@ -270,11 +279,13 @@ class Controller:
         if self.phase is not Phase.FORMING or not self.roll.has_settled:
             return []
         self.phase, self._settled = Phase.TRAINING, self.formed
-        self.members.settle()
+        self.members.settle(self._ordered.leaving)
+        if self._ordered.leaving:  # it makes no step
+            self._break(now)
+            return self._consider(now)
         if self.stopping:
-            return self._stop_world(self.stopping)
-        released = [] if self._ordered.only_saves else self._release(now)  # the others go on after it
-        return [*released, *self._consider(now)]
+            return [] if self.roll.is_closing else [StopWorld(self.generation, self.stopping)]
+        return [*([] if self._ordered.only_saves else self._release(now)), *self._consider(now)]
 
     def _part(self, member: str, notice: str, now: float) -> list[Instruction]:
         """A member will be taken away: let the others go on without it from the next step boundary on."""
@@ -287,8 +298,7 @@ class Controller:
 
     def _resize(self, workers: int, now: float) -> list[Instruction]:
         """Aim at another number of workers; who is too many leaves at the next step boundary."""
-        most = min(workers, self.most_ranks)
-        self.policy = replace(self.policy, workers=most, min_workers=min(self._least, most))
+        self.policy = resized(self.policy, min(workers, self.most_ranks), self._least)
         self.losses.num_in_a_row = 0  # they were many or few for another size
         released = self._release(now) if self.phase is Phase.TRAINING else self._replenish(now)
         return [*released, *self._consider(now)]
@@ -299,10 +309,6 @@ class Controller:
         for one in done:
             self.members.drop(one)
         return [*(ReleaseMember(one, why) for one, why in done.items()), *self._replenish(now)]
-
-    def _all_ended(self) -> bool:
-        is_possible = 0 < len(self.members.world) <= len(self.roll.ended)
-        return is_possible and self.roll.ended.keys() >= set(self.members.world)
 
     def _conclude(self, now: float) -> list[Instruction]:
         """The world has ended in good order, and what it held is durable."""
@@ -321,11 +327,9 @@ class Controller:
             return []
         self.stopping = reason
         self.members.hasten(now + self.policy.roll_s)
-        return self._consider(now) if self._is_broken else self._stop_world(reason)
-
-    def _stop_world(self, reason: str) -> list[Instruction]:
-        """Let the world save after its next step, unless it is about to save anyway."""
-        return [] if self.roll.is_closing else [StopWorld(self.generation, reason)]
+        if self._is_broken:
+            return self._consider(now)
+        return [] if self.roll.is_closing else [StopWorld(self.generation, reason)]  # it saves anyway
 
     def _wait(self, tick: Tick, now: float) -> list[Instruction]:
         """Look at who answers and at what moves; end who holds the others up."""
@@ -359,15 +363,15 @@ class Controller:
 
     def _replace_overdue(self, now: float) -> list[Instruction]:
         """Give up whom nobody has heard of; that is no failure, it never was there."""
-        killed: list[Instruction] = []
         if self.members.missing:
             self._idle_since = now  # the time to gather begins once it is known who is there
         if self.members.is_missing_all and now - self._begun_at < self.policy.alone_s:
             return []  # perhaps it is this driver that is cut off
-        for member in self.members.overdue(now):
+        overdue = self.members.overdue(now)
+        for member in overdue:
             self.members.drop(member)
-            evidence = f"{member} did not answer in the time it has to start, or to greet a new driver"
-            killed.append(KillMember(member, evidence, Cause.START_FAILED))
+        why = "it did not answer in the time it has to start, or to greet a new driver"
+        killed = [KillMember(member, why, Cause.START_FAILED) for member in overdue]
         return [*killed, *self._replenish(now)] if killed else []
 
     def _stall(self, why: str, now: float) -> list[Instruction]:
@@ -381,14 +385,11 @@ class Controller:
 
     def _relax(self, by: float, now: float) -> list[Instruction]:
         """Start what is lacking if the survivors, who hurried since before, have had their time."""
-        if self._hurries_since is None or self._hurries_since > by:
-            return []
-        self._hurries_since = None
-        return list(self._replenish(now))
+        return list(self._replenish(now)) if self._haste.ends(by) else []
 
     def _replenish(self, now: float) -> Iterable[Instruction]:
         """Start as many members as the policy's world lacks."""
-        is_hurrying = self._hurries_since is not None and not self._is_broken
+        is_hurrying = self._haste.since is not None and not self._is_broken
         if self.stopping or self.phase is Phase.ENDED or is_hurrying:
             return
         while self.members.num_lasting < self.policy.workers + self.policy.standbys:

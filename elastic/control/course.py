@@ -208,7 +208,8 @@ class Course:
         return replace(span, redone_steps=max(0, blow.step - world.step), dropped_attempts=int(is_dropped))
 
     def _form(self, at: float, order: FormWorld) -> None:
-        if self.world and not self.open_blows and order.manner is Manner.AT_ONCE:
+        is_done = self.generation in self.worlds and self.worlds[self.generation].order.leaving
+        if self.world and not self.open_blows and not is_done and order.manner is Manner.AT_ONCE:
             self._fail(at, WORLD_BROKEN, f"world {self.generation}")
         world = self.worlds[order.generation] = WorldCourse(order, at, self.num_ends)
         for blow in self.open_blows:
@@ -221,7 +222,8 @@ class Course:
         then.
         """
         if generation >= self.attempt_in:
-            makes_none = generation in self.worlds and self.worlds[generation].order.only_saves
+            order = self.worlds[generation].order if generation in self.worlds else None
+            makes_none = order is not None and (order.only_saves or bool(order.leaving))
             self.attempt_in = 0 if makes_none else generation
 
     def _end(self, ended: MemberEnded) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from elastic.control.attendance import Attendance, OfWorld, Stage
+from elastic.control.diligence import Diligence
 from elastic.control.events import Cause, Settled, StepCommitted, Tick, WorldBroken
 from elastic.control.instructions import Manner
 from elastic.control.policy import WorldPolicy
@@ -47,13 +48,14 @@ class Diagnosis:
 
     policy: WorldPolicy
     num_stalls: int = 0
+    building: frozenset[str] = frozenset()  # they are up, and not ready yet
     _stalls_since: float = 0.0
     _reach: Reach = field(default_factory=Reach)
     _silence: Suspicion = field(init=False)
-    _diligence: Suspicion = field(init=False)
-    _working_s: Mapping[str, float] = field(default_factory=dict)
+    _diligence: Diligence = field(init=False)
     _slept_s: float = 0.0
-    _num_ready: int = 0
+    _ready: Collection[str] = ()
+    _position: tuple[int, int] = (0, 0)  # the newest generation that told of its step, and that step
     _step_s: float = 0.0
     _longest_s: dict[str, float] = field(default_factory=dict)
     _seasoned: set[str] = field(default_factory=set)
@@ -62,19 +64,20 @@ class Diagnosis:
 
     def __post_init__(self) -> None:
         self._silence = Suspicion(self.policy.hang_floor_s)
-        self._diligence = Suspicion(self.policy.work_floor_s)
+        self._diligence = Diligence(self.policy.work_floor_s, self.policy.patience_s)
 
     def look(self, tick: Tick, ready: Collection[str], *, now: float, slept_s: float) -> None:
         """Take what members show; who is not `ready` is still starting, and no measure for others."""
         self._waited_at |= dict.fromkeys(tick.waiting, now)
         fresh_s, self._slept_s = slept_s - self._slept_s, slept_s
-        self._num_ready = len(ready)
+        self._ready = ready
+        answering = (one for one, s in tick.silence_s.items() if s < self.policy.unreachable_s)
+        self.building = frozenset(one for one in answering if one not in ready)
         self._silence.look({one: s for one, s in tick.silence_s.items() if one in ready}, fresh_s)
         self._diligence.look(tick.working_s, fresh_s)
-        self._working_s = tick.working_s
 
     def welcome(self, member: str) -> None:
-        """Note a member that is idle, and has never been told to do anything."""
+        """Note a member that is idle: it has nothing to leave before it comes."""
         self._unused.add(member)
 
     def learn(self, event: OfWorld) -> None:
@@ -83,10 +86,12 @@ class Diagnosis:
         match event:
             case WorldBroken():
                 self._reach.take(event)
-            case Settled(generation=generation):
+            case Settled(generation=generation, step=step):
                 self._reach.settle(generation)
-            case StepCommitted(member=member, generation=generation, seconds=seconds):
+                self._position = max(self._position, (generation, step))
+            case StepCommitted(member=member, generation=generation, step=step, seconds=seconds):
                 self._reach.settle(generation)
+                self._position = max(self._position, (generation, step))
                 self._seasoned.add(member)
                 self._step_s = seconds if self._step_s == 0.0 else 0.8 * self._step_s + 0.2 * seconds
 
@@ -120,7 +125,7 @@ class Diagnosis:
 
     def unreachable(self) -> Blamed | None:
         """Blame whose process has not answered for so long that it matters wherever it is."""
-        is_cut_off = self._silence.is_deaf and self._num_ready > 1
+        is_cut_off = self._silence.is_deaf and len(self._ready) > 1
         limit_s = max(self.policy.alone_s if is_cut_off else self.policy.unreachable_s, self._silence.limit_s)
         return _hung(self._silence.longer_than(limit_s), f"has not answered for {limit_s:.0f} s")
 
@@ -155,16 +160,17 @@ class Diagnosis:
 
     def _judge_working(self, roll: Attendance, idle_s: float) -> Verdict:
         """Blame whose micro-batch takes much longer than any did, if somebody is done and waits: what holds
-        all of them up, slow data perhaps, is nobody's hang.
+        all of them up, slow data perhaps, is nobody's hang. Nor all that hold the state at once.
         """
         if roll.stage in (Stage.CONNECTING, Stage.SETTLING) or self._step_s == 0.0:
             return None
-        stuck = (
-            self._diligence.silent() & roll.members if idle_s > self.policy.hang_factor * self._step_s else ()
-        )
-        if not stuck or self._are_all_working(roll):
+        if idle_s <= self.policy.hang_factor * self._step_s or self._are_all_working(roll):
             return None
-        what = "is stuck in a micro-batch while others wait for it"
+        stuck, limit_s, step = self._diligence.stuck(self.step) & roll.members, self.work_limit_s, self.step
+        if not stuck or (roll.holding <= stuck and idle_s <= self.policy.patience_s):
+            return None
+        self._diligence.blame(step)
+        what = f"is stuck in a micro-batch of step {step} for {limit_s:.0f} s while others wait for it"
         return _hung(stuck, f"{what}, and nothing moved for {idle_s:.0f} s")
 
     def _judge_late(self, roll: Attendance, now: float) -> Verdict:
@@ -200,8 +206,8 @@ class Diagnosis:
                 return self._usual_s(roll.origin, self.policy.roll_s)
             case Stage.ENDING:
                 return self.policy.save_s + self.policy.late_s
-            case _ if self._step_s == 0.0 or self._are_all_working(roll):
-                return self.policy.patience_s
+            case _ if self._step_s == 0.0 or self._diligence.is_any_working(roll.stepping):
+                return self.policy.patience_s  # who is at one for too long is found by that
             case _:
                 return max(self.policy.roll_s, STALL_STEPS * self._step_s)
 
@@ -212,7 +218,7 @@ class Diagnosis:
         if member not in self._seasoned:  # its first step may compile, its state may be restored
             return self.policy.patience_s
         # It comes between two micro-batches, which may be long ones.
-        usual_s = max(self.policy.late_s, PAUSES * self._longest_s.get(_COMING, 0.0), self._diligence.limit_s)
+        usual_s = max(self.policy.late_s, PAUSES * self._longest_s.get(_COMING, 0.0), self.work_limit_s)
         return min(usual_s, self.policy.patience_s)
 
     def _usual_s(self, what: str, floor_s: float) -> float:
@@ -227,7 +233,21 @@ class Diagnosis:
         self._longest_s[what] = max(self._longest_s.get(what, 0.0), seconds)
 
     def _are_all_working(self, roll: Attendance) -> bool:
-        return all(self._working_s.get(one, 0.0) > 0.0 for one in roll.members)
+        """Whether all who make the present step are at it; who has made none yet proves nothing: its first
+        micro-batch is not told.
+        """
+        asked = [one for one in roll.stepping if one in self._ready and one in self._seasoned]
+        return self._diligence.are_all_working(asked)
+
+    @property
+    def step(self) -> int:
+        """How many steps are committed, as far as was told: the number of the present one."""
+        return self._position[1]
+
+    @property
+    def work_limit_s(self) -> float:
+        """How long a micro-batch of the present step may take."""
+        return self._diligence.limit_s(self.step)
 
     @property
     def _backoff(self) -> float:

@@ -51,7 +51,8 @@ class ReleaseMember:
 class FormWorld:
     """Form the world of `generation`: `members` in rank order, on `hosts` (same order).
 
-    One that `only_saves` makes no step: it comes to one state, saves that and ends.
+    One that `only_saves` makes no step: it comes to one state, saves that and ends. Nor does one with members
+    that are `leaving`: these give the shards of the state that they hold to the others, and all end.
     """
 
     generation: int
@@ -60,6 +61,7 @@ class FormWorld:
     manner: Manner
     reason: str
     only_saves: bool = False
+    leaving: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

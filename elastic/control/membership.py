@@ -102,10 +102,10 @@ class Membership:
             if member not in self._ranked and member not in self._leaving
         }
 
-    def settle(self) -> None:
-        """Note that all of the world hold the newest state."""
-        self._heirs, self._found = dict.fromkeys(self.world), {}
-        self._num_settled, self._is_lost = len(self.world), False
+    def settle(self, leaving: Collection[str] = ()) -> None:
+        """Note that all of the world hold the newest state, but for those who have given theirs away."""
+        self._heirs, self._found = {one: None for one in self.world if one not in leaving}, {}
+        self._num_settled, self._is_lost = len(self._heirs), False
 
     def blank(self, member: str) -> bool:
         """Count a member as one that holds nothing; return whether it held the newest state until then.
@@ -132,6 +132,11 @@ class Membership:
         return tuple(self._heirs)
 
     @property
+    def holders(self) -> frozenset[str]:
+        """Who is known to hold the newest state, or may."""
+        return frozenset(self.heirs or self.found)
+
+    @property
     def is_safe(self) -> bool:
         """Whether what the members hold is durable, and no world has gone on from there."""
         return self._is_safe
@@ -150,6 +155,10 @@ class Membership:
         newest_first = sorted(self._found, key=lambda member: -self._found[member])
         return tuple(member for member in newest_first if member in self.hosts)
 
+    def may_hold(self, member: str) -> bool:
+        """Whether this member holds the newest state, as far as is known."""
+        return member in self._heirs or member in self._found
+
     def is_last_holder(self, member: str) -> bool:
         """Whether nobody else is known to hold as new a state as this member."""
         if self._heirs:
@@ -167,6 +176,11 @@ class Membership:
     def missing(self) -> Collection[str]:
         """The members of an earlier driver that have not answered yet."""
         return self._missing
+
+    @property
+    def num_settled(self) -> int:
+        """How many held the newest state together, once all of them did."""
+        return self._num_settled
 
     @property
     def has_state(self) -> bool:

@@ -1,20 +1,24 @@
 """Which world forms next, and why: one pure decision over who is there."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from itertools import chain, islice
+
+from elastic.control.standbys import num_standbys
 
 
 @dataclass(frozen=True, slots=True)
 class WorldPolicy:
     """How large a world may be and how patient its forming is.
 
-    Besides the `workers` of a world, `standbys` are kept ready: started, and idle until somebody is lost.
-    The first world waits `gather_s` for all `workers`; after a failure the survivors go on at once if they
-    are at least `min_workers`, and otherwise wait `wait_s` for replacements. More than `max_failures` member
-    losses end the run, and so do more than twice as many as it has workers, and three, in a row without a
-    committed step between them.
+    Besides the `workers` of a world, `standbys` are kept ready: started, and idle until somebody is lost; if
+    `standbys_follow` a wish for another number of workers, as many as suffice for that.
+    Where nobody holds any state the next world waits `gather_s` for all `workers`; after a failure the
+    survivors go on at once if they are at least `min_workers`. For fewer than these the first world waits
+    `gather_s`, every other one `wait_s`, and both `start_s` for whoever is up and makes its dataset. More
+    than `max_failures` member losses end the run, and so do more than twice as many as it has workers, and
+    three, in a row without a committed step between them.
 
     A member whose process does not answer hangs if it is silent for `hang_floor_s` (longer where longer
     pauses are usual) and no step was committed for `hang_factor` times what one takes; while a world forms,
@@ -34,6 +38,7 @@ class WorldPolicy:
     workers: int
     min_workers: int = 1
     standbys: int = 0
+    standbys_follow: bool = False
     gather_s: float = 120.0
     wait_s: float = 300.0
     max_failures: int = 100
@@ -52,6 +57,12 @@ class WorldPolicy:
     save_s: float = 600.0
 
 
+def resized(policy: WorldPolicy, workers: int, least: int) -> WorldPolicy:
+    """Return the policy of a run that is to have this many workers, and at `least` so many if it can."""
+    standbys = num_standbys(workers) if policy.standbys_follow else policy.standbys
+    return replace(policy, workers=workers, min_workers=min(least, workers), standbys=standbys)
+
+
 class Action(Enum):
     """What to do about the world."""
 
@@ -63,40 +74,60 @@ class Action(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """An action with its reason; `members` are the next world's, in rank order, when the action is FORM."""
+    """An action with its reason; `members` are the next world's, in rank order, when the action is FORM.
+    Those who are `leaving` are in it to give the others what they hold.
+    """
 
     action: Action
     reason: str
     members: tuple[str, ...] = ()
+    leaving: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What a world that nobody forms waits for, since `waited_s`: members that are starting, of which those
+    `building` are up, and still make their dataset or model. `has_begun`: the run has had a world.
+    """
+
+    num_starting: int
+    building: Collection[str]
+    waited_s: float
+    has_begun: bool
+
+    def patience_s(self, policy: WorldPolicy) -> float:
+        """How long too few workers are waited for."""
+        patience_s = policy.wait_s if self.has_begun else policy.gather_s
+        return max(patience_s, policy.start_s) if self.building else patience_s
 
 
 def choose_world(
-    current: Sequence[str], ready: Collection[str], policy: WorldPolicy, *, num_starting: int, waited_s: float
+    current: Sequence[str], ready: Collection[str], policy: WorldPolicy, waiting: Waiting
 ) -> Decision:
     """Choose the next world from the `current` one (its living members) and the `ready` ones outside it.
 
-    `num_starting` members are on their way; `waited_s` is how long nobody has trained. Members keep their
-    order, so survivors keep low ranks and a joiner, who holds no state, comes last.
+    Members keep their order, so survivors keep low ranks and a joiner, who holds no state, comes last.
     """
     count = min(len(current) + len(ready), policy.workers)
     if count == policy.workers:
         return _form(f"all {policy.workers} workers are there", current, ready, count)
     if current and count >= policy.min_workers:
         return _form(f"{count} of {policy.workers} workers go on", current, ready, count)
-    patience_s = policy.wait_s if current else policy.gather_s
-    if num_starting and waited_s < patience_s:
+    num_starting, waited_s = waiting.num_starting, waiting.waited_s
+    if num_starting and not current and waited_s < policy.gather_s:
         return Decision(
             Action.WAIT, f"{count} of {policy.workers} workers are there, {num_starting} are starting"
         )
     if count >= policy.min_workers:
         return _form(f"{count} workers after waiting {waited_s:.0f} s for more", current, ready, count)
+    patience_s = waiting.patience_s(policy)
     if waited_s < patience_s:
         return Decision(Action.WAIT, f"{count} workers are too few, {policy.min_workers} are needed")
-    return Decision(
-        Action.GIVE_UP,
-        f"only {count} of at least {policy.min_workers} workers came within {patience_s:.0f} s; "
-        "give the cluster more resources or lower world.min_workers",
-    )
+    what = f"only {count} of at least {policy.min_workers} workers came within {patience_s:.0f} s; "
+    if waiting.building:
+        slow = ", ".join(sorted(waiting.building))
+        return Decision(Action.GIVE_UP, what + f"{slow} still make their dataset or model: make that quicker")
+    return Decision(Action.GIVE_UP, what + "give the cluster more resources or lower world.min_workers")
 
 
 def _form(reason: str, current: Sequence[str], ready: Collection[str], count: int) -> Decision:

@@ -8,17 +8,23 @@ Holders = tuple[tuple[int, ...], ...]
 
 
 def deal_states(
-    num_bytes: Sequence[int], held: Sequence[Collection[int]], hosts: Sequence[str], copies: int
+    num_bytes: Sequence[int],
+    held: Sequence[Collection[int]],
+    hosts: Sequence[str],
+    copies: int,
+    *,
+    leaving: Collection[int] = (),
 ) -> Holders:
-    """Give each parameter's state to `copies` ranks (or to all), on different hosts if possible.
+    """Give each parameter's state to `copies` ranks (or to all), on different hosts if possible; none to
+    those that are leaving.
 
     `held[rank]` are the parameters whose state a rank has already: it keeps them, as far as no rank gets more
     than its share. The largest are dealt first, each to the least loaded (Graham's LPT rule).
     """
-    size = len(hosts)
-    copies = min(copies, size)
-    dealer = _Dealer(held, hosts, sum(num_bytes) * copies / size, [0] * size)
-    giving = [0] * size
+    staying = [rank for rank in range(len(hosts)) if rank not in leaving]
+    copies = min(copies, len(staying))
+    dealer = _Dealer(held, hosts, staying, sum(num_bytes) * copies / len(staying), [0] * len(hosts))
+    giving = [0] * len(hosts)
     holders: list[tuple[int, ...]] = [()] * len(num_bytes)
     for number in sorted(range(len(num_bytes)), key=lambda each: (-num_bytes[each], each)):
         chosen: list[int] = []
@@ -56,10 +62,13 @@ def moves(held: Sequence[Collection[int]], holders: Holders) -> dict[tuple[int, 
 
 @dataclass(frozen=True, slots=True)
 class _Dealer:
-    """Gives states to ranks; `fair` is how many bytes each should come to hold, `load` how many it holds."""
+    """Gives states to the `staying` ranks; `fair` is how many bytes each should come to hold, `load` how many
+    it holds.
+    """
 
     held: Sequence[Collection[int]]
     hosts: Sequence[str]
+    staying: Sequence[int]
     fair: float
     load: list[int]
 
@@ -71,6 +80,6 @@ class _Dealer:
             keeps = number in self.held[rank] and self.load[rank] + num_bytes <= self.fair
             return self.hosts[rank] in taken, not keeps, self.load[rank], rank
 
-        best = min((rank for rank in range(len(self.hosts)) if rank not in chosen), key=badness)
+        best = min((rank for rank in self.staying if rank not in chosen), key=badness)
         self.load[best] += num_bytes
         return best

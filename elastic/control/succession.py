@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from elastic.control.membership import Membership
-from elastic.control.policy import WorldPolicy
+from elastic.control.policy import Decision, Waiting, WorldPolicy, choose_world
 
 Candidates = tuple[tuple[str, ...], Collection[str], WorldPolicy]
 
@@ -15,10 +15,10 @@ def find_candidates(members: Membership, policy: WorldPolicy, most_ranks: int) -
     If all who hold the state are leaving, one of them hands it over, if a newcomer fits beside it. Until a
     world has settled, all of an earlier driver's members are in it, or as many as can be: those first who say
     that they hold the newest state. Where all are leaving, or have saved and left, whoever comes goes on as
-    survivors do, and is waited for as replacements are.
+    survivors do.
     """
     if members.is_deserted or members.is_safe:
-        return tuple(members.outside), (), replace(policy, gather_s=policy.wait_s)
+        return tuple(members.outside), (), policy
     if found := members.found:
         others = [one for one in (*members.staying, *members.outside) if one not in found]
         at_least_found = min(max(policy.workers, len(found)), most_ranks)
@@ -42,6 +42,25 @@ def is_left_to_store(members: Membership, policy: WorldPolicy, most_ranks: int) 
         return members.is_deserted
     num_others = len(members.outside) + len(members.staying)
     return most_ranks == 1 or 1 + num_others < policy.min_workers
+
+
+def decide(
+    members: Membership, policy: WorldPolicy, most_ranks: int, copies: int, waiting: Waiting
+) -> Decision:
+    """Choose the next world. If members that are there are not in it, so many that all `copies` of a shard of
+    the state may be missing with them, a world comes before it in which they give it to those who stay.
+    """
+    decision = choose_world(*find_candidates(members, policy, most_ranks), waiting)
+    staying = [one for one in members.heirs if one in decision.members]
+    num_missing = members.num_settled - len(staying)
+    if not (copies and staying) or num_missing < min(copies, members.num_settled):
+        return decision
+    givers = tuple(one for one in members.heirs if one not in staying)
+    if not givers:
+        return decision
+    why = f"{', '.join(givers)} give what they hold to those who stay"
+    chosen = tuple(one for one in decision.members if one in staying)
+    return replace(decision, members=chosen + givers, leaving=givers, reason=why)
 
 
 def has_reason(members: Membership, policy: WorldPolicy) -> bool:

@@ -14,9 +14,12 @@ UNKNOWN_S = 0.75  # a pause that is thought possible until this cluster is known
 
 @dataclass(slots=True)
 class Suspicion:
-    """Watches how long members are silent; none is suspected before `floor_s`."""
+    """Watches how long members are silent; none is suspected before `floor_s`. Of the longest pause `fading`
+    is left with each look.
+    """
 
     floor_s: float
+    fading: float = FADING
     _longest_pause_s: float = UNKNOWN_S
     _silence_s: dict[str, float] = field(default_factory=dict)
     _excused_s: dict[str, float] = field(default_factory=dict)
@@ -30,7 +33,7 @@ class Suspicion:
             silence_s = self._excuse(silence_s, slept_s)
         before = self._silence_s
         ended = [before[one] for one, now in silence_s.items() if one in before and now < before[one]]
-        self._longest_pause_s = max(FADING * self._longest_pause_s, *ended, 0.0)
+        self._longest_pause_s = max(self.fading * self._longest_pause_s, *ended, 0.0)
         self._silence_s = dict(silence_s)
 
     def _excuse(self, silence_s: Mapping[str, float], slept_s: float) -> dict[str, float]:

@@ -105,9 +105,10 @@ class Driver:
         self._claims = Claims(self._store, order.run)
         generation = self._claims.newest
         prefix = f"w{generation}." if generation else "w"
+        copies = order.training.parameter_copies or order.training.optimizer_copies
         most_ranks, last_step = order.training.virtual_ranks, order.training.num_steps
         self._controller = Controller(
-            order.world, prefix, generation, most_ranks=most_ranks, last_step=last_step
+            order.world, prefix, generation, most_ranks=most_ranks, last_step=last_step, copies=copies
         )
         self._faults = sorted(order.drill, key=lambda fault: fault.at_step)[_num_struck(order) :]
         self._cleaner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prune")

@@ -96,6 +96,7 @@ class Member:
         autopsy.prepare()
         self._has_failed = False  # the job has, here, in a world
         self._notice: MemberLeaving | None = None
+        self._failure: UserFailed | None = None
         heed_sigterm(self._take_notice)
         threading.Thread(target=self._live, name="training", daemon=True).start()
 
@@ -112,8 +113,9 @@ class Member:
         self._mailbox.hear()
         if self._ready is not None and self._trainer is not None:
             self._outbox.put(replace(self._ready, step=self._trainer.standing.committed))
-        if self._notice is not None:
-            self._outbox.put(self._notice)
+        for known in (self._notice, self._failure):
+            if known is not None:
+                self._outbox.put(known)
 
     def form(self, order: WorldOrder) -> None:
         """Take an order to form a world; an order at once also breaks the world the member is in."""
@@ -169,7 +171,8 @@ class Member:
 
     def _blame(self, step: int, message: str, trace: str) -> None:
         """Tell what no other worker could do better."""
-        self._outbox.put(UserFailed(self._assignment.member, 0, step, message, trace))
+        self._failure = UserFailed(self._assignment.member, 0, step, message, trace)
+        self._outbox.put(self._failure)
 
     def _train_until_told(self) -> None:
         assignment = self._assignment
@@ -256,10 +259,12 @@ class Member:
 
     def _train(self, world: World, trainer: Trainer, form: FormWorld) -> MemberEnded:
         member = self._assignment.member
-        settled = trainer.settle(world)
+        settled = trainer.settle(world, [form.members.index(one) for one in form.leaving])
         self._outbox.put(
             Settled(member, world.generation, settled.step, settled.source, settled.seconds, settled.note)
         )
+        if form.leaving:  # what they held is with the others now, who form the next world
+            return MemberEnded(member, world.generation, trainer.standing.committed, Ending.REGROUP)
         go_on = trainer.save_and_stop if form.only_saves else trainer.run
         ending = go_on(world, self._mailbox, self._outbox.put)
         sha256 = "" if ending is Ending.REGROUP else trainer.weights_sha256()

@@ -5,7 +5,7 @@ comes from peers, box by box; nothing of what is held is given up before all of 
 """
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -114,15 +114,23 @@ class FullyShardedLearner:
     def complete(self, world: World) -> None:
         """Do nothing: the next forward gathers what it needs."""
 
-    def settle(self, world: World) -> int:
+    def settle(self, world: World, leaving: Collection[int] = ()) -> int:
         """Cut the state anew for a world whose ranks stand at one step, and move what has to move; return how
-        many pieces of rows came here.
+        many pieces of rows came here. With ranks that are leaving, which get none, it is not made ready to
+        train.
 
         Raises Broken, having changed nothing, and StateLost if no rank has some of the rows any more.
         """
-        arrangement = arrange(world.hosts, self._copies)
-        cuts = [arrangement.cut(rank) for rank in range(world.size)]
+        staying = [rank for rank in range(world.size) if rank not in leaving]
+        arrangement = arrange([world.hosts[rank] for rank in staying], self._copies)
+        cuts = [Cut(arrangement.shards, arrangement.shards)] * world.size  # no rows
+        for place, rank in enumerate(staying):
+            cuts[rank] = arrangement.cut(place)
         held, num_taken = cut_anew(world, self._hold(), cuts, self._mould.sharded, self._device)
+        if leaving:
+            meet(world)
+            self._held, self._live = held, None
+            return num_taken
         sharded = self._pour(held, cuts[world.rank])
         with no_readings("optimizer", sharded.parameters):
             learner = self._build(sharded.model)

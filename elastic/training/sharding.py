@@ -4,7 +4,7 @@ Parameters are dealt whole, so that every optimizer that treats them one by one 
 holders, which compute the same update: as many losses at once, less one, cost neither state nor a step.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -60,9 +60,9 @@ class ShardedLearner:
             self._learn_kinds(world)
         self._share_values(world)
 
-    def settle(self, world: World) -> int:
-        """Deal the state anew over a world whose ranks stand at one step, and move what has to move; return
-        how many parameters' state came here.
+    def settle(self, world: World, leaving: Collection[int] = ()) -> int:
+        """Deal the state anew over a world whose ranks stand at one step, but for those that are leaving, and
+        move what has to move; return how many parameters' state came here.
 
         Raises Broken, and StateLost if no rank has some of the state any more.
         """
@@ -73,7 +73,7 @@ class ShardedLearner:
                 f"({self._names[lost[0]]}, ...) was on lost ranks only"
             )
         sizes = [parameter.numel() for parameter in self._parameters]
-        holders = deal_states(sizes, held, world.hosts, self._copies)
+        holders = deal_states(sizes, held, world.hosts, self._copies, leaving=leaving)
         moved = moves(held, holders)
         for (sender, receiver), numbers in sorted(moved.items()):
             self._move(world, sender, receiver, numbers)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ class Learner:
         """Whether all of the state is here."""
         return True
 
-    def settle(self, world: World) -> int:  # noqa: ARG002  (who holds shares asks it)
+    def settle(self, world: World, leaving: Collection[int] = ()) -> int:  # noqa: ARG002  (who holds shares asks it)
         """Return that nothing had to come from other ranks: every rank holds everything."""
         return 0
 

@@ -1,7 +1,7 @@
 """The training loop, read from top to bottom. Knows no processes, network or storage, only their ports."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, NoReturn
@@ -133,8 +133,8 @@ class Trainer:
         return self._snapshots.drain(self._plan.save_s) and self._snapshots.why_newest_lost() is None
 
     @lets_go
-    def settle(self, world: World) -> Settling:
-        """Come to the same committed step, with the same state, as all ranks of the world.
+    def settle(self, world: World, leaving: Collection[int] = ()) -> Settling:
+        """Come to one committed step and state, as all ranks of the world; leaving ranks give theirs away.
 
         Raises Broken; this member then stands where it stood, or one step further. Raises `Mismatch` for
         another model's checkpoint.
@@ -163,7 +163,7 @@ class Trainer:
         if parcel.origin == "store":  # of what memories gave the store may lack the step
             self._snapshots.hold(world.generation, self._standing.committed)
         try:
-            num_taken = self._learner.settle(world)
+            num_taken = self._learner.settle(world, leaving)
         except StateLost as lost:
             self._give_up(world, str(lost))
         up_to_date = [rank for rank, each in enumerate(standings) if each.committed == settlement.step]

@@ -30,6 +30,13 @@ EARLY_LOSS = [Chapter((4, 5), victim=5, dies_at=1, phase="leaf"), Chapter((4,)),
 FLIP = [Chapter((0, 1, 2, 3, 4, 5), flipped=4, flips_at=3)]
 FLIP_OF_TWO = [Chapter((0, 1, 2, 3), flipped=2, flips_at=3), Chapter((0, 1, 2, 3))]
 
+# Two leave in good order, and give what only they hold to the others first.
+POLITE = [
+    Chapter((0, 1, 2, 3), until=7),
+    Chapter((0, 1, 2, 3), leaving=(2, 3)),
+    Chapter((0, 1)),
+]
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -59,6 +66,8 @@ def diaries(text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
             Props(text, parameter_copies=2, store=str(tmp_path_factory.mktemp("flipped"))),
         ),
         "churn": (CHURN, Props(text, parameter_copies=2)),
+        "polite": (POLITE, Props(text, parameter_copies=2)),
+        "polite, with one copy": (POLITE, Props(text, parameter_copies=1)),
         "loss": (LOSS, stored),
         "loss before a checkpoint": (EARLY_LOSS, Props(text, parameter_copies=1)),
     }

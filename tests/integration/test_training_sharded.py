@@ -21,6 +21,12 @@ CHURN = [
 # Of three copies two agree; of two nobody knows which is right.
 FLIP = [Chapter((0, 1, 2, 3, 4), flipped=1, flips_at=3)]
 FLIP_OF_TWO = [Chapter((0, 1, 2, 3), flipped=1, flips_at=3), Chapter((0, 1, 2, 3))]
+# Two leave in good order, and give what only they hold to the others first.
+POLITE = [
+    Chapter((0, 1, 2, 3), until=7),
+    Chapter((0, 1, 2, 3), leaving=(2, 3)),
+    Chapter((0, 1)),
+]
 # With one copy a death takes state along: the world after finds out, and the one after that restores.
 LOSS = [Chapter((0, 1, 2), victim=1, dies_at=5, phase="leaf"), Chapter((0, 2)), Chapter((0, 2))]
 # Nothing was saved yet, and whoever began the state is gone: a survivor makes it anew. Who died in one story
@@ -64,6 +70,8 @@ def churned(text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
         "flip": (FLIP, three),
         "flip of two": (FLIP_OF_TWO, stored),
         "churn": (CHURN, two),
+        "polite": (POLITE, two),
+        "polite, with one copy": (POLITE, Props(text, optimizer_copies=1)),
     }
     stories = {name: chapters for name, (chapters, _) in told.items()}
     return perform(stories, {name: props for name, (_, props) in told.items()})

@@ -37,7 +37,7 @@ class Chapter:
     """A world in a story: its members by rank, the step at whose boundary it ends, or who dies when.
 
     A bit flips in `flipped` once it has committed `flips_at` steps and has the next one's gradients, and in
-    `spoiled` before its state settles in this world.
+    `spoiled` before its state settles in this world. Where members are `leaving`, it only settles.
     """
 
     members: tuple[int, ...]
@@ -49,6 +49,7 @@ class Chapter:
     flips_at: int = -1
     spoiled: int = -1
     slow: int = -1
+    leaving: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -262,9 +263,11 @@ def play(
     doomed = DoomedWorld(world, job.doom)
     flip(chapter.spoiled)
     try:
-        diary.sources.append(trainer.settle(doomed).source)
+        leaving = [chapter.members.index(one) for one in chapter.leaving]
+        diary.sources.append(trainer.settle(doomed, leaving).source)
         if (
-            trainer.run(doomed, Boundary(chapter, generation, committed, flip), diary.write)
+            not leaving
+            and trainer.run(doomed, Boundary(chapter, generation, committed, flip), diary.write)
             is Ending.FINISHED
         ):
             diary.sha256 = trainer.weights_sha256()

@@ -10,6 +10,7 @@ from elastic.control.policy import WorldPolicy
 from tests.sim.cluster import NUM_STEPS, Cluster
 from tests.sim.driving import Driver, Story
 from tests.sim.node import Fault, Node
+from tests.sim.reading import SlowData
 
 CHAOS_S = 40.0  # blows fall within that time
 LIMIT_S = 4000.0
@@ -27,6 +28,9 @@ class Chaos:
         self.is_deadly = self.random.random() < 0.05
         if self.is_deadly:
             self.cluster.deadly_step = self.random.randint(1, NUM_STEPS - 1)
+        if self.random.random() < 0.2:
+            step, is_for_all = self.random.randrange(NUM_STEPS), self.random.random() < 0.5
+            self.cluster.slow_data = SlowData(step, 30.0, is_for_all)
         self.policy = WorldPolicy(
             workers=workers,
             min_workers=min(workers, self.random.choice((1, 2, 6))),
@@ -37,6 +41,7 @@ class Chaos:
         )
         if self.random.random() < 0.3:  # a replacement needs the place of whom it replaces
             self.cluster.num_places = workers + self.policy.standbys
+        self.cluster.shards.copies = self.random.choice((0, 1, 2))
         self.most_ranks = self.random.choice((1 << 30, workers))
         self.cluster.restore_s = self.random.choice((3.0, 200.0))
         self.drivers: list[Driver] = []
@@ -72,6 +77,7 @@ class Chaos:
             (self.slow_down, 2),
             (self.fill, 1),
             (self.lose_state, 2 if self.random.random() < 0.3 else 0),
+            (self.raise_error, 1 if self.random.random() < 0.1 else 0),
             (self.give_notice, 3),
             (self.give_everybody_notice, 1 if self.random.random() < 0.2 else 0),
             (self.resize, 2),
@@ -232,6 +238,12 @@ class Chaos:
         if (node := self.victim()) and node.inside:
             self.note(f"the state of world {node.inside} is disputed")
             self.cluster.give_up(node.inside)
+
+    def raise_error(self) -> None:
+        """The job raises in a step."""
+        if (node := self.victim()) and node.inside and node.standing.committed > 2 and not node.faults:
+            self.note(f"the job raises in {node.name}")
+            self.cluster.refuse(node)
 
     def give_notice(self) -> None:
         """A machine will be taken away, and some time later is, whether its member has left or not."""

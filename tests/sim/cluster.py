@@ -7,7 +7,6 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
 
 from elastic.control.events import (
     Cause,
@@ -20,34 +19,23 @@ from elastic.control.events import (
     MemberReady,
     Settled,
     StepCommitted,
+    UserFailed,
     WorldBroken,
     WorldFormed,
 )
 from elastic.control.instructions import FormWorld, Manner
 from elastic.control.standing import BLANK, Standing, settle
+from tests.sim.audience import Audience, World
 from tests.sim.network import Network
 from tests.sim.node import LEASE_S, Fault, Node
+from tests.sim.reading import SlowData
+from tests.sim.shards import Shards
 
 NUM_STEPS = 40
 STEP_S = 0.4
 SAVE_EVERY = 10
 CONNECT_S = 5.0  # until a member that cannot reach another one gives the new world up
 BLOCKED_S = 0.25  # how often something that waits for a hang or a partition to end looks again
-
-
-class Audience(Protocol):
-    """Whoever takes what members tell."""
-
-    def hear(self, node: Node, event: Event) -> bool:
-        """Take what a member tells; False if nobody listens to it."""
-
-
-@dataclass
-class World:
-    """One world that was ordered, and the driver that owns it."""
-
-    order: FormWorld
-    owner: str
 
 
 @dataclass
@@ -70,6 +58,8 @@ class Cluster:
     network: Network = field(default_factory=Network)
     num_places: int = 1 << 30  # where a process can be
     deadly_step: int = -1  # whoever computes it loses one of the world
+    slow_data: SlowData = field(default_factory=SlowData)
+    shards: Shards = field(default_factory=Shards)
     _queue: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
     _num_queued: int = 0
 
@@ -123,11 +113,16 @@ class Cluster:
             self.tell(node, MemberLost(name, Cause.START_FAILED, "simulated"))
             return
         self.nodes[name] = node
+        if self.is_chaotic and self.random.random() < 0.02:
+            self.refuse(node)
         self.greet(node)
 
     def greet(self, node: Node) -> None:
         """Ask a member that is up to say so."""
-        if not (node.is_cut_off or Fault.STOPPED in node.faults or self.is_gone(node)):
+        is_up = not (node.has_raised and node.is_blank)
+        if is_up and not (node.is_cut_off or Fault.STOPPED in node.faults or self.is_gone(node)):
+            if node.has_raised:
+                self.refuse(node)
             self.tell(node, MemberReady(node.name, node.host, 1, node.standing.committed))
             if node.has_notice:
                 self.give_notice(node)
@@ -136,6 +131,13 @@ class Cluster:
         """A member learns that it will be taken away, and says so to its driver and to each new one."""
         node.has_notice = True
         self.tell(node, MemberLeaving(node.name, "simulated"))
+
+    def refuse(self, node: Node) -> None:
+        """A member's job raises: it leaves its world, and serves no other one but to save what it holds."""
+        node.has_raised = True
+        self.tell(node, UserFailed(node.name, 0, max(node.standing.committed, 0), "the job raised", ""))
+        if node.inside:
+            self._leave(node, node.inside)
 
     def order(self, name: str, order: FormWorld) -> None:
         """An order reaches a member some time; one that comes too late is ignored, as in its mailbox."""
@@ -158,11 +160,11 @@ class Cluster:
         if node is not None and not node.is_cut_off:
             node.stop_generation = max(node.stop_generation, generation)
 
-    # ------------------------------------------------------------------------------- a training thread's way
-
     def advance(self, node: Node) -> None:
         """Let a training thread that waits for orders, or for the others at a rendezvous, go on."""
         if self.is_gone(node) or node.faults or node.inside or node.order is None:
+            return
+        if node.has_raised and not node.order.only_saves:
             return
         if node.waiting_at:
             self.tell_broken(node, node.waiting_at, "a newer world was ordered")
@@ -220,7 +222,11 @@ class Cluster:
             told = "self" if source == "peer" and not node.is_blank else source
             node.standing = Standing(step)
             self.tell(node, Settled(node.name, generation, step, told, 0.1))
-        if self.worlds[generation].order.only_saves:
+        order = self.worlds[generation].order
+        self.shards.settle(members, order.leaving, lambda one: not self.is_gone(one) and self.is_sound(one))
+        if order.leaving:
+            self._end(members, Ending.REGROUP)
+        elif order.only_saves:
             self._save_last(generation, Ending.FINISHED if step >= NUM_STEPS else Ending.STOPPED)
         else:
             self._begin_step(generation)
@@ -242,6 +248,7 @@ class Cluster:
         for node in members:
             node.began_at = self.now
             node.busy_until = self.now + STEP_S * node.slowness * self.random.uniform(0.8, 1.2)
+        self.slow_data.hold_up(members, self.now)
         lasts_s = max((node.busy_until for node in members), default=self.now) - self.now
         is_deadly = any(node.standing.committed == self.deadly_step for node in members)
         self.later(lasts_s, partial(self._strike if is_deadly else self._step, generation))
@@ -345,8 +352,6 @@ class Cluster:
         for other in list(self.nodes.values()):
             if other.inside == generation and not other.is_isolated:
                 self.later(self.random.uniform(0.001, 0.1), partial(self._leave, other, generation))
-
-    # ----------------------------------------------------------------------------------------- life and death
 
     def die(self, node: Node) -> None:
         """A SIGKILL: its peers see their collective fail, the driver hears of the loss, in either order."""

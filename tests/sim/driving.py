@@ -17,7 +17,8 @@ from elastic.control.instructions import (
 )
 from elastic.control.phase import Phase
 from elastic.control.policy import WorldPolicy
-from tests.sim.cluster import Cluster, World
+from tests.sim.audience import World
+from tests.sim.cluster import Cluster
 from tests.sim.node import Fault, Node
 
 TICK_S = 0.25
@@ -58,7 +59,7 @@ class Driver:
             generation = self.first_generation = generation + 1
             cluster.claims[generation] = self.name
         self.claimed = generation
-        self.controller = Controller(self.policy, prefix, generation, most_ranks=self.most_ranks)
+        self.controller = self.control(prefix, generation)
         self.found, self.began_at = sorted(cluster.nodes), cluster.now
         for node in cluster.nodes.values():
             self.seat(node)
@@ -66,6 +67,11 @@ class Driver:
             cluster.greet(node)
         self._act(self.controller.begin(self.found, cluster.now))
         self.tick()
+
+    def control(self, prefix: str, generation: int) -> Controller:
+        """Make the controller that this driver has as it begins."""
+        copies = self.cluster.shards.copies
+        return Controller(self.policy, prefix, generation, most_ranks=self.most_ranks, copies=copies)
 
     def seat(self, node: Node) -> None:
         """Listen to a member from now on."""
@@ -165,7 +171,7 @@ class Driver:
         num_ranks = len(set(order.members))
         assert 0 < num_ranks == len(order.members), cluster.explain("a world without ranks")
         assert num_ranks <= self.most_ranks, cluster.explain("a world with too many ranks")
-        is_change = self._order is None or order.members != self._order.members
+        is_change = self._order is None or order.leaving or order.members != self._order.members
         assert is_change or order.manner is Manner.AT_ONCE, cluster.explain("a new world for nothing")
         cluster.worlds[order.generation] = World(order, self.name)
         self._order, self._stop = order, None
@@ -210,6 +216,6 @@ class Driver:
     def replay(self) -> list[list[Instruction]]:
         """Decide everything again, from what this driver was told."""
         prefix = self.controller.prefix
-        controller = Controller(self.policy, prefix, self.first_generation, most_ranks=self.most_ranks)
+        controller = self.control(prefix, self.first_generation)
         controller.begin(self.found, self.began_at)
         return [controller.handle(event, at) for at, event, _ in self.told]

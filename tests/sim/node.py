@@ -33,6 +33,7 @@ class Node:
     is_isolated: bool = False  # from the other members
     is_evicted: bool = False  # though it may not know
     has_notice: bool = False
+    has_raised: bool = False  # its job: it only saves what it holds
     slowness: float = 1.0
     began_at: float = 0.0
     busy_until: float = 0.0

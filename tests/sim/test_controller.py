@@ -33,7 +33,7 @@ def live_through(seeds: range) -> None:
     for seed in seeds:
         chaos = Chaos(seed)
         end = chaos.run()
-        if "workers were lost" in end.reason:  # that is what they were
+        if "workers were lost" in end.reason or "the job raised" in end.reason:  # that is what it was
             num_given_up += "in a row without a step" in end.reason and not chaos.is_deadly
             check_saved(chaos)
             continue
@@ -84,7 +84,7 @@ def test_a_stop_ends_the_run_with_a_durable_checkpoint_of_its_last_step(block: i
     for seed in range(block * 20, block * 20 + 20):
         chaos = Chaos(seed, stop_at_s=random.Random(seed).uniform(0.0, 20.0))
         end = chaos.run()
-        if "workers were lost" in end.reason:
+        if "workers were lost" in end.reason or "the job raised" in end.reason:
             check_saved(chaos)
             continue
         assert end.status in (Status.STOPPED, Status.FINISHED), chaos.explain(f"the run ended as {end}")

@@ -228,7 +228,7 @@ def test_a_member_that_answers_but_is_stuck_in_a_micro_batch_is_killed_while_oth
     assert pass_time(controller, 10.5, 12.0, working={"w1": 10.0}) == []
     killed, *_ = pass_time(controller, 12.0, 19.0, working={"w1": 10.0})
     assert isinstance(killed, KillMember)
-    assert "w1 is stuck in a micro-batch while others wait" in killed.reason
+    assert "w1 is stuck in a micro-batch of step 1 for 5 s while others wait" in killed.reason
 
 
 def test_nobody_hangs_as_long_as_everybody_is_held_up_alike() -> None:

@@ -1,19 +1,29 @@
 """What takes long for a good reason is waited for: room in an arena, a restore, shards on their way."""
 
+from collections.abc import Collection
+from dataclasses import replace
+
 from elastic.control.attendance import Stage
 from elastic.control.controller import Controller
 from elastic.control.events import (
     Cause,
+    Ending,
     MemberCame,
+    MemberEnded,
+    MemberLeaving,
     MemberLost,
+    MemberReady,
     Settled,
     StepCommitted,
     StopRequested,
+    Tick,
+    WorkersWanted,
     WorldBroken,
     WorldFormed,
 )
-from elastic.control.instructions import FormWorld, Instruction, KillMember, Manner, StopWorld
+from elastic.control.instructions import End, FormWorld, Instruction, KillMember, Manner, StopWorld
 from elastic.control.phase import Phase
+from elastic.control.policy import WorldPolicy
 from tests.controlled import pass_time, stepping, tell_all
 
 ALL = ("w0", "w1", "w2")
@@ -134,3 +144,88 @@ def test_the_last_checkpoint_of_a_world_that_was_told_to_stop_has_all_its_time()
     controller.handle(StepCommitted("w0", 1, 2, 1.0, 0.5, 1, 0.0, is_last=True), 4.5)
     assert controller.roll.stage is Stage.ENDING
     assert pass_time(controller, 4.5, 600.0) == []
+
+
+def lost(controller: Controller, at: float) -> None:
+    """Lose all members at once."""
+    for member in tuple(controller.members.world):
+        controller.handle(MemberLost(member, Cause.HOST_DIED, "its node pool is gone"), at)
+
+
+def test_where_nobody_is_left_replacements_are_waited_for_as_long_as_where_somebody_is() -> None:
+    controller = stepping()
+    controller.policy = replace(controller.policy, wait_s=3600.0)
+    lost(controller, 4.0)
+    told = pass_time(controller, 4.0, 10.0) + pass_time(controller, 10.0, 500.0)
+    assert not any(isinstance(one, End) for one in told)
+    ends: list[End] = []
+    now = 500.0
+    while not ends and now < 5000.0:
+        now += 0.9
+        ends = [one for one in controller.handle(Tick(), now) if isinstance(one, End)]
+    assert now > 3600.0 and ends and "within 3600 s" in ends[0].reason
+
+
+def test_where_nobody_is_left_as_many_as_are_needed_go_on_once_the_time_to_gather_is_over() -> None:
+    controller = stepping()
+    controller.policy = replace(controller.policy, wait_s=3600.0)
+    lost(controller, 4.0)
+    assert pass_time(controller, 4.0, 10.0) == []
+    assert controller.handle(MemberReady("w3", "h", 4), 10.0) == []
+    (formed,) = pass_time(controller, 10.0, 130.0)
+    assert isinstance(formed, FormWorld) and formed.members == ("w3",)
+
+
+def test_a_new_driver_of_a_run_that_had_a_world_waits_for_workers_as_long_as_for_replacements() -> None:
+    controller = Controller(WorldPolicy(workers=2, wait_s=3600.0), "w7.", generation=7)
+    controller.begin((), 0.0)
+    assert pass_time(controller, 0.0, 500.0) == []
+
+
+def test_where_all_machines_were_taken_away_their_loss_does_not_shorten_the_wait() -> None:
+    controller = stepping(2)
+    controller.policy = replace(controller.policy, wait_s=3600.0)
+    for member in ("w0", "w1"):
+        controller.handle(MemberLeaving(member, "drained"), 4.0)
+    for member in ("w0", "w1"):
+        controller.handle(MemberEnded(member, controller.formed, 1, Ending.STOPPED), 5.0)
+    for member in ("w0", "w1"):
+        controller.handle(MemberLost(member, Cause.HOST_DIED, "taken away"), 30.0)
+    told = pass_time(controller, 30.0, 500.0)
+    assert not any(isinstance(one, End) for one in told)
+
+
+def gathering(answering: Collection[str]) -> Controller:
+    """A controller of two members that are up, or not, for as long as one may take to start."""
+    controller = Controller(WorldPolicy(workers=2), "w")
+    controller.begin((), 0.0)
+    for number in range(1, 5990):
+        now = 0.1 * number
+        silence_s = {one: 0.1 if one in answering else now for one in ("w0", "w1")}
+        if told := controller.handle(Tick(silence_s), now):
+            (end,) = told
+            assert isinstance(end, End) and "within 120 s; give the cluster more resources" in end.reason
+            break
+    return controller
+
+
+def test_who_is_up_and_makes_its_dataset_may_take_as_long_as_a_start_may_before_there_is_a_world() -> None:
+    controller = gathering({"w0", "w1"})
+    assert controller.phase is Phase.GATHERING
+    told = [
+        one for n in range(20) for one in controller.handle(Tick({"w0": 0.1, "w1": 0.1}), 599.0 + 0.1 * n)
+    ]
+    (end,) = (one for one in told if isinstance(one, End))
+    assert "w0, w1 still make their dataset or model" in end.reason
+
+
+def test_who_has_no_place_to_start_is_waited_for_as_long_as_a_world_gathers() -> None:
+    assert gathering(()).phase is Phase.ENDED
+
+
+def test_as_many_standbys_as_suffice_follow_a_wish_for_more_workers() -> None:
+    for standbys_follow, standbys in ((True, 9), (False, 1)):
+        controller = stepping(4)
+        controller.policy = replace(controller.policy, standbys=1, standbys_follow=standbys_follow)
+        controller.handle(WorkersWanted(1000), 4.0)
+        assert controller.policy.standbys == standbys

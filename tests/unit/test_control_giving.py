@@ -1,0 +1,88 @@
+"""Shards of the state are given to those who stay before the last of their holders leave in good order."""
+
+import pytest
+
+from elastic.control.controller import Controller
+from elastic.control.events import (
+    Cause,
+    MemberLeaving,
+    MemberLost,
+    MemberReady,
+    Settled,
+    StopRequested,
+    WorkersWanted,
+)
+from elastic.control.instructions import FormWorld, Instruction, ReleaseMember
+from elastic.control.policy import WorldPolicy
+from elastic.control.sharding import deal_states
+from tests.controlled import stepping, tell_all
+
+
+def sharded(workers: int, copies: int) -> Controller:
+    """A controller whose members have made a step, and hold shards of the state."""
+    controller = stepping(workers)
+    controller.copies = copies
+    return controller
+
+
+def formed(told: list[Instruction]) -> FormWorld:
+    """The world that these instructions order."""
+    (order,) = (one for one in told if isinstance(one, FormWorld))
+    return order
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_two_that_are_too_many_give_their_shards_away_before_a_world_goes_on_without_them(
+    copies: int,
+) -> None:
+    controller = sharded(4, copies)
+    giving = formed(controller.handle(WorkersWanted(2), 4.0))
+    assert (giving.members, giving.leaving) == (("w0", "w1", "w2", "w3"), ("w2", "w3"))
+    tell_all(controller, "w0", "w1", "w2", "w3", at=5.0)
+    assert controller.members.world == ("w0", "w1"), "the next one is ordered as soon as all have settled"
+    tell_all(controller, "w0", at=6.0)
+    released = [
+        one
+        for one in controller.handle(Settled("w1", 3, 1, "self", 0.1), 6.0)
+        if isinstance(one, ReleaseMember)
+    ]
+    assert {one.member for one in released} == {"w2", "w3"}
+
+
+@pytest.mark.parametrize("copies", [0, 3])
+def test_where_another_copy_stays_the_world_goes_on_without_them_at_once(copies: int) -> None:
+    order = formed(sharded(4, copies).handle(WorkersWanted(2), 4.0))
+    assert (order.members, order.leaving) == (("w0", "w1"), ())
+
+
+def test_who_will_be_taken_away_gives_its_only_copy_also_where_another_one_dies() -> None:
+    controller = sharded(3, 2)
+    assert formed(controller.handle(MemberLeaving("w2", "drained"), 4.0)).leaving == ()
+    giving = formed(controller.handle(MemberLost("w1", Cause.PROCESS_DIED, ""), 4.1))
+    assert (giving.members, giving.leaving) == (("w0", "w2"), ("w2",))
+
+
+def test_a_standby_that_an_earlier_drivers_first_world_had_gives_back_what_it_got() -> None:
+    controller = Controller(WorldPolicy(workers=2, standbys=1), "w7.", generation=7, copies=1)
+    controller.begin(["w0", "w1", "w2"], 0.0)
+    for member, step in (("w0", 50), ("w1", 50), ("w2", -1)):
+        controller.handle(MemberReady(member, "h", 1, step), 0.5)
+    tell_all(controller, "w0", "w1", "w2", at=1.0)
+    assert controller.diagnosis.step == 1
+    assert controller.roll.ranks == ("w0", "w1", "w2"), "w2 gives"
+    tell_all(controller, "w0", "w1", "w2", at=2.0)
+    assert controller.members.world == ("w0", "w1")
+
+
+def test_a_stop_while_shards_are_given_is_followed_once_they_are() -> None:
+    controller = sharded(2, 1)
+    controller.handle(WorkersWanted(1), 4.0)
+    controller.handle(StopRequested("test"), 4.1)
+    tell_all(controller, "w0", "w1", at=5.0)
+    assert controller.members.world == ("w0",)
+    assert controller.roll.is_closing
+
+
+def test_who_is_leaving_is_dealt_no_state() -> None:
+    holders = deal_states([8, 4, 2, 1], [{0}, {1}, {2}, {3}], ["a", "b", "c", "d"], 2, leaving={2, 3})
+    assert all(sorted(ranks) == [0, 1] for ranks in holders)
