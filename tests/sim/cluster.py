@@ -1,6 +1,4 @@
-"""A simulated cluster: members whose training threads follow orders as the real ones do, worlds that form,
-step, break and end, and a store with claims. One random generator decides all delays.
-"""
+"""A simulated cluster: members that obey orders, worlds, a store with claims; one generator decides delays."""
 
 import heapq
 import random

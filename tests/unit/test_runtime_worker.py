@@ -34,7 +34,7 @@ print("told", flush=True)
 os.kill(os.getpid(), signal.SIGTERM)
 for _ in range(2):  # as it comes, and again to whoever greets it
     news = [type(each).__name__ for each in member.poll(20.0).news]
-    print(*(name for name in news if name == "MemberLeaving"), flush=True)
+    print(*(name for name in news if name in ("MemberLeaving", "UserFailed")), flush=True)
     member.greet()
 time.sleep(120)  # the lease ends this process long before
 sys.exit(3)
@@ -53,9 +53,10 @@ def test_a_worker_whose_job_failed_tells_each_driver_of_its_notice_and_ends_with
         timeout=100,
         cwd=Path(__file__).parents[2],
     )
-    assert (ended.returncode, ended.stdout) == (0, "told\nMemberLeaving\nMemberLeaving\n"), ended.stderr[
-        -2000:
-    ]
+    assert (ended.returncode, ended.stdout) == (
+        0,
+        "told\nMemberLeaving\nMemberLeaving UserFailed\n",
+    ), ended.stderr[-2000:]
 
 
 _FAILS = r"""
