@@ -1,4 +1,4 @@
-"""A simulated cluster: members that obey orders, worlds, a store with claims; one generator decides it all."""
+"""A simulated cluster: members that obey orders, worlds, a store with claims; one generator decides it."""
 
 import heapq
 import random
