@@ -1,7 +1,7 @@
 """The controller: events in, instructions out. It knows no process, no clock and no network.
 
-A world goes GATHERING -> FORMING -> TRAINING; any loss leads back to FORMING, a joiner at a step boundary, a
-request to stop to ENDED through a last checkpoint. What belongs to an older generation is ignored.
+A world goes GATHERING -> FORMING -> TRAINING; a loss leads back to FORMING, a joiner at a step boundary; a
+request to stop to ENDED, through one last checkpoint. What belongs to an older generation is ignored.
 """
 
 from collections.abc import Iterable
@@ -119,7 +119,7 @@ class Controller:
                 return self._stop(reason, now)
             case Tick():
                 return [*self._relax(now - HASTE_S, now), *self._wait(event, now)]
-            case GenerationTaken():
+            case GenerationTaken(generation) if generation == self.formed:
                 self.generation = self.formed = self.generation + 1
                 self._ordered = replace(self._ordered, generation=self.formed)
                 return [self._ordered]
@@ -304,9 +304,9 @@ class Controller:
         return [*released, *self._consider(now)]
 
     def _release(self, now: float) -> list[Instruction]:
-        """End whom no world needs."""
-        done = find_unneeded(self.members, self.policy)
-        for one in done:
+        """End whom no world needs; beside one that only saves, everybody may be needed."""
+        is_saving = self.roll.is_closing and not self._is_broken
+        for one in (done := {} if is_saving else find_unneeded(self.members, self.policy)):
             self.members.drop(one)
         return [*(ReleaseMember(one, why) for one, why in done.items()), *self._replenish(now)]
 

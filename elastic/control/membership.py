@@ -28,6 +28,7 @@ class Membership:
     _veterans: dict[str, None] = field(default_factory=dict)
     _heirs: dict[str, None] = field(default_factory=dict)
     _num_settled: int = 0
+    _spread: dict[frozenset[str], None] = field(default_factory=dict)
     _is_lost: bool = False
     _is_safe: bool = False
     _found: dict[str, int] = field(default_factory=dict)
@@ -95,6 +96,7 @@ class Membership:
     def rank(self, members: tuple[str, ...]) -> None:
         """Make ready members the world, in this order of ranks."""
         self.world, self._ranked, self._is_safe = members, frozenset(members), False
+        self._spread[self._ranked] = None
         self._veterans.update(dict.fromkeys(members))
         self._outside = {
             member: None
@@ -106,6 +108,7 @@ class Membership:
         """Note that all of the world hold the newest state, but for those who have given theirs away."""
         self._heirs, self._found = {one: None for one in self.world if one not in leaving}, {}
         self._num_settled, self._is_lost = len(self._heirs), False
+        self._spread = {frozenset(self._heirs): None}
 
     def blank(self, member: str) -> bool:
         """Count a member as one that holds nothing; return whether it held the newest state until then.
@@ -178,9 +181,11 @@ class Membership:
         return self._missing
 
     @property
-    def num_settled(self) -> int:
-        """How many held the newest state together, once all of them did."""
-        return self._num_settled
+    def spreads(self) -> Collection[frozenset[str]]:
+        """Over whom the newest state may be spread: the world that settled last, as it was, or one ordered
+        since, of which nobody may have told yet how far it came.
+        """
+        return self._spread.keys()
 
     @property
     def has_state(self) -> bool:

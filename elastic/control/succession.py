@@ -51,16 +51,16 @@ def decide(
     the state may be missing with them, a world comes before it in which they give it to those who stay.
     """
     decision = choose_world(*find_candidates(members, policy, most_ranks), waiting)
-    staying = [one for one in members.heirs if one in decision.members]
-    num_missing = members.num_settled - len(staying)
-    if not (copies and staying) or num_missing < min(copies, members.num_settled):
+    if not (copies and members.has_state and decision.members):
         return decision
-    givers = tuple(one for one in members.heirs if one not in staying)
-    if not givers:
+    chosen = frozenset(decision.members)
+    short = [one for one in members.spreads if len(one - chosen) >= min(copies, len(one))]
+    givers = tuple(one for one in members.hosts if one not in chosen and any(one in each for each in short))
+    staying = tuple(one for one in decision.members if any(one in each for each in members.spreads))
+    if not (givers and staying):
         return decision
     why = f"{', '.join(givers)} give what they hold to those who stay"
-    chosen = tuple(one for one in decision.members if one in staying)
-    return replace(decision, members=chosen + givers, leaving=givers, reason=why)
+    return replace(decision, members=staying + givers, leaving=givers, reason=why)
 
 
 def has_reason(members: Membership, policy: WorldPolicy) -> bool:

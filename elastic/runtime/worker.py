@@ -193,6 +193,8 @@ class Member:
             while (order := self._mailbox.next()) is not None:
                 if self._may_serve(order):
                     self._serve_or_tell(order, former, trainer)
+                elif self._failure is not None:  # who ordered this cannot have heard of it
+                    self._outbox.put(self._failure)
                 if self._mailbox.is_orphaned:
                     break
             self._save_alone(trainer)
@@ -224,9 +226,14 @@ class Member:
         """Live through one world; if the job fails in it, tell that once, and keep what it had committed."""
         try:
             self._serve(order, former, trainer)
-        except (UserFailure, JobRejected) as failure:
+        except Exception as failure:
+            is_sound = isinstance(failure, UserFailure | JobRejected | Unsupported) or is_out_of_memory(
+                failure
+            )
+            if not is_sound:
+                raise
             if self._has_failed:
-                raise  # not even saving works
+                raise RuntimeError(f"what it holds cannot be saved: {failure}") from failure
             self._has_failed = True
             self._tell(failure)
 

@@ -129,7 +129,8 @@ class FullyShardedLearner:
         held, num_taken = cut_anew(world, self._hold(), cuts, self._mould.sharded, self._device)
         if leaving:
             meet(world)
-            self._held, self._live = held, None
+            if world.rank in staying:  # who leaves keeps what it had: one that stays may die just now
+                self._held, self._live = held, None
             return num_taken
         sharded = self._pour(held, cuts[world.rank])
         with no_readings("optimizer", sharded.parameters):

@@ -78,7 +78,8 @@ class ShardedLearner:
         for (sender, receiver), numbers in sorted(moved.items()):
             self._move(world, sender, receiver, numbers)
         meet(world)  # what was moved is let go here once it is there, whoever dies meanwhile
-        for number in self._mine - {each for each, ranks in enumerate(holders) if world.rank in ranks}:
+        kept = {each for each, ranks in enumerate(holders) if world.rank in ranks}
+        for number in frozenset() if world.rank in leaving else self._mine - kept:  # who leaves needs no room
             self._learner.optimizer.state.pop(self._parameters[number], None)
             self._mine.discard(number)
         self._holders, self._num_updates = holders, 0

@@ -168,8 +168,8 @@ class Trainer:
             self._give_up(world, str(lost))
         up_to_date = [rank for rank, each in enumerate(standings) if each.committed == settlement.step]
         self._deal_rest([held[r] if r in up_to_date and r not in healed else () for r in range(world.size)])
-        if source == "self" and num_taken:
-            source = "self+peer"
+        source = "self+peer" if source == "self" and num_taken else source
+        self._standing = Standing(self._standing.committed)  # gradients of rows that moved are gone
         return Settling(self._standing.committed, source, time.perf_counter() - started, parcel.note)
 
     @lets_go
