@@ -51,12 +51,13 @@ def decide(
     the state may be missing with them, a world comes before it in which they give it to those who stay.
     """
     decision = choose_world(*find_candidates(members, policy, most_ranks), waiting)
-    if not (copies and members.has_state and decision.members):
+    if not (copies and decision.members):
         return decision
     chosen = frozenset(decision.members)
     short = [one for one in members.spreads if len(one - chosen) >= min(copies, len(one))]
     givers = tuple(one for one in members.hosts if one not in chosen and any(one in each for each in short))
     staying = tuple(one for one in decision.members if any(one in each for each in members.spreads))
+    givers = givers[: max(0, most_ranks - len(staying))]
     if not (givers and staying):
         return decision
     why = f"{', '.join(givers)} give what they hold to those who stay"
