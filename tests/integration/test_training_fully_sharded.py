@@ -65,9 +65,9 @@ def diaries(text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
             FLIP_OF_TWO,
             Props(text, parameter_copies=2, store=str(tmp_path_factory.mktemp("flipped"))),
         ),
-        "churn": (CHURN, Props(text, parameter_copies=2)),
         "polite": (POLITE, Props(text, parameter_copies=2)),
         "polite, with one copy": (POLITE, Props(text, parameter_copies=1)),
+        "churn": (CHURN, Props(text, parameter_copies=2)),
         "loss": (LOSS, stored),
         "loss before a checkpoint": (EARLY_LOSS, Props(text, parameter_copies=1)),
     }

@@ -69,9 +69,9 @@ def churned(text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
         **{name: (chapters, two) for name, chapters in quiet.items()},
         "flip": (FLIP, three),
         "flip of two": (FLIP_OF_TWO, stored),
-        "churn": (CHURN, two),
         "polite": (POLITE, two),
         "polite, with one copy": (POLITE, Props(text, optimizer_copies=1)),
+        "churn": (CHURN, two),
     }
     stories = {name: chapters for name, (chapters, _) in told.items()}
     return perform(stories, {name: props for name, (_, props) in told.items()})
