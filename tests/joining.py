@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from checkpoint import LocalHost, Saver, load, open_store
 from elastic.training.plan import TrainPlan
 from elastic.training.ports import Flags
 from elastic.training.trainer import Storage, Trainer
@@ -110,3 +111,15 @@ def finished(trainer: Trainer, generation: int = 5) -> str:
     trainer.settle(WorldOfOne(generation))
     trainer.run(WorldOfOne(generation), Told(), lambda event: None)
     return trainer.weights_sha256()
+
+
+def resumed_after_four(job: Any, plan: Any, name: str) -> Trainer:
+    """Save at step 4, and give the state to another run."""
+    store = open_store(f"memory://{name}")
+    with LocalHost(store, arena_bytes=1 << 24) as host:
+        saver = Saver(host, "run")
+        trained(trainer_of(job, replace(plan, num_steps=4, save_every=4), Storage(saver)))
+        resumed = trainer_of(job, plan, Storage(None, lambda: load(store)))
+        assert resumed.settle(WorldOfOne(2)).step == 4
+        saver.close()
+    return resumed

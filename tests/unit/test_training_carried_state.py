@@ -11,12 +11,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler as schedules
 
-from checkpoint import LocalHost, Saver, load, open_store
 from elastic.errors import JobRejected
 from elastic.training.blame import UserFailure
-from elastic.training.trainer import Storage, Trainer
-from tests.joining import PLAN, ChosenJob, Net, finished, in_one_thread, joined, trainer_of
-from tests.unit.test_training_trainer import WorldOfOne, trained
+from elastic.training.trainer import Trainer
+from tests.joining import (
+    PLAN,
+    ChosenJob,
+    Net,
+    finished,
+    in_one_thread,
+    joined,
+    resumed_after_four,
+    trainer_of,
+)
+from tests.unit.test_training_trainer import trained
 
 Layout = dict[str, Any]
 LAYOUTS: list[Layout] = [{}, {"optimizer_copies": 2}, {"parameter_copies": 2}]
@@ -49,18 +57,6 @@ class LowMomentum(Optimizer):
 
 def low(model: nn.Module) -> Optimizer:
     return LowMomentum(model.parameters())
-
-
-def resumed_after_four(job: Any, plan: Any, name: str) -> Trainer:
-    """Save at step 4, and give the state to another run."""
-    store = open_store(f"memory://{name}")
-    with LocalHost(store, arena_bytes=1 << 24) as host:
-        saver = Saver(host, "run")
-        trained(trainer_of(job, replace(plan, num_steps=4, save_every=4), Storage(saver)))
-        resumed = trainer_of(job, plan, Storage(None, lambda: load(store)))
-        assert resumed.settle(WorldOfOne(2)).step == 4
-        saver.close()
-    return resumed
 
 
 def ends_alike(job: Any, plan: Any, name: str) -> Trainer:

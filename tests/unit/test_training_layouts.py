@@ -8,11 +8,19 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from checkpoint import LocalHost, Saver, load, open_store
 from elastic.training.gradients import GradientRows
-from elastic.training.trainer import Storage
-from tests.joining import PLAN, ChosenJob, Net, adam, finished, in_one_thread, joined, trainer_of
-from tests.unit.test_training_trainer import WorldOfOne, trained
+from tests.joining import (
+    PLAN,
+    ChosenJob,
+    Net,
+    adam,
+    finished,
+    in_one_thread,
+    joined,
+    resumed_after_four,
+    trainer_of,
+)
+from tests.unit.test_training_trainer import trained
 
 __all__ = ["in_one_thread"]
 
@@ -65,13 +73,7 @@ def test_its_state_goes_to_joiners_and_through_checkpoints_and_ends_with_the_sam
     quiet = trainer_of(job)
     trained(quiet)
     assert {finished(each) for each in joined(job, plan)} == {quiet.weights_sha256()}
-    store = open_store(f"memory://{request.node.name}")
-    with LocalHost(store, arena_bytes=1 << 24) as host:
-        saver = Saver(host, "run")
-        trained(trainer_of(job, replace(plan, num_steps=4, save_every=4), Storage(saver)))
-        resumed = trainer_of(job, plan, Storage(None, lambda: load(store)))
-        assert resumed.settle(WorldOfOne(2)).step == 4
-        saver.close()
+    resumed = resumed_after_four(job, plan, request.node.name)
     assert finished(resumed) == quiet.weights_sha256()
 
 
