@@ -126,7 +126,7 @@ class Controller:
         return self._hear(event, now) if isinstance(event, OfWorld) else []
 
     def _welcome(self, ready: MemberReady, now: float) -> list[Instruction]:
-        if self.members.admit(ready.member, ready.host, ready.step):
+        if self.members.admit(ready):
             self.diagnosis.welcome(ready.member)
         return self._consider(now)
 
@@ -268,7 +268,7 @@ class Controller:
         self._is_broken = self._is_parting = False
         if manner is Manner.AT_ONCE and self.members.has_state:
             self._haste.begin(now)
-        origin = "survivors" if leaving else self.members.origin
+        origin = "survivors" if leaving and self.members.origin == "self" else self.members.origin
         self.roll = self.roll.succeed(members, manner, origin, self.members.holders, now=now)
         hosts = tuple(self.members.hosts[member] for member in members)
         self._ordered = FormWorld(self.generation, members, hosts, manner, decision.reason, leaving=leaving)
@@ -279,7 +279,8 @@ class Controller:
         if self.phase is not Phase.FORMING or not self.roll.has_settled:
             return []
         self.phase, self._settled = Phase.TRAINING, self.formed
-        self.members.settle(self._ordered.leaving)
+        if self.members.settle(self._ordered.leaving):
+            self.losses.num_refusals = 0
         if self._ordered.leaving:  # it makes no step
             self._break(now)
             return self._consider(now)
@@ -293,8 +294,7 @@ class Controller:
             return []
         self.members.part(member, notice)
         may_go = not self.members.is_ranked(member) and (self.members.is_safe or not self._is_broken)
-        released = self._release(now) if may_go else []
-        return [*(released or self._replenish(now)), *self._consider(now)]
+        return [*(self._release(now) if may_go else self._replenish(now)), *self._consider(now)]
 
     def _resize(self, workers: int, now: float) -> list[Instruction]:
         """Aim at another number of workers; who is too many leaves at the next step boundary."""

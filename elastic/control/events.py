@@ -33,13 +33,15 @@ class Ending(StrEnum):
 class MemberReady:
     """A member's process is up and can be given a rank. `host` names its machine.
 
-    `step` counts the committed steps of the state that it holds as it says so (`BLANK`: it holds none).
+    `step` counts the committed steps of the state that it holds as it says so (`BLANK`: it holds none), and
+    `generation` is that of the newest world it was ordered into (0: none).
     """
 
     member: str
     host: str
     pid: int
     step: int = BLANK
+    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True)

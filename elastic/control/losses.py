@@ -14,7 +14,7 @@ LOSSES_BEYOND = 3  # more than two for each worker, in a row without a step
 @dataclass(slots=True)
 class Losses:
     """A run's losses: `num` in all, `num_in_a_row` since a step was committed. Of newcomers in which the job
-    raised there were `num_refusals`.
+    raised there were `num_refusals` since one joined in.
     """
 
     num: int = 0

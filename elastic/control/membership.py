@@ -6,7 +6,10 @@ Every change costs the same however many members there are, but for those of the
 from collections.abc import Collection, Iterable, KeysView, Mapping
 from dataclasses import dataclass, field
 
+from elastic.control.events import MemberReady
 from elastic.control.standing import BLANK
+
+_UNKNOWN = (BLANK, 0)  # the step and the world of who has said nothing
 
 
 @dataclass(slots=True)
@@ -31,13 +34,13 @@ class Membership:
     _spread: dict[frozenset[str], None] = field(default_factory=dict)
     _is_lost: bool = False
     _is_safe: bool = False
-    _found: dict[str, int] = field(default_factory=dict)
+    _found: dict[str, tuple[int, int]] = field(default_factory=dict)
     _missing: set[str] = field(default_factory=set)
     _gone: set[str] = field(default_factory=set)
 
     def expect(self, members: Iterable[str], until: float) -> None:
         """Count an earlier driver's members as starting."""
-        self._found = dict.fromkeys(members, BLANK)
+        self._found = dict.fromkeys(members, _UNKNOWN)
         self._missing = set(self._found)
         self._starting.update(dict.fromkeys(self._found, until))
 
@@ -53,18 +56,18 @@ class Membership:
         self._starting[member] = until
         return member
 
-    def admit(self, member: str, host: str, step: int = BLANK) -> bool:
+    def admit(self, ready: MemberReady) -> bool:
         """Count a member as ready, also one that another driver started, but none that was dropped; return
-        whether this controller started it, and hears of it for the first time. It holds the state of a
-        `step`, or none.
+        whether this controller started it, and hears of it for the first time.
         """
+        member = ready.member
         if member in self._gone:
             return False
         is_new = self._starting.pop(member, None) is not None and member not in self._found
         if member in self._found:
-            self._found[member] = max(step, self._found[member])
+            self._found[member] = max((ready.step, ready.generation), self._found[member])
         self._missing.discard(member)
-        self.hosts[member] = host
+        self.hosts[member] = ready.host
         if member not in self._ranked and member not in self._leaving:
             self._outside[member] = None
         return is_new
@@ -104,11 +107,15 @@ class Membership:
             if member not in self._ranked and member not in self._leaving
         }
 
-    def settle(self, leaving: Collection[str] = ()) -> None:
-        """Note that all of the world hold the newest state, but for those who have given theirs away."""
+    def settle(self, leaving: Collection[str] = ()) -> bool:
+        """Note that all of the world hold the newest state, but for those who have given theirs away; return
+        whether somebody did not before.
+        """
+        is_larger = not self._ranked <= self.holders
         self._heirs, self._found = {one: None for one in self.world if one not in leaving}, {}
         self._num_settled, self._is_lost = len(self._heirs), False
         self._spread = {frozenset(self._heirs): None}
+        return is_larger
 
     def blank(self, member: str) -> bool:
         """Count a member as one that holds nothing; return whether it held the newest state until then.
@@ -153,9 +160,9 @@ class Membership:
     @property
     def found(self) -> tuple[str, ...]:
         """An earlier driver's ready members, while no world has settled yet: they may hold the state. Who
-        holds the newest, as far as they have said, comes first.
+        holds the newest, as far as they have said, comes first; of several, who was in a later world.
         """
-        newest_first = sorted(self._found, key=lambda member: -self._found[member])
+        newest_first = sorted(self._found, key=self._found.__getitem__, reverse=True)
         return tuple(member for member in newest_first if member in self.hosts)
 
     def may_hold(self, member: str) -> bool:
@@ -166,8 +173,8 @@ class Membership:
         """Whether nobody else is known to hold as new a state as this member."""
         if self._heirs:
             return self._heirs.keys() == {member}
-        step = self._found.get(member, BLANK)
-        others = [self._found[one] for one in self.found if one != member]
+        step, _ = self._found.get(member, _UNKNOWN)
+        others = [self._found[one][0] for one in self.found if one != member]
         return step > max(others, default=BLANK)
 
     @property

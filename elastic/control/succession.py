@@ -57,6 +57,10 @@ def decide(
     short = [one for one in members.spreads if len(one - chosen) >= min(copies, len(one))]
     givers = tuple(one for one in members.hosts if one not in chosen and any(one in each for each in short))
     staying = tuple(one for one in decision.members if any(one in each for each in members.spreads))
+    newcomers = tuple(one for one in decision.members if one not in staying)
+    newcomers = newcomers[: max(0, most_ranks - len(staying) - len(givers))]
+    if givers and newcomers and members.leaving.keys() >= set(staying):  # one of them need not hold it all
+        staying, givers = newcomers, staying + givers
     givers = givers[: max(0, most_ranks - len(staying))]
     if not (givers and staying):
         return decision

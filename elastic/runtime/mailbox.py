@@ -40,8 +40,7 @@ class Mailbox:
     def put(self, order: WorldOrder) -> bool:
         """Accept an order that is newer than any before; return whether it is."""
         with self._changed:
-            known = max(self._taken, self._order.form.generation if self._order else 0)
-            if order.form.generation <= known:
+            if order.form.generation <= self.newest:
                 return False
             self._order = order
             self._changed.notify_all()
@@ -78,6 +77,12 @@ class Mailbox:
             order, self._order = self._order, None
             self._taken = order.form.generation
             return order
+
+    @property
+    def newest(self) -> int:
+        """The newest world ordered (0: none)."""
+        with self._changed:
+            return self._order.form.generation if self._order else self._taken
 
     def has_newer(self) -> bool:
         """Whether a newer world was ordered than the one taken last."""

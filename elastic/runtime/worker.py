@@ -112,7 +112,8 @@ class Member:
         """Introduce this member to a new driver."""
         self._mailbox.hear()
         if self._ready is not None and self._trainer is not None:
-            self._outbox.put(replace(self._ready, step=self._trainer.standing.committed))
+            step, generation = self._trainer.standing.committed, self._mailbox.newest
+            self._outbox.put(replace(self._ready, step=step, generation=generation))
         for known in (self._notice, self._failure):
             if known is not None:
                 self._outbox.put(known)

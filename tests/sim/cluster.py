@@ -121,7 +121,7 @@ class Cluster:
         if is_up and not (node.is_cut_off or Fault.STOPPED in node.faults or self.is_gone(node)):
             if node.has_raised:
                 self.refuse(node)
-            self.tell(node, MemberReady(node.name, node.host, 1, node.standing.committed))
+            self.tell(node, MemberReady(node.name, node.host, 1, node.standing.committed, node.newest))
             if node.has_notice:
                 self.give_notice(node)
 
@@ -145,8 +145,7 @@ class Cluster:
         node = self.nodes.get(name)
         if node is None or node.is_cut_off or Fault.STOPPED in node.faults:
             return  # lost; the driver reminds
-        known = max(node.taken, node.order.generation if node.order else 0)
-        if order.generation <= known:
+        if order.generation <= node.newest:
             return
         node.order = order
         if order.manner is Manner.AT_ONCE and 0 < node.inside < order.generation:

@@ -50,6 +50,11 @@ class Node:
         return now < max(self.full_until, self.restores_until)
 
     @property
+    def newest(self) -> int:
+        """The newest world it was ordered into."""
+        return self.order.generation if self.order else self.taken
+
+    @property
     def is_blank(self) -> bool:
         return self.standing.committed == BLANK
 

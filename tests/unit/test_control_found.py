@@ -25,6 +25,14 @@ def test_of_more_found_members_than_a_world_may_have_those_with_the_newest_state
     assert isinstance(formed, FormWorld) and formed.members == ("w1", "w2"), "w0 was a standby"
 
 
+def test_of_found_members_that_hold_nothing_yet_the_one_that_was_ordered_into_a_world_goes_on() -> None:
+    controller = Controller(WorldPolicy(workers=1), "w7.", 7, most_ranks=1)
+    controller.begin(["w0", "w1"], 0.0)
+    controller.handle(MemberReady("w0", "h", 1), 0.5)
+    (formed,) = controller.handle(MemberReady("w1", "h", 1, generation=6), 0.5)
+    assert isinstance(formed, FormWorld) and formed.members == ("w1",), "it may make steps meanwhile"
+
+
 def test_where_all_found_members_fit_into_one_world_none_is_left_out_of_it() -> None:
     _, (formed,) = taken_up({"w0": BLANK, "w1": 97, "w2": 96}, most_ranks=8)
     assert isinstance(formed, FormWorld) and sorted(formed.members) == ["w0", "w1", "w2"]

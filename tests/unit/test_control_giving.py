@@ -1,5 +1,7 @@
 """Shards of the state are given to those who stay before the last of their holders leave in good order."""
 
+from dataclasses import replace
+
 import pytest
 
 from elastic.control.controller import Controller
@@ -86,3 +88,33 @@ def test_a_stop_while_shards_are_given_is_followed_once_they_are() -> None:
 def test_who_is_leaving_is_dealt_no_state() -> None:
     holders = deal_states([8, 4, 2, 1], [{0}, {1}, {2}, {3}], ["a", "b", "c", "d"], 2, leaving={2, 3})
     assert all(sorted(ranks) == [0, 1] for ranks in holders)
+
+
+def all_leaving(workers: int, newcomers: int, most_ranks: int = 1 << 30) -> FormWorld:
+    """The next world where whoever holds a shard will be taken away, as soon as newcomers are there."""
+    controller = sharded(workers, 1)
+    controller.most_ranks = most_ranks
+    controller.policy = replace(controller.policy, min_workers=2)
+    held = [f"w{number}" for number in range(workers)]
+    controller.members.settle()
+    for member in held:
+        controller.members.part(member, "drained")
+    for number in range(newcomers):
+        controller.members.admit(MemberReady(f"n{number}", "h", 1))
+    return formed(controller.handle(MemberReady("n", "h", 1), 4.0))
+
+
+def test_where_all_are_taken_away_all_of_them_give_what_they_hold_to_newcomers() -> None:
+    order = all_leaving(3, newcomers=2)
+    assert set(order.leaving) == {"w0", "w1", "w2"}, "none of them needs room for all of it"
+    assert set(order.members) - set(order.leaving) == {"n0", "n1"}
+
+
+def test_as_many_newcomers_get_it_as_there_are_places_beside_all_who_give() -> None:
+    order = all_leaving(3, newcomers=2, most_ranks=4)
+    assert (order.members, order.leaving) == (("n0", "w0", "w1", "w2"), ("w0", "w1", "w2"))
+
+
+def test_without_a_place_beside_them_one_of_them_gets_it_all() -> None:
+    order = all_leaving(3, newcomers=2, most_ranks=3)
+    assert (order.members, order.leaving) == (("w0", "w1", "w2"), ("w1", "w2"))

@@ -125,6 +125,21 @@ def test_the_third_newcomer_whose_job_raises_ends_the_run_once_the_state_is_save
     assert controller.handle(MemberEnded("w1", 1, 2, Ending.STOPPED), 6.0) == [End(Status.FAILED, WHY)]
 
 
+def test_who_joins_in_shows_that_the_job_runs_elsewhere_and_two_more_may_raise() -> None:
+    controller = stepping(2)
+    controller.handle(WorkersWanted(3), 3.5)
+    for member in ("w2", "w3"):
+        controller.handle(raised(member, 0), 4.0)
+    controller.handle(MemberReady("w4", "h", 9), 4.5)
+    tell_all(controller, "w0", "w1", "w4", at=5.0)
+    controller.handle(WorkersWanted(4), 5.5)
+    for member in ("w5", "w6"):
+        assert StartMember in map(type, controller.handle(raised(member, 0), 6.0))
+    assert controller.stopping is None
+    controller.handle(raised("w7", 0), 7.0)
+    assert controller.stopping == WHY
+
+
 def test_a_replacement_that_raises_while_nobody_is_left_is_not_the_end_of_the_run() -> None:
     controller = stepping(1)
     controller.handle(MemberLost("w0", Cause.PROCESS_DIED, ""), 4.0)
