@@ -36,6 +36,12 @@ POLITE = [
     Chapter((0, 1, 2, 3), leaving=(2, 3)),
     Chapter((0, 1)),
 ]
+# All are taken away, and give what they hold to those who come.
+TAKEN_AWAY = [
+    Chapter((0, 1), until=7),
+    Chapter((2, 3, 0, 1), leaving=(0, 1)),
+    Chapter((2, 3)),
+]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +73,7 @@ def diaries(text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
         ),
         "polite": (POLITE, Props(text, parameter_copies=2)),
         "polite, with one copy": (POLITE, Props(text, parameter_copies=1)),
+        "taken away": (TAKEN_AWAY, Props(text, parameter_copies=1)),
         "churn": (CHURN, Props(text, parameter_copies=2)),
         "loss": (LOSS, stored),
         "loss before a checkpoint": (EARLY_LOSS, Props(text, parameter_copies=1)),

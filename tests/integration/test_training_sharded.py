@@ -27,6 +27,12 @@ POLITE = [
     Chapter((0, 1, 2, 3), leaving=(2, 3)),
     Chapter((0, 1)),
 ]
+# All are taken away, and give what they hold to those who come.
+TAKEN_AWAY = [
+    Chapter((0, 1), until=7),
+    Chapter((2, 3, 0, 1), leaving=(0, 1)),
+    Chapter((2, 3)),
+]
 # With one copy a death takes state along: the world after finds out, and the one after that restores.
 LOSS = [Chapter((0, 1, 2), victim=1, dies_at=5, phase="leaf"), Chapter((0, 2)), Chapter((0, 2))]
 # Nothing was saved yet, and whoever began the state is gone: a survivor makes it anew. Who died in one story
@@ -71,6 +77,7 @@ def churned(text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
         "flip of two": (FLIP_OF_TWO, stored),
         "polite": (POLITE, two),
         "polite, with one copy": (POLITE, Props(text, optimizer_copies=1)),
+        "taken away": (TAKEN_AWAY, Props(text, optimizer_copies=1)),
         "churn": (CHURN, two),
     }
     stories = {name: chapters for name, (chapters, _) in told.items()}
