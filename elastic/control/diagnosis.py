@@ -67,13 +67,16 @@ class Diagnosis:
         self._diligence = Diligence(self.policy.work_floor_s, self.policy.patience_s)
 
     def look(self, tick: Tick, ready: Collection[str], *, now: float, slept_s: float) -> None:
-        """Take what members show; who is not `ready` is still starting, and no measure for others."""
+        """Take what members show; who is not `ready` is still starting, and no measure for others. Nor is who
+        does not show anything: it has just died.
+        """
         self._waited_at |= dict.fromkeys(tick.waiting, now)
         fresh_s, self._slept_s = slept_s - self._slept_s, slept_s
-        self._ready = ready
+        silence_s = {one: s for one, s in tick.silence_s.items() if one in ready}
+        self._ready = silence_s.keys()
         answering = (one for one, s in tick.silence_s.items() if s < self.policy.unreachable_s)
         self.building = frozenset(one for one in answering if one not in ready)
-        self._silence.look({one: s for one, s in tick.silence_s.items() if one in ready}, fresh_s)
+        self._silence.look(silence_s, fresh_s)
         self._diligence.look(tick.working_s, fresh_s)
 
     def welcome(self, member: str) -> None:
