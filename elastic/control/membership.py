@@ -32,6 +32,7 @@ class Membership:
     _heirs: dict[str, None] = field(default_factory=dict)
     _num_settled: int = 0
     _spread: dict[frozenset[str], None] = field(default_factory=dict)
+    _givers: tuple[str, ...] = ()  # they keep what they gave until the next world settles
     _is_lost: bool = False
     _is_safe: bool = False
     _found: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -88,13 +89,21 @@ class Membership:
         self._outside.pop(member, None)
         self._leaving.pop(member, None)
         self._veterans.pop(member, None)
-        self._heirs.pop(member, None)
         self._found.pop(member, None)
         self._missing.discard(member)
         self.hosts.pop(member, None)
+        self._disinherit(member)
         if member in self._ranked:
             self.world = tuple(other for other in self.world if other != member)
             self._ranked -= {member}
+
+    def _disinherit(self, member: str) -> None:
+        """Count a lost member out of the heirs; the last one's are those who gave them what they held."""
+        was_heir = member in self._heirs
+        self._heirs.pop(member, None)
+        if was_heir and not self._heirs and self._givers:
+            self._heirs = {one: None for one in self._givers if one in self.hosts}
+            self._spread[frozenset(self._givers)] = None
 
     def rank(self, members: tuple[str, ...]) -> None:
         """Make ready members the world, in this order of ranks."""
@@ -115,6 +124,7 @@ class Membership:
         self._heirs, self._found = {one: None for one in self.world if one not in leaving}, {}
         self._num_settled, self._is_lost = len(self._heirs), False
         self._spread = {frozenset(self._heirs): None}
+        self._givers = self.world if leaving else ()
         return is_larger
 
     def blank(self, member: str) -> bool:

@@ -51,6 +51,16 @@ def test_two_that_are_too_many_give_their_shards_away_before_a_world_goes_on_wit
     assert {one.member for one in released} == {"w2", "w3"}
 
 
+def test_where_who_got_the_state_dies_at_once_those_who_gave_it_are_not_ended_and_go_on_with_it() -> None:
+    controller = sharded(3, 2)
+    controller.handle(WorkersWanted(1), 4.0)
+    tell_all(controller, "w0", "w1", "w2", at=5.0)
+    assert controller.members.world == ("w0",)
+    told = controller.handle(MemberLost("w0", Cause.PROCESS_DIED, ""), 5.1)
+    order = formed(told)
+    assert (order.members, order.leaving) == (("w1", "w2"), ("w2",))
+
+
 @pytest.mark.parametrize("copies", [0, 3])
 def test_where_another_copy_stays_the_world_goes_on_without_them_at_once(copies: int) -> None:
     order = formed(sharded(4, copies).handle(WorkersWanted(2), 4.0))
