@@ -240,21 +240,24 @@ class Cluster:
         return str(ray.get(examined.remote(member, seat.pid), timeout=AUTOPSY_S))
 
     def renew(self) -> None:
-        """Keep the local Ray alive for another lease; where it died, another takes its place."""
-        if self._local is None:
+        """Keep the local Ray, if there is one, alive for another lease."""
+        if self._local is not None:
+            self._local.renew()
+
+    def revive(self) -> None:
+        """Start another local Ray where it died: not while members are told what to do, who die with it."""
+        if self._local is None or not self._local.is_dead():
             return
-        if self._local.is_dead():
-            log.warning("the local Ray died; starting another")
-            with self._seating:
-                pids = {member: seat.pid for member, seat in self._seats.items()}
-            self._part()
-            self._join()
-            for member, pid in pids.items():
-                if pid:
-                    self._news.put(MemberLost(member, Cause.HOST_DIED, "the local Ray died"))
-                else:
-                    self.start(member)  # it was to be started when Ray died
-        self._local.renew()
+        log.warning("the local Ray died; starting another")
+        with self._seating:
+            pids = {member: seat.pid for member, seat in self._seats.items()}
+        self._part()
+        self._join()
+        for member, pid in pids.items():
+            if pid:
+                self._news.put(MemberLost(member, Cause.HOST_DIED, "the local Ray died"))
+            else:
+                self.start(member)  # it was to be started when Ray died
 
     def detach(self) -> None:
         """Let go of the run without ending anything; the workers and the local Ray have their lease."""

@@ -3,7 +3,6 @@
 The only loop with a clock.
 """
 
-import fcntl
 import logging
 import signal
 import time
@@ -57,6 +56,7 @@ from elastic.runtime.mailbox import WorldOrder
 from elastic.runtime.metrics import Metrics
 from elastic.runtime.notices import LogLine, Observer
 from elastic.runtime.order import Fault, TrainOrder
+from elastic.runtime.sole import sole_driver
 from elastic.runtime.watch import Watch
 from elastic.runtime.wish import Wish
 from elastic.runtime.world import open_rendezvous
@@ -76,7 +76,7 @@ def train(order: TrainOrder, observe: Observer) -> TrainReport:
     JobRejected when the job's settings cannot travel to workers.
     """
     check_portable(order)
-    with _sole_driver(order), _polite_signals() as asked:
+    with sole_driver(order), _polite_signals() as asked:
         report = _finished_report(order)
         if report is not None:
             return report
@@ -194,6 +194,7 @@ class Driver:
         self._take(self._cluster.tick())
         self._remind(time.monotonic())
         if self._end is None:
+            self._cluster.revive()
             self._live_on(self._controller.phase.value)
 
     def _live_on(self, phase: str) -> None:
@@ -266,9 +267,14 @@ class Driver:
 
     def _ask_store(self, question: Callable[[], Answer]) -> Answer:
         """Ask what the store has to answer. Nothing is decided before it does, as nothing could be done;
-        members are polled, and what they tell waits.
+        members are polled, and what they tell waits. Whoever waits no longer leaves the run to others: the
+        question comes to nothing then.
         """
-        return asked_aside(question, lambda: self._live_on("waiting for the store"))
+        try:
+            return asked_aside(question, lambda: self._live_on("waiting for the store"))
+        except BaseException:
+            self._claims.give_up()
+            raise
 
     def _remind(self, now: float) -> None:
         """Tell again what has shown no effect yet: while a member cannot be reached, calls to it are lost."""
@@ -330,20 +336,6 @@ def _finished_report(order: TrainOrder) -> TrainReport | None:
     report = read_report(order.run_dir)
     is_done = report.status == Status.FINISHED and report.newest_durable_step == order.training.num_steps
     return report if is_done else None
-
-
-@contextmanager
-def _sole_driver(order: TrainOrder) -> Iterator[None]:
-    """Hold the run's lock, so that two drivers on one machine do not fight over it."""
-    order.run_dir.mkdir(parents=True, exist_ok=True)
-    with (order.run_dir / "driver.lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Fenced(
-                f"another process on this machine is already driving run {order.run}; stop it first"
-            ) from None
-        yield
 
 
 @contextmanager
