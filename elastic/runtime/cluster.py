@@ -25,7 +25,7 @@ from elastic.control.events import (
     UserFailed,
 )
 from elastic.errors import JobRejected
-from elastic.runtime.answers import answer_of, living
+from elastic.runtime.answers import Answers, living
 from elastic.runtime.autopsies import Autopsies
 from elastic.runtime.autopsy import examine
 from elastic.runtime.joining import connect, own_address, runtime_env
@@ -87,6 +87,7 @@ class Cluster:
         self._order = order
         self._seats: dict[str, Seat] = {}
         self._unheard: dict[str, Seat] = {}
+        self._answers = Answers()
         self._seating = threading.Lock()
         self._news: SimpleQueue[News | _CutOff | Exception] = SimpleQueue()
         self._local = LocalRay(order) if order.cluster.address is None else None
@@ -326,7 +327,7 @@ class Cluster:
                 self._news.put(MemberLeaving(member, notice))
 
     def _read(self, member: str, call: Any) -> None:
-        answer = answer_of(member, lambda: ray.get(call))
+        answer = self._answers.take(member, lambda: ray.get(call))
         if answer is None:
             self._is_over.wait(LISTEN_S)  # the next call may fail at once, too
             self._ask_again(member)
