@@ -21,22 +21,22 @@ _THE_USERS = (UserFailure, JobRejected, Mismatch, NoCheckpoint, ReplicasDiffer, 
 
 
 class Failures:
-    """What one worker has told of its failures; `told` is the user's."""
+    """What one worker has told of its failures."""
 
     def __init__(self, member: str, emit: Emit) -> None:
         self._member, self._emit = member, emit
-        self.told: UserFailed | None = None
+        self._told: list[UserFailed | MemberFailed] = []
         self._was_in_world = False
 
     def tell(self, error: BaseException) -> None:
         """Tell of the error that is being handled, and ends the worker."""
-        if _is_the_users(error) or not isinstance(error, Exception):
-            self._blame(error)
+        if _is_the_users(error):
+            self._note(self._blamed(error))
         else:
             log.error("the worker failed", exc_info=error)
-            self._emit(MemberFailed(self._member, f"{type(error).__name__}: {error}"))
+            self._note(MemberFailed(self._member, f"{type(error).__name__}: {error}"))
 
-    def survive(self, error: Exception, generation: int, *, committed: int) -> None:
+    def survive(self, error: BaseException, generation: int, *, committed: int) -> None:
         """Tell of the error that is being handled, with which this worker left a world, and after which it
         holds the state of so many `committed` steps, or none. Raises what it cannot live on with.
         """
@@ -45,7 +45,7 @@ class Failures:
         if self._was_in_world:
             raise RuntimeError(f"what it holds cannot be saved: {error}") from error
         self._was_in_world = True
-        self._blame(error)
+        self._note(self._blamed(error))
         if committed == BLANK:  # told after the failure, which without a state would be a newcomer's
             self._emit(WorldBroken(self._member, generation, str(error), is_blank=True))
 
@@ -59,12 +59,16 @@ class Failures:
         return may_serve
 
     def tell_again(self) -> None:
-        """Tell of the user's failure, if there was one, for whoever has not heard of it."""
-        if self.told is not None:
-            self._emit(self.told)
+        """Tell all of it to whoever may not have heard of it."""
+        for failed in self._told:
+            self._emit(failed)
 
-    def _blame(self, error: BaseException) -> None:
-        """Tell what no other worker could do better."""
+    def _note(self, failed: UserFailed | MemberFailed) -> None:
+        self._told.append(failed)
+        self._emit(failed)
+
+    def _blamed(self, error: BaseException) -> UserFailed:
+        """Say what no other worker could do better."""
         match error:
             case UserFailure(step=step, traceback=trace):
                 message = str(error)
@@ -72,9 +76,9 @@ class Failures:
                 step, message, trace = 0, str(error), ""
             case _:
                 step, message, trace = 0, explain(error), traceback.format_exc()
-        self.told = UserFailed(self._member, 0, step, message, trace)
-        self.tell_again()
+        return UserFailed(self._member, 0, step, message, trace)
 
 
 def _is_the_users(error: BaseException) -> bool:
-    return isinstance(error, _THE_USERS) or is_out_of_memory(error)
+    """Whether another worker would fare alike; who exits or panics does what it was written to do."""
+    return isinstance(error, _THE_USERS) or is_out_of_memory(error) or not isinstance(error, Exception)

@@ -138,7 +138,7 @@ class Member:
         torch.set_num_threads(self._assignment.order.cluster.threads_per_worker)
         self._train_or_tell()
         while self._mailbox.next() is not None:
-            pass  # no world can have this worker: its driver was told, and ends it
+            self._failures.tell_again()  # no world can have this worker: who orders one has not heard of it
         os._exit(0)  # nothing outlives its lease
 
     def _train_or_tell(self) -> None:
@@ -194,7 +194,7 @@ class Member:
         """Live through one world; if the job fails in it, tell that once, and keep what it had committed."""
         try:
             self._serve(order, former, trainer)
-        except Exception as error:  # noqa: BLE001  (the border to what is the user's)
+        except BaseException as error:  # noqa: BLE001  (the border to what is the user's)
             self._failures.survive(error, order.form.generation, committed=trainer.standing.committed)
 
     def _serve(self, order: WorldOrder, former: Former, trainer: Trainer) -> None:

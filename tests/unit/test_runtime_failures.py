@@ -38,6 +38,7 @@ def failures(told) -> Failures:
         torch.OutOfMemoryError("CUDA out of memory"),
         MemoryError(),
         RuntimeError(NO_MEMORY),
+        SystemExit(3),
     ],
     ids=repr,
 )
@@ -79,9 +80,10 @@ def test_who_fails_again_as_it_saves_is_a_failed_worker_whose_place_others_take(
     with pytest.raises(RuntimeError, match="cannot be saved: no plain form") as caught:
         failures.survive(Unsupported("no plain form"), 4, committed=5)
     failures.tell(caught.value)
-    assert told[1:] == [
-        MemberFailed("w0", "RuntimeError: what it holds cannot be saved: no plain form"),
-    ]
+    over = MemberFailed("w0", "RuntimeError: what it holds cannot be saved: no plain form")
+    assert told[1:] == [over]
+    failures.tell_again()
+    assert told[2:] == told[:2], "a new driver would wait for it in vain"
 
 
 @pytest.mark.parametrize("error", [MachineFailure("ECC error"), OSError("no such device"), TimeoutError()])
