@@ -7,7 +7,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -48,7 +48,7 @@ from elastic.control.instructions import (
 from elastic.control.phase import Phase
 from elastic.control.report import TrainReport
 from elastic.errors import Fenced, TrainingFailed
-from elastic.runtime.aside import Answer, asked_aside
+from elastic.runtime.aside import Answer, asked_aside, begun_aside
 from elastic.runtime.claims import Claims
 from elastic.runtime.cluster import Cluster, check_portable
 from elastic.runtime.journal import Journal, read_moments, read_report
@@ -111,7 +111,6 @@ class Driver:
             order.world, prefix, generation, most_ranks=most_ranks, last_step=last_step, copies=copies
         )
         self._faults = sorted(order.drill, key=lambda fault: fault.at_step)[_num_struck(order) :]
-        self._cleaner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prune")
         self._cleaning: Future[PruneReport] | None = None
         self._order_given: WorldOrder | None = None
         self._stop_given: StopWorld | None = None
@@ -142,14 +141,13 @@ class Driver:
             except BaseException:
                 self._cluster.detach()
                 raise
-            finally:
-                self._cleaner.shutdown(wait=False, cancel_futures=True)
             self._note(SegmentEnded(end.status, end.reason))
             self._watch.phase("ending the cluster")
             if self._is_late:
                 self._cluster.detach()
             else:
                 self._cluster.end()
+                wait([self._cleaning] if self._cleaning else [], STOP_LIMIT_S)
         return end
 
     @contextmanager
@@ -313,8 +311,8 @@ class Driver:
         policies: list[LatestN | EverySteps] = [LatestN(checkpoint.keep_latest)]
         if checkpoint.keep_every:
             policies.append(EverySteps(checkpoint.keep_every))
-        self._cleaning = self._cleaner.submit(
-            prune, self._store, policies, now_s=time.time(), grace_s=PRUNE_GRACE_S
+        self._cleaning = begun_aside(
+            lambda: prune(self._store, policies, now_s=time.time(), grace_s=PRUNE_GRACE_S)
         )
 
     def _note(self, entry: Entry | Instruction) -> None:
