@@ -34,3 +34,17 @@ def local_order(
         ),
         lease_s=20.0,
     )
+
+
+def unasked_order(run_dir: Path) -> elastic.TrainOrder:
+    """Order a run of which only the place matters."""
+    return local_order(
+        run_dir,
+        elastic.JobOrder(path="tests.jobs:Job", settings={}, source="x", code_dir=run_dir),
+        training=elastic.TrainingOrder(
+            num_steps=9, global_batch=4, virtual_ranks=4, seed=1, determinism="bitwise", grad_clip=None
+        ),
+        world=elastic.WorldPolicy(workers=2),
+        every_steps=3,
+        arena_mib=1,
+    )

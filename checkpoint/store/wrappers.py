@@ -83,9 +83,9 @@ class Retrying:
         """Go on after a first failure."""
         import stamina  # noqa: PLC0415 -- 6 MiB, which a keeper whose store never fails does not need
 
-        policy, failed = self._policy, [first]
+        policy, last, has_waited = self._policy, first, False
         for attempt in stamina.retry_context(
-            on=lambda error: _may_pass(error) and self._may_go_on() and _is_wanted.get()(),
+            on=lambda error: _may_pass(error) and self._is_wanted(),
             attempts=None,
             timeout=policy.deadline_s,
             wait_initial=policy.first_wait_s,
@@ -93,10 +93,18 @@ class Retrying:
             wait_jitter=policy.first_wait_s,
         ):
             with attempt:
-                if failed:
-                    raise failed.pop()
-                return request()
+                if not has_waited or not self._is_wanted():  # it may have ended during the wait
+                    has_waited = True
+                    raise last
+                try:
+                    return request()
+                except StoreUnavailable as error:
+                    last = error
+                    raise
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _is_wanted(self) -> bool:
+        return self._may_go_on() and _is_wanted.get()()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
-from elastic.control.events import Cause, MemberLost, UserFailed
+from elastic.control.events import Cause, MemberLost, MemberReady, UserFailed
 from elastic.runtime.notices import Answer
 
 log = logging.getLogger("holdfast.cluster")
@@ -37,22 +37,33 @@ def living(names: Iterable[str], actor_of: Callable[[str], Any]) -> Iterator[tup
             log.warning("%s, which an earlier driver left, is taken for lost: %s", name, error)
 
 
-def answer_of(member: str, get: Callable[[], Answer]) -> Answer | MemberLost | UserFailed | None:
-    """Return what a call to a member gives; None if it cannot be reached now: that is silence, no death.
+class Answers:
+    """What members of one run answer. Once one has come up in the run's environment, that is no mistake."""
 
-    An environment that cannot be set up is no better on the next try. Raises what is no member's trouble.
-    """
-    try:
-        return get()
-    except _SILENCE:
-        return None
-    except RuntimeEnvSetupError as error:
-        message = f"Ray cannot set up the environment of {member}: {str(error)[:_MAX_MESSAGE]}"
-        return UserFailed(member, 0, 0, message, "")
-    except _OUR_OWN:
-        raise
-    except RayError as error:
-        return MemberLost(member, _cause(error), _evidence(error))
+    def __init__(self) -> None:
+        self._has_begun = False
+
+    def take(self, member: str, get: Callable[[], Answer]) -> Answer | MemberLost | UserFailed | None:
+        """Return what a call to a member gives; None if it cannot be reached now: that is silence, no death.
+
+        An environment in which nobody has come up yet is no better on the next try. Raises what is no
+        member's trouble.
+        """
+        try:
+            answer = get()
+        except _SILENCE:
+            return None
+        except RuntimeEnvSetupError as error:
+            message = f"Ray cannot set up the environment of {member}: {str(error)[:_MAX_MESSAGE]}"
+            if self._has_begun:
+                return MemberLost(member, Cause.START_FAILED, message)
+            return UserFailed(member, 0, 0, message, "")
+        except _OUR_OWN:
+            raise
+        except RayError as error:
+            return MemberLost(member, _cause(error), _evidence(error))
+        self._has_begun = self._has_begun or any(isinstance(each, MemberReady) for each in answer.news)
+        return answer
 
 
 def _cause(error: RayError) -> Cause:

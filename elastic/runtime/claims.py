@@ -27,11 +27,17 @@ class Claims:
 
     def __init__(self, store: Store, run: str) -> None:
         self.newest = newest_generation(store)
-        self._store, self._run = Retrying(store, PATIENCE), run
-        self._token = secrets.token_hex(8)
+        self._is_given_up = False
+        self._store = Retrying(store, PATIENCE, may_go_on=lambda: not self._is_given_up)
+        self._run, self._token = run, secrets.token_hex(8)
+
+    def give_up(self) -> None:
+        """Claim nothing any more, whichever thread is at it: a claim would fence workers who still save."""
+        self._is_given_up = True
 
     def claim(self, generation: int) -> bool:
         """Claim a generation; False if a worker saved alone in it. Raises Fenced if another driver has it."""
+        self._check_held()
         is_ours = claim_generation(self._store, generation, self._token)
         if not is_ours and not self._is_alone(generation):
             raise Fenced(
@@ -57,5 +63,10 @@ class Claims:
 
     def _is_alone(self, generation: int) -> bool | None:
         """Say whether a worker without a driver has claimed this; None if nobody has."""
+        self._check_held()
         claim = who_claimed(self._store, generation)
         return None if claim is None else str(json.loads(claim)["token"]).startswith(_ALONE)
+
+    def _check_held(self) -> None:
+        if self._is_given_up:
+            raise Fenced(f"this driver has given run {self._run} up")

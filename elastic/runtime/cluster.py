@@ -25,7 +25,7 @@ from elastic.control.events import (
     UserFailed,
 )
 from elastic.errors import JobRejected
-from elastic.runtime.answers import answer_of, living
+from elastic.runtime.answers import Answers, living
 from elastic.runtime.autopsies import Autopsies
 from elastic.runtime.autopsy import examine
 from elastic.runtime.joining import connect, own_address, runtime_env
@@ -87,6 +87,7 @@ class Cluster:
         self._order = order
         self._seats: dict[str, Seat] = {}
         self._unheard: dict[str, Seat] = {}
+        self._answers = Answers()
         self._seating = threading.Lock()
         self._news: SimpleQueue[News | _CutOff | Exception] = SimpleQueue()
         self._local = LocalRay(order) if order.cluster.address is None else None
@@ -240,21 +241,24 @@ class Cluster:
         return str(ray.get(examined.remote(member, seat.pid), timeout=AUTOPSY_S))
 
     def renew(self) -> None:
-        """Keep the local Ray alive for another lease; where it died, another takes its place."""
-        if self._local is None:
+        """Keep the local Ray, if there is one, alive for another lease."""
+        if self._local is not None:
+            self._local.renew()
+
+    def revive(self) -> None:
+        """Start another local Ray where it died: not while members are told what to do, who die with it."""
+        if self._local is None or not self._local.is_dead():
             return
-        if self._local.is_dead():
-            log.warning("the local Ray died; starting another")
-            with self._seating:
-                pids = {member: seat.pid for member, seat in self._seats.items()}
-            self._part()
-            self._join()
-            for member, pid in pids.items():
-                if pid:
-                    self._news.put(MemberLost(member, Cause.HOST_DIED, "the local Ray died"))
-                else:
-                    self.start(member)  # it was to be started when Ray died
-        self._local.renew()
+        log.warning("the local Ray died; starting another")
+        with self._seating:
+            pids = {member: seat.pid for member, seat in self._seats.items()}
+        self._part()
+        self._join()
+        for member, pid in pids.items():
+            if pid:
+                self._news.put(MemberLost(member, Cause.HOST_DIED, "the local Ray died"))
+            else:
+                self.start(member)  # it was to be started when Ray died
 
     def detach(self) -> None:
         """Let go of the run without ending anything; the workers and the local Ray have their lease."""
@@ -323,7 +327,7 @@ class Cluster:
                 self._news.put(MemberLeaving(member, notice))
 
     def _read(self, member: str, call: Any) -> None:
-        answer = answer_of(member, lambda: ray.get(call))
+        answer = self._answers.take(member, lambda: ray.get(call))
         if answer is None:
             self._is_over.wait(LISTEN_S)  # the next call may fail at once, too
             self._ask_again(member)

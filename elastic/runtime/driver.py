@@ -3,12 +3,11 @@
 The only loop with a clock.
 """
 
-import fcntl
 import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -49,7 +48,7 @@ from elastic.control.instructions import (
 from elastic.control.phase import Phase
 from elastic.control.report import TrainReport
 from elastic.errors import Fenced, TrainingFailed
-from elastic.runtime.aside import Answer, asked_aside
+from elastic.runtime.aside import Answer, asked_aside, begun_aside
 from elastic.runtime.claims import Claims
 from elastic.runtime.cluster import Cluster, check_portable
 from elastic.runtime.journal import Journal, read_moments, read_report
@@ -57,6 +56,7 @@ from elastic.runtime.mailbox import WorldOrder
 from elastic.runtime.metrics import Metrics
 from elastic.runtime.notices import LogLine, Observer
 from elastic.runtime.order import Fault, TrainOrder
+from elastic.runtime.sole import sole_driver
 from elastic.runtime.watch import Watch
 from elastic.runtime.wish import Wish
 from elastic.runtime.world import open_rendezvous
@@ -76,7 +76,7 @@ def train(order: TrainOrder, observe: Observer) -> TrainReport:
     JobRejected when the job's settings cannot travel to workers.
     """
     check_portable(order)
-    with _sole_driver(order), _polite_signals() as asked:
+    with sole_driver(order), _polite_signals() as asked:
         report = _finished_report(order)
         if report is not None:
             return report
@@ -111,7 +111,6 @@ class Driver:
             order.world, prefix, generation, most_ranks=most_ranks, last_step=last_step, copies=copies
         )
         self._faults = sorted(order.drill, key=lambda fault: fault.at_step)[_num_struck(order) :]
-        self._cleaner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prune")
         self._cleaning: Future[PruneReport] | None = None
         self._order_given: WorldOrder | None = None
         self._stop_given: StopWorld | None = None
@@ -142,14 +141,13 @@ class Driver:
             except BaseException:
                 self._cluster.detach()
                 raise
-            finally:
-                self._cleaner.shutdown(wait=False, cancel_futures=True)
             self._note(SegmentEnded(end.status, end.reason))
             self._watch.phase("ending the cluster")
             if self._is_late:
                 self._cluster.detach()
             else:
                 self._cluster.end()
+                wait([self._cleaning] if self._cleaning else [], STOP_LIMIT_S)
         return end
 
     @contextmanager
@@ -194,6 +192,7 @@ class Driver:
         self._take(self._cluster.tick())
         self._remind(time.monotonic())
         if self._end is None:
+            self._cluster.revive()
             self._live_on(self._controller.phase.value)
 
     def _live_on(self, phase: str) -> None:
@@ -266,9 +265,14 @@ class Driver:
 
     def _ask_store(self, question: Callable[[], Answer]) -> Answer:
         """Ask what the store has to answer. Nothing is decided before it does, as nothing could be done;
-        members are polled, and what they tell waits.
+        members are polled, and what they tell waits. Whoever waits no longer leaves the run to others: the
+        question comes to nothing then.
         """
-        return asked_aside(question, lambda: self._live_on("waiting for the store"))
+        try:
+            return asked_aside(question, lambda: self._live_on("waiting for the store"))
+        except BaseException:
+            self._claims.give_up()
+            raise
 
     def _remind(self, now: float) -> None:
         """Tell again what has shown no effect yet: while a member cannot be reached, calls to it are lost."""
@@ -307,8 +311,8 @@ class Driver:
         policies: list[LatestN | EverySteps] = [LatestN(checkpoint.keep_latest)]
         if checkpoint.keep_every:
             policies.append(EverySteps(checkpoint.keep_every))
-        self._cleaning = self._cleaner.submit(
-            prune, self._store, policies, now_s=time.time(), grace_s=PRUNE_GRACE_S
+        self._cleaning = begun_aside(
+            lambda: prune(self._store, policies, now_s=time.time(), grace_s=PRUNE_GRACE_S)
         )
 
     def _note(self, entry: Entry | Instruction) -> None:
@@ -330,20 +334,6 @@ def _finished_report(order: TrainOrder) -> TrainReport | None:
     report = read_report(order.run_dir)
     is_done = report.status == Status.FINISHED and report.newest_durable_step == order.training.num_steps
     return report if is_done else None
-
-
-@contextmanager
-def _sole_driver(order: TrainOrder) -> Iterator[None]:
-    """Hold the run's lock, so that two drivers on one machine do not fight over it."""
-    order.run_dir.mkdir(parents=True, exist_ok=True)
-    with (order.run_dir / "driver.lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Fenced(
-                f"another process on this machine is already driving run {order.run}; stop it first"
-            ) from None
-        yield
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import os
 import signal
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,11 +19,8 @@ import torch
 from checkpoint import (
     KeeperConfig,
     Loaded,
-    Mismatch,
-    NoCheckpoint,
     Saver,
     StoreSource,
-    Unsupported,
     connect,
     load,
     open_store,
@@ -34,20 +30,18 @@ from elastic.control.events import (
     Ending,
     MemberCame,
     MemberEnded,
-    MemberFailed,
     MemberLeaving,
     MemberReady,
     Settled,
-    UserFailed,
     WorldBroken,
     WorldCalledOff,
     WorldFormed,
 )
 from elastic.control.instructions import FormWorld, Manner, StopWorld
 from elastic.control.standing import BLANK
-from elastic.errors import JobRejected, ReplicasDiffer
 from elastic.runtime import autopsy
 from elastic.runtime.alone import Survivor, keep_ray, save_alone
+from elastic.runtime.failures import Failures
 from elastic.runtime.lifeline import Lifeline
 from elastic.runtime.mailbox import Mailbox, Outbox, WorldOrder
 from elastic.runtime.notices import Answer
@@ -56,7 +50,6 @@ from elastic.runtime.peers import Home, Neighbours
 from elastic.runtime.preemption import heed_sigterm
 from elastic.runtime.warden import LEASE
 from elastic.runtime.world import Former, Place, Unconnected, World
-from elastic.training.blame import UserFailure, explain, is_out_of_memory
 from elastic.training.job import load_job, load_settings
 from elastic.training.plan import TrainPlan
 from elastic.training.ports import Broken
@@ -94,9 +87,8 @@ class Member:
         logging.getLogger("holdfast").addHandler(self._outbox)
         logging.getLogger("holdfast").setLevel(logging.INFO)
         autopsy.prepare()
-        self._has_failed = False  # the job has, here, in a world
         self._notice: MemberLeaving | None = None
-        self._failure: UserFailed | None = None
+        self._failures = Failures(assignment.member, self._outbox.put)
         heed_sigterm(self._take_notice)
         threading.Thread(target=self._live, name="training", daemon=True).start()
 
@@ -114,9 +106,9 @@ class Member:
         if self._ready is not None and self._trainer is not None:
             step, generation = self._trainer.standing.committed, self._mailbox.newest
             self._outbox.put(replace(self._ready, step=step, generation=generation))
-        for known in (self._notice, self._failure):
-            if known is not None:
-                self._outbox.put(known)
+        if self._notice is not None:
+            self._outbox.put(self._notice)
+        self._failures.tell_again()
 
     def form(self, order: WorldOrder) -> None:
         """Take an order to form a world; an order at once also breaks the world the member is in."""
@@ -147,7 +139,7 @@ class Member:
         torch.set_num_threads(self._assignment.order.cluster.threads_per_worker)
         self._train_or_tell()
         while self._mailbox.next() is not None:
-            pass  # no world can have this worker: its driver was told, and ends it
+            self._failures.tell_again()  # no world can have this worker: who orders one has not heard of it
         os._exit(0)  # nothing outlives its lease
 
     def _train_or_tell(self) -> None:
@@ -155,25 +147,7 @@ class Member:
         try:
             self._train_until_told()
         except BaseException as error:  # noqa: BLE001  (the border: what is not told would look like a hang)
-            self._tell(error)
-
-    def _tell(self, error: BaseException) -> None:
-        """Tell the driver of the error that is being handled: the job's, or this machine's perhaps."""
-        match error:
-            case UserFailure():
-                self._blame(error.step, str(error), error.traceback)
-            case JobRejected() | Mismatch() | NoCheckpoint() | ReplicasDiffer() | Unsupported():
-                self._blame(0, str(error), "")
-            case _ if is_out_of_memory(error) or not isinstance(error, Exception):
-                self._blame(0, explain(error), traceback.format_exc())
-            case _:
-                log.error("the worker failed", exc_info=error)
-                self._outbox.put(MemberFailed(self._assignment.member, f"{type(error).__name__}: {error}"))
-
-    def _blame(self, step: int, message: str, trace: str) -> None:
-        """Tell what no other worker could do better."""
-        self._failure = UserFailed(self._assignment.member, 0, step, message, trace)
-        self._outbox.put(self._failure)
+            self._failures.tell(error)
 
     def _train_until_told(self) -> None:
         assignment = self._assignment
@@ -192,10 +166,8 @@ class Member:
         self._outbox.put(self._ready)
         while True:
             while (order := self._mailbox.next()) is not None:
-                if self._may_serve(order):
+                if self._failures.may_serve(order.form):
                     self._serve_or_tell(order, former, trainer)
-                elif self._failure is not None:  # who ordered this cannot have heard of it
-                    self._outbox.put(self._failure)
                 if self._mailbox.is_orphaned:
                     break
             self._save_alone(trainer)
@@ -219,24 +191,12 @@ class Member:
         except Exception:  # the border: there is nobody left to tell
             log.exception("the worker could not save step %d alone", step)
 
-    def _may_serve(self, order: WorldOrder) -> bool:
-        """Return whether to be in a world: where the job has failed, its state is still good to be saved."""
-        return order.form.only_saves or not self._has_failed
-
     def _serve_or_tell(self, order: WorldOrder, former: Former, trainer: Trainer) -> None:
         """Live through one world; if the job fails in it, tell that once, and keep what it had committed."""
         try:
             self._serve(order, former, trainer)
-        except Exception as failure:
-            is_sound = isinstance(failure, UserFailure | JobRejected | Unsupported) or is_out_of_memory(
-                failure
-            )
-            if not is_sound:
-                raise
-            if self._has_failed:
-                raise RuntimeError(f"what it holds cannot be saved: {failure}") from failure
-            self._has_failed = True
-            self._tell(failure)
+        except BaseException as error:  # noqa: BLE001  (the border to what is the user's)
+            self._failures.survive(error, order.form.generation, committed=trainer.standing.committed)
 
     def _serve(self, order: WorldOrder, former: Former, trainer: Trainer) -> None:
         """Live through one world, from its forming until it ends or breaks."""

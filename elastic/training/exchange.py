@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from elastic.control.standing import Standing
-from elastic.training.ports import World
+from elastic.training.ports import Flags, World
 
 _WORD_BITS = 62  # of virtual ranks in one 64-bit integer
 
@@ -29,6 +29,18 @@ def gather_words(world: World, mine: Any) -> list[Any]:
 def meet(world: World) -> None:
     """Return once every rank of a world has come here. Raises Broken."""
     world.all_gather(torch.empty(world.size, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+
+
+def agree(world: World, flags: Flags, mine_us: int) -> tuple[Flags, list[int]]:
+    """Return what any rank was told, and every rank's pace: that this returns says that all came here.
+
+    Raises Broken.
+    """
+    told = torch.zeros(2 + world.size, dtype=torch.int64)
+    told[0], told[1], told[2 + world.rank] = flags.next_generation, flags.stop, mine_us
+    world.all_reduce(told, "max")
+    next_generation, stop, *everyones_us = told.tolist()
+    return Flags(next_generation, stop), everyones_us
 
 
 def gather_standings(

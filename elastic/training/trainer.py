@@ -14,9 +14,10 @@ from elastic.control.dealing import Dealing, deal_rest
 from elastic.control.events import Ending, Event, LossJumped, ReplicaHealed, StepCommitted, StepSkipped
 from elastic.control.guard import LossWatch, why_not_finite
 from elastic.control.standing import BLANK, Settlement, Standing, settle
+from elastic.errors import ReplicasDiffer
 from elastic.training.blame import UserFailure, blaming_the_job
 from elastic.training.carrying import check_carried
-from elastic.training.exchange import gather_standings
+from elastic.training.exchange import agree, gather_standings
 from elastic.training.handover import Parcel, accept, hand_over
 from elastic.training.job import Job, Split
 from elastic.training.layout import lay_out
@@ -235,7 +236,8 @@ class Trainer:
         blocked_s = self._snapshots.wait_captured()
         self._attempt = _Attempt(world.generation, loss, started, blocked_s, is_refused)
         self._standing = Standing(step, reduced=step)
-        agreed = self._agree(world, orders.pending())
+        agreed, everyones_us = agree(world, orders.pending(), self._pace.mine_us)
+        self._pace.learn(everyones_us)
         self._attempt = replace(self._attempt, is_last=bool(agreed.stop))
         self._commit()  # all ranks hold the gradients now: whoever survives can apply them
         self._learner.complete(world)
@@ -255,15 +257,6 @@ class Trainer:
             told.append(LossJumped(self._member, world.generation, step, loss, usual))
         self._untold.extend(told if world.rank == 0 else [])
         return why is not None
-
-    def _agree(self, world: World, flags: Flags) -> Flags:
-        """Return what any rank was told; that it returns says that every rank came here. Tells paces too."""
-        told = torch.zeros(2 + world.size, dtype=torch.int64)
-        told[0], told[1], told[2 + world.rank] = flags.next_generation, flags.stop, self._pace.mine_us
-        world.all_reduce(told, "max")
-        next_generation, stop, *everyones_us = told.tolist()
-        self._pace.learn(everyones_us)
-        return Flags(next_generation, stop)
 
     def _leaf(self, virtual_rank: int) -> Tensor:
         """Add the gradient of one virtual rank's micro-batch to the bound row; return its loss."""
@@ -312,21 +305,29 @@ class Trainer:
 
     def _give_up(self, world: World, why: str) -> NoReturn:
         """Leave the state to the next world, which restores it from a checkpoint."""
+        self._forget()
+        raise Broken(world.generation, why)
+
+    def _forget(self) -> None:
+        """Hold no state any more."""
         self._snapshots.wait_captured()
         self._reduction.forget()  # the next state may be of another step, or the first
         self._standing = Standing(BLANK)
-        raise Broken(world.generation, why)
 
     def _compare(self, world: World, replicas: Sequence[Replicated]) -> frozenset[int]:
         """Find ranks whose copies of state hold other bits than the majority's, heal and return them.
 
-        Without a majority nobody's state can be trusted: raises Broken, and the next world restores.
+        Without a majority nobody's state can be trusted: raises Broken, and the next world restores; or
+        ReplicasDiffer, after which one still saves what it restores.
         """
         step = self._standing.committed
         try:
             found = self._replica_watch.look(world, step, replicas, self._snapshots.wait_captured)
         except Disputed as disputed:
             self._give_up(world, str(disputed))
+        except ReplicasDiffer:
+            self._forget()
+            raise
         if found.corrupt:
             self._untold.append(ReplicaHealed(self._member, world.generation, step, found.corrupt))
         return found.healed
@@ -363,10 +364,8 @@ class Trainer:
         return Parcel(None, sources_of(loaded), describe(loaded))
 
     def _take_over(self, state: Any) -> None:
-        self._snapshots.wait_captured()
-        self._reduction.forget()
+        self._forget()  # in between it is neither the old state nor the new one
         self._has_begun = True
-        self._standing = Standing(BLANK)  # in between it is neither the old state nor the new one
         self._standing = Standing(self._learner.load(state))
 
     def _save(self, world: World) -> None:

@@ -39,7 +39,7 @@ IN_A_STEP = {
     "in backward": [Doom("backward", "in_backward")],
     "inside the reduction": [Doom("exchange", "World.exchange")],
     "as the reduced slices are gathered": [Doom("gather", "World.all_gather")],
-    "before the agreement": [Doom("agreement", "Trainer._agree")],
+    "before the agreement": [Doom("agreement", "agree")],
     "between agreement and step": [Doom("agreed", "Trainer._commit")],
     "after the optimizer's step": [Doom("applied", "Learner.update", "return")],
     "during capture": [Doom("capture", "Snapshots.save", "return")],

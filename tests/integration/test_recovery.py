@@ -259,6 +259,34 @@ def test_a_mistake_in_the_job_ends_the_run_with_one_clear_error(
     await_no_keeper(order)
 
 
+def test_an_optimizer_that_fails_halfway_on_all_workers_ends_the_run_once_at_its_last_checkpoint(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "halfway_job.py").write_text(
+        "import torch\n\nfrom elastic.training.gpt import GPTJob\n\n\n"
+        "class Halfway(torch.optim.SGD):\n"
+        "    num_steps = 0\n\n"
+        "    def step(self, closure=None):\n"
+        "        self.num_steps += 1\n"
+        "        super().step(closure)\n"
+        "        if self.num_steps == 25:\n"
+        "            raise RuntimeError('halfway')\n\n\n"
+        "class HalfwayJob(GPTJob):\n"
+        "    def optimizer(self, model):\n"
+        "        return Halfway(model.parameters(), lr=0.01)\n"
+    )
+    order = make_order(tmp_path, "halfway")
+    order = replace(order, job=replace(order.job, path="halfway_job:HalfwayJob", code_dir=tmp_path))
+    status, said = drive_to_its_end(order)
+    assert status == 1
+    (line,) = (line for line in said.splitlines() if line.startswith("elastic.errors.TrainingFailed: "))
+    assert line.endswith("the job failed at step 24: RuntimeError: halfway")
+    report = elastic.read_report(order.run_dir)
+    assert (report.status, report.newest_durable_step) == ("failed", 20)
+    assert [failure.cause for failure in report.failures] == ["world broken"]
+    assert sum(moment["kind"] == "FormWorld" for moment in moments(order.run_dir)) == 2, "one to save"
+
+
 def test_a_fault_of_hardware_that_the_job_meets_costs_its_worker_and_changes_no_bit(
     quiet: elastic.TrainReport, tmp_path: Path
 ) -> None:

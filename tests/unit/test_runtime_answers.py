@@ -19,8 +19,8 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
-from elastic.control.events import Cause, MemberLost, UserFailed
-from elastic.runtime.answers import answer_of, living
+from elastic.control.events import Cause, MemberLost, MemberReady, UserFailed
+from elastic.runtime.answers import Answers, living
 from elastic.runtime.notices import Answer
 
 
@@ -43,13 +43,13 @@ def raising(error: RayError) -> NoReturn:
 
 def test_a_member_that_ray_cannot_reach_for_now_is_silent_and_not_lost():
     answer = Answer((), 0.5)
-    assert answer_of("w0", lambda: answer) is answer
+    assert Answers().take("w0", lambda: answer) is answer
     for error in (
         ActorUnavailableError("the connection broke", None),
         GetTimeoutError("it takes long"),
         RpcError("the connection was reset"),
     ):
-        assert answer_of("w0", partial(raising, error)) is None
+        assert Answers().take("w0", partial(raising, error)) is None
 
 
 @pytest.mark.parametrize(
@@ -63,26 +63,36 @@ def test_a_member_that_ray_cannot_reach_for_now_is_silent_and_not_lost():
     ],
 )
 def test_a_member_whose_actor_died_or_never_was_is_lost_with_its_cause(error, cause):
-    lost = answer_of("w0", lambda: raising(error))
+    lost = Answers().take("w0", lambda: raising(error))
     assert isinstance(lost, MemberLost)
     assert (lost.member, lost.cause) == ("w0", cause)
     assert lost.evidence.startswith("Ray: ")
 
 
 def test_ray_says_why_a_member_was_killed():
-    lost = answer_of("w0", lambda: raising(OutOfMemoryError("the node is running low on memory")))
+    lost = Answers().take("w0", lambda: raising(OutOfMemoryError("the node is running low on memory")))
     assert isinstance(lost, MemberLost)
     assert "low on memory" in lost.evidence
 
 
 def test_an_environment_that_cannot_be_set_up_is_what_the_user_asked_for_in_rays_words():
-    failed = answer_of("w3", lambda: raising(RuntimeEnvSetupError("no such working_dir: /code")))
+    failed = Answers().take("w3", lambda: raising(RuntimeEnvSetupError("no such working_dir: /code")))
     assert isinstance(failed, UserFailed)
     assert failed.member == "w3"
     assert "environment of w3" in failed.message
     assert "no such working_dir" in failed.message
 
 
+def test_an_environment_in_which_a_member_has_come_up_is_no_mistake_and_who_lacks_it_is_lost_alone():
+    answers = Answers()
+    answers.take("w0", lambda: Answer((MemberReady("w0", "h", 1),)))
+    lost = answers.take("w3", partial(raising, RuntimeEnvSetupError("the index is away")))
+    assert isinstance(lost, MemberLost)
+    assert (lost.member, lost.cause) == ("w3", Cause.START_FAILED)
+    assert "environment of w3" in lost.evidence
+    assert "the index is away" in lost.evidence
+
+
 def test_an_error_that_says_nothing_of_the_actor_is_no_loss_and_is_raised():
     with pytest.raises(RaySystemError):
-        answer_of("w0", lambda: raising(RaySystemError("out of file descriptors")))
+        Answers().take("w0", lambda: raising(RaySystemError("out of file descriptors")))

@@ -1,6 +1,9 @@
 """What is asked aside: its answer or its error comes, and whoever asked lives on meanwhile."""
 
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -47,3 +50,8 @@ def test_who_has_had_enough_waits_no_longer():
     with pytest.raises(Enough):
         asked_aside(lambda: may_answer.wait(WAIT_S), live_on)
     may_answer.set()
+
+
+def test_what_is_done_aside_does_not_keep_the_process_from_ending():
+    begin = "import time; from elastic.runtime.aside import begun_aside; begun_aside(lambda: time.sleep(600))"
+    subprocess.run([sys.executable, "-c", begin], check=True, timeout=100, cwd=Path(__file__).parents[2])

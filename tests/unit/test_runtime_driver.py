@@ -21,7 +21,7 @@ from elastic.runtime.driver import Driver
 from elastic.runtime.journal import Journal
 from elastic.runtime.lifeline import Anchor
 from elastic.runtime.world import Endpoint
-from tests.orders import local_order
+from tests.orders import unasked_order
 
 WAIT_S = 20.0
 FORM = FormWorld(1, ("w0", "w1"), ("h", "h"), Manner.AT_BOUNDARY, "all are there")
@@ -36,6 +36,7 @@ class Told:
     def __init__(self) -> None:
         self.told: list[str] = []
         self.num_renewed = 0
+        self.num_revived = 0
         self.is_renewed_often = threading.Event()
 
     def tell(self, member: str, method: str, *_: object) -> None:
@@ -57,6 +58,9 @@ class Told:
         self.num_renewed += 1
         if self.num_renewed == 3:
             self.is_renewed_often.set()
+
+    def revive(self) -> None:
+        self.num_revived += 1
 
 
 class Away:
@@ -81,16 +85,7 @@ class Away:
 @pytest.fixture
 def order(tmp_path) -> elastic.TrainOrder:
     (tmp_path / "run").mkdir()
-    return local_order(
-        tmp_path / "run",
-        elastic.JobOrder(path="tests.jobs:Job", settings={}, source="x", code_dir=tmp_path),
-        training=elastic.TrainingOrder(
-            num_steps=9, global_batch=4, virtual_ranks=4, seed=1, determinism="bitwise", grad_clip=None
-        ),
-        world=elastic.WorldPolicy(workers=2),
-        every_steps=3,
-        arena_mib=1,
-    )
+    return unasked_order(tmp_path / "run")
 
 
 @pytest.fixture
@@ -117,6 +112,7 @@ def test_while_the_store_hangs_the_run_is_kept_alive_and_nothing_that_needs_a_cl
         acting = pool.submit(driving._act, [KillMember("w2", "hung"), FORM, ReleaseMember("w3", "spare")])
         assert cluster.is_renewed_often.wait(WAIT_S)
         assert cluster.told == []
+        assert cluster.num_revived == 0, "another Ray is begun between two rounds, not in the midst of one"
         away.is_back.set()
         acting.result(timeout=WAIT_S)
     assert cluster.told == ["kill w2", "form w0", "form w1", "release w3"]
@@ -162,3 +158,5 @@ def test_a_stop_that_waits_for_the_store_too_long_leaves_the_workers_to_themselv
     assert "the workers go on" in end.reason
     assert driving._is_late
     assert driving._cluster.told == []
+    with pytest.raises(Fenced, match="given run run up"):
+        driving._claims.confirm()

@@ -52,6 +52,15 @@ def test_a_store_that_stays_away_is_given_up_at_the_deadline():
     assert metered.traffic().num_calls["list"] > 2
 
 
+def test_a_request_that_nobody_wants_any_more_at_the_end_of_a_wait_is_not_made_again():
+    inner = MemoryStore()
+    is_wanted = iter([True, False, False])
+    store = Retrying(Faulty(inner, [Lost("put_new", 1)]), SOON, may_go_on=lambda: next(is_wanted))
+    with pytest.raises(StoreUnavailable, match="on purpose"):
+        store.put_new("k", b"abc")
+    assert inner.list("") == []
+
+
 class Refusing(MemoryStore):
     """A store without permissions."""
 

@@ -1,17 +1,22 @@
 """A job that fails leaves what its steps had committed: it can still be saved, and nothing half done is."""
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from checkpoint import LocalHost, Saver, load, open_store
+from checkpoint import Catalog, LocalHost, Saver, load, open_store
 from elastic.control.events import CheckpointDurable, Ending, Event
 from elastic.control.standing import BLANK
+from elastic.errors import ReplicasDiffer
 from elastic.training.blame import UserFailure
 from elastic.training.trainer import Storage
-from tests.joining import ChosenJob, finished, in_one_thread, trainer_of
+from elastic.training.watching import MAX_DISPUTES, _Dispute
+from tests.joining import PLAN, ChosenJob, finished, in_one_thread, trainer_of
+from tests.unit.test_training_replicas import worlds_of
 from tests.unit.test_training_trainer import Told, WorldOfOne, trained
 
 __all__ = ["in_one_thread"]
@@ -62,3 +67,45 @@ def test_a_step_that_the_optimizer_left_halfway_is_no_state_any_more():
     with pytest.raises(UserFailure, match="at step 5: RuntimeError: halfway"):
         trained(trainer)
     assert trainer.standing.committed == BLANK
+
+
+def test_replicas_that_differ_without_end_leave_no_state_and_a_world_that_only_saves_restores_one():
+    store = open_store("memory://disputed")
+    with LocalHost(store, arena_bytes=1 << 24) as host:
+        saver = Saver(host, "run")
+        quiet = trainer_of(ChosenJob(), replace(PLAN, num_steps=4, save_every=4), Storage(saver))
+        trained(quiet)
+        storage = Storage(saver, lambda: load(store))
+        pair = [trainer_of(ChosenJob(), replace(PLAN, compare_every=1), storage, name) for name in "ab"]
+        pair[1]._replica_watch._dispute = pair[0]._replica_watch._dispute = _Dispute(count=MAX_DISPUTES - 1)
+        with torch.no_grad():
+            for one in pair:
+                one.settle(WorldOfOne(2))
+            next(pair[1].model.parameters()).view(-1)[0] += 1
+        with ThreadPoolExecutor(2) as ranks:
+            worlds = worlds_of(2)
+            saving = [ranks.submit(pair[r].save_and_stop, worlds[r], Told(), print) for r in (0, 1)]
+            for ending in saving:
+                with pytest.raises(ReplicasDiffer, match="computes wrongly"):
+                    ending.result(timeout=60)
+        assert [one.standing.committed for one in pair] == [BLANK, BLANK]
+        assert pair[1].settle(WorldOfOne(5)).source == "store"
+        assert pair[1].save_and_stop(WorldOfOne(5), Told(), print) is Ending.STOPPED
+        assert pair[1].weights_sha256() == quiet.weights_sha256()
+        saver.close()
+
+
+def test_an_optimizer_that_fails_in_a_world_that_goes_on_to_save_restores_its_last_checkpoint():
+    store = open_store("memory://halfway")
+    with LocalHost(store, arena_bytes=1 << 24) as host:
+        saver = Saver(host, "run")
+        storage = Storage(saver, lambda: load(store) if Catalog(store).steps() else None)
+        job = ChosenJob(make_optimizer=lambda model: Halfway(model.parameters(), lr=1e-2))
+        trainer = trainer_of(job, replace(PLAN, save_every=4), storage)
+        with pytest.raises(UserFailure, match="at step 5: RuntimeError: halfway"):
+            trained(trainer)
+        settled = trainer.settle(WorldOfOne(2))
+        assert (settled.step, settled.source) == (4, "store")
+        assert trainer.save_and_stop(WorldOfOne(2), Told(), print) is Ending.STOPPED
+        assert Catalog(store).steps() == [4]
+        saver.close()

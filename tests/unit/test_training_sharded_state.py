@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import LocalHost, Saver, load, open_store
+from elastic.control.standing import BLANK, Standing
 from elastic.errors import JobRejected
 from elastic.training.gpt import GPTJob
 from elastic.training.plan import TrainPlan
@@ -36,6 +37,19 @@ class WorldOfTwins(WorldOfOne):
         out.copy_(mine.repeat(2))
 
 
+@dataclass
+class WorldOfAStray(WorldOfTwins):
+    """The same, but the other one has no gradients of the next step."""
+
+    num_gathered: int = 0
+
+    def all_gather(self, out: Tensor, mine: Tensor) -> None:
+        super().all_gather(out, mine)
+        if self.num_gathered == 0:  # where each stands
+            out[len(mine) + 1], out[len(mine) + 2 :] = BLANK, 0
+        self.num_gathered += 1
+
+
 class StopAtThree(Told):
     """Orders to stop once three steps are committed."""
 
@@ -57,6 +71,18 @@ class LostAtLeaf(Told):
         self.left -= 1
         if self.left < 0:
             raise Broken(generation, "a member died")
+
+
+class LostAtAgreement(Told):
+    """Orders of a world that breaks once the third step's gradients are reduced."""
+
+    num_asked = 0
+
+    def pending(self) -> Flags:
+        self.num_asked += 1
+        if self.num_asked == 3:
+            raise Broken(1, "a member died")
+        return Flags()
 
 
 class FirstStepPoisoned(PoisonedJob):
@@ -111,6 +137,29 @@ def test_the_state_that_a_lone_survivor_saves_resumes_to_the_bits_of_an_undistur
     assert resumed.settle(WorldOfOne(4)).step == orphan.standing.committed > 0
     _train(resumed, WorldOfOne(5))
     assert resumed.weights_sha256() == quiet.weights_sha256()
+
+
+def test_gradients_that_were_held_across_a_settling_are_of_no_later_step(laid_out):
+    quiet, survivor = trainer_of(laid_out), trainer_of(laid_out)
+    trained(quiet)
+    with pytest.raises(Broken):
+        _train(survivor, WorldOfOne(1), LostAtAgreement())
+    assert survivor.standing == Standing(2, reduced=2)
+    survivor.settle(WorldOfAStray(2))
+    assert survivor.standing == Standing(2)
+    _train(survivor, WorldOfOne(3))
+    assert survivor.weights_sha256() == quiet.weights_sha256()
+
+
+def test_who_leaves_keeps_what_it_gave_and_goes_on_with_it_if_those_who_stay_die_just_then(laid_out):
+    quiet, leaver = trainer_of(laid_out), trainer_of(laid_out)
+    trained(quiet)
+    with pytest.raises(Broken):
+        _train(leaver, WorldOfOne(1, breaks_at=2))
+    leaver.settle(WorldOfTwins(2), leaving=[0])
+    assert leaver.is_whole
+    _train(leaver, WorldOfOne(3))
+    assert leaver.weights_sha256() == quiet.weights_sha256()
 
 
 def test_a_checkpoint_after_a_skipped_first_step_has_the_optimizers_state(laid_out, stored):
