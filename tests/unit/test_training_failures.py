@@ -104,6 +104,7 @@ def test_an_optimizer_that_fails_in_a_world_that_goes_on_to_save_restores_its_la
         trainer = trainer_of(job, replace(PLAN, save_every=4), storage)
         with pytest.raises(UserFailure, match="at step 5: RuntimeError: halfway"):
             trained(trainer)
+        assert saver.drain(60), "what was saved before is durable"
         settled = trainer.settle(WorldOfOne(2))
         assert (settled.step, settled.source) == (4, "store")
         assert trainer.save_and_stop(WorldOfOne(2), Told(), print) is Ending.STOPPED
