@@ -14,6 +14,7 @@ from elastic.control.events import (
     Ending,
     Event,
     GenerationTaken,
+    MemberBuilding,
     MemberCame,
     MemberEnded,
     MemberFailed,
@@ -29,7 +30,6 @@ from elastic.control.events import (
     WorkersWanted,
     WorldBroken,
 )
-from elastic.control.haste import HASTE_S, Haste
 from elastic.control.instructions import (
     End,
     FormWorld,
@@ -45,6 +45,7 @@ from elastic.control.losses import Losses
 from elastic.control.membership import Membership
 from elastic.control.phase import Phase
 from elastic.control.policy import Action, Decision, Waiting, WorldPolicy, resized
+from elastic.control.starts import HASTE_S, Starts
 from elastic.control.succession import decide, find_unneeded, has_reason, is_left_to_store
 from elastic.control.waking import WakingClock
 
@@ -78,7 +79,7 @@ class Controller:
     _is_broken: bool = True
     _is_parting: bool = False  # all will be taken away: the world saves what it holds, and who leaves may go
     _ordered: FormWorld = field(init=False)
-    _haste: Haste = field(default_factory=Haste)
+    _starts: Starts = field(default_factory=Starts)
     _begun_at: float = 0.0
     _idle_since: float = 0.0
     _clock: WakingClock = field(default_factory=WakingClock)
@@ -102,6 +103,9 @@ class Controller:
         match event:
             case MemberReady():
                 return self._welcome(event, now)
+            case MemberBuilding(member):
+                self.members.build(member, now + self.policy.start_s)
+                return self._consider(now)
             case MemberLost():
                 return self._lose(event, now)
             case MemberFailed(member, evidence):
@@ -118,7 +122,8 @@ class Controller:
             case StopRequested(reason):
                 return self._stop(reason, now)
             case Tick():
-                return [*self._relax(now - HASTE_S, now), *self._wait(event, now)]
+                self._starts.relax(by=now - HASTE_S)
+                return self._wait(event, now)
             case GenerationTaken(generation) if generation == self.formed:
                 self.generation = self.formed = self.generation + 1
                 self._ordered = replace(self._ordered, generation=self.formed)
@@ -128,6 +133,7 @@ class Controller:
     def _welcome(self, ready: MemberReady, now: float) -> list[Instruction]:
         if self.members.admit(ready):
             self.diagnosis.welcome(ready.member)
+            self._starts.succeed()
         return self._consider(now)
 
     def _hear(self, event: OfWorld, now: float) -> list[Instruction]:
@@ -146,7 +152,8 @@ class Controller:
                 return self._settle(now)
             case StepCommitted():
                 self.losses.num_in_a_row = self.diagnosis.num_stalls = 0
-                return [*self._settle(now), *self._relax(now, now)]
+                self._starts.relax(by=now)
+                return [*self._settle(now), *self._replenish(now)]
             case MemberEnded() if self.roll.have_ended(self.members.world):
                 return self._conclude(now)
         return []
@@ -166,11 +173,14 @@ class Controller:
             return []
         was_in_world = self.members.is_ranked(lost.member)
         was_expected = not was_in_world and lost.member in self.members.leaving
-        self.members.drop(lost.member)
+        was_starting = self.members.drop(lost.member)
         self.diagnosis.forget(lost.member)
         if was_expected:
             return []
-        why = self.losses.count(lost, self.policy)
+        if was_starting:
+            self._starts.fail(now)
+        is_missed = self._is_broken or not was_starting  # else others train, and do without it
+        why = self.losses.count(lost, self.policy) if is_missed else None
         if was_in_world:
             if self.roll.have_ended(self.members.world):
                 return self._conclude(now)
@@ -204,8 +214,7 @@ class Controller:
 
     def _break(self, now: float) -> None:
         if not self._is_broken:
-            self._is_broken, self._idle_since = True, now
-            self.phase = Phase.GATHERING
+            self._is_broken, self._idle_since, self.phase = True, now, Phase.GATHERING
 
     def _consider(self, now: float) -> list[Instruction]:
         """Form the next world if there is a reason to; `_is_broken`: the present one cannot go on."""
@@ -264,10 +273,9 @@ class Controller:
         members, leaving = decision.members, decision.leaving
         self.generation = self.formed = self.generation + 1
         self.members.rank(members)
-        self.phase = Phase.FORMING
-        self._is_broken = self._is_parting = False
+        self.phase, self._is_broken, self._is_parting = Phase.FORMING, False, False
         if manner is Manner.AT_ONCE and self.members.has_state:
-            self._haste.begin(now)
+            self._starts.hurry(now)
         origin = "survivors" if leaving and self.members.origin == "self" else self.members.origin
         self.roll = self.roll.succeed(members, manner, origin, self.members.holders, now=now)
         hosts = tuple(self.members.hosts[member] for member in members)
@@ -300,8 +308,8 @@ class Controller:
         """Aim at another number of workers; who is too many leaves at the next step boundary."""
         self.policy = resized(self.policy, min(workers, self.most_ranks), self._least)
         self.losses.num_in_a_row = 0  # they were many or few for another size
-        released = self._release(now) if self.phase is Phase.TRAINING else self._replenish(now)
-        return [*released, *self._consider(now)]
+        is_training = self.phase is Phase.TRAINING
+        return [*(self._release(now) if is_training else self._replenish(now)), *self._consider(now)]
 
     def _release(self, now: float) -> list[Instruction]:
         """End whom no world needs; beside one that only saves, everybody may be needed."""
@@ -334,7 +342,7 @@ class Controller:
     def _wait(self, tick: Tick, now: float) -> list[Instruction]:
         """Look at who answers and at what moves; end who holds the others up."""
         self.diagnosis.look(tick, self.members.hosts, now=now, slept_s=self._clock.slept_s)
-        overdue = self._replace_overdue(now)
+        overdue = [*self._give_up_overdue(now), *self._replenish(now)]
         if unreachable := self.diagnosis.unreachable():
             return [*overdue, *self._evict_all(unreachable, now)]
         if self._is_broken:
@@ -361,18 +369,14 @@ class Controller:
         self.members.part(member, why)
         return self._form_to_save((member,), Manner.AT_ONCE, f"it saves the state alone: {why}", now)
 
-    def _replace_overdue(self, now: float) -> list[Instruction]:
+    def _give_up_overdue(self, now: float) -> list[Instruction]:
         """Give up whom nobody has heard of; that is no failure, it never was there."""
         if self.members.missing:
             self._idle_since = now  # the time to gather begins once it is known who is there
         if self.members.is_missing_all and now - self._begun_at < self.policy.alone_s:
             return []  # perhaps it is this driver that is cut off
-        overdue = self.members.overdue(now)
-        for member in overdue:
-            self.members.drop(member)
         why = "it did not answer in the time it has to start, or to greet a new driver"
-        killed = [KillMember(member, why, Cause.START_FAILED) for member in overdue]
-        return [*killed, *self._replenish(now)] if killed else []
+        return [KillMember(one, why, Cause.START_FAILED) for one in self.members.drop_overdue(now)]
 
     def _stall(self, why: str, now: float) -> list[Instruction]:
         """The world cannot go on though nobody was lost: form it anew, for a while."""
@@ -383,14 +387,10 @@ class Controller:
         reason = f"{self.diagnosis.num_stalls} worlds in a row got nowhere: {why}"
         return self._end(Status.FAILED, reason) if self.stopping else self._fail(reason, now)
 
-    def _relax(self, by: float, now: float) -> list[Instruction]:
-        """Start what is lacking if the survivors, who hurried since before, have had their time."""
-        return list(self._replenish(now)) if self._haste.ends(by) else []
-
     def _replenish(self, now: float) -> Iterable[Instruction]:
         """Start as many members as the policy's world lacks."""
-        is_hurrying = self._haste.since is not None and not self._is_broken
-        if self.stopping or self.phase is Phase.ENDED or is_hurrying:
+        may_start = self._is_broken or self._starts.may_begin(now)
+        if self.stopping or self.phase is Phase.ENDED or not may_start:
             return
         while self.members.num_lasting < self.policy.workers + self.policy.standbys:
             yield StartMember(self.members.name_next(now + self.policy.start_s))

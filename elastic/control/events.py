@@ -45,6 +45,13 @@ class MemberReady:
 
 
 @dataclass(frozen=True, slots=True)
+class MemberBuilding:
+    """A member that a new driver greets still makes its dataset or model: it has been in no world."""
+
+    member: str
+
+
+@dataclass(frozen=True, slots=True)
 class MemberLost:
     """A member is gone for good; `evidence` says how that was noticed."""
 
@@ -306,6 +313,7 @@ class SegmentEnded:
 
 Event = (
     MemberReady
+    | MemberBuilding
     | MemberLost
     | WorldBroken
     | WorldCalledOff

@@ -37,6 +37,7 @@ class Membership:
     _is_safe: bool = False
     _found: dict[str, tuple[int, int]] = field(default_factory=dict)
     _missing: set[str] = field(default_factory=set)
+    _has_greeted: bool = False  # one of them
     _gone: set[str] = field(default_factory=set)
 
     def expect(self, members: Iterable[str], until: float) -> None:
@@ -59,19 +60,32 @@ class Membership:
 
     def admit(self, ready: MemberReady) -> bool:
         """Count a member as ready, also one that another driver started, but none that was dropped; return
-        whether this controller started it, and hears of it for the first time.
+        whether it has been in no world, and this controller hears of it for the first time.
         """
         member = ready.member
         if member in self._gone:
             return False
+        if (ready.step, ready.generation) == _UNKNOWN:
+            self._found.pop(member, None)
         is_new = self._starting.pop(member, None) is not None and member not in self._found
         if member in self._found:
             self._found[member] = max((ready.step, ready.generation), self._found[member])
-        self._missing.discard(member)
+        self._greet(member)
         self.hosts[member] = ready.host
         if member not in self._ranked and member not in self._leaving:
             self._outside[member] = None
         return is_new
+
+    def build(self, member: str, until: float) -> None:
+        """Count an earlier driver's member as one that is about to be ready, and holds nothing."""
+        if member in self._missing:
+            self._greet(member)
+            self._found.pop(member, None)
+            self._starting[member] = until
+
+    def _greet(self, member: str) -> None:
+        self._has_greeted = self._has_greeted or member in self._missing
+        self._missing.discard(member)
 
     def part(self, member: str, why: str) -> None:
         """Count a member as leaving: it keeps its rank until a world without it forms, and gets no other."""
@@ -82,10 +96,10 @@ class Membership:
         """Say whether this member is starting or ready."""
         return member in self.hosts or member in self._starting
 
-    def drop(self, member: str) -> None:
-        """Forget a lost member; the world keeps the others in their order."""
+    def drop(self, member: str) -> bool:
+        """Forget a lost member; the world keeps the others in their order. Return whether it was starting."""
+        was_starting = self._starting.pop(member, None) is not None
         self._gone.add(member)
-        self._starting.pop(member, None)
         self._outside.pop(member, None)
         self._leaving.pop(member, None)
         self._veterans.pop(member, None)
@@ -96,6 +110,7 @@ class Membership:
         if member in self._ranked:
             self.world = tuple(other for other in self.world if other != member)
             self._ranked -= {member}
+        return was_starting
 
     def _disinherit(self, member: str) -> None:
         """Count a lost member out of the heirs; the last one's are those who gave them what they held."""
@@ -142,9 +157,12 @@ class Membership:
         """Leave nobody in the world: it ended in good order, and what it held is durable."""
         self.world, self._ranked, self._is_safe = (), frozenset(), True
 
-    def overdue(self, now: float) -> tuple[str, ...]:
-        """Name those that should have been ready by now."""
-        return tuple(member for member, until in self._starting.items() if now > until)
+    def drop_overdue(self, now: float) -> tuple[str, ...]:
+        """Forget those that should have been ready by now, and name them."""
+        overdue = tuple(member for member, until in self._starting.items() if now > until)
+        for member in overdue:
+            self.drop(member)
+        return overdue
 
     @property
     def heirs(self) -> tuple[str, ...]:
@@ -190,7 +208,7 @@ class Membership:
     @property
     def is_missing_all(self) -> bool:
         """Whether none of an earlier driver's members has answered yet."""
-        return bool(self._missing) and self._missing == self._found.keys()
+        return bool(self._missing) and not self._has_greeted
 
     @property
     def missing(self) -> Collection[str]:

@@ -89,7 +89,7 @@ def find_unneeded(members: Membership, policy: WorldPolicy) -> dict[str, str]:
     needed = members.needed
     done = {one: why for one, why in done.items() if one not in needed}
     num_lasting = members.num_lasting - len(done.keys() - members.leaving.keys())
-    num_surplus = num_lasting - max(policy.workers + policy.standbys, len(members.staying))
+    num_surplus = num_lasting - max(policy.workers, len(members.staying)) - policy.standbys
     idle = (
         [one for one in (*members.starting, *members.outside) if one not in done] if num_surplus > 0 else []
     )

@@ -28,6 +28,7 @@ from checkpoint import (
 )
 from elastic.control.events import (
     Ending,
+    MemberBuilding,
     MemberCame,
     MemberEnded,
     MemberLeaving,
@@ -106,6 +107,8 @@ class Member:
         if self._ready is not None and self._trainer is not None:
             step, generation = self._trainer.standing.committed, self._mailbox.newest
             self._outbox.put(replace(self._ready, step=step, generation=generation))
+        else:
+            self._outbox.put(MemberBuilding(self._assignment.member))
         if self._notice is not None:
             self._outbox.put(self._notice)
         self._failures.tell_again()

@@ -10,6 +10,7 @@ from elastic.control.events import (
     Cause,
     Ending,
     Event,
+    MemberBuilding,
     MemberCame,
     MemberEnded,
     MemberLeaving,
@@ -25,7 +26,7 @@ from elastic.control.instructions import FormWorld, Manner
 from elastic.control.standing import BLANK, Standing, settle
 from tests.sim.audience import Audience, World
 from tests.sim.network import Network
-from tests.sim.node import LEASE_S, Fault, Node
+from tests.sim.node import Fault, Node
 from tests.sim.reading import SlowData
 from tests.sim.shards import Shards
 
@@ -99,9 +100,8 @@ class Cluster:
 
     def start(self, name: str, seat: Callable[[Node], None], is_awaited: Callable[[], bool]) -> None:
         """A process comes up, or fails to; where there is no place for it, it waits for one."""
-        is_ended = self.has_few_places and not is_awaited()  # else it may come up all the same, a stranger
-        if name in self.nodes or is_ended:
-            return
+        if name in self.nodes or (self.has_few_places and not is_awaited()):
+            return  # where there are many places it may come up all the same, a stranger
         if sum(not node.is_beyond_help(self.now) for node in self.nodes.values()) >= self.num_places:
             self.later(BLOCKED_S, partial(self.start, name, seat, is_awaited))
             return
@@ -113,17 +113,22 @@ class Cluster:
         self.nodes[name] = node
         if self.is_chaotic and self.random.random() < 0.02:
             self.refuse(node)
-        self.greet(node)
+        builds_s = self.random.choice((0.0,) * 9 + (15.0,)) if self.is_chaotic else 0.0
+        node.ready_at = self.now + builds_s
+        self.later(builds_s, partial(self.greet, node))
 
     def greet(self, node: Node) -> None:
         """Ask a member that is up to say so."""
-        is_up = not (node.has_raised and node.is_blank)
-        if is_up and not (node.is_cut_off or Fault.STOPPED in node.faults or self.is_gone(node)):
-            if node.has_raised:
-                self.refuse(node)
+        if node.is_cut_off or Fault.STOPPED in node.faults or self.is_gone(node):
+            return
+        if self.now < node.ready_at or (node.has_raised and node.is_blank):
+            self.tell(node, MemberBuilding(node.name))
+        else:
             self.tell(node, MemberReady(node.name, node.host, 1, node.standing.committed, node.newest))
-            if node.has_notice:
-                self.give_notice(node)
+        if node.has_raised:
+            self.refuse(node)
+        if node.has_notice:
+            self.give_notice(node)
 
     def give_notice(self, node: Node) -> None:
         """A member learns that it will be taken away, and says so to its driver and to each new one."""
@@ -371,9 +376,7 @@ class Cluster:
         return self.nodes.get(node.name) is not node
 
     def is_sound(self, node: Node) -> bool:
-        """Whether nothing has been wrong with a member for long enough that nobody may think ill of it."""
-        is_whole = not (node.faults or node.is_cut_off or node.is_evicted or self.network.touches(node))
-        return is_whole and self.now - node.blemished_at > LEASE_S
+        return not self.network.touches(node) and node.is_sound(self.now)
 
     def may_be_cut_off(self, node: Node) -> bool:
         """Whether a member is out of reach of others, or was lately; of two nobody can tell which it is."""
@@ -381,8 +384,7 @@ class Cluster:
         suspects = living if len(living) == 2 else [node]
         return any(one is None or not self.is_sound(one) for one in suspects)
 
-    def _members(self, generation: int) -> list[Node] | None:
-        """Return a world's processes; None if one of them is gone."""
+    def _members(self, generation: int) -> list[Node] | None:  # None if one of them is gone
         found = [self.nodes.get(name) for name in self.worlds[generation].order.members]
         living = [node for node in found if node is not None]
         return living if len(living) == len(found) else None

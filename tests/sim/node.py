@@ -35,6 +35,7 @@ class Node:
     has_notice: bool = False
     has_raised: bool = False  # its job: it only saves what it holds
     slowness: float = 1.0
+    ready_at: float = 0.0
     began_at: float = 0.0
     busy_until: float = 0.0
     heard_at: float = 0.0
@@ -61,6 +62,11 @@ class Node:
     def is_beyond_help(self, now: float) -> bool:
         """Whether nobody is left who could end it, though it may be stuck for ever."""
         return self.is_orphaned(now) or (self.is_evicted and bool(self.faults))
+
+    def is_sound(self, now: float) -> bool:
+        """Whether nothing is wrong with its process and its way to the drivers, or was for a lease."""
+        is_whole = not (self.faults or self.is_cut_off or self.is_evicted)
+        return is_whole and now - self.blemished_at > LEASE_S
 
     def is_orphaned(self, now: float) -> bool:
         return now - self.heard_at > LEASE_S

@@ -59,8 +59,8 @@ def test_a_stop_before_the_found_workers_said_hello_still_saves_their_state() ->
     controller = Controller(WorldPolicy(workers=3), "w5.", generation=5)
     controller.begin(["w0", "w1"], 0.0)
     assert controller.handle(StopRequested("test"), 0.1) == []
-    controller.handle(MemberReady("w0", "h", 1), 0.2)
-    (formed,) = controller.handle(MemberReady("w1", "h", 2), 0.3)
+    controller.handle(MemberReady("w0", "h", 1, generation=5), 0.2)
+    (formed,) = controller.handle(MemberReady("w1", "h", 2, generation=5), 0.3)
     assert isinstance(formed, FormWorld)
     assert (formed.members, formed.only_saves) == (("w0", "w1"), True)
     controller.handle(Settled("w0", 6, 9, "self", 0.1), 0.4)
@@ -249,7 +249,7 @@ def test_a_stop_after_a_take_over_waits_a_short_while_only_for_whom_nobody_has_h
     controller = Controller(WorldPolicy(workers=3), "w7.", generation=7)
     controller.begin(["w0", "w1", "w2"], 0.0)
     for member in ("w0", "w2"):
-        controller.handle(MemberReady(member, "h", 1), 0.5)
+        controller.handle(MemberReady(member, "h", 1, generation=7), 0.5)
     assert controller.handle(StopRequested("SIGINT"), 1.0) == []
     killed, formed = pass_time(controller, 1.0, 12.0)
     assert isinstance(killed, KillMember) and killed.member == "w1"
@@ -307,11 +307,11 @@ def test_a_run_that_lost_too_many_workers_and_all_of_its_state_ends_at_once() ->
     assert isinstance(end, End) and end.status is Status.FAILED
 
 
-def test_a_joiner_that_is_one_loss_too_many_lets_the_world_save_at_its_next_boundary() -> None:
+def test_a_standby_that_is_one_loss_too_many_lets_the_world_save_at_its_next_boundary() -> None:
     controller = training(2)
-    controller.policy = replace(controller.policy, max_failures=0)
-    controller.handle(WorkersWanted(3), 3.0)
-    (stop,) = controller.handle(MemberLost("w2", Cause.START_FAILED, "no room"), 3.5)
+    controller.policy = replace(controller.policy, max_failures=0, standbys=1)
+    controller.handle(MemberReady("w2", "h", 1), 3.0)
+    (stop,) = controller.handle(MemberLost("w2", Cause.PROCESS_DIED, "killed"), 3.5)
     assert isinstance(stop, StopWorld)
 
 

@@ -78,7 +78,7 @@ def test_a_standby_that_an_earlier_drivers_first_world_had_gives_back_what_it_go
     controller = Controller(WorldPolicy(workers=2, standbys=1), "w7.", generation=7, copies=1)
     controller.begin(["w0", "w1", "w2"], 0.0)
     for member, step in (("w0", 50), ("w1", 50), ("w2", -1)):
-        controller.handle(MemberReady(member, "h", 1, step), 0.5)
+        controller.handle(MemberReady(member, "h", 1, step, 7), 0.5)
     tell_all(controller, "w0", "w1", "w2", at=1.0)
     assert controller.diagnosis.step == 1
     assert controller.roll.ranks == ("w0", "w1", "w2"), "w2 gives"

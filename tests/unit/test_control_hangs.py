@@ -182,7 +182,7 @@ def test_an_earlier_drivers_member_that_never_answers_is_replaced_and_the_others
     controller = Controller(WorldPolicy(workers=3), "w7.", generation=7)
     assert controller.begin(["w0", "w1", "w2"], 0.0) == []
     for member in ("w0", "w2"):
-        assert controller.handle(MemberReady(member, "h", 1), 0.5) == []
+        assert controller.handle(MemberReady(member, "h", 1, generation=7), 0.5) == []
     killed, started, formed = pass_time(controller, 0.5, 40.0)
     assert isinstance(killed, KillMember)
     assert (killed.member, killed.cause, started) == ("w1", Cause.START_FAILED, StartMember("w7.0"))
@@ -209,9 +209,9 @@ def test_a_worker_that_never_starts_is_replaced_and_is_no_failure() -> None:
 def test_all_members_of_an_earlier_driver_are_in_the_first_world_as_any_may_hold_the_state() -> None:
     controller = Controller(WorldPolicy(workers=2), "w7.", generation=7)
     controller.begin(["w0", "w1", "w2"], 0.0)
-    controller.handle(MemberReady("w0", "h", 1), 0.5)
-    controller.handle(MemberReady("w1", "h", 1), 0.5)
-    (formed,) = controller.handle(MemberReady("w2", "h", 1), 0.5)
+    controller.handle(MemberReady("w0", "h", 1, generation=7), 0.5)
+    controller.handle(MemberReady("w1", "h", 1, generation=7), 0.5)
+    (formed,) = controller.handle(MemberReady("w2", "h", 1, generation=7), 0.5)
     assert isinstance(formed, FormWorld) and formed.members == ("w0", "w1", "w2")
 
 

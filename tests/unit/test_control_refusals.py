@@ -6,6 +6,7 @@ from elastic.control.controller import Controller
 from elastic.control.events import (
     Cause,
     Ending,
+    MemberBuilding,
     MemberCame,
     MemberEnded,
     MemberLost,
@@ -115,12 +116,14 @@ def test_the_third_newcomer_whose_job_raises_ends_the_run_once_the_state_is_save
     controller = stepping(2)
     controller.handle(WorkersWanted(3), 3.5)
     for member in ("w2", "w3"):
-        assert StartMember in map(type, controller.handle(raised(member, 0), 4.0))
-    told = controller.handle(raised("w4", 0), 5.0)
+        controller.handle(raised(member, 0), 4.0)
+    pass_time(controller, 4.0, 5.5)
+    assert "w4" in controller.members.starting
+    told = controller.handle(raised("w4", 0), 5.6)
     assert not any(isinstance(one, StartMember | End) for one in told)
     assert controller.stopping == WHY
     for member in ("w0", "w1"):
-        controller.handle(StepCommitted(member, 1, 2, 1.0, 0.5, 1, 0.0, is_last=True), 5.5)
+        controller.handle(StepCommitted(member, 1, 2, 1.0, 0.5, 1, 0.0, is_last=True), 5.8)
     controller.handle(MemberEnded("w0", 1, 2, Ending.STOPPED), 6.0)
     assert controller.handle(MemberEnded("w1", 1, 2, Ending.STOPPED), 6.0) == [End(Status.FAILED, WHY)]
 
@@ -130,13 +133,15 @@ def test_who_joins_in_shows_that_the_job_runs_elsewhere_and_two_more_may_raise()
     controller.handle(WorkersWanted(3), 3.5)
     for member in ("w2", "w3"):
         controller.handle(raised(member, 0), 4.0)
-    controller.handle(MemberReady("w4", "h", 9), 4.5)
-    tell_all(controller, "w0", "w1", "w4", at=5.0)
-    controller.handle(WorkersWanted(4), 5.5)
+    pass_time(controller, 4.0, 5.5)
+    controller.handle(MemberReady("w4", "h", 9), 5.6)
+    tell_all(controller, "w0", "w1", "w4", at=5.7)
+    controller.handle(WorkersWanted(4), 5.8)
     for member in ("w5", "w6"):
-        assert StartMember in map(type, controller.handle(raised(member, 0), 6.0))
+        controller.handle(raised(member, 0), 6.0)
+        pass_time(controller, 6.0, 7.5)
     assert controller.stopping is None
-    controller.handle(raised("w7", 0), 7.0)
+    controller.handle(raised("w7", 0), 8.0)
     assert controller.stopping == WHY
 
 
@@ -153,3 +158,15 @@ def test_an_earlier_drivers_member_that_raised_saves_what_it_holds() -> None:
     assert controller.handle(raised("w0", 17), 0.2) == []
     last = last_world(controller.handle(MemberReady("w0", "h", 1, 17), 0.5))
     assert last.members == ("w0",)
+
+
+def test_an_earlier_drivers_newcomer_that_raises_in_its_dataset_is_replaced_and_the_others_go_on() -> None:
+    controller = Controller(WorldPolicy(workers=3), "w9.", generation=9)
+    controller.begin(["w0", "w1", "w2"], 0.0)
+    for member in ("w0", "w1"):
+        controller.handle(MemberReady(member, "h", 1, 50, 9), 0.1)
+    (formed,) = controller.handle(MemberBuilding("w2"), 0.2)
+    assert isinstance(formed, FormWorld) and formed.members == ("w0", "w1")
+    killed, _ = controller.handle(raised("w2", 0), 0.3)
+    assert isinstance(killed, KillMember) and killed.member == "w2"
+    assert controller.stopping is None
