@@ -111,6 +111,11 @@ class Attendance:
         return self._has_stepped or len(self._settled) == len(self.members)
 
     @property
+    def has_begun(self) -> bool:
+        """Whether anybody is known to have come to the state; the others may hold it too."""
+        return self._has_stepped or bool(self._settled)
+
+    @property
     def holding(self) -> frozenset[str]:
         """Who may be the only ones to hold the state."""
         return self.members if self.has_settled else self.holders & self.members or self.members

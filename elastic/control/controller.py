@@ -207,7 +207,7 @@ class Controller:
 
     def _fail(self, why: str, now: float) -> list[Instruction]:
         """The run has to end; who holds its state saves that first, unless it is safe already."""
-        if self.members.is_safe or not (self.members.holders or self.members.missing):
+        if self.members.is_safe or not (self.members.is_held or self.roll.has_begun):
             return self._end(Status.FAILED, why)
         self._ends_as, self.stopping = Status.FAILED, None
         return self._stop(why, now)
@@ -251,7 +251,7 @@ class Controller:
 
     def _form_last(self, now: float) -> list[Instruction]:
         """All is to end, and there is no world: whoever holds state saves it, be they ever so few."""
-        holders = self.members.heirs or self.members.found or self.members.world
+        holders = self.members.savers(self.copies)
         if self.members.is_safe:
             return self._end(self._ends_as, f"{self.stopping}")
         if holders:

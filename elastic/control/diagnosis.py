@@ -135,8 +135,10 @@ class Diagnosis:
     def judge(self, roll: Attendance, now: float) -> Verdict:
         """Say who holds this world up, or that somebody does."""
         if roll.broken_at is not None and now - roll.broken_at > SUSPICION_S * self._backoff:
-            cut_off = self._reach.name(roll.ranks, roll.holding)
-            return Blamed(cut_off, Cause.CUT_OFF) if cut_off else Stalled(roll.why_broken)
+            if not (cut_off := self._reach.name(roll.ranks, roll.holding)):
+                return Stalled(roll.why_broken)
+            self.num_stalls = 0  # the next world is another one
+            return Blamed(cut_off, Cause.CUT_OFF)
         idle_s = now - roll.moved_at
         return (
             self._judge_silent(roll, idle_s)

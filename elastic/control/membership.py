@@ -175,6 +175,11 @@ class Membership:
         return frozenset(self.heirs or self.found)
 
     @property
+    def is_held(self) -> bool:
+        """Whether anybody is known to hold the newest state, or may."""
+        return bool(self.holders or self._missing)
+
+    @property
     def is_safe(self) -> bool:
         """Whether what the members hold is durable, and no world has gone on from there."""
         return self._is_safe
@@ -221,6 +226,14 @@ class Membership:
         since, of which nobody may have told yet how far it came.
         """
         return self._spread.keys()
+
+    def savers(self, copies: int) -> tuple[str, ...]:
+        """Who saves the newest state: who is known to hold it, or may; of one in shards, of which there are
+        `copies`, whoever may have some.
+        """
+        known = self.heirs or self.found or self.world
+        spread = frozenset().union(*self._spread) if copies else frozenset()
+        return (*known, *(one for one in self.hosts if one in spread and one not in known))
 
     @property
     def has_state(self) -> bool:

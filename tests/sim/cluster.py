@@ -118,7 +118,6 @@ class Cluster:
         self.later(builds_s, partial(self.greet, node))
 
     def greet(self, node: Node) -> None:
-        """Ask a member that is up to say so."""
         if node.is_cut_off or Fault.STOPPED in node.faults or self.is_gone(node):
             return
         if self.now < node.ready_at or (node.has_raised and node.is_blank):
@@ -353,7 +352,8 @@ class Cluster:
     def _break(self, generation: int) -> None:
         for other in list(self.nodes.values()):
             if other.inside == generation and not other.is_isolated:
-                self.later(self.random.uniform(0.001, 0.1), partial(self._leave, other, generation))
+                hears_s = max(self.random.uniform(0.001, 0.1), other.busy_until - self.now)
+                self.later(hears_s, partial(self._leave, other, generation))
 
     def die(self, node: Node) -> None:
         """A SIGKILL: its peers see their collective fail, the driver hears of the loss, in either order."""

@@ -154,7 +154,7 @@ class Driver:
                     self.end = instruction
 
     def _awaits(self, member: str) -> bool:
-        return member in self.controller.members.starting
+        return not self.is_gone and member in self.controller.members.starting
 
     def _form(self, order: FormWorld) -> None:
         """Claim the generation, then tell the members; one that somebody saving alone has is passed over."""

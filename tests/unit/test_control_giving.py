@@ -15,6 +15,7 @@ from elastic.control.events import (
     WorkersWanted,
 )
 from elastic.control.instructions import FormWorld, Instruction, ReleaseMember
+from elastic.control.phase import Phase
 from elastic.control.policy import WorldPolicy
 from elastic.control.sharding import deal_states
 from tests.controlled import stepping, tell_all
@@ -128,3 +129,16 @@ def test_as_many_newcomers_get_it_as_there_are_places_beside_all_who_give() -> N
 def test_without_a_place_beside_them_one_of_them_gets_it_all() -> None:
     order = all_leaving(3, newcomers=2, most_ranks=3)
     assert (order.members, order.leaving) == (("w0", "w1", "w2"), ("w1", "w2"))
+
+
+def test_where_nobody_knows_whether_newcomers_have_got_it_yet_they_are_in_the_world_that_saves() -> None:
+    controller = sharded(2, 1)
+    controller.members.settle()
+    controller.handle(MemberLeaving("w0", "drained"), 4.0)
+    controller.handle(MemberReady("w2", "h", 1), 4.1)
+    controller.handle(MemberLeaving("w1", "drained"), 4.2)
+    tell_all(controller, *controller.roll.ranks, at=4.5)
+    assert controller.roll.ranks[:1] == ("w2",) and controller.phase is Phase.FORMING
+    controller.policy = replace(controller.policy, min_workers=3)
+    told = controller.handle(MemberLost("w0", Cause.PROCESS_DIED, ""), 5.0)
+    assert set(formed(told).members) >= {"w1", "w2"}
