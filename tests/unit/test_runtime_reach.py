@@ -83,12 +83,14 @@ def test_a_world_whose_driver_hangs_as_its_members_meet_is_given_up_once_a_newer
 
 
 def test_a_store_that_comes_late_is_reached(gone):
-    opened: list[TCPStore] = []
+    (host, port), opened = gone, list[TCPStore]()
 
     def open_late(_: float) -> None:
         if not opened:
             listener = socket.create_server(gone, backlog=16).detach()
-            opened.append(TCPStore(*gone, is_master=True, wait_for_workers=False, master_listen_fd=listener))
+            opened.append(
+                TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener)
+            )
 
     reach(gone, lambda: True, open_late).set("a", "b")
     assert opened[0].get("a") == b"b"
@@ -105,7 +107,12 @@ def test_who_sees_at_once_that_a_store_is_not_wanted_keeps_the_connection(monkey
     store, endpoint = open_rendezvous(LOOPBACK)
     address, asked = (endpoint.host, endpoint.port), threading.Event()
     mine = reach(address, lambda: True, time.sleep)
-    with freed(address, lambda: bool(asked.set())):
+
+    def is_wanted() -> bool:
+        asked.set()
+        return False
+
+    with freed(address, is_wanted):
         assert asked.wait(WAIT_S)
     mine.set("a", "b")
     assert store.get("a") == b"b"
