@@ -210,7 +210,10 @@ class Member:
         try:
             place = Place(form.generation, form.members.index(member), form.hosts, self._assignment.address)
             self._world = former.form(
-                place, order.endpoint, lambda: not self._mailbox.has_newer(), time.sleep
+                place,
+                order.endpoint,
+                lambda: not (self._mailbox.has_newer() or self._mailbox.is_orphaned),
+                time.sleep,
             )
             self._outbox.put(WorldFormed(member, form.generation, time.monotonic() - started))
             self._mailbox.check(form.generation)  # called off before there was a world to cut

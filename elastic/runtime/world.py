@@ -20,11 +20,12 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from elastic.runtime.doors import Door, find_closed
 from elastic.runtime.lane import Lane, StreamLane, ThreadLane
+from elastic.runtime.reach import freed, reach
 from elastic.runtime.sockets import Address, keep_private, listening, shut
 from elastic.training.ports import Broken
 
 CONNECT_TIMEOUT = timedelta(seconds=5)
-COLLECTIVE_TIMEOUT = timedelta(seconds=600)
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # longer than the driver waits for what holds up everybody
 ABORT_TIMEOUT_S = 10.0
 POLL_S = 0.002
 _OPS: dict[str, Any] = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -103,7 +104,7 @@ class World:
         if is_joint:
             posted = [self._call(lambda group, *_: group._end_coalescing(), any_of_them, None)]
         for work in posted:
-            self._wait(work)
+            self._wait_for_peer(work, any_of_them)
 
     def all_gather(self, out: torch.Tensor, mine: torch.Tensor) -> None:
         """Gather equal slices of all ranks into `out`, in rank order."""
@@ -125,11 +126,11 @@ class World:
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
         """Send a tensor to a rank that receives it."""
-        self._wait(self._call(lambda group, t, p: group.send([t], p, 1), tensor, to))
+        self._wait_for_peer(self._call(lambda group, t, p: group.send([t], p, 1), tensor, to), tensor)
 
     def receive(self, tensor: torch.Tensor, source: int) -> None:
         """Receive a tensor of the sent shape and dtype."""
-        self._wait(self._call(lambda group, t, p: group.recv([t], p, 1), tensor, source))
+        self._wait_for_peer(self._call(lambda group, t, p: group.recv([t], p, 1), tensor, source), tensor)
 
     def cut(self) -> None:
         """Break this world from any thread: whoever is blocked in it, here or elsewhere, gets Broken.
@@ -167,9 +168,16 @@ class World:
         except RuntimeError as error:
             raise Broken(self.generation, _first_line(error)) from None
 
-    def _wait(self, work: dist.Work) -> None:
+    def _wait_for_peer(self, work: dist.Work, tensor: torch.Tensor) -> None:
+        """Wait for a transfer from one rank to another.
+
+        gloo's keep the timeout of connecting if they are told no other; nccl's would block the host with one.
+        """
+        self._wait(work, COLLECTIVE_TIMEOUT if tensor.device.type == "cpu" else timedelta(0))
+
+    def _wait(self, work: dist.Work, timeout: timedelta = timedelta(0)) -> None:
         try:
-            work.wait()
+            work.wait(timeout)
         except RuntimeError as error:
             raise Broken(self.generation, _first_line(error)) from None
 
@@ -193,23 +201,24 @@ class Former:
     ) -> World:
         """Meet the other members at the rendezvous store, then connect.
 
-        `is_wanted` turns false when a newer world has been ordered; `wait` sleeps. Raises Broken when this
-        one can't form: `Unconnected` if its members met, and did not connect.
+        `is_wanted`, which is asked from another thread too, turns false when a newer world has been ordered;
+        `wait` sleeps. Raises Broken when this one can't form: `Unconnected` if its members met, and did not
+        connect.
         """
         self._door.clear()
+        address = (endpoint.host, endpoint.port)
         try:
-            store = PrefixStore(
-                f"generation-{place.generation}",
-                TCPStore(endpoint.host, endpoint.port, is_master=False, timeout=timedelta(seconds=30)),
-            )
-            meeting = self._meet(store, place, is_wanted, wait)
-        except RuntimeError as error:
+            with freed(address, is_wanted):
+                found = reach(address, is_wanted, wait)
+                store = PrefixStore(f"generation-{place.generation}", found)
+                meeting = self._meet(store, place, is_wanted, wait)
+        except (RuntimeError, ConnectionError) as error:
             raise Broken(place.generation, f"could not form: {_first_line(error)}") from None
         try:
             lane = StreamLane(self._device) if self._device.type == "cuda" else ThreadLane()
-            groups = self._connect(store, place)
-            mine = {self._door.address, (endpoint.host, endpoint.port)}
-            keep_private(self, meeting.listeners | mine)
+            with freed(address, is_wanted):
+                groups = self._connect(store, place)
+            keep_private(self, meeting.listeners | {self._door.address, address})
             return World(place, groups, meeting.listeners, lane)
         except RuntimeError as error:
             why = f"could not form: {_first_line(error)}"
@@ -245,9 +254,9 @@ class Former:
         gloo._set_default_timeout(COLLECTIVE_TIMEOUT)
         groups: dict[str, Any] = {"cpu": gloo}
         if self._device.type == "cuda":
-            groups["cuda"] = dist.ProcessGroupNCCL(
-                PrefixStore("nccl", store), place.rank, size, dist.ProcessGroupNCCL.Options()
-            )
+            on_device = dist.ProcessGroupNCCL.Options()
+            on_device._timeout = COLLECTIVE_TIMEOUT
+            groups["cuda"] = dist.ProcessGroupNCCL(PrefixStore("nccl", store), place.rank, size, on_device)
         return groups
 
 

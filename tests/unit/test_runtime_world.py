@@ -1,5 +1,5 @@
-"""Worlds of two members: a late cut, a device that does not let go, no connection, and a member that dies
-while children of its live on.
+"""Worlds of two members: a peer that comes late, a late cut, a device that does not let go, no connection,
+and a member that dies while children of its live on.
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from typing import Any
 
@@ -22,10 +22,11 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from elastic.runtime import world as worlds
 from elastic.runtime.lane import ThreadLane
 from elastic.runtime.world import Endpoint, Former, Place, Unconnected, World, open_rendezvous
+from elastic.training.handover import Parcel, accept, hand_over
 from elastic.training.ports import Broken
 
 LOOPBACK, CPU = "127.0.0.1", torch.device("cpu")
-WAIT_S = 20.0
+WAIT_S, CONNECT_S = 20.0, 1.0
 PARENT = """
 import os, signal, sys, time
 import torch
@@ -69,6 +70,41 @@ def formed(ranks: ThreadPoolExecutor, formers: list[Former], endpoint: Endpoint,
     )
 
 
+@pytest.fixture
+def hasty(ranks, endpoint, monkeypatch) -> Iterator[tuple[World, World]]:
+    """Give a world whose members connected within a second, or not at all."""
+    monkeypatch.setattr(worlds, "CONNECT_TIMEOUT", timedelta(seconds=CONNECT_S))
+    pair = formed(ranks, [Former(LOOPBACK, CPU), Former(LOOPBACK, CPU)], endpoint, 1)
+    yield pair
+    for each in pair:
+        each.leave()
+
+
+def swapped(world: World) -> float:
+    peer, received = 1 - world.rank, torch.zeros(2)
+    tensors = [None if rank == world.rank else torch.ones(2) for rank in range(2)]
+    world.exchange(tensors, [received if rank == peer else None for rank in range(2)])
+    return float(received.sum())
+
+
+def received(world: World) -> float:
+    tensor = torch.zeros(2)
+    world.receive(tensor, 1 - world.rank)
+    return float(tensor.sum())
+
+
+def sent(world: World) -> None:
+    world.send(torch.ones(2), 1 - world.rank)
+
+
+def accepted(world: World) -> Any:
+    return accept(world, 1 - world.rank, CPU).state
+
+
+def handed(world: World) -> None:
+    hand_over(world, [1 - world.rank], Parcel({"step": 7}, "fresh"), CPU)
+
+
 def total(ranks: ThreadPoolExecutor, pair: list[World]) -> list[float]:
     def reduce(world: World) -> float:
         tensor = torch.ones(3)
@@ -93,6 +129,26 @@ def test_a_late_cut_of_a_world_that_was_left_does_not_break_the_next_one(ranks, 
         total(ranks, newer)
     for each in newer:
         each.leave()
+
+
+@pytest.mark.parametrize(
+    ("first", "late", "expected"),
+    [(swapped, swapped, 2.0), (received, sent, 2.0), (sent, received, None), (accepted, handed, {"step": 7})],
+)
+def test_a_peer_is_waited_for_longer_than_a_connection(ranks, hasty, first, late, expected):
+    waiting = ranks.submit(first, hasty[0])
+    wait([waiting], timeout=1.5 * CONNECT_S)  # a send of little is done by now, all else waits
+    late(hasty[1])
+    assert waiting.result(timeout=WAIT_S) == expected
+
+
+@pytest.mark.parametrize("cutter", [0, 1])
+def test_who_waits_for_a_late_peer_is_freed_once_either_side_cuts_the_world(ranks, hasty, cutter):
+    waiting = ranks.submit(received, hasty[0])
+    assert wait([waiting], timeout=1.5 * CONNECT_S).not_done
+    hasty[cutter].cut()
+    with pytest.raises(Broken, match=r"losed|reset"):
+        waiting.result(timeout=WAIT_S)
 
 
 class Stuck:
