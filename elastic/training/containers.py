@@ -46,7 +46,8 @@ class Newcomer:
         """
         plain = to_plain(state, "the state")
         kinds = dict(_kinds(state, ()))
-        for path, value in _lost(state, self._again(plain, (), kinds, self.own), ()):
+        made = self._again(plain, (), kinds, self.own) if kinds else plain
+        for path, value in _lost(state, made, ()):
             raise JobRejected(
                 "the job's state can neither be given to other workers nor saved: "
                 f"{_place(path)} is a {_shown(value)} ({self.names.get(path[0], '')}'s), which could not "
