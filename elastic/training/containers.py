@@ -159,11 +159,10 @@ _KNOWN: Mapping[str, Callable[[Any], Any]] = {
 
 
 def _entries(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield keys and what may have more inside; a million numbers in a list are looked at as a whole."""
     if isinstance(value, dict):
         yield from value.items()
-    elif isinstance(value, (list, tuple)) and not _LEAVES.issuperset(
-        map(type, value)
-    ):  # or a million numbers
+    elif isinstance(value, (list, tuple)) and not _LEAVES.issuperset(map(type, value)):
         yield from enumerate(value)
 
 

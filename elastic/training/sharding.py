@@ -206,6 +206,11 @@ class ShardedLearner:
 
 
 def _kinds(name: str, state: dict[str, Any]) -> dict[str, Any]:
+    if type(state) is not dict:
+        raise JobRejected(
+            f"the optimizer keeps the state of {name} in a {type(state).__name__}, not in a dict: it cannot "
+            "be sharded; set training.optimizer_copies = 0"
+        )
     for key, value in state.items():
         if not isinstance(value, Tensor):
             raise JobRejected(

@@ -178,6 +178,25 @@ def test_what_changes_its_kind_later_is_refused_before_it_is_saved_or_given():
         trainer._learner.tree(8)  # what is handed over
 
 
+class Ordered(torch.optim.AdamW):
+    """An optimizer that keeps the state of each parameter in a dict of another kind."""
+
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        for parameter, state in self.state.items():
+            self.state[parameter] = OrderedDict(state)
+        return result
+
+
+def test_a_parameters_state_in_a_dict_of_another_kind_goes_along_or_is_refused():
+    job = ChosenJob(make_optimizer=lambda model: Ordered(model.parameters()))
+    _, newcomer = joined(job)
+    state = newcomer._learner.optimizer.state  # type: ignore[union-attr]  # the replicated one
+    assert {type(each) for each in state.values()} == {OrderedDict}
+    with pytest.raises(JobRejected, match=r"in a OrderedDict, not in a dict.*optimizer_copies = 0"):
+        trained(trainer_of(job, replace(PLAN, optimizer_copies=2)))
+
+
 class Remembering(schedules.LRScheduler):
     """A schedule with a container in its state that its later epochs fill with others."""
 
@@ -229,6 +248,8 @@ def test_a_container_of_a_newcomers_own_keeps_what_it_was_made_with():
     assert (made["lazy"]["seen"], made["lazy"]["new"]) == (8, 7)
     assert made["size"] == torch.Size([3, 4])
     assert type(made["size"]) is torch.Size
+    older = taker.make({"optimizer": taken["optimizer"]}, None)["optimizer"]
+    assert [type(each) for each in older.values()] == [Tagged, defaultdict, torch.Size]
     live["optimizer"]["tags"].tag = "b"
     with pytest.raises(JobRejected, match=r"optimizer/tags is a .*Tagged"):
         giver.take(live)
