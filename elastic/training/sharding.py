@@ -47,11 +47,15 @@ class ShardedLearner:
         return len(self._mine) == len(self._names)
 
     def update(self) -> None:
-        """Apply the bound gradients to the parameters whose state is here; the others are stale then."""
+        """Apply the bound gradients to the parameters whose state is here; the others are stale then.
+
+        Raises JobRejected if the optimizer keeps what is no tensor of some.
+        """
         for number, parameter in enumerate(self._parameters):
             if number not in self._mine:
                 parameter.grad = None
-        self._learner.update()
+        if self._learner.update():
+            self._own_kinds()
         self._num_updates += 1
 
     def complete(self, world: World) -> None:
@@ -180,15 +184,17 @@ class ShardedLearner:
 
     def _learn_kinds(self, world: World) -> None:
         """Learn what each parameter's state is made of from those that hold it."""
-        mine = {
-            self._names[number]: _kinds(
-                self._names[number], self._learner.optimizer.state[self._parameters[number]]
-            )
+        self._kinds = {}
+        for told in gather_words(world, self._own_kinds()):
+            self._kinds |= told
+
+    def _own_kinds(self) -> dict[str, dict[str, Any]]:
+        """Return what each parameter's state that is here is made of. Raises JobRejected for no tensors."""
+        state = self._learner.optimizer.state
+        return {
+            self._names[number]: _kinds(self._names[number], state[self._parameters[number]])
             for number in self._mine
         }
-        self._kinds = {}
-        for told in gather_words(world, mine):
-            self._kinds |= told
 
     def _placed(self, row: Tensor, numbers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """Yield parameters with their places in a row."""
@@ -200,6 +206,11 @@ class ShardedLearner:
 
 
 def _kinds(name: str, state: dict[str, Any]) -> dict[str, Any]:
+    if type(state) is not dict:
+        raise JobRejected(
+            f"the optimizer keeps the state of {name} in a {type(state).__name__}, not in a dict: it cannot "
+            "be sharded; set training.optimizer_copies = 0"
+        )
     for key, value in state.items():
         if not isinstance(value, Tensor):
             raise JobRejected(

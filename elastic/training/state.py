@@ -15,12 +15,13 @@ from elastic.training.blame import blaming_the_job
 from elastic.training.carrying import (
     EXTRA,
     check_modules,
+    count_entries,
     give_optimizer,
-    give_schedule,
     groups_of,
     take_optimizer,
     take_schedule,
 )
+from elastic.training.containers import newcomer_of
 from elastic.training.job import Job
 from elastic.training.ports import World
 from elastic.training.randomness import INITIAL, keyed, seed_for
@@ -43,7 +44,7 @@ class Learner:
     """A model with its optimizer and schedule.
 
     As a state it is `{"model": {name: tensor}, "optimizer": {"state": {parameter: {...}}, "groups": [...]},
-    "schedule": ..., "cursor": {"step": n}, "seed": seed}`: names, never positions.
+    "schedule": ..., "kinds": {path: ...}, "cursor": {"step": n}, "seed": seed}`: names, never positions.
     """
 
     def __init__(self, job: Job, model: nn.Module, seed: int, num_steps: int) -> None:
@@ -63,6 +64,9 @@ class Learner:
                     )
                 self.parameters[self._names[id(parameter)]] = parameter
         check_modules(model)
+        parts = {"optimizer": self.optimizer, "schedule": self._schedule}
+        self._newcomer = newcomer_of(self._parts(), parts)
+        self._num_taken = -1
 
     @property
     def is_whole(self) -> bool:
@@ -76,11 +80,21 @@ class Learner:
     def complete(self, world: World) -> None:
         """Do nothing: every rank of the world has updated everything."""
 
-    def update(self) -> None:
-        """Apply the bound gradients: one optimizer step, one schedule step."""
+    def update(self) -> bool:
+        """Apply the bound gradients: one optimizer step, one schedule step; return whether the optimizer
+        keeps more than before, or less.
+
+        Raises JobRejected if what came with it could not be taken.
+        """
         self.optimizer.step()
         if self._schedule is not None:
             self._schedule.step()
+        num_entries = count_entries(self.optimizer)
+        is_other = num_entries != self._num_taken
+        if is_other:
+            self._newcomer.take(self._parts())
+            self._num_taken = num_entries
+        return is_other
 
     def replicas(self) -> list[Replicated]:
         """List what other ranks hold alike: here everything."""
@@ -92,11 +106,10 @@ class Learner:
             return {"model": dict(self.model.state_dict()), **self.tree_without_model(step)}
 
     def tree_without_model(self, step: int) -> dict[str, Any]:
-        """Return the same without the model."""
+        """Return the same without the model. Raises JobRejected for what nobody could come to exactly."""
         with blaming_the_job(step):
             return {
-                "optimizer": take_optimizer(self.optimizer, self._names),
-                "schedule": take_schedule(self._schedule),
+                **self._newcomer.take(self._parts()),
                 "cursor": {"step": step},
                 "seed": self.seed,
             }
@@ -121,6 +134,7 @@ class Learner:
         check_origin(tree, self.seed)
         check_model(self.model.state_dict(), tree["model"])
         self._check_kind(tree)
+        self._made(tree)
         with blaming_the_job(int(tree["cursor"]["step"])):
             self.model.load_state_dict(dict(tree["model"]))
         return self.load_without_model(tree)
@@ -129,10 +143,22 @@ class Learner:
         """Take over all but the model. Raises Mismatch, having changed nothing, for another training's."""
         self._check_kind(tree)
         step = int(tree["cursor"]["step"])
+        made = self._made(tree)
         with blaming_the_job(step):
-            give_optimizer(self.optimizer, tree["optimizer"], self.parameters)
-            give_schedule(self._schedule, tree["schedule"])
+            give_optimizer(self.optimizer, made["optimizer"], tree["optimizer"], self.parameters)
+            if self._schedule is not None:
+                self._schedule.load_state_dict(made["schedule"])
         return step
+
+    def _parts(self) -> dict[str, Any]:
+        """Return what is here beside the model, live."""
+        return {
+            "optimizer": take_optimizer(self.optimizer, self._names),
+            "schedule": take_schedule(self._schedule),
+        }
+
+    def _made(self, tree: Mapping[str, Any]) -> dict[str, Any]:
+        return self._newcomer.make({key: tree[key] for key in ("optimizer", "schedule")}, tree.get("kinds"))
 
     def _check_kind(self, tree: Mapping[str, Any]) -> None:
         ours = [group["params"] for group in groups_of(self.optimizer, self._names)]
