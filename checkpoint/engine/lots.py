@@ -57,7 +57,7 @@ def lay_out(copying: Copying) -> tuple[Lots, NDArray[np.bool_]]:
 
 def bytes_of(lots: Lots) -> Column:
     """Return how many bytes each lot has."""
-    found: NDArray[np.int64] = lots["num_rows"] * lots["row_bytes"]
+    found: Column = lots["num_rows"] * lots["row_bytes"]
     return found
 
 
@@ -97,7 +97,7 @@ def _steps(sizes: Column, itemsizes: Column) -> Column:
 
 
 def _cut_rows(lots: Lots, sizes: Column, itemsizes: Column, places: Sequence[Column]) -> NDArray[np.bool_]:
-    """Find the longest rows that lie in one stretch in all places; tell where all are as far from the next."""
+    """Find the longest rows that lie in one stretch in all places; tell where all are as far apart."""
     fields = ("step", "stride", "pitch")
     row_bytes, num_rows = itemsizes.copy(), np.ones(len(lots), np.int64)
     is_even, is_row = np.ones((2, len(lots)), np.bool_)

@@ -59,7 +59,7 @@ class HasFiles(Protocol):
 
 
 @runtime_checkable
-class FileSource(Protocol):
+class FileSource(Source, Protocol):
     """A source whose packs may be files of this machine."""
 
     @property

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeGuard
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from checkpoint.errors import Corrupt
 from checkpoint.format.fingerprint import fingerprint
 from checkpoint.format.manifest import Manifest
 
-_BATCH_BYTES = 32 << 20
+_BATCH_BYTES = 64 << 20
 
 
 class Straight:
@@ -41,7 +42,7 @@ class Straight:
     def read(self, source: Source, manifest: Manifest) -> Column:
         """Return the places of the copies that are filled. Raises StoreUnavailable."""
         reader = find_reader()
-        if reader is None or not isinstance(source, FileSource) or not source.has_files:
+        if reader is None or not reads_files(source):
             return np.zeros(0, np.int64)
         fits = self._fits & self._is_large & (self._is_whole | self._is_due)
         places = np.flatnonzero(fits) if self._policy.fingerprints == "all" else np.zeros(0, np.int64)
@@ -50,9 +51,10 @@ class Straight:
         is_good = is_read & (self._is_due[places] | (sums == self._rows["fingerprint"][places]))
         _count(source, self._tally, lots[is_good], packs[is_good])
         places, sums = places[is_good], sums[is_good]
+        filled: Column = places
         is_due = self._is_due[places]
         self._pool(places[is_due], sums[is_due])
-        return places
+        return filled
 
     def pool_rest(self, is_done: Flags) -> None:
         """Put the parts into the pool whose chunks were read, and proved, in another way."""
@@ -73,6 +75,11 @@ class Straight:
             begins = begins_of(copying.stock.boxes.take(chunks), copying.tensors)
             keys = rows["tensor"], begins, rows["num_bytes"], rows["fingerprint"]
             self._policy.pool.add(keys, bytes_of(self._lots[places]), sums)
+
+
+def reads_files(source: Source) -> TypeGuard[FileSource]:
+    """Whether the packs of a source are files that compiled code reads."""
+    return isinstance(source, FileSource) and source.has_files and find_reader() is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +114,7 @@ class _Files:
         return sums, is_read
 
 
-def _count(source: Source, tally: Tally, lots: Lots, packs: Column) -> None:
+def _count(source: FileSource, tally: Tally, lots: Lots, packs: Column) -> None:
     """Count what was read, each row as a request."""
     origin = origins_of(source)
     for pack in np.unique(packs).tolist():
