@@ -105,7 +105,7 @@ class Refill:
         """Ask for a box that some ranks want; `target` is what it is to fill if this is one of them."""
         wanted = None if target is None else Wanted(record.name, record.dtype, record.shape, box, target)
         if not box.is_empty:
-            self.requests.append(Request(record.name, ranks, wanted))
+            self.requests.append(Request(record.name, box, ranks, wanted))
 
     def record(self, node: Json, path: str) -> TensorRecord:
         """Return what the manifest says of the tensor that a node of the skeleton refers to."""

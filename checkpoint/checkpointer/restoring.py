@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from checkpoint.checkpointer.refilling import Refill, check_run, plan_refill
-from checkpoint.checkpointer.sharing import by_ranks, digest_of, replicas
+from checkpoint.checkpointer.sharing import are_shared_out, by_ranks, digest_of, replicas
 from checkpoint.checkpointer.world import World
 from checkpoint.engine.asking import ask_for_steps
+from checkpoint.engine.pooling import Pool, find_unproved
 from checkpoint.engine.reading import ReadPolicy
 from checkpoint.engine.restore import Fallback, RestoreReport, restore_into
 from checkpoint.engine.source import Source
+from checkpoint.engine.straight import reads_files
 from checkpoint.errors import (
     CheckpointError,
     FormatError,
@@ -57,12 +59,24 @@ class _Found:
 
 
 @dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a rank means to read; whether it could prove parts of chunks together with the others."""
+
+    digest: str = ""
+    can_pool: bool = False
+
+
+_NO_PLAN = _Plan()
+
+
+@dataclass(frozen=True, slots=True)
 class _Verdict:
     """How an attempt goes on one rank; `is_final` tells that an older checkpoint would not help."""
 
     why: str = ""
     is_final: bool = False
-    asked: str = ""
+    plan: _Plan = _NO_PLAN
+    parts: bytes = b""
 
 
 class _Disagreed(Exception):
@@ -105,43 +119,78 @@ def _attempt(
     state: Any, sources: Sequence[Source], step: int, world: World, policy: ReadPolicy, *, run: str
 ) -> tuple[Refill, RestoreReport]:
     """Read one step. What fails on one rank raises _Disagreed on all."""
-    refill, failure = None, None
+    refill, failure, plan = None, None, _Plan()
     try:
         manifest = _manifest(sources, step)
         check_run(manifest, run)
         refill = plan_refill(state, manifest, (world.rank, world.size))
+        plan = _Plan(digest_of(refill.requests), _can_pool(refill, sources, policy))
     except CheckpointError as error:
         failure = error
-    _agree(world, failure, "" if refill is None else digest_of(refill.requests))
+    plans = [one.plan for one in _agree(world, failure, plan=plan)]
+    if refill is None:
+        raise AssertionError("a rank without a plan has agreed to it")
+    if len({one.digest for one in plans}) > 1:
+        raise Mismatch("the ranks restore different things: give the same state on every rank")
+    if world.size == 1 or not all(one.can_pool for one in plans):
+        return refill, _filled(refill, sources, world, policy)
+    return refill, _filled(refill, sources, world, replace(policy, pool=Pool()))
+
+
+def _filled(refill: Refill, sources: Sequence[Source], world: World, policy: ReadPolicy) -> RestoreReport:
+    """Read what the ranks want, of which some may want the same. What fails on one rank raises on all.
+
+    With a pool the ranks prove together what several of them read in parts. What does not add up is read
+    again, by each rank as a whole: then it is found which chunk is damaged, and another source may have it.
+    """
     reports: list[RestoreReport] = []
-    failure = None
-    for ranks, wanted in by_ranks(refill.requests if refill else []).items():
+    failure: CheckpointError | None = None
+    for ranks, wanted in by_ranks(refill.requests).items():
         with replicas(ranks, world.rank, world.size) as group:
             try:
                 if world.rank in ranks:
                     reading = replace(policy, group=group)
+                    step = refill.manifest.step
                     reports.append(restore_into(sources, wanted, step=step, policy=reading).report)
             except CheckpointError as error:
                 failure = error  # the other groups of this rank still need it
-    _agree(world, failure, "")
-    if refill is None:
-        raise AssertionError("a rank without a plan has agreed to it")
-    return refill, _summed(reports)
+    pool = policy.pool
+    verdicts = _agree(world, failure, parts=b"" if pool is None else pool.told())
+    unproved = find_unproved([one.parts for one in verdicts])
+    if not unproved:
+        return _summed(reports)
+    names = [refill.manifest.tensors[tensor].name for tensor, _ in unproved]
+    log.warning(
+        "what the ranks read of %d chunks does not add up (%s): read again, as a whole",
+        len(unproved),
+        ", ".join(
+            f"{name!r} at byte {at}" for name, (_, at) in zip(names[:_MAX_NAMED], unproved, strict=False)
+        ),
+    )
+    again = _filled(refill, sources, world, replace(policy, pool=None))
+    return _summed([*reports, again])
 
 
-def _agree(world: World, failure: CheckpointError | None, asked: str) -> None:
-    """Go on if all ranks do. Raises _Disagreed on all of them otherwise."""
-    verdicts = world.everybody(_verdict(failure, asked))
+def _can_pool(refill: Refill, sources: Sequence[Source], policy: ReadPolicy) -> bool:
+    """Whether this rank could read parts of chunks, and what all ranks read is all of every tensor, once."""
+    is_near = len(sources) > 0 and reads_files(sources[0]) and policy.fingerprints == "all"
+    return is_near and are_shared_out(refill.requests, refill.records)
+
+
+def _agree(
+    world: World, failure: CheckpointError | None, *, plan: _Plan = _NO_PLAN, parts: bytes = b""
+) -> list[_Verdict]:
+    """Go on if all ranks do; return what they say. Raises _Disagreed on all of them otherwise."""
+    verdicts = world.everybody(_verdict(failure, plan, parts))
     for rank, one in enumerate(verdicts):
         if one.why:
             raise _Disagreed(f"rank {rank}: {one.why}" if world.size > 1 else one.why, failure, verdicts)
-    if len({one.asked for one in verdicts}) > 1:
-        raise Mismatch("the ranks restore different things: give the same state on every rank")
+    return verdicts
 
 
-def _verdict(failure: CheckpointError | None, asked: str) -> _Verdict:
+def _verdict(failure: CheckpointError | None, plan: _Plan, parts: bytes) -> _Verdict:
     if failure is None:
-        return _Verdict(asked=asked)
+        return _Verdict(plan=plan, parts=parts)
     may_go_on = isinstance(failure, _PASSED_OVER) and not isinstance(failure, Unsupported)
     return _Verdict(f"{type(failure).__name__}: {failure}", is_final=not may_go_on)
 

@@ -12,7 +12,10 @@ import torch
 import torch.distributed as dist
 import xxhash
 
+from checkpoint.engine.regions import Regions, find_uncovered, padded
 from checkpoint.engine.targets import Wanted
+from checkpoint.format.layout import Box
+from checkpoint.format.manifest import TensorRecord
 
 Ranks = tuple[int, ...]
 
@@ -22,6 +25,7 @@ class Request:
     """A box that some ranks want; `wanted` is None on a rank that is none of them."""
 
     label: str
+    box: Box
     ranks: Ranks
     wanted: Wanted | None
 
@@ -57,7 +61,7 @@ class Replicas:
 
 def digest_of(requests: Sequence[Request]) -> str:
     """Digest what all ranks have to agree on before they read together."""
-    listed = "\n".join(f"{one.label} {one.ranks}" for one in requests)
+    listed = "\n".join(f"{one.label} {one.box.start} {one.box.size} {one.ranks}" for one in requests)
     return xxhash.xxh3_128_hexdigest(listed.encode())
 
 
@@ -68,6 +72,15 @@ def by_ranks(requests: Sequence[Request]) -> Mapping[Ranks, list[Wanted]]:
         if one.wanted is not None:
             found[one.ranks].append(one.wanted)
     return found
+
+
+def are_shared_out(requests: Sequence[Request], records: Mapping[str, TensorRecord]) -> bool:
+    """Whether what all ranks want is all of each tensor, once: then each may prove its part."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(one.label for one in requests))}
+    shapes = [records[name].shape for name in numbers]
+    num_dims = max(map(len, shapes), default=0)
+    boxes = Regions.of([one.box for one in requests], [numbers[one.label] for one in requests])
+    return find_uncovered(boxes, padded(shapes, num_dims, 1), range(len(shapes))) is None
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 import xxhash
 
+from checkpoint.checkpointer.talking import gathered, told_by_first
 from checkpoint.engine.generations import claim_generation, newest_generation
 from checkpoint.engine.save import Share
 from checkpoint.errors import CheckpointError
@@ -103,9 +104,7 @@ def _host_names(machines: list[tuple[str, str]]) -> tuple[str, ...]:
 def _gathered(size: int, said: Said) -> list[Said]:
     if size == 1:
         return [said]
-    everything: list[Any] = [None] * size
-    dist.all_gather_object(everything, said)
-    return everything
+    return gathered(said)
 
 
 def _from_first(rank: int, size: int, say: Callable[[], Said]) -> Said:
@@ -118,10 +117,10 @@ def _from_first(rank: int, size: int, say: Callable[[], Said]) -> Said:
             told[0] = say()
         except CheckpointError as error:
             failure, told[1] = error, f"{type(error).__name__}: {error}"
-    dist.broadcast_object_list(told, src=0)
+    told = told_by_first(told)
     if failure is not None:
         raise failure
     if told[1]:
         raise CheckpointError(f"rank 0 failed: {told[1]}")
-    said: Said = told[0]
-    return said
+    first: Said = told[0]
+    return first

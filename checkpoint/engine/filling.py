@@ -6,6 +6,7 @@ from itertools import groupby
 
 import numpy as np
 
+from checkpoint.engine.lots import Copying
 from checkpoint.engine.parts import Stock, SumsReader, cut_to_parts, find_parts
 from checkpoint.engine.passing import Share, pass_rows, put_rows
 from checkpoint.engine.pipeline import fan_out
@@ -15,6 +16,7 @@ from checkpoint.engine.reading import Holes, ReadPolicy, Tally
 from checkpoint.engine.regions import Column, Regions
 from checkpoint.engine.requests import Link, Requests
 from checkpoint.engine.source import DirectSource, Source, origins_of
+from checkpoint.engine.straight import Straight
 from checkpoint.engine.targets import Target
 from checkpoint.errors import FormatError, StoreUnavailable
 from checkpoint.format.blocks import Blocks, blocks_of
@@ -73,29 +75,34 @@ class Filling:
         self._firsts = np.searchsorted(copies.left, np.arange(len(self._stock.boxes) + 1))
         self._wanted = holes.wanted[copies.right]
         is_done = self._is_done = np.zeros(len(copies), np.bool_)
+        copying = Copying(self._stock, copies, self._wanted, self._targets, self._opened.manifest.tensors)
+        straight = Straight(copying, self._policy, self._tally)
         failure = None
         try:
+            is_done[straight.read(self._opened.source, self._opened.manifest)] = True
             uncut = self._stock
             self._cut_to_parts()
-            self._read(np.unique(copies.left))
+            self._read(np.unique(copies.left[~is_done]))
             if self._doubted:
                 self._stock, doubted = uncut, np.array(sorted(self._doubted))
                 self._read(doubted)
+            self._stock = uncut
         except StoreUnavailable as error:
             failure = error
+        straight.pool_rest(is_done)
         return Holes(self._wanted[~is_done], copies.common.take(~is_done)), failure
 
     def _cut_to_parts(self) -> None:
         """See what need not be read of the chunks that are needed."""
         opened, stock = self._opened, self._stock
-        parts = find_parts(stock, self._copies, opened.manifest.tensors)
+        parts = find_parts(stock, self._copies.take(~self._is_done), opened.manifest.tensors)
         if parts:
             sums = SumsReader(opened.source, opened.manifest, self._tally, self._policy.num_readers)
             self._stock = cut_to_parts(stock, parts, sums)
 
     def _read(self, chunks: Column) -> None:
         self._requests = Requests(self._stock, self._opened.table, self._policy)
-        self._is_large_and_raw = self._requests.large_and_raw()
+        self._is_large_and_raw = self._stock.large_and_raw()
         for _ in fan_out(self._read_batch, self._requests.batches(chunks), self._policy.num_readers):
             pass
 

@@ -64,7 +64,7 @@ class _Straight:
 
     def __init__(self, manifest: Manifest, requests: Requests, copies: Meetings, wanted: Regions) -> None:
         self._manifest, self._copies, self._wanted = manifest, copies, wanted
-        self._stock, self._is_large_and_raw = requests.stock, requests.large_and_raw()
+        self._stock, self._is_large_and_raw = requests.stock, requests.stock.large_and_raw()
 
     def __call__(self, chunk: int) -> bool:
         copies, stock = self._copies, self._stock

@@ -24,6 +24,8 @@ from checkpoint.format.pack import Described
 from checkpoint.format.table import NO_BASE
 from checkpoint.store.contract import Buffer, ByteRange
 
+_DIRECT_BYTES = 256 << 10  # smaller chunks are read together instead
+
 Rows = NDArray[Any]
 
 
@@ -44,6 +46,12 @@ class Stock:
     def box(self, chunk: int) -> Box:
         """Return what is there of a chunk."""
         return self.boxes.box(chunk, int(self.rows["num_dims"][chunk]))
+
+    def large_and_raw(self) -> NDArray[np.bool_]:
+        """Tell which are worth to be read straight to where they belong."""
+        rows = self.rows[: len(self.boxes)]
+        is_raw: NDArray[np.bool_] = (rows["codec"] == Codec.RAW) & (rows["base"] == NO_BASE)
+        return is_raw & (rows["num_bytes"] >= _DIRECT_BYTES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from checkpoint.engine.bounds import check_one_of, check_seconds, check_whole
+from checkpoint.engine.pooling import Pool
 from checkpoint.engine.regions import Column, Regions
 from checkpoint.errors import Corrupt
 from checkpoint.format.records import MAX_CHUNK_BYTES
@@ -51,6 +52,9 @@ class ReadPolicy:
     a large raw chunk that is read in place is held against its checksum, and the fingerprint of one block is
     made anew; those of the others are believed to be what was saved along with it. That is quicker where
     fingerprints are not made by compiled code, and blind to a digest that was wrong from the start.
+
+    With a `pool` a chunk of which this rank wants a part is not read as a whole, where that can be: the
+    fingerprint of the part goes into the pool, and nothing is proved before those of all ranks add up.
     """
 
     num_threads: int = 2
@@ -61,6 +65,7 @@ class ReadPolicy:
     patience_s: float = 5.0
     empty_patience_s: float = 15.0
     fingerprints: Literal["all", "sampled"] = "all"
+    pool: Pool | None = None
 
     def __post_init__(self) -> None:
         check_whole("num_threads", self.num_threads, 1)
@@ -123,9 +128,12 @@ class Tally:
 
     def count(self, source: str, ranges: Sequence[ByteRange]) -> None:
         """Count a request."""
+        self.add(source, len(ranges), sum(wanted.num_bytes for wanted in ranges))
+
+    def add(self, source: str, num_requests: int, num_bytes: int) -> None:
+        """Count several requests."""
         with self._lock:
-            self.num_requests += len(ranges)
-            num_bytes = sum(wanted.num_bytes for wanted in ranges)
+            self.num_requests += num_requests
             self.num_bytes[source] = self.num_bytes.get(source, 0) + num_bytes
 
     def note(self, source: str, item: str, why: object) -> None:

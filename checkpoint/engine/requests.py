@@ -4,15 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from checkpoint.engine.parts import Stock
 from checkpoint.engine.reading import DECODING, WASTE, ReadPolicy, Span
 from checkpoint.engine.regions import Column
 from checkpoint.format.codec import Buffer, Codec
 from checkpoint.format.table import NO_BASE, ChunkTable
-
-_DIRECT_BYTES = 256 << 10  # smaller chunks are read together instead
 
 
 @dataclass(slots=True)
@@ -87,9 +84,3 @@ class Requests:
             last.span.add(start, num_bytes)
             last.places.append(place)
         return runs
-
-    def large_and_raw(self) -> NDArray[np.bool_]:
-        """Tell which are worth to be read straight to where they belong, if that is one stretch of memory."""
-        rows = self.stock.rows
-        found: NDArray[np.bool_] = (rows["codec"] == Codec.RAW) & (rows["base"] == NO_BASE)
-        return found & (rows["num_bytes"] >= _DIRECT_BYTES)

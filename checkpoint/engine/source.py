@@ -1,6 +1,7 @@
 """Where checkpoints can be read from: a store, or the memory of the host that took them."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, runtime_checkable
 
 from checkpoint.engine.catalog import Catalog
@@ -50,6 +51,26 @@ class ReadsInto(Protocol):
 
 
 @runtime_checkable
+class HasFiles(Protocol):
+    """A store whose values are files of this machine."""
+
+    def descriptor(self, key: str) -> AbstractContextManager[int]:
+        """Hold a value open. Raises NotFound."""
+
+
+@runtime_checkable
+class FileSource(Source, Protocol):
+    """A source whose packs may be files of this machine."""
+
+    @property
+    def has_files(self) -> bool:
+        """Whether they are."""
+
+    def file(self, manifest: Manifest, pack: int) -> AbstractContextManager[int]:
+        """Hold a pack open as a file. Raises Corrupt if it is missing."""
+
+
+@runtime_checkable
 class DirectSource(Protocol):
     """A source that reads into the caller's memory: what comes may be less sure than what `read` returns."""
 
@@ -83,6 +104,7 @@ class StoreSource:
     def __init__(self, store: Store, name: str = "store") -> None:
         self._store = store
         self._direct = store if isinstance(store, ReadsInto) else None
+        self._files = store if isinstance(store, HasFiles) else None
         self._name = name
 
     @property
@@ -118,6 +140,23 @@ class StoreSource:
         except NotFound as error:
             raise Corrupt(f"{key} is missing or too short: {error}") from error
         return checked(found, ranges, key)
+
+    @property
+    def has_files(self) -> bool:
+        """Whether packs are files of this machine."""
+        return self._files is not None
+
+    @contextmanager
+    def file(self, manifest: Manifest, pack: int) -> Iterator[int]:
+        """Hold a pack open as a file. Raises Corrupt if it is missing."""
+        key = manifest.packs[pack].key
+        if self._files is None:
+            raise TypeError(f"{self._store} has no files")
+        try:
+            with self._files.descriptor(key) as descriptor:
+                yield descriptor
+        except NotFound as error:
+            raise Corrupt(f"{key} is missing: {error}") from error
 
     @property
     def piece_bytes(self) -> int:

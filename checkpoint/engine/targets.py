@@ -82,6 +82,10 @@ class Target:
         part = self._array[box.within(self.box)]
         return part.reshape(-1).view(np.uint8).data if part.flags.c_contiguous else None
 
+    def place(self) -> tuple[int, tuple[int, ...]]:
+        """Return where it lies in memory, and how many bytes lie between neighbours of each dim."""
+        return self._array.__array_interface__["data"][0], self._array.strides
+
     def get(self, box: Box) -> Array:
         """Return the bits of a box within this one, row by row."""
         slices = box.within(self.box)

@@ -5,6 +5,7 @@ The library is a plain one, without Python in it: _fingerprint.c. Where it is mi
 
 import ctypes
 import sys
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,9 +28,7 @@ class Compiled:
     """Sums made by the library; other threads run meanwhile."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._low = _aligned(weights_in_block().astype(np.uint32))
-        self._high = _aligned((weights_in_block() >> np.uint64(32)).astype(np.uint32))
-        self._tables = (_address(self._low), _address(self._high))
+        self._tables = [address_of(table) for table in weight_tables()]
         self._run, self._rows = library.holdfast_sum_run, library.holdfast_sum_rows
         self._run.argtypes = [_POINTER, _NUMBER, _NUMBER, _POINTER, _POINTER]
         self._run.restype = _NUMBER
@@ -38,7 +37,7 @@ class Compiled:
 
     def sum_run(self, raw: Bytes, first: int) -> int:
         """Return the fingerprint of one run."""
-        found: int = self._run(_address(raw), raw.size, first, *self._tables)
+        found: int = self._run(address_of(raw), raw.size, first, *self._tables)
         return found
 
     def sum_runs(self, raw: Bytes, runs: Runs) -> int:
@@ -67,7 +66,9 @@ class Compiled:
     def _sums(self, rows: Bytes, firsts: Weights) -> Weights:
         sums = np.empty(len(rows), np.uint64)
         num_bytes = rows.shape[1]
-        self._rows(_address(rows), len(rows), num_bytes, _address(firsts), *self._tables, _address(sums))
+        self._rows(
+            address_of(rows), len(rows), num_bytes, address_of(firsts), *self._tables, address_of(sums)
+        )
         return sums
 
 
@@ -95,14 +96,22 @@ def _agrees(compiled: Compiled) -> bool:
     return compiled.sum_run(raw, first) == summing.sum_run(raw, first)
 
 
+@lru_cache(maxsize=1)
+def weight_tables() -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """Return the lower and the upper halves of the weights A, as compiled code takes them."""
+    weights = weights_in_block()
+    return _aligned(weights.astype(np.uint32)), _aligned((weights >> np.uint64(32)).astype(np.uint32))
+
+
 def _aligned(table: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """Return a copy that begins where a line of the processor's cache does: most loads are of tables."""
     room = np.empty(table.nbytes + _LINE_BYTES, np.uint8)
-    copy = room[-_address(room) % _LINE_BYTES :][: table.nbytes].view(np.uint32)
+    copy = room[-address_of(room) % _LINE_BYTES :][: table.nbytes].view(np.uint32)
     copy[:] = table
     return copy
 
 
-def _address(array: NDArray[Any]) -> int:
+def address_of(array: NDArray[Any]) -> int:
+    """Return where an array's memory begins."""
     found: int = array.__array_interface__["data"][0]  # in a fraction of the time of `ctypes.data`
     return found

@@ -82,6 +82,12 @@ class LocalStore:
                 _fill(descriptor, offset, piece.cast("B"))
                 offset += piece.nbytes
 
+    @contextmanager
+    def descriptor(self, key: str) -> Iterator[int]:
+        """Hold a value open as a file, for compiled code to read. Raises NotFound."""
+        with self._opened(key) as (descriptor, _):
+            yield descriptor
+
     def list(self, prefix: str) -> list[Entry]:
         """List the keys that begin with the prefix."""
         folder = check_prefix(prefix).rpartition("/")[0]
