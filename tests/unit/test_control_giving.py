@@ -101,7 +101,7 @@ def test_who_is_leaving_is_dealt_no_state() -> None:
 
 
 def all_leaving(workers: int, newcomers: int, most_ranks: int = 1 << 30) -> tuple[Controller, FormWorld]:
-    """A controller and its next world where whoever holds a shard will be taken away, as soon as newcomers are there."""
+    """A controller, and its next world where all who hold a shard will be taken away and newcomers came."""
     controller = sharded(workers, 1)
     controller.most_ranks = most_ranks
     controller.policy = replace(controller.policy, min_workers=2)
