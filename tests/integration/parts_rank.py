@@ -1,4 +1,4 @@
-"""A rank of a world of two that restores halves of rows of what one process saved, and tells how."""
+"""A rank that restores halves of rows of what one process saved, as another may too, and tells how."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from checkpoint import Checkpointer, Options
 from checkpoint.engine.straight import Straight
@@ -22,10 +22,11 @@ def die(*_: object) -> None:
 
 
 def main(root: Path, rank: int, story: str) -> None:
-    """Restore; in one story the second rank dies while it reads."""
-    dist.init_process_group("gloo", init_method=f"file://{root}/meeting", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-    state = {"w": distribute_tensor(torch.zeros(SHAPE), mesh, [Shard(1)])}
+    """Restore; in one story the second rank dies while it reads, in one there are two of each half."""
+    shape = (2, 2) if story == "replicas" else (1, 2)
+    dist.init_process_group("gloo", init_method=f"file://{root}/meeting", rank=rank, world_size=2 * shape[0])
+    mesh = init_device_mesh("cpu", shape)
+    state = {"w": distribute_tensor(torch.zeros(SHAPE), mesh, [Replicate(), Shard(1)])}
     if story == "dies" and rank == 1:
         setattr(Straight, "pool_rest", die)  # noqa: B010 -- mypy takes no other assignment to a method
     with Checkpointer(str(root / "store"), options=Options(directory=root / "keeper")) as checkpointer:

@@ -1,4 +1,4 @@
-"""Two real ranks, each of which wants half of every row: half of the bytes each, and all of the proof."""
+"""Real ranks, each of which wants half of every row: each byte is read once, and all of it is proved."""
 
 import json
 import subprocess
@@ -37,25 +37,31 @@ def root(tmp_path):
     return tmp_path
 
 
-def run(root: Path, story: str) -> list[int]:
-    """Let both ranks restore; return how they ended."""
+def run(root: Path, story: str, num_ranks: int = 2) -> list[int]:
+    """Let the ranks restore; return how they ended."""
     command = [sys.executable, "-m", "tests.integration.parts_rank", str(root)]
-    ranks = [subprocess.Popen([*command, str(rank), story]) for rank in range(2)]
+    ranks = [subprocess.Popen([*command, str(rank), story]) for rank in range(num_ranks)]
     return [rank.wait(timeout=100) for rank in ranks]
 
 
-def told(root: Path) -> list[dict[str, Any]]:
-    return [json.loads((root / f"told{rank}").read_text()) for rank in range(2)]
+def told(root: Path, num_ranks: int = 2) -> list[dict[str, Any]]:
+    return [json.loads((root / f"told{rank}").read_text()) for rank in range(num_ranks)]
 
 
-def restored(root: Path) -> torch.Tensor:
-    return torch.cat([torch.load(root / f"half{rank}") for rank in range(2)], dim=1)
+def restored(root: Path, first: int = 0) -> torch.Tensor:
+    return torch.cat([torch.load(root / f"half{rank}") for rank in (first, first + 1)], dim=1)
 
 
 def test_two_ranks_read_each_byte_once(root):
     assert run(root, "plain") == [0, 0]
     assert torch.equal(restored(root), values(2))
     assert [one["num_bytes"] for one in told(root)] == [HALF_BYTES, HALF_BYTES]
+
+
+def test_of_replicas_that_want_the_same_half_one_reads_each_byte(root):
+    assert run(root, "replicas", num_ranks=4) == [0] * 4
+    assert torch.equal(restored(root), values(2)) and torch.equal(restored(root, first=2), values(2))
+    assert sum(one["num_bytes"] for one in told(root, num_ranks=4)) == 2 * HALF_BYTES
 
 
 @pytest.mark.parametrize("column", [5, SHAPE[1] - 5])
