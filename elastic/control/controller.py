@@ -199,7 +199,7 @@ class Controller:
             told = self._fail(why, now) if self.losses.refuse() else []
             is_over = self.phase is Phase.ENDED
             return told if is_over else [*told, *self._evict(who, Cause.START_FAILED, why, now)]
-        self.diagnosis.welcome(who)  # it comes to a world that only saves, at once or not at all
+        self.diagnosis.excuse(who)  # it comes to a world that only saves, at once or not at all
         if self._ends_as is Status.FAILED and not self._is_broken and self._ordered.only_saves:
             return self._evict(who, Cause.FAILED, why, now) if who in self.roll.came else []
         self._break(now)

@@ -7,6 +7,7 @@ while others do is the one. If all come and cannot connect, they say whom they c
 """
 
 from collections.abc import Collection, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from elastic.control.attendance import Attendance, OfWorld, Stage
@@ -54,12 +55,13 @@ class Diagnosis:
     _silence: Suspicion = field(init=False)
     _diligence: Diligence = field(init=False)
     _slept_s: float = 0.0
-    _ready: Collection[str] = ()
+    _ready: AbstractSet[str] = frozenset()
     _position: tuple[int, int] = (0, 0)  # the newest generation that told of its step, and that step
     _step_s: float = 0.0
     _longest_s: dict[str, float] = field(default_factory=dict)
     _seasoned: set[str] = field(default_factory=set)
     _unused: set[str] = field(default_factory=set)
+    _raised: set[str] = field(default_factory=set)
     _waited_at: dict[str, float] = field(default_factory=dict)  # for room, when that was seen last
 
     def __post_init__(self) -> None:
@@ -82,6 +84,11 @@ class Diagnosis:
     def welcome(self, member: str) -> None:
         """Note a member that is idle: it has nothing to leave before it comes."""
         self._unused.add(member)
+
+    def excuse(self, member: str) -> None:
+        """Note a member whose job raised: it left its micro-batch, and proves nothing of how long they take."""
+        self._raised.add(member)
+        self.welcome(member)
 
     def learn(self, event: OfWorld) -> None:
         """Learn from what members tell, of whatever world."""
@@ -118,6 +125,7 @@ class Diagnosis:
         """Forget a lost member."""
         self._seasoned.discard(member)
         self._unused.discard(member)
+        self._raised.discard(member)
         self._waited_at.pop(member, None)
 
     def stall(self, now: float) -> bool:
@@ -241,7 +249,7 @@ class Diagnosis:
         """Whether all who make the present step are at it; who has made none yet proves nothing: its first
         micro-batch is not told.
         """
-        asked = [one for one in roll.stepping if one in self._ready and one in self._seasoned]
+        asked = (self._ready & self._seasoned & roll.stepping) - self._raised
         return self._diligence.are_all_working(asked)
 
     @property

@@ -88,6 +88,7 @@ class Member:
         logging.getLogger("holdfast").addHandler(self._outbox)
         logging.getLogger("holdfast").setLevel(logging.INFO)
         autopsy.prepare()
+        self._came_to = 0  # the newest world
         self._notice: MemberLeaving | None = None
         self._failures = Failures(assignment.member, self._outbox.put)
         heed_sigterm(self._take_notice)
@@ -115,8 +116,12 @@ class Member:
 
     def form(self, order: WorldOrder) -> None:
         """Take an order to form a world; an order at once also breaks the world the member is in."""
-        if self._mailbox.put(order) and order.form.manner is Manner.AT_ONCE:
-            self.leave(order.form.generation)
+        form = order.form
+        if self._mailbox.put(order):
+            if form.manner is Manner.AT_ONCE:
+                self.leave(form.generation)
+        elif form.generation == self._came_to:  # the driver has not heard of it
+            self._outbox.put(MemberCame(self._assignment.member, form.generation))
 
     def leave(self, generation: int) -> None:
         """Break the world the member is in, if it is older than this generation, which is to form at once."""
@@ -205,6 +210,7 @@ class Member:
         """Live through one world, from its forming until it ends or breaks."""
         member, form = self._assignment.member, order.form
         started = time.monotonic()
+        self._came_to = form.generation
         self._outbox.put(MemberCame(member, form.generation))
         self._lifeline.hold(order.anchor)
         try:

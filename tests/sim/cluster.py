@@ -150,6 +150,8 @@ class Cluster:
         if node is None or node.is_cut_off or Fault.STOPPED in node.faults:
             return  # lost; the driver reminds
         if order.generation <= node.newest:
+            if order.generation in (node.waiting_at, node.inside):
+                self.tell(node, MemberCame(name, order.generation))
             return
         node.order = order
         if order.manner is Manner.AT_ONCE and 0 < node.inside < order.generation:
@@ -174,8 +176,7 @@ class Cluster:
         self.tell(node, MemberCame(node.name, node.taken))
         self._meet(node.taken)
 
-    def _meet(self, generation: int) -> None:
-        """The last one to arrive at a rendezvous lets all connect."""
+    def _meet(self, generation: int) -> None:  # the last one to arrive at a rendezvous lets all connect
         members = self._members(generation)
         if members is None or any(node.waiting_at != generation for node in members):
             return
@@ -254,8 +255,7 @@ class Cluster:
         is_deadly = any(node.standing.committed == self.deadly_step for node in members)
         self.later(lasts_s, partial(self._strike if is_deadly else self._step, generation))
 
-    def _strike(self, generation: int) -> None:
-        """A step kills one of those who compute it."""
+    def _strike(self, generation: int) -> None:  # a step kills one of those who compute it
         members = self._together(generation, self._strike)
         if members is not None:
             self.die(self.random.choice(members))

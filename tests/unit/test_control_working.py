@@ -3,7 +3,7 @@
 import pytest
 
 from elastic.control.controller import Controller
-from elastic.control.events import MemberCame, MemberReady, StepCommitted, Tick, WorkersWanted
+from elastic.control.events import MemberCame, MemberReady, StepCommitted, Tick, UserFailed, WorkersWanted
 from elastic.control.instructions import FormWorld, Instruction, KillMember
 from tests.controlled import pass_time, stepping, tell_all
 
@@ -56,6 +56,13 @@ def test_who_has_just_died_does_not_say_that_the_others_are_stuck() -> None:
     assert pass_time(controller, 3.0, 20.0, working=working) == []
     left = {"w0": 17.0, "w1": 17.0}
     assert controller.handle(Tick(dict.fromkeys(left, 0.1), left), 20.1) == []
+
+
+def test_who_raised_and_left_its_micro_batch_does_not_say_that_the_others_are_stuck() -> None:
+    controller = stepping(3)
+    controller.handle(UserFailed("w2", 0, 1, "ValueError: bad sample", ""), 4.0)
+    controller.handle(MemberCame("w2", controller.formed), 4.1)
+    assert pass_time(controller, 4.1, 60.0, working={"w0": 3.0, "w1": 3.0}) == []
 
 
 def test_slow_data_costs_one_worker_at_most_and_is_waited_for_longer_then() -> None:
