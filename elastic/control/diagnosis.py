@@ -86,7 +86,7 @@ class Diagnosis:
         self._unused.add(member)
 
     def excuse(self, member: str) -> None:
-        """Note a member whose job raised: it left its micro-batch, and proves nothing of how long they take."""
+        """Note a member whose job raised: that it is at no micro-batch any more proves nothing of them."""
         self._raised.add(member)
         self.welcome(member)
 
