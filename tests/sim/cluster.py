@@ -94,8 +94,7 @@ class Cluster:
     # --------------------------------------------------------------------------------- what members are told
 
     @property
-    def has_few_places(self) -> bool:
-        """Whether a process may have to wait until another one ends."""
+    def has_few_places(self) -> bool:  # a process may have to wait until another one ends
         return self.num_places < 1000
 
     def start(self, name: str, seat: Callable[[Node], None], is_awaited: Callable[[], bool]) -> None:
@@ -218,14 +217,15 @@ class Cluster:
         for gained in range(self.newest + 1, step + 1):  # by applying what all held, or by others, who saved
             self._commit(generation, gained)
         self.settled = max(self.settled, generation)
-        if step < self.newest and generation == self.settled:
+        order, is_newest = self.worlds[generation].order, generation == self.settled
+        if is_newest and step < self.newest:
             self._roll_back(generation, step)
         for node in members:
             told = "self" if source == "peer" and not node.is_blank else source
             node.standing = Standing(step)
             self.tell(node, Settled(node.name, generation, step, told, 0.1))
-        order = self.worlds[generation].order
-        self.shards.settle(members, order.leaving, lambda one: not self.is_gone(one) and self.is_sound(one))
+        if is_newest:
+            self.shards.settle(members, order.leaving, self.is_sound)
         if order.leaving:
             self._end(members, Ending.REGROUP)
         elif order.only_saves:
@@ -376,7 +376,7 @@ class Cluster:
         return self.nodes.get(node.name) is not node
 
     def is_sound(self, node: Node) -> bool:
-        return not self.network.touches(node) and node.is_sound(self.now)
+        return not (self.is_gone(node) or self.network.touches(node)) and node.is_sound(self.now)
 
     def may_be_cut_off(self, node: Node) -> bool:
         """Whether a member is out of reach of others, or was lately; of two nobody can tell which it is."""
