@@ -125,11 +125,11 @@ class Membership:
         self.world, self._ranked, self._is_safe = members, frozenset(members), False
         self._spread[self._ranked] = None
         self._veterans.update(dict.fromkeys(members))
-        self._outside = {
-            member: None
-            for member in self.hosts
-            if member not in self._ranked and member not in self._leaving
-        }
+        self._find_outside()
+
+    def _find_outside(self) -> None:
+        others = (one for one in self.hosts if one not in self._ranked and one not in self._leaving)
+        self._outside = dict.fromkeys(others)
 
     def settle(self, leaving: Collection[str] = ()) -> bool:
         """Note that all of the world hold the newest state, but for those who have given theirs away; return
@@ -156,6 +156,7 @@ class Membership:
     def disband(self) -> None:
         """Leave nobody in the world: it ended in good order, and what it held is durable."""
         self.world, self._ranked, self._is_safe = (), frozenset(), True
+        self._find_outside()
 
     def drop_overdue(self, now: float) -> tuple[str, ...]:
         """Forget those that should have been ready by now, and name them."""

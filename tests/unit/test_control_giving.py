@@ -7,6 +7,8 @@ import pytest
 from elastic.control.controller import Controller
 from elastic.control.events import (
     Cause,
+    Ending,
+    MemberEnded,
     MemberLeaving,
     MemberLost,
     MemberReady,
@@ -135,3 +137,17 @@ def test_where_nobody_knows_whether_newcomers_have_got_it_yet_they_are_in_the_wo
     controller.policy = replace(controller.policy, min_workers=9)
     saving = formed(controller.handle(MemberLost("w0", Cause.PROCESS_DIED, ""), 5.0))
     assert saving.only_saves and set(saving.members) == set(giving.members) - {"w0"}
+
+
+def test_a_newcomer_that_saved_beside_those_who_are_taken_away_is_in_the_world_after_them() -> None:
+    controller, _ = all_leaving(3, newcomers=1)
+    controller.policy = replace(controller.policy, min_workers=9)
+    saving = formed(controller.handle(MemberLost("w0", Cause.PROCESS_DIED, ""), 5.0))
+    tell_all(controller, *saving.members, at=5.5)
+    controller.policy = replace(controller.policy, workers=2, min_workers=2)
+    told = [
+        each
+        for one in saving.members
+        for each in controller.handle(MemberEnded(one, saving.generation, 1, Ending.STOPPED), 6.0)
+    ]
+    assert set(formed(told).members) == {"n0", "n"}
