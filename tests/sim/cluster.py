@@ -149,7 +149,7 @@ class Cluster:
         if node is None or node.is_cut_off or Fault.STOPPED in node.faults:
             return  # lost; the driver reminds
         if order.generation <= node.newest:
-            if order.generation in (node.waiting_at, node.inside):
+            if order.generation == node.taken:
                 self.tell(node, MemberCame(name, order.generation))
             return
         node.order = order
