@@ -88,6 +88,6 @@ def test_a_host_that_closes_waits_for_no_store_beyond_its_flush():
 
 def test_a_retry_ends_when_it_may_not_go_on(inner):
     store = Faulty(inner, [Lost("list", nth) for nth in range(1, 10)])
-    left = iter([True, True, False])
+    left = iter([True, True, True, True, False])  # after each failure, and after each wait
     with pytest.raises(StoreUnavailable, match="number 3 was lost"):
         Retrying(store, RetryPolicy(60.0, 0.001, 0.002), may_go_on=lambda: next(left)).list("")
