@@ -76,7 +76,7 @@ def load(place: Place) -> None:
     """Load it with both, round by round, into the same memory, and see that it is the same."""
     state = state_of(place, torch.zeros)
     taken: dict[str, list[float]] = {"ours": [], "sampled": [], "dcp": [], "plain": []}
-    read: list[int] = []
+    read: dict[str, int] = {}
     sums = []
     url = str(place.directory / "ours")
     with (
@@ -84,17 +84,18 @@ def load(place: Place) -> None:
         Checkpointer(url, options=options(place, "sampled")) as sampled,
     ):
 
-        def ours(checkpointer: Checkpointer) -> None:
+        def ours(name: str, checkpointer: Checkpointer) -> None:
             restored = checkpointer.restore({"model": state})
             if restored is None:
                 raise RuntimeError("there is no checkpoint")
-            read.append(restored.report.num_bytes)
+            read[name] = restored.report.num_bytes
 
         def torchs() -> None:
             dcp.state_dict_loader.load({"model": state}, checkpoint_id=str(place.directory / "dcp"))
 
         works: list[tuple[str, Callable[[], None]]]
-        works = [("ours", partial(ours, whole)), ("dcp", torchs), ("sampled", partial(ours, sampled))]
+        works = [(name, partial(ours, name, one)) for name, one in (("ours", whole), ("sampled", sampled))]
+        works[1:1] = [("dcp", torchs)]
         works.append(("plain", partial(read_plainly, place, state)))
         for number in range(place.rounds + 1):
             for name, work in works if number % 2 else reversed(works):
@@ -109,7 +110,7 @@ def load(place: Place) -> None:
         raise RuntimeError(f"the two restored different states: {set(sums)}")
     needed = sum(one.to_local().nbytes for one in state.values())
     told: list[Any] = [None] * place.size
-    dist.all_gather_object(told, {"taken": taken, "read": read[-1], "needed": needed})
+    dist.all_gather_object(told, {"taken": taken, "read": read["ours"], "needed": needed})
     if place.rank == 0:
         (place.directory / "told.json").write_text(json.dumps(told))
 
