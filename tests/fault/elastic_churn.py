@@ -16,6 +16,7 @@ import elastic
 FEWEST, MOST = 2, 10
 SPAWN = 0.6
 PAUSE_S = (0.5, 2.0)
+PATIENCE_S = 90.0
 
 
 @dataclass
@@ -95,15 +96,17 @@ class Churn:
         self.story = Story(self.run_dir)
         self._random = random.Random(self.seed)
 
-    def play(self, seconds: float) -> None:
-        """Let members come and go for a while, from the first committed step on."""
+    def play(self, seconds: float, at_least: int) -> None:
+        """Let members come and go for a while, from the first committed step on; longer on a machine so slow
+        that not as many were struck by then.
+        """
         deadline = time.monotonic() + 120.0
         while self.story.steps == 0 and time.monotonic() < deadline:
             time.sleep(0.1)
             self.story.update()
         assert self.story.steps, "the run did not begin"
         until = time.monotonic() + seconds
-        while time.monotonic() < until:
+        while (now := time.monotonic()) < until or (len(self.struck) < at_least and now < until + PATIENCE_S):
             time.sleep(self._random.uniform(*PAUSE_S))
             self.story.update()
             if self._random.random() < SPAWN and self._wanted < MOST:
