@@ -36,7 +36,7 @@ help:
 
 venv: $(READY)
 
-$(READY): pyproject.toml constraints.txt checkpoint/format/_fingerprint.c
+$(READY): pyproject.toml constraints.txt checkpoint/format/_fingerprint.c checkpoint/engine/_reading.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "Holdfast needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.11 ..."; exit 1; }
 	@echo "Installing the pinned dependencies into $(VENV) (a few minutes, once) ..."

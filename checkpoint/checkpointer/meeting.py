@@ -1,7 +1,7 @@
 """How the keepers of a world's hosts come to know each other: over the store that torch.distributed has.
 
-Addresses and tokens travel as plain bytes through that store, never through a pickle. Only a restore waits
-for the other ranks; a save looks whether they are there, and goes on.
+Only a restore waits for the other ranks: it asks them. A save looks in that store, where addresses and tokens
+are plain text and no pickle, whether they are there, and goes on.
 """
 
 import json
@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 from torch._C._distributed_c10d import PrefixStore, TCPStore
@@ -32,7 +31,6 @@ from checkpoint.keeper.peering.source import PeerSource
 
 log = logging.getLogger("holdfast.checkpoint")
 
-_FOUND_S = 60.0  # a restore waits so long for the other ranks to say which keepers they found
 _LOOK_S = 5.0  # a keeper that was replaced is known to the others this much later at most
 
 
@@ -52,7 +50,6 @@ class Meeting:
         self._world = world
         self._neighbours = neighbours
         self._hosts = tuple(dict.fromkeys(world.hosts))
-        self._num_found = 0
         self._num_changes = -1
         self._published: object = None
         self._looked_s = 0.0
@@ -119,19 +116,8 @@ class Meeting:
 
     def _gathered(self, own: Addresses) -> Addresses:
         """Return the addresses that any rank knows; what a keeper says of itself counts most."""
-        if self._world.size == 1:
-            return own
-        self._num_found += 1
-        keys = [self._key("found", str(self._num_found), str(rank)) for rank in range(self._world.size)]
-        try:
-            store = distributed_c10d._get_default_store()
-            store.set(keys[self._world.rank], json.dumps(addresses_to_json(own)))
-            store.wait(keys, timedelta(seconds=_FOUND_S))
-            told = [parse_addresses(json.loads(store.get(key))) for key in keys]
-        except RuntimeError as error:
-            log.warning("what other hosts hold in memory is left out: %s", error)
-            return own
-        return _merged(told, self._world.hosts)
+        told = self._world.everybody(json.dumps(addresses_to_json(own)))
+        return _merged([parse_addresses(json.loads(one)) for one in told], self._world.hosts)
 
     def _policy(self, store: Any) -> PeerPolicy:
         neighbours = self._neighbours

@@ -124,7 +124,7 @@ def _attempt(
         manifest = _manifest(sources, step)
         check_run(manifest, run)
         refill = plan_refill(state, manifest, (world.rank, world.size))
-        plan = _Plan(digest_of(refill.requests), _can_pool(refill, sources, policy))
+        plan = _Plan(digest_of(refill.requests), _can_pool(refill, sources))
     except CheckpointError as error:
         failure = error
     plans = [one.plan for one in _agree(world, failure, plan=plan)]
@@ -171,9 +171,9 @@ def _filled(refill: Refill, sources: Sequence[Source], world: World, policy: Rea
     return _summed([*reports, again])
 
 
-def _can_pool(refill: Refill, sources: Sequence[Source], policy: ReadPolicy) -> bool:
+def _can_pool(refill: Refill, sources: Sequence[Source]) -> bool:
     """Whether this rank could read parts of chunks, and what all ranks read is all of every tensor, once."""
-    is_near = len(sources) > 0 and reads_files(sources[0]) and policy.fingerprints == "all"
+    is_near = len(sources) > 0 and reads_files(sources[0])
     return is_near and are_shared_out(refill.requests, refill.records)
 
 

@@ -1,6 +1,8 @@
-"""What ranks say to each other: short things, as nearly all are, in one collective, of a fixed size.
+"""What ranks say to each other: short things, as nearly all are, in messages of a fixed size.
 
 torch's own gathering of objects tells the sizes first, which takes as long again; and a restore says little.
+All goes by way of rank 0: gloo's `all_gather` passes everything round a ring, a step for each rank, and where
+there are more ranks than cores each step waits for its turn.
 """
 
 import pickle
@@ -43,9 +45,10 @@ def _framed(data: bytes, room_bytes: int) -> torch.Tensor:
 
 
 def _all_of(framed: torch.Tensor) -> list[bytes]:
-    everything = [torch.empty_like(framed) for _ in range(dist.get_world_size())]
-    dist.all_gather(everything, framed)
-    return [one.cpu().numpy().tobytes() for one in everything]
+    everything = framed.new_empty((dist.get_world_size(), len(framed)))
+    dist.gather(framed, list(everything) if dist.get_rank() == 0 else None, dst=0)
+    dist.broadcast(everything, src=0)
+    return [one.tobytes() for one in everything.cpu().numpy()]
 
 
 def _from_first(framed: torch.Tensor) -> bytes:

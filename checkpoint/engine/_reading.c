@@ -3,14 +3,18 @@
    No state and no Python: it is loaded as a plain library, by rows.py, and called without the interpreter's lock.
    Fingerprints are those of _fingerprint.c, which it is linked with. */
 
-#define _POSIX_C_SOURCE 200809L
+#define _GNU_SOURCE
 #define _FILE_OFFSET_BITS 64
 
 #include <errno.h>
 #include <stdint.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
-#define PIECE_BYTES (512u << 10) /* half of what a core's own cache has, where that is small */
+#define PIECE_BYTES (128u << 10)  /* a small part of what a core has as a cache of its own */
+#define WINDOW_BYTES (4u << 20)
 
 uint64_t holdfast_sum_run(const unsigned char *data, uint64_t num_bytes, uint64_t first, const uint32_t *low,
                           const uint32_t *high);
@@ -42,14 +46,73 @@ static int read_row(const struct rows *rows, uint64_t number, const uint32_t *lo
     return 1;
 }
 
+#ifdef MADV_POPULATE_READ
+/* Read rows from `number` on of which each page of the file has some, by a window of it that is mapped; return how
+   many, 0 if that cannot be done. To map a page takes half as long as a call for each row.
+
+   The pages are asked for before they are looked at: what the disk cannot give is an error here, not a signal. */
+static uint64_t read_window(const struct rows *rows, uint64_t number, const uint32_t *low, const uint32_t *high,
+                            uint64_t *sum)
+{
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), offset = rows->offset + number * rows->step;
+    uint64_t ahead = offset % page, count = (WINDOW_BYTES - ahead - rows->row_bytes) / rows->step + 1;
+    if (count > rows->num_rows - number)
+        count = rows->num_rows - number;
+    size_t num_bytes = ahead + (count - 1) * rows->step + rows->row_bytes;
+    struct stat status; /* the last page of a file is mapped as a whole, with zeros behind the end */
+    if (fstat((int)rows->descriptor, &status) || (uint64_t)status.st_size < offset - ahead + num_bytes)
+        return 0;
+    unsigned char *window = mmap(NULL, num_bytes, PROT_READ, MAP_SHARED, (int)rows->descriptor, (off_t)(offset - ahead));
+    if (window == MAP_FAILED)
+        return 0;
+    int is_there = !madvise(window, num_bytes, MADV_POPULATE_READ);
+    for (uint64_t row = 0; is_there && row < count; row++) {
+        unsigned char *memory = (unsigned char *)(uintptr_t)(rows->address + (number + row) * rows->stride);
+        memcpy(memory, window + ahead + row * rows->step, rows->row_bytes);
+        *sum += holdfast_sum_run(memory, rows->row_bytes, rows->first + (number + row) * rows->pitch, low, high);
+    }
+    munmap(window, num_bytes);
+    return is_there ? count : 0;
+}
+
+static int has_short_gaps(const struct rows *rows)
+{
+    return rows->num_rows > 1 && rows->step <= (uint64_t)sysconf(_SC_PAGESIZE);
+}
+#else
+static uint64_t read_window(const struct rows *rows, uint64_t number, const uint32_t *low, const uint32_t *high,
+                            uint64_t *sum)
+{
+    return (void)rows, (void)number, (void)low, (void)high, (void)sum, 0;
+}
+
+static int has_short_gaps(const struct rows *rows)
+{
+    return (void)rows, 0;
+}
+#endif
+
+/* Read all rows of a lot; return its fingerprint in `sum`, and 0 if they are not all there. */
+static int read_lot(const struct rows *lot, const uint32_t *low, const uint32_t *high, uint64_t *sum)
+{
+    int is_mapped = has_short_gaps(lot);
+    uint64_t number = 0;
+    while (number < lot->num_rows) {
+        uint64_t count = is_mapped ? read_window(lot, number, low, high, sum) : 0;
+        is_mapped = count > 0;
+        if (!count && !read_row(lot, number, low, high, sum))
+            return 0;
+        number += count ? count : 1;
+    }
+    return 1;
+}
+
 /* Read all rows of several lots; tell of each its fingerprint, and whether it is all there. */
 void holdfast_read_rows(const struct rows *lots, uint64_t num_lots, const uint32_t *low, const uint32_t *high,
                         uint64_t *sums, unsigned char *is_read)
 {
     for (uint64_t lot = 0; lot < num_lots; lot++) {
         sums[lot] = 0;
-        is_read[lot] = 1;
-        for (uint64_t number = 0; is_read[lot] && number < lots[lot].num_rows; number++)
-            is_read[lot] = (unsigned char)read_row(lots + lot, number, low, high, sums + lot);
+        is_read[lot] = (unsigned char)read_lot(lots + lot, low, high, sums + lot);
     }
 }

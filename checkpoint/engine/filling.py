@@ -19,7 +19,6 @@ from checkpoint.engine.source import DirectSource, Source, origins_of
 from checkpoint.engine.straight import Straight
 from checkpoint.engine.targets import Target
 from checkpoint.errors import FormatError, StoreUnavailable
-from checkpoint.format.blocks import Blocks, blocks_of
 from checkpoint.format.codec import Buffer, Codec, decode, xor_bytes
 from checkpoint.format.dtypes import itemsize
 from checkpoint.format.fingerprint import start_of_run
@@ -183,16 +182,14 @@ class Filling:
         """Return the memory that a chunk goes to, piece by piece; None if it has to be had as a whole."""
         expected, shares = self._expected(chunk), self._shares(chunk)
         first = expected.first
-        straight = (
-            self._straight(chunk, expected, first, shares[0], piece_bytes) if len(shares) == 1 else None
-        )
+        straight = self._straight(expected, first, shares[0], piece_bytes) if len(shares) == 1 else None
         if straight is not None or first is None or not all(share.target.is_array for share in shares):
             return straight
         rows = pass_rows(expected.dtype, expected.box, first, piece_bytes=piece_bytes, shares=shares)
         return expected.prove_coming(rows, first)
 
     def _straight(
-        self, chunk: int, expected: Expected, first: int | None, share: Share, piece_bytes: int
+        self, expected: Expected, first: int | None, share: Share, piece_bytes: int
     ) -> Iterator[memoryview] | None:
         """Return the memory of a share, and some for what nobody wants.
 
@@ -203,9 +200,6 @@ class Filling:
         if memory is None:
             return None
         if part == box:
-            blocks = self._sampled_blocks(chunk, expected)
-            if blocks is not None:
-                return expected.prove_by_sample(memory, piece_bytes, blocks)
             if first is None:
                 return expected.prove_whole(memory)
             return expected.prove_coming(cut_pieces([memory], first, piece_bytes), first)
@@ -215,17 +209,6 @@ class Filling:
         end = box.numel * itemsize(expected.dtype) - begin - memory.nbytes
         stretches = [memoryview(bytearray(begin)), memory, memoryview(bytearray(end))]
         return expected.prove_coming(cut_pieces(stretches, first, piece_bytes), first)
-
-    def _sampled_blocks(self, chunk: int, expected: Expected) -> Blocks | None:
-        """Return the blocks of a whole chunk of which one is enough, if their sums may be there."""
-        row, packs = self._stock.rows[chunk], self._opened.manifest.packs
-        if self._policy.fingerprints == "all" or self._stock.is_part[chunk] or not packs:
-            return None
-        blocks = blocks_of(expected.dtype, expected.shape, expected.box)
-        end = int(row["offset"]) + int(row["num_bytes"])
-        if blocks is None or end + blocks.sums_bytes > packs[int(row["pack"])].num_bytes:
-            return None
-        return blocks
 
     def _finish(self, chunk: int, raw: Buffer) -> None:
         """Prove a chunk, and copy what is wanted of it."""

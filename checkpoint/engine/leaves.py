@@ -152,20 +152,22 @@ def spread_of(name: str, leaf: Any) -> Spread:
     over the other axes, so that every rank of the larger mesh says the same of it.
     """
     mesh = _widened(leaf.device_mesh)
-    axes = _axes_of(mesh)
     placements = {
         axis: _placement(name, one, leaf.dim())
         for axis, one in zip(_axes_of(leaf.device_mesh), leaf.placements, strict=True)
     }
-    ranks = mesh.mesh  # made anew each time it is asked for
-    return Spread(
-        Mesh(tuple(zip(axes, ranks.shape, strict=True)), tuple(ranks.flatten().tolist())),
-        tuple(placements.get(axis, Replicate()) for axis in axes),
-    )
+    ranks = _ranks_of(mesh, mesh.get_rank())
+    return Spread(ranks, tuple(placements.get(axis, Replicate()) for axis in _axes_of(mesh)))
 
 
 def _axes_of(mesh: Any) -> tuple[str, ...]:
-    return mesh.mesh_dim_names or tuple(f"axis{number}" for number in range(mesh.mesh.dim()))
+    return mesh.mesh_dim_names or tuple(f"axis{number}" for number in range(mesh.ndim))
+
+
+@lru_cache(maxsize=8)
+def _ranks_of(mesh: Any, rank: int) -> Mesh:  # noqa: ARG001 -- of several equal slices a rank has its own
+    """Return a mesh as plain numbers: torch makes the tensor of its ranks anew each time it is asked."""
+    return Mesh(tuple(zip(_axes_of(mesh), mesh.shape, strict=True)), tuple(mesh.mesh.flatten().tolist()))
 
 
 def _widened(mesh: Any) -> Any:

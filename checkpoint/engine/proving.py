@@ -3,11 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
-import xxhash
-
 from checkpoint.errors import Corrupt
-from checkpoint.format.blocks import Blocks, Sums, read_sums, total_of
 from checkpoint.format.codec import Buffer, checksum
 from checkpoint.format.fingerprint import MODULUS, fingerprint, fingerprint_run, start_of_run
 from checkpoint.format.layout import Box
@@ -48,32 +44,6 @@ class Expected:
         """Yield memory for all of it, in one piece; raise Corrupt if it is filled with something else."""
         yield memory
         self.prove(memory)
-
-    def prove_by_sample(self, memory: memoryview, piece_bytes: int, blocks: Blocks) -> Iterator[memoryview]:
-        """Yield memory for all of it, piece by piece, and for the sums behind it; raise Corrupt at the end.
-
-        Every byte is proved by the checksum, which tells that it is what was digested when it was saved; and
-        that it belongs here, by the fingerprint of one block, made anew, and the sums of the others.
-        """
-        hasher = xxhash.xxh3_128()
-        for piece in cut_pieces([memory], 0, piece_bytes):
-            yield piece
-            hasher.update(piece)
-        sums = memoryview(bytearray(blocks.sums_bytes))
-        yield sums
-        self.compare_checksums(hasher.digest())
-        self.compare_fingerprints(self._sampled(memory, read_sums(sums), blocks))
-
-    def _sampled(self, memory: memoryview, sums: Sums, blocks: Blocks) -> int:
-        """Return what the sums add up to with that of one block made anew; without sums, make all anew."""
-        total, telling = total_of(sums), np.flatnonzero(sums)
-        if total != self.fingerprint or not len(telling) or self.checksum is None:
-            return fingerprint(memory, self.dtype, self.shape, self.box)
-        number = int(telling[self.checksum[0] % len(telling)])
-        num_bytes = blocks.width * blocks.row_bytes
-        block = memory[number * num_bytes :][:num_bytes]
-        found = fingerprint(block, self.dtype, self.shape, blocks.box(self.box, number, number + 1))
-        return (total - int(sums[number]) + found) % MODULUS
 
     def prove_coming(self, pieces: Iterable[memoryview], first: int) -> Iterator[memoryview]:
         """Yield pieces of memory, in order, which the receiver fills one by one; raise Corrupt at the end.

@@ -3,11 +3,11 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from checkpoint.engine.bounds import check_one_of, check_seconds, check_whole
+from checkpoint.engine.bounds import check_seconds, check_whole
 from checkpoint.engine.pooling import Pool
 from checkpoint.engine.regions import Column, Regions
 from checkpoint.errors import Corrupt
@@ -48,10 +48,7 @@ class ReadPolicy:
     starts anew beside a store it could not ask may lose all that is there.
 
     Every byte is proved by its fingerprint, made anew: that it is what was written, and that it belongs where
-    it goes. What a codec or a delta made is held against its checksum as well. With `fingerprints` "sampled"
-    a large raw chunk that is read in place is held against its checksum, and the fingerprint of one block is
-    made anew; those of the others are believed to be what was saved along with it. That is quicker where
-    fingerprints are not made by compiled code, and blind to a digest that was wrong from the start.
+    it goes. What a codec or a delta made is held against its checksum as well.
 
     With a `pool` a chunk of which this rank wants a part is not read as a whole, where that can be: the
     fingerprint of the part goes into the pool, and nothing is proved before those of all ranks add up.
@@ -64,7 +61,6 @@ class ReadPolicy:
     group: Group | None = None
     patience_s: float = 5.0
     empty_patience_s: float = 15.0
-    fingerprints: Literal["all", "sampled"] = "all"
     pool: Pool | None = None
 
     def __post_init__(self) -> None:
@@ -74,7 +70,6 @@ class ReadPolicy:
         check_whole("gap_bytes", self.gap_bytes, 0)
         check_seconds("patience_s", self.patience_s)
         check_seconds("empty_patience_s", self.empty_patience_s)
-        check_one_of("fingerprints", self.fingerprints, ("all", "sampled"))
         if self.budget_bytes < _CHUNK_ROOM_BYTES:
             raise ValueError(
                 f"a restore needs a budget of at least {_CHUNK_ROOM_BYTES >> 20} MiB, "

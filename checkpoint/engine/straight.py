@@ -45,7 +45,7 @@ class Straight:
         if reader is None or not reads_files(source):
             return np.zeros(0, np.int64)
         fits = self._fits & self._is_large & (self._is_whole | self._is_due)
-        places = np.flatnonzero(fits) if self._policy.fingerprints == "all" else np.zeros(0, np.int64)
+        places = np.flatnonzero(fits)
         lots, packs = self._lots[places], self._rows["pack"][places].astype(np.int64)
         sums, is_read = _Files(reader, source, manifest).read(lots, packs, self._policy.num_readers)
         is_good = is_read & (self._is_due[places] | (sums == self._rows["fingerprint"][places]))

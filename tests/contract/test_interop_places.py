@@ -32,6 +32,7 @@ from tests.contract.s3_suite import BUCKET, credentials
 DATA = bytes(range(256)) * 40
 NUM_WRITERS = 4
 QUICK = Beat(every_s=0.05, silence_s=3.0)
+DULL = Beat(every_s=1000.0, silence_s=3.0)
 
 
 def write_until(root: str, attempt: str, files: Mapping[str, bytes], failing: str, data: bytes) -> None:
@@ -153,12 +154,11 @@ class FarContract(PlaceContract):
         assert not ObjectStore(f"{root}/{TURNS}").list("")
 
     def test_a_writer_that_was_silent_for_too_long_is_succeeded_and_told_so(self, root):
-        dull, quick = Beat(every_s=1000.0, silence_s=0.2), Beat(every_s=0.05, silence_s=0.2)
-        turn = drafting(root, "same", dull)
+        turn = drafting(root, "same", DULL)
         late = turn.__enter__()
         with late.writing("one") as file:
             file.write(b"one")
-        with drafting(root, "same", quick) as draft:
+        with drafting(root, "same", QUICK) as draft:
             assert draft.kept == {"one"}
             with draft.writing("two") as file:
                 file.write(b"two")
@@ -170,10 +170,9 @@ class FarContract(PlaceContract):
         assert Place(root).read("two") == b"two"
 
     def test_a_writer_that_was_succeeded_cannot_finish(self, root):
-        dull, quick = Beat(every_s=1000.0, silence_s=0.2), Beat(every_s=0.05, silence_s=0.2)
-        late = drafting(root, "same", dull)
+        late = drafting(root, "same", DULL)
         late.__enter__()
-        with drafting(root, "same", quick) as draft:
+        with drafting(root, "same", QUICK) as draft:
             with pytest.raises(Conflict, match="went on with"):
                 late.__exit__(None, None, None)
             with pytest.raises(Incomplete):
@@ -183,10 +182,9 @@ class FarContract(PlaceContract):
         assert dict(Place(root).files) == {"x": 1}
 
     def test_a_late_writer_does_not_take_a_later_turn_of_its_number_for_its_own(self, root):
-        dull, quick = Beat(every_s=1000.0, silence_s=0.2), Beat(every_s=0.05, silence_s=0.2)
-        late = drafting(root, "same", dull)
+        late = drafting(root, "same", DULL)
         late.__enter__()
-        with pytest.raises(ZeroDivisionError), drafting(root, "same", quick):
+        with pytest.raises(ZeroDivisionError), drafting(root, "same", QUICK):
             raise ZeroDivisionError
         with drafting(root, "same", QUICK) as draft:
             with pytest.raises(Conflict, match="went on with"):

@@ -37,7 +37,6 @@ def _rows(metric: str, told: Sequence[Mapping[str, Any]]) -> list[Row]:
     dcp, plain = {"dcp.load": taken["dcp"]}, {"plain read": taken["plain"]}
     return [
         row(metric, "s", ours=taken["ours"], peers=dcp, goal=Goal("<=", 0.5, "ratio")),
-        row(f"{metric}, fingerprints sampled", "s", ours=taken["sampled"], peers=dcp),
         row(f"{metric}, against as many bytes read and not looked at", "s", ours=taken["ours"], peers=plain),
         row(f"{metric}: bytes read, of those needed", "", ours=read, goal=Goal("<=", 1.05)),
     ]

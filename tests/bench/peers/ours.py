@@ -20,7 +20,6 @@ from checkpoint import (
     specs_of,
 )
 from checkpoint.engine.contract import Depth
-from checkpoint.engine.reading import ReadPolicy
 from checkpoint.engine.restore import restore_into
 from checkpoint.engine.targets import Wanted
 from checkpoint.format.box import Box
@@ -84,8 +83,7 @@ class Holdfast:
             Wanted(spec.name, spec.dtype, spec.shape, Box.whole(spec.shape), tensors[spec.name])
             for spec in specs_of(tensors)
         ]
-        policy = ReadPolicy(fingerprints="all")  # as the control does
-        restore_into(open_store(self._url), wanted, step=step, policy=policy)
+        restore_into(open_store(self._url), wanted, step=step)
         return state
 
     def close(self) -> None:
