@@ -184,7 +184,7 @@ def apart(work: Callable[[], None]) -> None:
 def fan_out(work: Callable[[Input], Output], items: Iterable[Input], num_threads: int) -> Iterator[Output]:
     """Do work on all items with a few threads; yield results in order, and raise the first error.
 
-    A single item is done by the caller's own: to start another takes as long as a small read.
+    A single item is done by the caller itself: to start a thread takes as long as a small read.
     """
     items = list(items)
     if len(items) == 1:
