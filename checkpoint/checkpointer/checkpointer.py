@@ -31,7 +31,13 @@ from checkpoint.checkpointer.hosting import (
     settle,
     settled_before,
 )
-from checkpoint.checkpointer.meeting import Meeting, Neighbours, check_neighbours, rebuilt_notes
+from checkpoint.checkpointer.meeting import (
+    Meeting,
+    Neighbours,
+    check_neighbours,
+    keepers_known_to,
+    rebuilt_notes,
+)
 from checkpoint.checkpointer.options import NEAREST, Options, host_policy_of, place_of
 from checkpoint.checkpointer.restoring import Restoration, restore_newest
 from checkpoint.checkpointer.saving import Saving
@@ -40,6 +46,7 @@ from checkpoint.engine.bounds import check_kind
 from checkpoint.engine.catalog import Catalog
 from checkpoint.engine.contract import MEMORY, OVERTAKEN, PARITY, Depth, Durable, Failed, Outcome
 from checkpoint.engine.given import plain_metrics, plain_step
+from checkpoint.engine.held import Held
 from checkpoint.engine.quiet import no_collection
 from checkpoint.engine.restore import Fallback
 from checkpoint.engine.save import Saver
@@ -166,11 +173,11 @@ class Checkpointer:
         self.wait_captured()
         if step is not None:
             step = plain_step(step)
-        self._host = self._host or find_host(self._host_policy, self._world)
         policy, run = self._options.reading, run or self._host_policy.run
         with ExitStack() as pinned:
-            held = pinned.enter_context(held_by(self._host))
-            peers = pinned.enter_context(self._meeting.source(self._host))
+            held: list[Held] = []
+            told = self._world.agreed(lambda: self._present(held, pinned))
+            peers = pinned.enter_context(self._meeting.source([keepers for keepers, _ in told]))
             own: list[Source] = [*(HeldSource(one, MEMORY) for one in held), *peers]
             left = self._settled(settled_before(own, step))
             sources = [*own, *self._sources()]
@@ -183,7 +190,7 @@ class Checkpointer:
         self._restored = -1 if restored is None else restored.step
         if restored is not None and step is not None:
             restored = self._branched(restored, newer)
-        if self._last >= 0:
+        if any(has_saved for _, has_saved in told):
             self._world, self._last = self._join(), -1  # what was saved before is of another generation
             self._meeting = self._meeting.of(self._world)
         return restored
@@ -222,6 +229,12 @@ class Checkpointer:
     def world(self) -> World:
         """This process's place."""
         return self._world
+
+    def _present(self, held: list[Held], pinned: ExitStack) -> tuple[str, bool]:
+        """Pin what is held here; return the keepers that are known here, and whether this rank has saved."""
+        self._host = self._host or find_host(self._host_policy, self._world)
+        held.extend(pinned.enter_context(held_by(self._host)))
+        return keepers_known_to(self._host), self._last >= 0
 
     def _join(self) -> World:
         apart = "r" if self._host_policy.kept == "in this process" else ""

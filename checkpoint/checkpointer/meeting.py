@@ -81,10 +81,12 @@ class Meeting:
             log.error("the hosts' keepers do not come together, no peer protects this one: %s", error)
 
     @contextmanager
-    def source(self, host: KeeperHost | LocalHost | None) -> Iterator[Sequence[PeerSource]]:
-        """Give what all hosts' keepers hold, for a restore that every rank takes part in."""
-        own = host.peers() if isinstance(host, KeeperHost) else {}
-        found = self._gathered(own)
+    def source(self, told: Sequence[str]) -> Iterator[Sequence[PeerSource]]:
+        """Give what all hosts' keepers hold, by what each rank tells of them (`keepers_known_to`).
+
+        What a keeper says of itself counts most.
+        """
+        found = _merged([parse_addresses(json.loads(one)) for one in told], self._world.hosts)
         if not found:
             yield ()
             return
@@ -114,11 +116,6 @@ class Meeting:
         host.meet(self._world.generation, parse_addresses(addresses))
         self._num_changes = num_changes
 
-    def _gathered(self, own: Addresses) -> Addresses:
-        """Return the addresses that any rank knows; what a keeper says of itself counts most."""
-        told = self._world.everybody(json.dumps(addresses_to_json(own)))
-        return _merged([parse_addresses(json.loads(one)) for one in told], self._world.hosts)
-
     def _policy(self, store: Any) -> PeerPolicy:
         neighbours = self._neighbours
         address = neighbours.address or _own_address(store)
@@ -126,6 +123,11 @@ class Meeting:
 
     def _key(self, *names: str) -> str:
         return "/".join(("holdfast", str(self._world.generation), *names))
+
+
+def keepers_known_to(host: KeeperHost | LocalHost | None) -> str:
+    """Return the addresses of the keepers that a rank's own knows, for the other ranks."""
+    return json.dumps(addresses_to_json(host.peers() if isinstance(host, KeeperHost) else {}))
 
 
 def rebuilt_notes(sources: Sequence[PeerSource], step: int) -> tuple[str, ...]:

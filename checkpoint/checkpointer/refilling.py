@@ -56,6 +56,12 @@ class Refill:
     names: dict[int, str] = field(default_factory=dict)
     filled: dict[Any, str] = field(default_factory=dict)
 
+    @property
+    def is_on_device(self) -> bool:
+        """Whether any of what is to be filled lies where no file is read to."""
+        targets = (one.wanted.target for one in self.requests if one.wanted is not None)
+        return any(isinstance(one, torch.Tensor) and one.device.type != "cpu" for one in targets)
+
     def tensor(self, live: torch.Tensor | OnRanks, node: Json, path: str) -> Later:
         """Fill a tensor where it is: this rank's part of it."""
         record = self.record(node, path)
@@ -68,8 +74,8 @@ class Refill:
             )
         own = own_tensors([path], [live])[0].detach()
         holds = not isinstance(live, OnRanks) or live.tensor is not None
-        if holds and self._is_filled(own, leaf.spec.shape, record, path):
-            return lambda: live  # other frameworks store it once for each name
+        if holds and self._is_filled(own, leaf.spec.shape, record, path) and not isinstance(live, OnRanks):
+            return lambda: live  # other frameworks store it once for each name; who lacks it cannot know that
         mine = {part.box: part.local for part in leaf.parts(self.place[0])}
         for piece in leaf.pieces(0, self.place[1]):
             local = mine.get(piece.box)

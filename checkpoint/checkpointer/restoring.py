@@ -1,5 +1,6 @@
 """One restore on all ranks: a step that every one of them could read, or the next older one."""
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from checkpoint.checkpointer.refilling import Refill, check_run, plan_refill
 from checkpoint.checkpointer.sharing import are_shared_out, by_ranks, digest_of, replicas
 from checkpoint.checkpointer.world import World
 from checkpoint.engine.asking import ask_for_steps
+from checkpoint.engine.candidate import content_digest
 from checkpoint.engine.pooling import Pool, find_unproved
 from checkpoint.engine.reading import ReadPolicy
 from checkpoint.engine.restore import Fallback, RestoreReport, restore_into
@@ -24,6 +26,7 @@ from checkpoint.errors import (
     StoreUnavailable,
     Unsupported,
 )
+from checkpoint.format.codec import checksum
 from checkpoint.format.manifest import Manifest
 from checkpoint.format.tree import Json
 
@@ -63,6 +66,7 @@ class _Plan:
     """What a rank means to read; whether it could prove parts of chunks together with the others."""
 
     digest: str = ""
+    content: bytes = b""
     can_pool: bool = False
 
 
@@ -82,7 +86,7 @@ class _Verdict:
 class _Disagreed(Exception):
     """A step that not all ranks can restore. Carries this rank's own error, if it has one."""
 
-    def __init__(self, why: str, own: CheckpointError | None, verdicts: Sequence[_Verdict]) -> None:
+    def __init__(self, why: str, own: Exception | None, verdicts: Sequence[_Verdict]) -> None:
         super().__init__(why)
         self.own = own
         self.is_final = any(one.is_final for one in verdicts)
@@ -119,19 +123,22 @@ def _attempt(
     state: Any, sources: Sequence[Source], step: int, world: World, policy: ReadPolicy, *, run: str
 ) -> tuple[Refill, RestoreReport]:
     """Read one step. What fails on one rank raises _Disagreed on all."""
-    refill, failure, plan = None, None, _Plan()
+    refill, plan = None, _NO_PLAN
+    failure: Exception | None = None
     try:
         manifest = _manifest(sources, step)
         check_run(manifest, run)
         refill = plan_refill(state, manifest, (world.rank, world.size))
-        plan = _Plan(digest_of(refill.requests), _can_pool(refill, sources))
-    except CheckpointError as error:
+        plan = _Plan(digest_of(refill.requests), _content_of(manifest), _can_pool(refill, sources))
+    except Exception as error:  # noqa: BLE001 -- the others wait to hear of it; raised by _agree
         failure = error
     plans = [one.plan for one in _agree(world, failure, plan=plan)]
     if refill is None:
         raise AssertionError("a rank without a plan has agreed to it")
     if len({one.digest for one in plans}) > 1:
         raise Mismatch("the ranks restore different things: give the same state on every rank")
+    if len({one.content for one in plans}) > 1:
+        raise Mismatch(f"the ranks found different checkpoints of step {step}: give all the same store")
     if world.size == 1 or not all(one.can_pool for one in plans):
         return refill, _filled(refill, sources, world, policy)
     return refill, _filled(refill, sources, world, replace(policy, pool=Pool()))
@@ -144,7 +151,7 @@ def _filled(refill: Refill, sources: Sequence[Source], world: World, policy: Rea
     again, by each rank as a whole: then it is found which chunk is damaged, and another source may have it.
     """
     reports: list[RestoreReport] = []
-    failure: CheckpointError | None = None
+    failure: Exception | None = None
     for ranks, wanted in by_ranks(refill.requests).items():
         with replicas(ranks, world.rank, world.size) as group:
             try:
@@ -152,8 +159,8 @@ def _filled(refill: Refill, sources: Sequence[Source], world: World, policy: Rea
                     reading = replace(policy, group=group)
                     step = refill.manifest.step
                     reports.append(restore_into(sources, wanted, step=step, policy=reading).report)
-            except CheckpointError as error:
-                failure = error  # the other groups of this rank still need it
+            except Exception as error:  # noqa: BLE001 -- the other groups of this rank still need it
+                failure = error
     pool = policy.pool
     verdicts = _agree(world, failure, parts=b"" if pool is None else pool.told())
     unproved = find_unproved([one.parts for one in verdicts])
@@ -173,12 +180,18 @@ def _filled(refill: Refill, sources: Sequence[Source], world: World, policy: Rea
 
 def _can_pool(refill: Refill, sources: Sequence[Source]) -> bool:
     """Whether this rank could read parts of chunks, and what all ranks read is all of every tensor, once."""
-    is_near = len(sources) > 0 and reads_files(sources[0])
+    is_near = len(sources) > 0 and reads_files(sources[0]) and not refill.is_on_device
     return is_near and are_shared_out(refill.requests, refill.records)
 
 
+def _content_of(manifest: Manifest) -> bytes:
+    """Return what tells checkpoints of one step apart, wherever they are read from."""
+    rest = [manifest.run, manifest.data_cursor, dict(manifest.metrics)]
+    return content_digest(manifest) + checksum(json.dumps(rest, sort_keys=True).encode())
+
+
 def _agree(
-    world: World, failure: CheckpointError | None, *, plan: _Plan = _NO_PLAN, parts: bytes = b""
+    world: World, failure: Exception | None, *, plan: _Plan = _NO_PLAN, parts: bytes = b""
 ) -> list[_Verdict]:
     """Go on if all ranks do; return what they say. Raises _Disagreed on all of them otherwise."""
     verdicts = world.everybody(_verdict(failure, plan, parts))
@@ -188,7 +201,7 @@ def _agree(
     return verdicts
 
 
-def _verdict(failure: CheckpointError | None, plan: _Plan, parts: bytes) -> _Verdict:
+def _verdict(failure: Exception | None, plan: _Plan, parts: bytes) -> _Verdict:
     if failure is None:
         return _Verdict(plan=plan, parts=parts)
     may_go_on = isinstance(failure, _PASSED_OVER) and not isinstance(failure, Unsupported)

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 import xxhash
@@ -50,6 +50,22 @@ class World:
     def tell(self, say: Callable[[], Said]) -> Said:
         """Return on every rank what rank 0 says; raise on every rank if it cannot say it."""
         return _from_first(self.rank, self.size, say)
+
+    def agreed(self, say: Callable[[], Said]) -> list[Said]:
+        """Return what every rank says, by rank; raise on every rank if one cannot say it."""
+        said: Said | None = None
+        failure, why = None, ""
+        try:
+            said = say()
+        except Exception as error:  # noqa: BLE001 -- the others wait for a word; raised below
+            failure, why = error, _told(error)
+        told = self.everybody((said, why))
+        if failure is not None:
+            raise failure
+        for rank, (_, reason) in enumerate(told):
+            if reason:
+                raise CheckpointError(f"rank {rank} failed: {reason}")
+        return [cast(Said, one) for one, _ in told]
 
     def everybody(self, said: Said) -> list[Said]:
         """Return what every rank says, by rank."""
@@ -101,6 +117,10 @@ def _host_names(machines: list[tuple[str, str]]) -> tuple[str, ...]:
     return tuple(names[machine] for machine in machines)
 
 
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
 def _gathered(size: int, said: Said) -> list[Said]:
     if size == 1:
         return [said]
@@ -111,12 +131,12 @@ def _from_first(rank: int, size: int, say: Callable[[], Said]) -> Said:
     if size == 1:
         return say()
     told: list[Any] = [None, ""]
-    failure: CheckpointError | None = None
+    failure: Exception | None = None
     if rank == 0:
         try:
             told[0] = say()
-        except CheckpointError as error:
-            failure, told[1] = error, f"{type(error).__name__}: {error}"
+        except Exception as error:  # noqa: BLE001 -- the others wait for a word; raised below
+            failure, told[1] = error, _told(error)
     told = told_by_first(told)
     if failure is not None:
         raise failure

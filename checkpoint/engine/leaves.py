@@ -156,7 +156,8 @@ def spread_of(name: str, leaf: Any) -> Spread:
         axis: _placement(name, one, leaf.dim())
         for axis, one in zip(_axes_of(leaf.device_mesh), leaf.placements, strict=True)
     }
-    ranks = _ranks_of(mesh, mesh.get_rank())
+    is_whole = mesh is mesh._get_root_mesh()
+    ranks = _ranks_of(mesh, 0 if is_whole else mesh.get_rank())  # of several equal slices a rank has its own
     return Spread(ranks, tuple(placements.get(axis, Replicate()) for axis in _axes_of(mesh)))
 
 
@@ -165,7 +166,7 @@ def _axes_of(mesh: Any) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=8)
-def _ranks_of(mesh: Any, rank: int) -> Mesh:  # noqa: ARG001 -- of several equal slices a rank has its own
+def _ranks_of(mesh: Any, rank: int) -> Mesh:  # noqa: ARG001 -- tells slices apart
     """Return a mesh as plain numbers: torch makes the tensor of its ranks anew each time it is asked."""
     return Mesh(tuple(zip(_axes_of(mesh), mesh.shape, strict=True)), tuple(mesh.mesh.flatten().tolist()))
 

@@ -139,7 +139,6 @@ class _Alone:
 
     def __init__(self, wanted: Choice, policy: ReadPolicy) -> None:
         self._wanted = wanted
-        self._targets = [Target(one) for one in wanted] if isinstance(wanted, Sequence) else None
         self._policy = policy
 
     def attempt(self, candidate: Candidate) -> Manifest:
@@ -150,11 +149,11 @@ class _Alone:
 
     def open(self, candidate: Candidate) -> _Opened:
         """Find the wanted boxes in a candidate."""
-        manifest, wanted, targets = candidate.manifest, self._wanted, self._targets
+        manifest, wanted = candidate.manifest, self._wanted
         if not isinstance(wanted, Sequence):
             candidate.check_index(range(len(manifest.tensors)))
             wanted = wanted(manifest)
-        targets = targets or [Target(one) for one in wanted]
+        targets = [Target(one) for one in wanted]
         numbers = number_targets(wanted, manifest)
         candidate.check_index(set(numbers))
         holes = Holes.all(Regions.of([one.box for one in wanted], numbers))

@@ -19,6 +19,7 @@ from checkpoint.format.fingerprint import fingerprint
 from checkpoint.format.manifest import Manifest
 
 _BATCH_BYTES = 64 << 20
+_BATCH_PACKS = 64  # files that a thread holds open
 
 
 class Straight:
@@ -126,4 +127,6 @@ def _batches(lots: Lots, packs: Column) -> Iterator[Column]:
     """Yield the places of lots, in the order of the files, as many at a time as keep a thread busy."""
     order = np.lexsort((lots["offset"], packs))
     ends = np.cumsum(bytes_of(lots)[order])
-    yield from np.split(order, np.flatnonzero(np.diff(ends // _BATCH_BYTES)) + 1) if len(order) else ()
+    files = np.unique(packs[order], return_inverse=True)[1]
+    is_last = (np.diff(ends // _BATCH_BYTES) > 0) | (np.diff(files // _BATCH_PACKS) > 0)
+    yield from np.split(order, np.flatnonzero(is_last) + 1) if len(order) else ()

@@ -90,8 +90,8 @@ class Target:
         """Return the bits of a box within this one, row by row."""
         slices = box.within(self.box)
         if self._tensor is not None:
-            return np.array(bits_of(self._tensor[slices].resolve_conj().resolve_neg().cpu()))
-        return np.array(self._array[slices])
+            return np.array(bits_of(self._tensor[slices].resolve_conj().resolve_neg().cpu()), order="C")
+        return np.array(self._array[slices], order="C")
 
 
 def bits_of(tensor: torch.Tensor) -> Array:

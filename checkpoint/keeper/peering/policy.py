@@ -70,7 +70,7 @@ def parse_policy(fields: Mapping[str, Any]) -> PeerPolicy:
 
 
 def addresses_to_json(addresses: Addresses) -> dict[str, list[Any]]:
-    """Write addresses as plain data: for a private socket or a store, never for a log or a pickle."""
+    """Write addresses as plain data: for a private socket, a store or the other ranks, never for a log."""
     return {host: [one.host, one.port, one.token, one.domain] for host, one in addresses.items()}
 
 
