@@ -12,6 +12,7 @@ do those that lie otherwise than row by row (channels_last), which torch does no
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -259,9 +260,16 @@ def _spread(local: Tensor, mesh: DeviceMesh, whole: Tensor) -> DTensor:
     )
 
 
-@cache
 def _mesh(device_type: str, cut: Cut) -> DeviceMesh:
-    """Make a mesh of one axis without process groups: a collective that is not ours fails."""
+    """Return a mesh of one axis without process groups: a collective that is not ours fails."""
+    name, group = _group(cut)
+    with suppress(RuntimeError):  # it still is: torch forgets all names when the default group is destroyed
+        _register_process_group(name, group)
+    return _made_mesh(device_type, cut)
+
+
+@cache
+def _made_mesh(device_type: str, cut: Cut) -> DeviceMesh:
     mesh = DeviceMesh(device_type, torch.arange(cut.shards), _init_backend=False, _rank=cut.index)
     mesh._dim_group_names = [_group(cut)[0]]
     return mesh
@@ -270,6 +278,4 @@ def _mesh(device_type: str, cut: Cut) -> DeviceMesh:
 @cache  # torch keeps only a weak reference to what is registered
 def _group(cut: Cut) -> tuple[GroupName, dist.ProcessGroup]:
     name = GroupName(f"holdfast shard {cut.index} of {cut.shards}")
-    group = dist.ProcessGroup(HashStore(), cut.index, cut.shards)
-    _register_process_group(name, group)
-    return name, group
+    return name, dist.ProcessGroup(HashStore(), cut.index, cut.shards)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import _unregister_all_process_groups
 
 from elastic.errors import JobRejected
 from elastic.training.lockstep import COLLECT, END, GATHER, Lockstep
@@ -93,3 +94,10 @@ def test_a_layer_that_some_micro_batches_skip_is_refused_in_a_world_of_one(plan:
     trained(trainer_of(plan, DroppingJob()))
     with pytest.raises(JobRejected, match=r"layers\.0.*training\.parameter_copies = 0"):
         trained(trainer_of(replace(plan, parameter_copies=1), DroppingJob()))
+
+
+def test_sharded_training_outlives_the_names_of_groups_that_torch_forgets(plan: TrainPlan):
+    """As it does when somebody destroys the default group."""
+    for _ in range(2):
+        trained(trainer_of(replace(plan, parameter_copies=1), StackJob()))
+        _unregister_all_process_groups()
