@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoint.engine.rows import LOT, Lots, find_reader
+from checkpoint.engine.straight import _batches
 from checkpoint.format.fingerprint import MODULUS, fingerprint_run
 
 PAGE = mmap.PAGESIZE
@@ -88,3 +89,12 @@ def test_rows_that_a_file_lacks_are_told_and_end_no_process(tmp_path, file, miss
     path.write_bytes(file.read_bytes()[: (9 << 20) - missing])
     num_rows = (9 << 20) // PAGE
     check(path, offset=PAGE // 2, step=PAGE, row_bytes=PAGE // 2, num_rows=num_rows, stride=PAGE)
+
+
+def test_a_thread_holds_few_files_open_however_small_they_are():
+    lots = np.zeros(300, LOT)
+    lots["num_rows"], lots["row_bytes"] = 1, 512
+    packs = np.arange(300)[::-1] * 3
+    batches = list(_batches(lots, packs))
+    assert np.array_equal(np.sort(np.concatenate(batches)), np.arange(300))
+    assert max(len(np.unique(packs[batch])) for batch in batches) == 64
