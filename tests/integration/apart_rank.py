@@ -32,7 +32,9 @@ def main(root: Path, rank: int, story: str) -> None:
 
 
 def opened(root: Path, name: str = "store") -> Checkpointer:
-    return Checkpointer(str(root / name), options=Options(directory=root / "keeper", lease_s=0.3))
+    kept = root / f"keeper-{name}"
+    kept.mkdir(mode=0o700, exist_ok=True)
+    return Checkpointer(str(root / name), options=Options(directory=kept, lease_s=0.3))
 
 
 def columns(root: Path, rank: int) -> Any:

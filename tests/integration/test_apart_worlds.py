@@ -23,9 +23,10 @@ def values(seed: int) -> torch.Tensor:
 def root(tmp_path):
     """A place with two stores, of the same run and steps, of other content."""
     tmp_path.chmod(0o700)
-    (tmp_path / "keeper").mkdir(mode=0o700)
-    options = Options(saving=SavePolicy(codec=Codec.RAW), lease_s=0.3, directory=tmp_path / "keeper")
     for name, seed in (("store", 0), ("other", 100)):
+        kept = tmp_path / f"keeper-{name}"
+        kept.mkdir(mode=0o700)
+        options = Options(saving=SavePolicy(codec=Codec.RAW), lease_s=0.3, directory=kept)
         with Checkpointer(str(tmp_path / name), run="run", options=options) as checkpointer:
             for step in (1, 2):
                 checkpointer.save(step, {"w": values(seed + step)})
