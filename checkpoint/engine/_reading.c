@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #define PIECE_BYTES (128u << 10)  /* a small part of what a core has as a cache of its own */
+#define BLOCK_BYTES (16u << 10)   /* of fingerprints: whole ones are summed fastest */
 #define WINDOW_BYTES (4u << 20)
 
 uint64_t holdfast_sum_run(const unsigned char *data, uint64_t num_bytes, uint64_t first, const uint32_t *low,
@@ -28,6 +29,9 @@ struct rows {
     uint64_t num_rows, row_bytes;
 };
 
+/* As rows.py has them, which does not use a library that was built of other sources. */
+const char *const holdfast_row_fields = "descriptor offset step address stride first pitch num_rows row_bytes";
+
 /* Read one row; return its fingerprint in `sum`, and 0 if the file has not all of it or cannot be read. */
 static int read_row(const struct rows *rows, uint64_t number, const uint32_t *low, const uint32_t *high, uint64_t *sum)
 {
@@ -35,7 +39,8 @@ static int read_row(const struct rows *rows, uint64_t number, const uint32_t *lo
     uint64_t offset = rows->offset + number * rows->step, first = rows->first + number * rows->pitch;
     uint64_t left = rows->row_bytes;
     while (left) {
-        ssize_t count = pread((int)rows->descriptor, memory, left < PIECE_BYTES ? left : PIECE_BYTES, (off_t)offset);
+        uint64_t room = PIECE_BYTES - first % BLOCK_BYTES;
+        ssize_t count = pread((int)rows->descriptor, memory, left < room ? left : room, (off_t)offset);
         if (count < 0 && errno == EINTR)
             continue;
         if (count <= 0)

@@ -53,6 +53,8 @@ def find_reader() -> RowReader | None:
     if spec is None or spec.origin is None or sys.byteorder != "little" or fingerprinted_by() == "numpy":
         return None
     try:
-        return RowReader(ctypes.CDLL(spec.origin))
-    except (OSError, AttributeError):  # of another machine, or of other sources
+        library = ctypes.CDLL(spec.origin)
+        fields = ctypes.c_char_p.in_dll(library, "holdfast_row_fields").value
+        return RowReader(library) if fields == _FIELDS.encode() else None
+    except (OSError, AttributeError, ValueError):  # of another machine, or of other sources
         return None

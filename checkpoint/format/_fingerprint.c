@@ -7,6 +7,7 @@
 #include <string.h>
 
 #define BLOCK 4096u /* words that share one B */
+#define ABREAST 4 /* blocks at most that are summed side by side: the weights A, which all share, are fetched once */
 
 #ifndef WIDEST /* words at a time; tests build narrower ones, for processors that they do not run on */
 #define WIDEST 16
@@ -33,45 +34,93 @@ static uint64_t dot_plain(const unsigned char *data, const uint32_t *low, const 
 }
 
 #ifdef HAS_WIDE_VERSIONS
-/* The same, of a multiple of 8 words and of 16: words at even and at odd places have products of their own. */
+/* The same of words that begin at several places, 8 or 16 at a time and a multiple of that: `num_places` of them,
+   each a block behind the one before. Words at even and at odd places have products of their own. */
+__attribute__((target("avx2"), always_inline))
+static inline void dots_of_8(const unsigned char *data, const uint32_t *low, const uint32_t *high, uint64_t num_words,
+                             int num_places, uint64_t *dots)
+{
+    __m256i even[ABREAST], odd[ABREAST], upper[ABREAST];
+    for (int k = 0; k < num_places; k++)
+        even[k] = odd[k] = upper[k] = _mm256_setzero_si256();
+    for (uint64_t i = 0; i < num_words; i += 8) {
+        __m256i l = _mm256_loadu_si256((const __m256i *)(low + i)), next = _mm256_srli_epi64(l, 32);
+        __m256i h = _mm256_loadu_si256((const __m256i *)(high + i));
+        for (int k = 0; k < num_places; k++) {
+            const unsigned char *place = data + 4 * (i + (uint64_t)k * BLOCK);
+            __builtin_prefetch(place + AHEAD_BYTES);
+            __m256i w = _mm256_loadu_si256((const __m256i *)place);
+            even[k] = _mm256_add_epi64(even[k], _mm256_mul_epu32(w, l));
+            odd[k] = _mm256_add_epi64(odd[k], _mm256_mul_epu32(_mm256_srli_epi64(w, 32), next));
+            upper[k] = _mm256_add_epi32(upper[k], _mm256_mullo_epi32(w, h));
+        }
+    }
+    for (int k = 0; k < num_places; k++) {
+        uint64_t lanes[4];
+        __m256i sum = _mm256_add_epi64(even[k], odd[k]);
+        sum = _mm256_add_epi64(sum, _mm256_slli_epi64(upper[k], 32));
+        sum = _mm256_add_epi64(sum, _mm256_slli_epi64(_mm256_srli_epi64(upper[k], 32), 32));
+        _mm256_storeu_si256((__m256i *)lanes, sum);
+        dots[k] = lanes[0] + lanes[1] + lanes[2] + lanes[3];
+    }
+}
+
+__attribute__((target("avx512f"), always_inline))
+static inline void dots_of_16(const unsigned char *data, const uint32_t *low, const uint32_t *high, uint64_t num_words,
+                              int num_places, uint64_t *dots)
+{
+    __m512i even[ABREAST], odd[ABREAST], upper[ABREAST];
+    for (int k = 0; k < num_places; k++)
+        even[k] = odd[k] = upper[k] = _mm512_setzero_si512();
+    for (uint64_t i = 0; i < num_words; i += 16) {
+        __m512i l = _mm512_loadu_si512(low + i), next = _mm512_srli_epi64(l, 32);
+        __m512i h = _mm512_loadu_si512(high + i);
+        for (int k = 0; k < num_places; k++) {
+            const unsigned char *place = data + 4 * (i + (uint64_t)k * BLOCK);
+            __builtin_prefetch(place + AHEAD_BYTES);
+            __m512i w = _mm512_loadu_si512(place);
+            even[k] = _mm512_add_epi64(even[k], _mm512_mul_epu32(w, l));
+            odd[k] = _mm512_add_epi64(odd[k], _mm512_mul_epu32(_mm512_srli_epi64(w, 32), next));
+            upper[k] = _mm512_add_epi32(upper[k], _mm512_mullo_epi32(w, h));
+        }
+    }
+    for (int k = 0; k < num_places; k++) {
+        __m512i sum = _mm512_add_epi64(even[k], odd[k]);
+        sum = _mm512_add_epi64(sum, _mm512_slli_epi64(upper[k], 32));
+        sum = _mm512_add_epi64(sum, _mm512_slli_epi64(_mm512_srli_epi64(upper[k], 32), 32));
+        dots[k] = (uint64_t)_mm512_reduce_add_epi64(sum);
+    }
+}
+
 __attribute__((target("avx2")))
 static uint64_t dot_of_8(const unsigned char *data, const uint32_t *low, const uint32_t *high, uint64_t num_words)
 {
-    __m256i even = _mm256_setzero_si256(), odd = even, upper = even;
-    for (uint64_t i = 0; i < num_words; i += 8) {
-        __builtin_prefetch(data + 4 * i + AHEAD_BYTES);
-        __m256i w = _mm256_loadu_si256((const __m256i *)(data + 4 * i));
-        __m256i l = _mm256_loadu_si256((const __m256i *)(low + i));
-        __m256i h = _mm256_loadu_si256((const __m256i *)(high + i));
-        even = _mm256_add_epi64(even, _mm256_mul_epu32(w, l));
-        odd = _mm256_add_epi64(odd, _mm256_mul_epu32(_mm256_srli_epi64(w, 32), _mm256_srli_epi64(l, 32)));
-        upper = _mm256_add_epi32(upper, _mm256_mullo_epi32(w, h));
-    }
-    even = _mm256_add_epi64(even, odd);
-    even = _mm256_add_epi64(even, _mm256_slli_epi64(upper, 32));
-    even = _mm256_add_epi64(even, _mm256_slli_epi64(_mm256_srli_epi64(upper, 32), 32));
-    uint64_t lanes[4];
-    _mm256_storeu_si256((__m256i *)lanes, even);
-    return lanes[0] + lanes[1] + lanes[2] + lanes[3];
+    uint64_t dot;
+    dots_of_8(data, low, high, num_words, 1, &dot);
+    return dot;
 }
 
 __attribute__((target("avx512f")))
 static uint64_t dot_of_16(const unsigned char *data, const uint32_t *low, const uint32_t *high, uint64_t num_words)
 {
-    __m512i even = _mm512_setzero_si512(), odd = even, upper = even;
-    for (uint64_t i = 0; i < num_words; i += 16) {
-        __builtin_prefetch(data + 4 * i + AHEAD_BYTES);
-        __m512i w = _mm512_loadu_si512(data + 4 * i);
-        __m512i l = _mm512_loadu_si512(low + i);
-        __m512i h = _mm512_loadu_si512(high + i);
-        even = _mm512_add_epi64(even, _mm512_mul_epu32(w, l));
-        odd = _mm512_add_epi64(odd, _mm512_mul_epu32(_mm512_srli_epi64(w, 32), _mm512_srli_epi64(l, 32)));
-        upper = _mm512_add_epi32(upper, _mm512_mullo_epi32(w, h));
-    }
-    even = _mm512_add_epi64(even, odd);
-    even = _mm512_add_epi64(even, _mm512_slli_epi64(upper, 32));
-    even = _mm512_add_epi64(even, _mm512_slli_epi64(_mm512_srli_epi64(upper, 32), 32));
-    return (uint64_t)_mm512_reduce_add_epi64(even);
+    uint64_t dot;
+    dots_of_16(data, low, high, num_words, 1, &dot);
+    return dot;
+}
+
+/* Sum whole blocks, as many as there are registers for; return how many. */
+__attribute__((target("avx2")))
+static uint64_t blocks_of_8(const unsigned char *data, const uint32_t *low, const uint32_t *high, uint64_t *dots)
+{
+    dots_of_8(data, low, high, BLOCK, 2, dots);
+    return 2;
+}
+
+__attribute__((target("avx512f")))
+static uint64_t blocks_of_16(const unsigned char *data, const uint32_t *low, const uint32_t *high, uint64_t *dots)
+{
+    dots_of_16(data, low, high, BLOCK, ABREAST, dots);
+    return ABREAST;
 }
 #endif
 
@@ -85,6 +134,20 @@ static uint64_t dot(const unsigned char *data, const uint32_t *low, const uint32
         total = dot_of_8(data, low, high, wide = num_words & ~7ull);
 #endif
     return total + dot_plain(data + 4 * wide, low + wide, high + wide, num_words - wide);
+}
+
+/* Sum words times A of the first of some whole blocks that lie side by side, each in a sum of its own; return how
+   many blocks were: none where one at a time is as good. */
+static uint64_t dot_blocks(const unsigned char *data, const uint32_t *low, const uint32_t *high, uint64_t num_blocks,
+                           uint64_t *dots)
+{
+#ifdef HAS_WIDE_VERSIONS
+    if (WIDEST >= 16 && num_blocks >= ABREAST && __builtin_cpu_supports("avx512f"))
+        return blocks_of_16(data, low, high, dots);
+    if (num_blocks >= 2 && __builtin_cpu_supports("avx2"))
+        return blocks_of_8(data, low, high, dots);
+#endif
+    return (void)data, (void)low, (void)high, (void)num_blocks, (void)dots, 0;
 }
 
 static uint64_t weight_of_block(uint64_t number)
@@ -116,9 +179,17 @@ uint64_t holdfast_sum_run(const unsigned char *data, uint64_t num_bytes, uint64_
         data += head, num_bytes -= head, first += head;
     }
     while (num_bytes >= 4) {
-        uint64_t place = first / 4, room = BLOCK - place % BLOCK, num_words = num_bytes / 4;
-        num_words = num_words < room ? num_words : room;
-        total += dot(data, low + place % BLOCK, high + place % BLOCK, num_words) * weight_of_block(place / BLOCK);
+        uint64_t place = first / 4, block = place / BLOCK, room = BLOCK - place % BLOCK, num_words = num_bytes / 4;
+        uint64_t dots[ABREAST] = {0};
+        uint64_t num_blocks = room == BLOCK ? dot_blocks(data, low, high, num_words / BLOCK, dots) : 0;
+        for (uint64_t k = 0; k < num_blocks; k++)
+            total += dots[k] * weight_of_block(block + k);
+        if (num_blocks)
+            num_words = num_blocks * BLOCK;
+        else {
+            num_words = num_words < room ? num_words : room;
+            total += dot(data, low + place % BLOCK, high + place % BLOCK, num_words) * weight_of_block(block);
+        }
         data += 4 * num_words, num_bytes -= 4 * num_words, first += 4 * num_words;
     }
     if (num_bytes)

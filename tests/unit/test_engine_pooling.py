@@ -129,8 +129,12 @@ def test_rows_are_read_where_they_lie_and_a_file_that_ends_early_is_told(tmp_pat
     )
 
 
-def test_without_the_library_there_is_no_reader(monkeypatch):
-    monkeypatch.setattr(rows, "_LIBRARY", "checkpoint.engine._was_not_built")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("_LIBRARY", "checkpoint.engine._was_not_built"), ("_FIELDS", "as another version had them")],
+)
+def test_without_the_library_of_these_sources_there_is_no_reader(monkeypatch, name, value):
+    monkeypatch.setattr(rows, name, value)
     find_reader.cache_clear()
     try:
         assert find_reader() is None
