@@ -225,6 +225,8 @@ def _check_local(leaf: Leaf, found: tuple[int, ...], rank: int, size: int) -> No
 def _check_on_ranks(name: str, leaf: OnRanks, rank: int, size: int) -> None:
     if not leaf.ranks or not 0 <= min(leaf.ranks) <= max(leaf.ranks) < size:
         raise Mismatch(f"{name}: it is held by ranks {list(leaf.ranks)}, in a world of {size} ranks")
+    if len(set(leaf.ranks)) < len(leaf.ranks):
+        raise Mismatch(f"{name}: it is held by ranks {list(leaf.ranks)}: name each but once")
     if (rank in leaf.ranks) != (leaf.tensor is not None):
         raise Mismatch(f"{name}: ranks {list(leaf.ranks)} hold it; rank {rank} gave the opposite")
     if leaf.tensor is not None:

@@ -174,8 +174,10 @@ def test_what_some_ranks_hold_is_filled_where_it_is_and_nothing_elsewhere(rank):
 
 def test_a_rank_that_lacks_what_it_should_hold_is_told_so():
     missing = OnRanks(None, torch.float32, (2,), (0,))
-    with LocalHost(MemoryStore("lacks"), arena_bytes=MIB) as host, pytest.raises(Mismatch, match="rank 0"):
-        Saver(host, "run").save(1, {"m": missing}, Share.alone(), {})
+    twice = OnRanks(torch.zeros(2), torch.float32, (2,), (0, 0))
+    for held, words in ((missing, "rank 0"), (twice, r"ranks \[0, 0\]: name each but once")):
+        with LocalHost(MemoryStore("lacks"), arena_bytes=MIB) as host, pytest.raises(Mismatch, match=words):
+            Saver(host, "run").save(1, {"m": held}, Share.alone(), {})
 
 
 def test_replicas_of_shards_share_the_work_evenly():
