@@ -8,13 +8,13 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -24,14 +24,26 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.segment import Segment
 
+from flows.tables import legible
 from tasks.errors import SpecError
 
 EXIT_FAILED, EXIT_WRONG = 1, 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
-screen = Console()
-complaints = Console(stderr=True)
+
+class LegibleConsole(Console):
+    """Spells control characters out: a name in a foreign file must not move the cursor or set colours."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Yield what is to be shown; the control codes of progress bars are segments of their own."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else legible(text), style, control)
+
+
+screen = LegibleConsole()
+complaints = LegibleConsole(stderr=True)
 
 
 @dataclass(slots=True)

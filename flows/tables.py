@@ -10,6 +10,12 @@ from rich.text import Text
 from rich.tree import Tree
 
 UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_SPELLED = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+
+
+def legible(text: str) -> str:
+    """Spell control characters out, tabs and new lines aside: they would move the cursor or set colours."""
+    return text.translate(_SPELLED)
 
 
 def draw_table(console: Console, title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -18,7 +24,7 @@ def draw_table(console: Console, title: str, head: Sequence[str], rows: Iterable
         *(Column(name, overflow="fold") for name in head), title=title or None, title_justify="left"
     )
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*(Text(legible(str(cell))) for cell in row))
     console.print(table)
 
 
@@ -72,14 +78,15 @@ def draw_tree(console: Console, title: str, leaves: Iterable[Leaf], joint: str =
 
 def _grow(tree: Tree, branch: _Branch, joint: str) -> None:
     for name, leaf in branch.leaves:
-        tree.add(Text(f"{name}  {leaf.text}"))
+        tree.add(Text(legible(f"{name}  {leaf.text}")))
     for name, child in branch.branches.items():
         path, end = _joined(name, child, joint)
         if not end.branches and len(end.leaves) == 1:
             ((last, leaf),) = end.leaves
-            tree.add(Text(f"{path}{joint}{last}  {leaf.text}"))
+            tree.add(Text(legible(f"{path}{joint}{last}  {leaf.text}")))
         else:
-            _grow(tree.add(Text(f"{path}  {spell_bytes(end.num_bytes)}", style="bold")), end, joint)
+            text = Text(legible(f"{path}  {spell_bytes(end.num_bytes)}"), style="bold")
+            _grow(tree.add(text), end, joint)
 
 
 def _joined(name: str, branch: _Branch, joint: str) -> tuple[str, _Branch]:

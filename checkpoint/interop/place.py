@@ -45,6 +45,10 @@ class Place:
     def __reduce__(self) -> tuple[type["Place"], tuple[str, str | None]]:
         return Place, (self.url, self._draft)
 
+    def spell(self, path: str) -> str:
+        """Name one of its files for people; the single file of a URL is called as that."""
+        return self.url if self.url.rpartition("/")[2] == path else f"{path} in {self.url}"
+
     @property
     def files(self) -> Mapping[str, int]:
         """The size of each file, by its path below the directory, as they were first seen.
@@ -84,13 +88,13 @@ class Place:
         if local is None:
             row[:] = self._fetch(path, offset, out.nbytes)
             return
-        with told(f"{path} in {self.url}"):
+        with told(self.spell(path)):
             _read_local(local, offset, row)
 
     def open(self, path: str) -> BinaryIO:
         """Open a file for reading at any position."""
         self._size(path)
-        with told(f"{path} in {self.url}"):
+        with told(self.spell(path)):
             fs = self._fs()[0]
             return cast(BinaryIO, fs.open(self._full(path), "rb", block_size=_READ_AHEAD_BYTES))
 
@@ -101,17 +105,17 @@ class Place:
     def _fetch(self, path: str, offset: int, wanted: int) -> bytes:
         if not wanted:
             return b""
-        with told(f"{path} in {self.url}"):
+        with told(self.spell(path)):
             data = self._fs()[0].cat_file(self._full(path), start=offset, end=offset + wanted)
         if len(data) != wanted:
-            raise Corrupt(f"{len(data)} of {wanted} bytes at {offset} of {path} in {self.url} were read")
+            raise Corrupt(f"{len(data)} of {wanted} bytes at {offset} of {self.spell(path)} were read")
         return bytes(data)
 
     def _check_range(self, path: str, offset: int, wanted: int) -> None:
         size = self._size(path)
         if offset < 0 or wanted < 0 or offset + wanted > size:
             raise Corrupt(
-                f"{path} in {self.url} has {size} bytes, and should have {wanted} at {offset}: cut short?"
+                f"{self.spell(path)} has {size} bytes, and should have {wanted} at {offset}: cut short?"
             )
 
     def _size(self, path: str) -> int:

@@ -168,6 +168,11 @@ class LocalStore:
         except OSError as error:
             if verb == "read" and error.errno in _ABSENT:
                 raise NotFound(f"{key} is not in {self}") from error
+            if error.errno == errno.ENOTDIR and self._root.is_file():
+                raise StoreRefused(
+                    f"{self} is a file, and a store is a directory: give the store's, or import the "
+                    "checkpoint first if this is one of another framework"
+                ) from error
             message = f"cannot {verb} {key!r} in {self}: {error.strerror or error}"
             if error.errno in _REFUSED:
                 raise StoreRefused(

@@ -220,6 +220,27 @@ def test_a_file_that_no_format_can_be_is_told_so_as_by_an_import(tmp_path):
         assert "manifests/" not in shown.output
 
 
+@pytest.mark.parametrize(
+    "words", [["verify"], ["plan", "--to", "shard=2"], ["prune", "--keep", "latest:1"], ["copy", "TARGET"]]
+)
+def test_a_file_where_a_store_should_be_is_told_to_be_one(tmp_path, words):
+    torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
+    verb, *rest = [str(tmp_path / "to") if word == "TARGET" else word for word in words]
+    done = ask(verb, str(tmp_path / "a.pt"), *rest)
+    assert done.exit_code == 1
+    assert "a.pt is a file, and a store is a directory" in done.output
+
+
+def test_names_in_a_file_cannot_steer_the_terminal(tmp_path):
+    torch.save({"w\x1b[2J": torch.ones(2), "\x9b31mred": torch.ones(3)}, tmp_path / "a.pt")
+    torch.save({"w\x1b[2J": torch.ones(4)}, tmp_path / "b.pt")
+    for words in (["inspect", "a.pt"], ["diff", "a.pt", "b.pt"], ["inspect", "no\x1b[2J.pt"]):
+        verb, *files = words
+        done = ask(verb, *(str(tmp_path / name) for name in files))
+        assert "\\x1b[2J" in done.output
+        assert not {"\x1b", "\x9b"} & set(done.output)
+
+
 def test_a_place_that_is_no_store_is_an_error_and_a_store_without_checkpoints_is_none(tmp_path):
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc" / "hosts").write_text("127.0.0.1")

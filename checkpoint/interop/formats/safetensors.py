@@ -56,7 +56,7 @@ def read_header(place: Place, path: str) -> Header:
 
     Raises Corrupt naming what is wrong, Unsupported for a dtype that has no place here.
     """
-    where = f"{path} in {place}"
+    where = place.spell(path)
     length = int.from_bytes(place.read(path, 0, _LENGTH_BYTES), "little")
     rest = place.files[path] - _LENGTH_BYTES
     if length > min(rest, _MAX_HEADER_BYTES):

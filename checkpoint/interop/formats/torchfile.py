@@ -33,7 +33,7 @@ def open_torch(place: Place) -> Tiled:
         return _open_shards(place)
     path = _the_file(place)
     archive = read_archive(place, path)
-    states = name_states(archive.tree, Stored, f"{path} in {place}")
+    states = name_states(archive.tree, Stored, place.spell(path))
     return _opened(place, states, dict.fromkeys(states.tensors, archive))
 
 
@@ -48,10 +48,10 @@ def _open_shards(place: Place) -> Tiled:
         if path not in place.files:
             raise Incomplete(f"{_INDEX} in {place} names {ascii(path)[:80]}, which is not there")
         archive = read_archive(place, path)
-        shard = name_states(archive.tree, Stored, f"{path} in {place}")
+        shard = name_states(archive.tree, Stored, place.spell(path))
         wrong = [name for name in shard.tensors if weight_map.get(name) != path or name in owners]
         if wrong:
-            raise Corrupt(f"{path} in {place} holds {wrong[:3]}, of which the index says otherwise")
+            raise Corrupt(f"{place.spell(path)} holds {wrong[:3]}, of which the index says otherwise")
         states.tensors |= shard.tensors
         owners |= dict.fromkeys(shard.tensors, archive)
     missing = sorted(weight_map.keys() - owners.keys())
@@ -104,7 +104,7 @@ def _the_file(place: Place) -> str:
             "give the path of one"
         )
     if not is_archive(place, found[0]):
-        raise Corrupt(f"{found[0]} in {place} is neither a zip nor an older file of torch.save")
+        raise Corrupt(f"{place.spell(found[0])} is neither a zip nor an older file of torch.save")
     return found[0]
 
 

@@ -18,7 +18,7 @@ class Window:
         self.num_bytes = span[1] - span[0]
         self._place = place
         if not 0 <= span[0] <= span[1] <= place.files[path]:
-            raise Corrupt(f"{path} in {place} has {place.files[path]} bytes; {span} is not within it")
+            raise Corrupt(f"{place.spell(path)} has {place.files[path]} bytes; {span} is not within it")
         kept = min(self.num_bytes, 2 * _END_BYTES)
         if kept == self.num_bytes:
             self._head = self._tail = place.read(path, self.offset, kept)
@@ -36,7 +36,7 @@ class Window:
 
     def __str__(self) -> str:
         part = f" (from byte {self.offset})" if self.offset else ""
-        return f"{self.path} in {self._place}{part}"
+        return f"{self._place.spell(self.path)}{part}"
 
     def read_at(self, offset: int, num_bytes: int) -> bytes:
         """Return some bytes; fewer at the end."""
