@@ -30,8 +30,8 @@ NUM_STEPS = 120
 SETTINGS = {"num_layers": 2, "width": 64, "num_heads": 2, "sequence": 64}
 
 
-def make_order(root: Path, name: str, *faults: elastic.Fault) -> elastic.TrainOrder:
-    """A small run of three workers on a piece of the standard library's text."""
+def make_order(root: Path, name: str, *faults: elastic.Fault, workers: int = 3) -> elastic.TrainOrder:
+    """A small run on a piece of the standard library's text."""
     order = local_order(
         root / name,
         elastic.JobOrder(
@@ -48,7 +48,7 @@ def make_order(root: Path, name: str, *faults: elastic.Fault) -> elastic.TrainOr
             determinism="bitwise",
             grad_clip=1.0,
         ),
-        world=elastic.WorldPolicy(workers=3, min_workers=1),
+        world=elastic.WorldPolicy(workers=workers, min_workers=1),
         every_steps=10,
         arena_mib=64,
     )
@@ -86,7 +86,7 @@ def test_a_killed_worker_changes_no_bit_and_no_step_is_redone(
 def test_no_reference_is_left_when_ray_shuts_down_for_whoever_drops_it_then_ends_the_driver(
     tmp_path: Path,
 ) -> None:
-    order = make_order(tmp_path, "counted", elastic.Fault(at_step=5, rank=1))
+    order = make_order(tmp_path, "counted", elastic.Fault(at_step=5, rank=1), workers=2)
     order = replace(order, training=replace(order.training, num_steps=20))
     status, said = drive_to_its_end(order, "drive_counting")
     assert status == 0, said
@@ -160,7 +160,7 @@ def test_after_everything_was_killed_a_resumed_run_ends_with_the_same_bits(
 def test_a_signal_stops_after_a_final_checkpoint_and_a_later_call_goes_on(
     quiet: elastic.TrainReport, tmp_path: Path, drive: Drive
 ) -> None:
-    order = make_order(tmp_path, "stopped")
+    order = make_order(tmp_path, "stopped", workers=2)
     process = drive(order)
     await_step(order, 12, process)
     process.send_signal(signal.SIGINT)
@@ -176,7 +176,7 @@ def test_a_signal_stops_after_a_final_checkpoint_and_a_later_call_goes_on(
 def test_a_stop_that_takes_too_long_leaves_the_last_checkpoint_to_the_workers_and_ends_none_of_them(
     tmp_path: Path, drive: Drive
 ) -> None:
-    order = make_order(tmp_path, "hasty")
+    order = make_order(tmp_path, "hasty", workers=2)
     order = replace(order, lease_s=5.0, training=replace(order.training, num_steps=1_000_000))
     order = replace(order, checkpoint=replace(order.checkpoint, every_steps=10_000))
     process = drive(order, "drive_hasty")
@@ -197,7 +197,7 @@ def test_a_stop_that_takes_too_long_leaves_the_last_checkpoint_to_the_workers_an
 def test_without_a_driver_for_its_lease_a_run_saves_its_last_step_and_leaves_no_process(
     tmp_path: Path, drive: Drive
 ) -> None:
-    order = make_order(tmp_path, "orphaned")
+    order = make_order(tmp_path, "orphaned", workers=2)
     order = replace(order, lease_s=5.0, training=replace(order.training, num_steps=1_000_000))
     order = replace(order, checkpoint=replace(order.checkpoint, every_steps=10_000))
     process = drive(order)
@@ -248,7 +248,7 @@ def test_a_mistake_in_the_job_ends_the_run_with_one_clear_error(
         "    def loss(self, model, batch, rng):\n"
         f"        {statement}\n"
     )
-    order = make_order(tmp_path, "faulty")
+    order = make_order(tmp_path, "faulty", workers=2)
     order = replace(order, job=replace(order.job, path="faulty_job:FaultyJob", code_dir=tmp_path))
     status, said = drive_to_its_end(order)
     assert status == 1
@@ -275,7 +275,7 @@ def test_an_optimizer_that_fails_halfway_on_all_workers_ends_the_run_once_at_its
         "    def optimizer(self, model):\n"
         "        return Halfway(model.parameters(), lr=0.01)\n"
     )
-    order = make_order(tmp_path, "halfway")
+    order = make_order(tmp_path, "halfway", workers=2)
     order = replace(order, job=replace(order.job, path="halfway_job:HalfwayJob", code_dir=tmp_path))
     status, said = drive_to_its_end(order)
     assert status == 1
@@ -300,7 +300,7 @@ def test_a_fault_of_hardware_that_the_job_meets_costs_its_worker_and_changes_no_
         "            raise RuntimeError('CUDA error: uncorrectable ECC error encountered')\n"
         "        return super().batch(dataset, step, virtual_rank)\n"
     )
-    order = make_order(tmp_path, "unlucky")
+    order = make_order(tmp_path, "unlucky", workers=2)
     order = replace(order, job=replace(order.job, path="unlucky_job:UnluckyJob", code_dir=tmp_path))
     report = finish(order)
     (failure,) = report.failures

@@ -1,6 +1,7 @@
 """One rank of a world that saves or loads a sharded state with torch's checkpoints and ours, in turns."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -138,3 +139,5 @@ def timed(work: Callable[[], None]) -> float:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads outlive its groups: now and then one of them aborts an interpreter that ends
