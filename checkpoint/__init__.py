@@ -94,6 +94,7 @@ if TYPE_CHECKING:
         Proof,
     )
     from checkpoint.interop.conversion.emigrating import Emigration
+    from checkpoint.interop.conversion.finding import check_own
     from checkpoint.interop.conversion.foreign import (
         ForeignSummary,
         Whereabouts,
@@ -202,6 +203,7 @@ __all__ = [
     "WithinBytes",
     "addresses_to_json",
     "check_fits",
+    "check_own",
     "check_tiers",
     "choose_rules",
     "claim_generation",
@@ -289,6 +291,7 @@ _CONVERSIONS = {
         f"{_ROOM}.foreign",
     ),
     **dict.fromkeys(("Change", "plan_reshard", "reshard"), f"{_ROOM}.resharding"),
+    "check_own": f"{_ROOM}.finding",
     **dict.fromkeys(("RuleChoice", "choose_rules", "rule_names"), f"{_ROOM}.ruled"),
     **dict.fromkeys(("RankShare", "share_of_rank"), f"{_ROOM}.sharing"),
 }

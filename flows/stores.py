@@ -142,8 +142,11 @@ def choose_steps(url: str, steps: Sequence[int], extent: Extent) -> list[int]:
 def copy(source: str, target: str, step: int, *, listener: Listener = lambda _: None) -> dict[str, Any]:
     """Copy a checkpoint to another store."""
     store = checkpoint.open_store(source)
+    there = checkpoint.open_store(target)
+    if not checkpoint.Catalog(there).steps():
+        checkpoint.check_own(there)
     followed = Followed(store, f"copying step {step}", _packed_bytes(store, [step]), listener)
-    return asdict(checkpoint.promote(followed, checkpoint.open_store(target), step))
+    return asdict(checkpoint.promote(followed, there, step))
 
 
 def _packed_bytes(store: checkpoint.Store, steps: Sequence[int]) -> int:

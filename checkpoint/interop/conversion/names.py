@@ -8,6 +8,9 @@ which know no optimizer's dict, NAME and "optimizer/STATE/NAME".
 
 import re
 
+from checkpoint.errors import Misuse
+from checkpoint.interop.formats.contract import is_weight
+
 _FOREIGN_STATE = re.compile(r"optimizer\.(?P<state>[^.]+)\.(?P<parameter>.+)")
 _RULE_STATE = re.compile(r"optimizer/(?P<state>[^/]+)/(?P<parameter>.+)")
 _UNIVERSAL_STATE = re.compile(r"optimizer/state/(?P<parameter>.+)/(?P<state>[^/]+)")
@@ -26,12 +29,21 @@ def from_foreign(name: str) -> str:
 
 
 def to_foreign(name: str) -> str:
-    """Return the foreign name of a universal tensor; `from_foreign` goes back."""
+    """Return the foreign name of a universal tensor; `from_foreign` goes back.
+
+    Raises Misuse for a weight whose name would mean something else there.
+    """
     found = _UNIVERSAL_STATE.fullmatch(name)
     if found:
         return f"optimizer.{found['state']}.{found['parameter']}"
     if name.startswith(_MODEL):
-        return name.removeprefix(_MODEL)
+        weight = name.removeprefix(_MODEL)
+        if not is_weight(weight):
+            raise Misuse(
+                f"the weight {name!r} can go to no other format: names that begin with 'optimizer.' and "
+                "'other.' are those of what is no weight. Rename that module, or leave it out (--only)"
+            )
+        return weight
     return f"{_OTHER}.{name.removeprefix(f'{_OTHER}/')}"
 
 

@@ -45,12 +45,19 @@ def choose_rules(text: str, settings: Sequence[str] = ()) -> RuleChoice:
     if text in builtin_names():
         rules = builtin_rules(text)
     elif Path(text).is_file():
-        rules = read_rules(Path(text).read_text(encoding="utf-8"), text, find_document)
+        rules = read_rules(_document(Path(text)), text, find_document)
     else:
         raise FormatError(
             f"{text!r} is neither a file nor a built-in rule set; there are {', '.join(builtin_names())}"
         )
     return RuleChoice(rules, parse_sizes(settings))
+
+
+def _document(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path} is no text in UTF-8 ({error}), so no rules: give a YAML file") from error
 
 
 def model_sizes(*told: Mapping[str, Any]) -> dict[str, int]:

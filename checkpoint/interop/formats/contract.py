@@ -6,10 +6,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from checkpoint.errors import Unsupported
 from checkpoint.format.box import Box
 from checkpoint.interop.moves import Foreign
 
 LEAST_VOCAB = "vocab_at_least"  # a size that files may tell of that do not tell the vocabulary's own
+
+_NO_WEIGHTS = ("optimizer.", "other.")
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -34,6 +37,21 @@ class About:
     notes: tuple[str, ...] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
     doubts: tuple[tuple[str, ...], ...] = ()
+
+
+def is_weight(name: str) -> bool:
+    """Whether a tensor of this name is the model's: see `ForeignCheckpoint`."""
+    return not name.startswith(_NO_WEIGHTS)
+
+
+def weight_name(name: str, where: str) -> str:
+    """Return the name of a weight or buffer. Raises Unsupported for one that would be taken for no weight."""
+    if not is_weight(name):
+        raise Unsupported(
+            f"{where} has a weight {name!r}: by names that begin with 'optimizer.' and 'other.' conversions "
+            "tell what is no weight. Rename that module, and save it again"
+        )
+    return name
 
 
 class ForeignCheckpoint(Protocol):

@@ -9,6 +9,7 @@ from typing import Any
 from checkpoint.errors import Corrupt, Incomplete, Mismatch
 from checkpoint.format.box import Box, boxes_of_run
 from checkpoint.interop.formats.archive import Stored
+from checkpoint.interop.formats.contract import weight_name
 from checkpoint.interop.formats.deepspeed_files import RankFile
 from checkpoint.interop.formats.deepspeed_parts import Shape
 from checkpoint.interop.formats.deepspeed_state import Collected, run_of
@@ -49,7 +50,7 @@ def collect_weights(states: ModelStates, collected: Collected) -> dict[str, dict
         if not is_divided or (tensor.shape and tensor.shape == shapes.get(name)):
             _check_shape(states, name, tensor, shapes)
             collected.add(
-                Foreign(name, tensor.dtype, tensor.shape, states.at),
+                Foreign(weight_name(name, states.files[0].path), tensor.dtype, tensor.shape, states.at),
                 [Tile(Box.whole(tensor.shape), partial(archive.locate, tensor))],
             )
         elif str(shared.get(name, name)) in shapes:
@@ -98,4 +99,4 @@ def _frozen(states: ModelStates, collected: Collected, module: Mapping[str, Any]
             ):
                 tiles.append(Tile(box, partial(run_of, find, start, box.size)))
                 start += box.numel
-        collected.add(Foreign(name, dtype, shape, states.at), tiles)
+        collected.add(Foreign(weight_name(name, states.files[0].path), dtype, shape, states.at), tiles)

@@ -10,7 +10,7 @@ from checkpoint.engine.pipeline import fan_out
 from checkpoint.errors import Incomplete, Unsupported
 from checkpoint.format.box import Box, split_box
 from checkpoint.interop.draft import Draft
-from checkpoint.interop.formats.contract import Contents
+from checkpoint.interop.formats.contract import Contents, is_weight
 from checkpoint.interop.formats.deepspeed_said import merged
 from checkpoint.interop.formats.deepspeed_universal import STATES
 from checkpoint.interop.formats.rounding import ROUNDED, widen_bits
@@ -92,7 +92,7 @@ def parts_of(contents: Contents) -> Parts:
         found = _STATE.fullmatch(tensor.name)
         if found:
             parts.states.setdefault(found[2], {})[found[1]] = number
-        elif not tensor.name.startswith(("optimizer.", "other.")):
+        elif is_weight(tensor.name):
             parts.weights[tensor.name] = number
         else:
             raise Unsupported(

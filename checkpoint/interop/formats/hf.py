@@ -8,7 +8,7 @@ from typing import Any
 from checkpoint.errors import Corrupt, Incomplete, Unsupported
 from checkpoint.format.box import Box
 from checkpoint.interop.draft import Draft
-from checkpoint.interop.formats.contract import About, Contents
+from checkpoint.interop.formats.contract import About, Contents, is_weight, weight_name
 from checkpoint.interop.formats.extents import check_shape
 from checkpoint.interop.formats.hf_config import sizes_from, ties_from
 from checkpoint.interop.formats.safetensors import Header, header_bytes, read_header, sort_key
@@ -72,7 +72,7 @@ def write_hf(draft: Draft, contents: Contents, budget_bytes: int) -> None:
     """
     check_global(contents.tensors, "hf")
     for tensor in contents.tensors:
-        if tensor.name.startswith(("optimizer.", "other.")):
+        if not is_weight(tensor.name):
             raise Unsupported(f"{tensor} is no part of a model: the format hf does not hold it, leave it out")
     extra = contents.about.extra
     _write_beside(draft, extra)
@@ -181,7 +181,7 @@ def _gather(place: Place, headers: Mapping[str, Header]) -> tuple[list[Foreign],
             if known and not sharding:
                 raise Corrupt(f"{name!r} is in several files of {place}, {path} among them")
             shape = tuple(map(max, known.shape, box.stop)) if known else box.stop
-            tensors[name] = Foreign(name, extent.dtype, shape)
+            tensors[name] = Foreign(weight_name(name, place.spell(path)), extent.dtype, shape)
             tiles.setdefault(name, []).append(found(box, extent))
     return list(tensors.values()), list(tiles.values())
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from checkpoint.errors import Unsupported
 from checkpoint.interop.draft import Draft
-from checkpoint.interop.formats.contract import About, Contents
+from checkpoint.interop.formats.contract import About, Contents, is_weight
 from checkpoint.interop.formats.megatron_arguments import said_by
 from checkpoint.interop.formats.megatron_files import AXES, FILE, TRACKER, folder_of
 from checkpoint.interop.formats.saving import Later, Saving
@@ -31,7 +31,7 @@ def write_megatron(draft: Draft, contents: Contents, budget_bytes: int) -> None:
         raise Unsupported(f"Megatron's folders have no number for the axes {strange}; they count {[*AXES]}")
     models: dict[tuple[int, ...], dict[str, Later]] = {}
     for number, tensor in enumerate(contents.tensors):
-        if tensor.name.startswith(("optimizer.", "other.")):
+        if not is_weight(tensor.name):
             raise Unsupported(
                 f"Megatron numbers its optimizer's states by an order that {tensor.name!r} does not tell: "
                 "write the weights only"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from checkpoint.errors import Corrupt, Unsupported
+from checkpoint.interop.formats.contract import weight_name
 from checkpoint.interop.formats.inert import Dict, plain
 from checkpoint.interop.formats.numbered import listed, names_of_numbered
 
@@ -121,14 +122,18 @@ class _Naming:
 
     def _put_model(self, model: Any) -> dict[str, str]:
         """Take in the model's tensors. Returns what each is called, by what the file calls it."""
-        found = {".".join(path): item for path, item in self._leaves(model)}
+        found: dict[str, Any] = {}
+        for path, item in self._leaves(model):
+            if (name := ".".join(path)) in found:
+                raise self._doubled(name)
+            found[name] = item
         names = _unwrapped(found)
         if any(name != given for given, name in names.items()):
             self._states.notes.append(
                 "prefixes of wrappers (DDP, FSDP, torch.compile) were left out of names"
             )
         for given, item in found.items():
-            self._put(names[given], item)
+            self._put(weight_name(names[given], self._where), item)
         return names
 
     def _put_optimizer(self, node: dict[Any, Any], names: Mapping[str, str]) -> None:
@@ -208,8 +213,11 @@ class _Naming:
 
     def _put(self, name: str, item: Any) -> None:
         if name in self._states.tensors:
-            raise Corrupt(f"{self._where} has two tensors of the name {name!r}")
+            raise self._doubled(name)
         self._states.tensors[name] = item
+
+    def _doubled(self, name: str) -> Corrupt:
+        return Corrupt(f"{self._where} has two tensors of the name {name!r}")
 
     def _leaves(self, node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         if len(path) > _MAX_DEPTH:

@@ -7,14 +7,13 @@ from typing import Any
 from checkpoint.errors import Corrupt, Incomplete, Unsupported
 from checkpoint.format.box import Box
 from checkpoint.interop.formats.archive import Archive, Stored, is_archive, read_archive
-from checkpoint.interop.formats.contract import About
+from checkpoint.interop.formats.contract import About, is_weight
 from checkpoint.interop.formats.states import States, name_states
 from checkpoint.interop.formats.tiles import Tile, Tiled, held
 from checkpoint.interop.moves import Foreign
 from checkpoint.interop.place import Place
 
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
-_BESIDE = ("optimizer.", "other.")  # what is no part of the model
 _INDEX = "pytorch_model.bin.index.json"
 
 
@@ -82,7 +81,7 @@ def _ties(states: States, owners: Mapping[str, Archive]) -> dict[str, str]:
     firsts: dict[Any, str] = {}
     ties = {}
     for name, item in states.tensors.items():
-        if isinstance(item, Stored) and 0 not in item.shape and not name.startswith(_BESIDE):
+        if isinstance(item, Stored) and 0 not in item.shape and is_weight(name):
             first = firsts.setdefault((id(owners[name]), item), name)
             if first != name:
                 ties[name] = first
