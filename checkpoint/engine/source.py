@@ -106,6 +106,7 @@ class StoreSource:
         self._direct = store if isinstance(store, ReadsInto) else None
         self._files = store if isinstance(store, HasFiles) else None
         self._name = name
+        self._manifests: dict[int, Manifest] = {}
 
     @property
     def name(self) -> str:
@@ -117,8 +118,10 @@ class StoreSource:
         return Catalog(self._store).steps()
 
     def manifest(self, step: int) -> Manifest:
-        """Read a step's manifest."""
-        return Catalog(self._store).manifest(step)
+        """Read a step's manifest, once: none ever changes."""
+        if step not in self._manifests:
+            self._manifests[step] = Catalog(self._store).manifest(step)
+        return self._manifests[step]
 
     def chunks(self, manifest: Manifest, tensors: Collection[int] | None = None) -> ChunkTable:
         """Read the pages that are needed, one at a time."""

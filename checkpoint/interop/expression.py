@@ -13,7 +13,7 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from checkpoint.errors import FormatError
+from checkpoint.errors import FormatError, Misuse
 
 Size = int | tuple[int, ...]
 MAX_LENGTH = 300
@@ -91,11 +91,11 @@ def names_in(expression: Expression) -> set[str]:
 
 
 def evaluate(expression: Expression, scope: Scope) -> int:
-    """Work an expression out. Raises FormatError saying which one, and what is wrong with it."""
+    """Work an expression out. Raises Misuse saying which one, and what is wrong with it."""
     try:
         value = _value(expression.tree, scope)
     except (FormatError, ZeroDivisionError) as error:
-        raise FormatError(f"{expression.text!r} cannot be worked out: {error}") from error
+        raise Misuse(f"{expression.text!r} cannot be worked out: {error}") from error
     return value
 
 

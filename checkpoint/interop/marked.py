@@ -114,7 +114,9 @@ class MarkedFields:
         """Return the entry of a name. Raises FormatError if it is missing."""
         value = self.find(name)
         if value is None:
-            raise self._owner.wrong(f"{self._what} lacks {name!r}")
+            near = difflib.get_close_matches(name, self._left, 1)
+            hint = f": is {near[0]!r} meant to be it?" if near else ""
+            raise self._owner.wrong(f"{self._what} lacks {name!r}{hint}")
         return value
 
     def find(self, name: str) -> Marked | None:

@@ -52,6 +52,17 @@ def broken_page(store: MemoryStore, step: int) -> None:
     store.put(key, bytes(len(bytes(store.read(key)[0]))))
 
 
+def test_a_source_reads_a_manifest_once_and_asks_again_for_one_that_was_not_there():
+    store = MemoryStore("once")
+    source = StoreSource(store)
+    with pytest.raises(NoCheckpoint):
+        source.manifest(1)
+    write_checkpoint(store, 1)
+    found = source.manifest(1)
+    store.delete(manifest_key(1))
+    assert source.manifest(1) is found
+
+
 @pytest.mark.parametrize("version", [2, 99])
 def test_a_checkpoint_of_another_version_is_refused_and_not_passed_over(version):
     store = two_steps()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from checkpoint.errors import FormatError
+from checkpoint.errors import FormatError, Misuse
 from checkpoint.interop.grammar import read_rules
 from checkpoint.interop.placing import resolve_sizes
 
@@ -61,6 +61,7 @@ WRONG_DOCUMENTS = [
     ),
     ("rules: 1\nstates: [{from: 'a.{param}', to: b}]", "both names of a state have {param}"),
     ("rules: 1\ntensors: [{name: 'a{n}', shape: [2]}]", "`each` has to count"),
+    ("rules: 1\nmap: [{form: a, to: b}]", "lacks 'from': is 'form' meant to be it"),
     ("rules: 1\nsizes: {a: b, b: 1}", r"line 2: a size uses \['b'\]"),
     ("rules: 1\nabout: &x y\nname: *x", "uses YAML aliases"),
     ("rules: 1\nmap: [{from: [", "is no YAML"),
@@ -112,7 +113,7 @@ def test_the_expression_language_has_nothing_else(text: str):
 )
 def test_an_expression_that_cannot_be_worked_out_says_why(text: str, message: str):
     rules = read_rules(f'rules: 1\nsizes: {{a: 7, b: [1, 2, 3], c: "{text}"}}', "mine.yaml")
-    with pytest.raises(FormatError, match=message):
+    with pytest.raises(Misuse, match=message):
         resolve_sizes(rules, {})
 
 
