@@ -19,8 +19,8 @@ PEERS_READY := .venv-peers/.ready
 DEEPSPEED_READY := .venv-deepspeed/.ready
 TESTS ?= tests
 PYTEST := $(BIN)/python -m pytest --hypothesis-profile=ci
-# Three files at a time: real clusters wait for half of their time. In order, so that the long ones begin early.
-SIDE_BY_SIDE := -n 3 --dist loadfile --no-loadscope-reorder
+# Two files at a time: real clusters wait for half of their time. In order, so that the long ones begin early.
+BOTH_CORES := -n 2 --dist loadfile --no-loadscope-reorder
 
 # Telemetry off; Prefect keeps its database here unless told otherwise.
 export PREFECT_HOME ?= $(CURDIR)/.prefect
@@ -55,10 +55,10 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(PYTEST) $(SIDE_BY_SIDE) -q -m "not slow and not browser and not soak" $(TESTS)
+	$(PYTEST) $(BOTH_CORES) -q -m "not slow and not browser and not soak" $(TESTS)
 
 test: $(READY) system-packages
-	$(PYTEST) $(SIDE_BY_SIDE) -m "not soak" $(TESTS)
+	$(PYTEST) $(BOTH_CORES) -m "not soak" $(TESTS)
 
 soak: $(READY)
 	$(PYTEST) -m soak --timeout=0 $(TESTS) || [ $$? -eq 5 ]
