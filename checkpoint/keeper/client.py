@@ -245,7 +245,8 @@ class _Link:
         self._num_asked = 0
         channel.settimeout(None)
         channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(answer_s))
-        threading.Thread(target=self._read, name="holdfast-keeper", daemon=True).start()
+        self._reader = threading.Thread(target=self._read, name="holdfast-keeper", daemon=True)
+        self._reader.start()
         threading.Thread(target=self._populate, args=(memory,), name="holdfast-populate", daemon=True).start()
 
     def mapped(self, num_bytes: int) -> memoryview:
@@ -286,6 +287,8 @@ class _Link:
             except KeeperLost as error:
                 if isinstance(error.__cause__, BlockingIOError):
                     raise self._given_up() from error
+                self._reader.join(self._answer_s)  # what the keeper said before it died is read to its end
+                self.is_lost = True
                 raise
 
     def close(self) -> None:

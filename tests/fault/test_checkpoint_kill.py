@@ -17,6 +17,7 @@ from checkpoint import (
     Durable,
     Failed,
     KeeperConfig,
+    KeeperLost,
     Saver,
     Share,
     connect,
@@ -24,6 +25,8 @@ from checkpoint import (
     open_store,
     verify,
 )
+from checkpoint.keeper import client
+from checkpoint.keeper.home import is_free
 from tests.fault.checkpoint_worlds import MIB, durable_steps, same_bits, small_state
 
 pytestmark = pytest.mark.slow
@@ -112,6 +115,28 @@ def test_a_keeper_that_was_killed_is_replaced_and_the_next_save_is_durable(confi
     assert all(isinstance(outcome, Durable | Failed) for outcome in outcomes)
     assert isinstance(told[7], Durable)
     assert verify(store).num_bad == 0
+
+
+def test_a_dead_keeper_is_replaced_at_once_though_its_end_has_not_been_read_yet(config, monkeypatch):
+    receive = client.receive
+
+    def receive_late(channel):
+        try:
+            return receive(channel)
+        except KeeperLost:
+            time.sleep(0.5)  # as on a busy machine, where the thread that reads has to wait for its turn
+            raise
+
+    monkeypatch.setattr(client, "receive", receive_late)
+    with connect(config) as host:
+        saver = Saver(host, "run")
+        for step in (1, 2, 3):
+            saver.save(step, small_state(step), Share.alone("h0"), {})
+            assert saver.drain(20)
+            os.kill(keeper_pid(config), signal.SIGKILL)
+            assert eventually(lambda: is_free(config))
+        saver.close()
+        assert durable_steps(saver.outcomes()) == [1, 2, 3]
 
 
 def test_a_captured_snapshot_that_died_with_its_keeper_is_reported_failed_and_not_passed_over(config):
