@@ -143,8 +143,7 @@ def copy(source: str, target: str, step: int, *, listener: Listener = lambda _: 
     """Copy a checkpoint to another store."""
     store = checkpoint.open_store(source)
     there = checkpoint.open_store(target)
-    if not checkpoint.Catalog(there).steps():
-        checkpoint.check_own(there)
+    checkpoint.check_own(there)
     followed = Followed(store, f"copying step {step}", _packed_bytes(store, [step]), listener)
     return asdict(checkpoint.promote(followed, there, step))
 

@@ -27,6 +27,7 @@ from checkpoint import (
 )
 from checkpoint.keeper import client
 from checkpoint.keeper.home import is_free
+from checkpoint.keeper.messages import receive
 from tests.fault.checkpoint_worlds import MIB, durable_steps, same_bits, small_state
 
 pytestmark = pytest.mark.slow
@@ -118,8 +119,6 @@ def test_a_keeper_that_was_killed_is_replaced_and_the_next_save_is_durable(confi
 
 
 def test_a_dead_keeper_is_replaced_at_once_though_its_end_has_not_been_read_yet(config, monkeypatch):
-    receive = client.receive
-
     def receive_late(channel):
         try:
             return receive(channel)

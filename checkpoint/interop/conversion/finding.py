@@ -20,6 +20,8 @@ def check_own(store: Store) -> None:
 
     Raises AlreadyExists naming what is there, StoreRefused if there can be no store here.
     """
+    if Catalog(store).steps():
+        return
     strange = sorted(one.key for one in store.list("") if one.key.split("/")[0] not in _FOLDERS)
     if strange:
         raise AlreadyExists(f"{store} holds {strange[:3]}, which are no store's: give a new directory")

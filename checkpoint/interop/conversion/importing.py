@@ -120,10 +120,8 @@ def import_checkpoint(
 
 def check_new(target: Store, draft: Draft) -> None:
     """See that a store can have a step, and has none of it. Raises AlreadyExists, StoreRefused."""
-    steps = Catalog(target).steps()
-    if not steps:
-        check_own(target)
-    if draft.step in steps:
+    check_own(target)
+    if draft.step in Catalog(target).steps():
         raise AlreadyExists(f"{target} has a checkpoint of step {draft.step}: give another store, or a step")
 
 

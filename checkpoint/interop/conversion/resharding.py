@@ -251,10 +251,8 @@ def _already_there(
 
 def _present(target: Store, plan: _Plan, reach: Reach) -> list[Proof] | None:
     """Prove the checkpoint if the target has it. Raises AlreadyExists if it has another of the step."""
-    steps = Catalog(target).steps()
-    if not steps:
-        check_own(target)
-    if plan.draft.step not in steps:
+    check_own(target)
+    if plan.draft.step not in Catalog(target).steps():
         return None
     found = Catalog(target).manifest(plan.draft.step)
     specs = tuple(TensorSpec(one.name, one.dtype, one.shape) for one in found.tensors)
