@@ -87,10 +87,10 @@ class Holdfast:
         return state
 
     def close(self) -> None:
-        """Leave the keeper, which ends soon."""
+        """Leave the keeper, and wait until it has ended and removed its directory itself."""
         self._saver.close()
         self._host.close()
-        while self.config.life_lock_path.exists():
+        while self.config.home.exists():
             time.sleep(_POLL_S)
 
 
