@@ -118,8 +118,13 @@ def _drafting_here(fs: Any, root: str, url: str, attempt: str) -> Iterator[Draft
             files = [one for one in folder.rglob("*") if one.is_file()]
         kept = frozenset(one.relative_to(folder).as_posix() for one in files)
         draft = Draft(fs, str(folder), url=str(folder), kept=kept, attempt=attempt)
-        with _settled(draft):
-            yield draft
+        try:
+            with _settled(draft):
+                yield draft
+        except BaseException:
+            with suppress(OSError):
+                folder.rmdir()  # nothing in it is worth to be kept
+            raise
         with told(url):
             for directory in (folder, *(one for one in folder.rglob("*") if one.is_dir())):
                 _sync(directory)

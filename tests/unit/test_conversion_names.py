@@ -93,3 +93,19 @@ def test_rules_that_are_no_text_are_told_by_name(tmp_path):
     done = ask("import", str(tmp_path / "a.pt"), str(tmp_path / "to"), "--rules", str(tmp_path / "a.pt"))
     assert done.exit_code == 2
     assert "a.pt is no text in UTF-8" in done.output
+
+
+def test_what_is_refused_leaves_nothing_beside_its_target(tmp_path):
+    store = str(tmp_path / "store")
+    save_state(checkpoint.open_store(store), {"model": {"w": torch.zeros(3, dtype=torch.complex128)}}, step=1)
+    done = ask("export", store, str(tmp_path / "target"), "--format", "hf")
+    assert done.exit_code and "complex128" in done.output
+    assert [one.name for one in tmp_path.iterdir()] == ["store"]
+
+
+@pytest.mark.parametrize("state", [{}, {"model": {}, "epoch": 3}])
+def test_a_file_without_tensors_is_no_checkpoint_to_import(tmp_path, state):
+    torch.save(state, tmp_path / "empty.pt")
+    done = ask("import", str(tmp_path / "empty.pt"), str(tmp_path / "store"))
+    assert done.exit_code == 1
+    assert "holds no tensors" in done.output and not (tmp_path / "store").exists()

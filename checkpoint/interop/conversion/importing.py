@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from checkpoint.engine.catalog import Catalog
-from checkpoint.errors import AlreadyExists, Mismatch, Misuse
+from checkpoint.errors import AlreadyExists, FormatError, Mismatch, Misuse
 from checkpoint.format.codec import checksum
 from checkpoint.format.scheme import format_layout, parse_layout
 from checkpoint.interop.account import Account
@@ -145,6 +145,8 @@ def plan_adoption(foreign: ForeignCheckpoint, origin: str, adoption: Adoption) -
     about = foreign.about
     if adoption.numbering is Numbering.TOLD:
         check_sure(about.doubts, origin)
+    if not foreign.tensors:
+        raise FormatError(f"{origin} holds no tensors: there is nothing to import")
     sighted = sight(foreign, adoption.rules, adoption.ties)
     specs = sighted.plan.tensors
     scheme = parse_layout(adoption.to)
