@@ -32,10 +32,15 @@ struct rows {
 /* As rows.py has them, which does not use a library that was built of other sources. */
 const char *const holdfast_row_fields = "descriptor offset step address stride first pitch num_rows row_bytes";
 
+static unsigned char *memory_of(const struct rows *rows, uint64_t number)
+{
+    return (unsigned char *)(uintptr_t)(rows->address + number * rows->stride);
+}
+
 /* Read one row; return its fingerprint in `sum`, and 0 if the file has not all of it or cannot be read. */
 static int read_row(const struct rows *rows, uint64_t number, const uint32_t *low, const uint32_t *high, uint64_t *sum)
 {
-    unsigned char *memory = (unsigned char *)(uintptr_t)(rows->address + number * rows->stride);
+    unsigned char *memory = memory_of(rows, number);
     uint64_t offset = rows->offset + number * rows->step, first = rows->first + number * rows->pitch;
     uint64_t left = rows->row_bytes;
     while (left) {
@@ -71,10 +76,14 @@ static uint64_t read_window(const struct rows *rows, uint64_t number, const uint
     if (window == MAP_FAILED)
         return 0;
     int is_there = !madvise(window, num_bytes, MADV_POPULATE_READ);
-    for (uint64_t row = 0; is_there && row < count; row++) {
-        unsigned char *memory = (unsigned char *)(uintptr_t)(rows->address + (number + row) * rows->stride);
-        memcpy(memory, window + ahead + row * rows->step, rows->row_bytes);
-        *sum += holdfast_sum_run(memory, rows->row_bytes, rows->first + (number + row) * rows->pitch, low, high);
+    uint64_t at_once = PIECE_BYTES / (rows->row_bytes + 1) + 1; /* row by row, each sum waits for its own copy */
+    for (uint64_t row = 0, end; is_there && row < count; row = end) {
+        end = row + at_once < count ? row + at_once : count;
+        for (uint64_t next = row; next < end; next++)
+            memcpy(memory_of(rows, number + next), window + ahead + next * rows->step, rows->row_bytes);
+        for (uint64_t next = row; next < end; next++)
+            *sum += holdfast_sum_run(memory_of(rows, number + next), rows->row_bytes,
+                                     rows->first + (number + next) * rows->pitch, low, high);
     }
     munmap(window, num_bytes);
     return is_there ? count : 0;
