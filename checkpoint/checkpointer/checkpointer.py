@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from checkpoint.checkpointer.meeting import (
     rebuilt_notes,
 )
 from checkpoint.checkpointer.options import NEAREST, Options, host_policy_of, place_of
-from checkpoint.checkpointer.restoring import Restoration, restore_newest
+from checkpoint.checkpointer.restoring import Found, Restoration, find_steps, restore_newest
 from checkpoint.checkpointer.saving import Saving
 from checkpoint.checkpointer.world import World, join_world
 from checkpoint.engine.bounds import check_kind
@@ -51,7 +51,7 @@ from checkpoint.engine.quiet import no_collection
 from checkpoint.engine.restore import Fallback
 from checkpoint.engine.save import Saver
 from checkpoint.engine.source import HeldSource, Source, StoreSource
-from checkpoint.errors import Conflict, StoreError
+from checkpoint.errors import Conflict, StoreError, StoreUnavailable
 from checkpoint.format.tree import Json
 from checkpoint.lifecycle.aside import set_aside
 from checkpoint.lifecycle.policies import Policy
@@ -176,12 +176,18 @@ class Checkpointer:
         policy, run = self._options.reading, run or self._host_policy.run
         with ExitStack() as pinned:
             held: list[Held] = []
-            told = self._world.agreed(lambda: self._present(held, pinned))
-            peers = pinned.enter_context(self._meeting.source([keepers for keepers, _ in told]))
+            stores = self._sources()
+            told = self._world.agreed(lambda: self._present(held, pinned, stores, step))
+            peers = pinned.enter_context(self._meeting.source([one.keepers for one in told]))
             own: list[Source] = [*(HeldSource(one, MEMORY) for one in held), *peers]
-            left = self._settled(settled_before(own, step))
-            sources = [*own, *self._sources()]
-            restored = restore_newest(state, sources, self._world, step, policy, run=run)
+            sources, found = [*own, *stores], told[0].found
+            left: tuple[str, ...] = ()
+            if any(one.has_host for one in told):  # who may write until now what is not there yet
+                left = self._settled(settled_before(own, step))
+                found = self._world.tell(lambda: find_steps(sources, policy, step))
+            if not isinstance(found, Found):
+                raise found or AssertionError("without a host rank 0 has looked")
+            restored = restore_newest(state, sources, self._world, found, policy, run=run)
             if restored is not None:
                 notes = (*left, *rebuilt_notes(peers, restored.step))
                 restored = replace(restored, notes=(*restored.notes, *notes))
@@ -190,7 +196,7 @@ class Checkpointer:
         self._restored = -1 if restored is None else restored.step
         if restored is not None and step is not None:
             restored = self._branched(restored, newer)
-        if any(has_saved for _, has_saved in told):
+        if any(one.has_saved for one in told):
             self._world, self._last = self._join(), -1  # what was saved before is of another generation
             self._meeting = self._meeting.of(self._world)
         return restored
@@ -230,11 +236,19 @@ class Checkpointer:
         """This process's place."""
         return self._world
 
-    def _present(self, held: list[Held], pinned: ExitStack) -> tuple[str, bool]:
-        """Pin what is held here; return the keepers that are known here, and whether this rank has saved."""
+    def _present(
+        self, held: list[Held], pinned: ExitStack, stores: Sequence[Source], step: int | None
+    ) -> "_Present":
+        """Pin what is held here; return what the other ranks are to know of it."""
         self._host = self._host or find_host(self._host_policy, self._world)
         held.extend(pinned.enter_context(held_by(self._host)))
-        return keepers_known_to(self._host), self._last >= 0
+        found: Found | StoreUnavailable | None = None
+        if self._world.rank == 0 and self._host is None:
+            try:
+                found = find_steps(stores, self._options.reading, step)
+            except StoreUnavailable as error:  # the memory of other hosts may have what is wanted
+                found = error
+        return _Present(keepers_known_to(self._host), self._host is not None, self._last >= 0, found)
 
     def _join(self) -> World:
         apart = "r" if self._host_policy.kept == "in this process" else ""
@@ -344,6 +358,19 @@ class Checkpointer:
                     saving.note(outcome)
                 elif isinstance(outcome, Durable | Failed) and outcome.tier == PARITY:
                     saving.note_passed(outcome)
+
+
+@dataclass(frozen=True, slots=True)
+class _Present:
+    """What a rank tells before a restore: the keepers it knows, if one lives here, if it saved in this world.
+
+    Rank 0, unless its host may still write some, also tells the steps that the stores have.
+    """
+
+    keepers: str
+    has_host: bool
+    has_saved: bool
+    found: Found | StoreUnavailable | None
 
 
 def _tell(outcome: Outcome) -> None:

@@ -23,8 +23,8 @@ from checkpoint.checkpointer.objects import (
     walk,
 )
 from checkpoint.checkpointer.optimizers import plan_optimizer
-from checkpoint.checkpointer.sharing import Ranks, Request
-from checkpoint.engine.leaves import describe, identity_of, own_tensors
+from checkpoint.checkpointer.sharing import Request
+from checkpoint.engine.leaves import Holders, describe, everyone, identity_of, own_tensors, whole_on
 from checkpoint.engine.likeness import like, rebuilt
 from checkpoint.engine.on_ranks import OnRanks
 from checkpoint.engine.per_rank import PerRank, per_rank_values
@@ -59,7 +59,7 @@ class Refill:
     @property
     def is_on_device(self) -> bool:
         """Whether any of what is to be filled lies where no file is read to."""
-        targets = (one.wanted.target for one in self.requests if one.wanted is not None)
+        targets = (wanted.target for one in self.requests for wanted in one.wanted)
         return any(isinstance(one, torch.Tensor) and one.device.type != "cpu" for one in targets)
 
     def tensor(self, live: torch.Tensor | OnRanks, node: Json, path: str) -> Later:
@@ -76,11 +76,9 @@ class Refill:
         holds = not isinstance(live, OnRanks) or live.tensor is not None
         if holds and self._is_filled(own, leaf.spec.shape, record, path) and not isinstance(live, OnRanks):
             return lambda: live  # other frameworks store it once for each name; who lacks it cannot know that
-        mine = {part.box: part.local for part in leaf.parts(self.place[0])}
-        for piece in leaf.pieces(0, self.place[1]):
-            local = mine.get(piece.box)
-            target = None if local is None else own[tuple(map(slice, local.start, local.stop))]
-            self.ask(record, piece.box, piece.holders, target)
+        parts = leaf.parts(self.place[0])
+        targets = {part.box: own[tuple(map(slice, part.local.start, part.local.stop))] for part in parts}
+        self.ask(record, leaf.holders(self.place[1]), targets)
         return lambda: live
 
     def _is_filled(self, own: torch.Tensor, shape: tuple[int, ...], record: TensorRecord, path: str) -> bool:
@@ -104,14 +102,18 @@ class Refill:
         """Return a new tensor on the CPU that will hold all of a stored one."""
         record = self.record({"$": "tensor", "name": name}, path)
         tensor = torch.empty(record.shape, dtype=torch_dtype(record.dtype))
-        self.ask(record, Box.whole(record.shape), tuple(range(self.place[1])), tensor)
+        whole = whole_on(record.shape, everyone(self.place[1]))
+        self.ask(record, whole, dict.fromkeys(whole, tensor))
         return tensor
 
-    def ask(self, record: TensorRecord, box: Box, ranks: Ranks, target: torch.Tensor | None) -> None:
-        """Ask for a box that some ranks want; `target` is what it is to fill if this is one of them."""
-        wanted = None if target is None else Wanted(record.name, record.dtype, record.shape, box, target)
-        if not box.is_empty:
-            self.requests.append(Request(record.name, box, ranks, wanted))
+    def ask(self, record: TensorRecord, holders: Holders, targets: Mapping[Box, torch.Tensor]) -> None:
+        """Ask for boxes that some ranks want; `targets` are what those that are wanted here are to fill."""
+        wanted = [
+            Wanted(record.name, record.dtype, record.shape, box, target)
+            for box, target in targets.items()
+            if not box.is_empty
+        ]
+        self.requests.append(Request(record.name, holders, tuple(wanted)))
 
     def record(self, node: Json, path: str) -> TensorRecord:
         """Return what the manifest says of the tensor that a node of the skeleton refers to."""

@@ -54,11 +54,15 @@ class Restoration:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
-    """The steps to try, newest first, and the names of the sources that did not answer."""
+class Found:
+    """The steps to try, newest first, and the names of the sources that did not answer.
+
+    If one was `asked_for` it is the only one, and no older one will do.
+    """
 
     steps: list[int]
     unreached: tuple[str, ...] = ()
+    asked_for: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,20 +97,19 @@ class _Disagreed(Exception):
 
 
 def restore_newest(
-    state: Any, sources: Sequence[Source], world: World, step: int | None, policy: ReadPolicy, *, run: str
+    state: Any, sources: Sequence[Source], world: World, found: Found, policy: ReadPolicy, *, run: str
 ) -> Restoration | None:
-    """Restore the newest step that all ranks can read, or exactly `step`. Returns None if there is none.
+    """Restore the newest of the steps that all ranks can read. Returns None if there is none.
 
-    Raises Mismatch if it is another run's; StoreUnavailable if what did not answer may have what nobody has.
+    Raises Mismatch if it is another run's.
     """
-    found = world.tell(lambda: _find(sources, policy, step))
     sources = [one for one in sources if one.name not in found.unreached]
     passed: list[Fallback] = []
     for candidate in found.steps:
         try:
             refill, report = _attempt(state, sources, candidate, world, policy, run=run)
         except _Disagreed as error:
-            if error.is_final or step is not None:
+            if error.is_final or found.asked_for:
                 raise error.own or CheckpointError(str(error)) from None
             log.warning("step %d cannot be restored (%s): trying an older one", candidate, error)
             passed.append(Fallback(candidate, str(error)))
@@ -224,20 +227,23 @@ def _summed(reports: Sequence[RestoreReport]) -> RestoreReport:
     )
 
 
-def _find(sources: Sequence[Source], policy: ReadPolicy, step: int | None) -> _Found:
-    """Find the steps of all sources that answer, or of which the one that is wanted is to be tried."""
+def find_steps(sources: Sequence[Source], policy: ReadPolicy, step: int | None) -> Found:
+    """Find the steps of all sources that answer, or of which the one that is wanted is to be tried.
+
+    Raises StoreUnavailable if what does not answer may have what nobody has.
+    """
     answers = ask_for_steps(sources, policy)
     for number, error in answers.outages.items():
         log.warning("%s is done without: %s", sources[number].name, error)
     unreached = tuple(sources[number].name for number in sorted(answers.outages))
     if step is None:
-        return _Found(answers.steps, unreached)
+        return Found(answers.steps, unreached)
     if unreached and step not in answers.steps:
         why = answers.outages[min(answers.outages)]
         raise StoreUnavailable(
             f"step {step} is not where it could be asked for, and {', '.join(unreached)} may have it: {why}"
         )
-    return _Found([step], unreached)
+    return Found([step], unreached, asked_for=True)
 
 
 def _manifest(sources: Sequence[Source], step: int) -> Manifest:

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 import xxhash
 
+from checkpoint.engine.leaves import Holders
 from checkpoint.engine.regions import Regions, find_uncovered, padded
 from checkpoint.engine.targets import Wanted
-from checkpoint.format.layout import Box
 from checkpoint.format.manifest import TensorRecord
 
 Ranks = tuple[int, ...]
@@ -22,12 +22,11 @@ Ranks = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A box that some ranks want; `wanted` is None on a rank that is none of them."""
+    """A tensor that is wanted, box by box, each by some ranks; `wanted` are the boxes that this one fills."""
 
     label: str
-    box: Box
-    ranks: Ranks
-    wanted: Wanted | None
+    holders: Holders
+    wanted: tuple[Wanted, ...]
 
 
 class Replicas:
@@ -61,26 +60,46 @@ class Replicas:
 
 def digest_of(requests: Sequence[Request]) -> str:
     """Digest what all ranks have to agree on before they read together."""
-    listed = "\n".join(f"{one.label} {one.box.start} {one.box.size} {one.ranks}" for one in requests)
+    told = {
+        number: xxhash.xxh3_128_hexdigest(
+            "\n".join(f"{box.start} {box.size} {ranks}" for box, ranks in holders.items()).encode()
+        )
+        for number, holders in _distinct(requests).items()
+    }
+    listed = "\n".join(f"{one.label} {told[id(one.holders)]}" for one in requests)
     return xxhash.xxh3_128_hexdigest(listed.encode())
 
 
 def by_ranks(requests: Sequence[Request]) -> Mapping[Ranks, list[Wanted]]:
-    """Sort requests by who wants them; every rank gets the same keys, in the same order."""
-    found: dict[Ranks, list[Wanted]] = {ranks: [] for ranks in sorted({one.ranks for one in requests})}
+    """Sort what is wanted by who wants it; every rank gets the same keys, in the same order."""
+    groups = {
+        ranks
+        for holders in _distinct(requests).values()
+        for box, ranks in holders.items()
+        if not box.is_empty
+    }
+    found: dict[Ranks, list[Wanted]] = {ranks: [] for ranks in sorted(groups)}
     for one in requests:
-        if one.wanted is not None:
-            found[one.ranks].append(one.wanted)
+        for wanted in one.wanted:
+            found[one.holders[wanted.box]].append(wanted)
     return found
 
 
 def are_shared_out(requests: Sequence[Request], records: Mapping[str, TensorRecord]) -> bool:
     """Whether what all ranks want is all of each tensor, once: then each may prove its part."""
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(one.label for one in requests))}
-    shapes = [records[name].shape for name in numbers]
+    if len({one.label for one in requests}) < len(requests):
+        return False
+    distinct = {(id(one.holders), records[one.label].shape): one.holders for one in requests}
+    shapes = [shape for _, shape in distinct]
+    numbers = [number for number, holders in enumerate(distinct.values()) for _ in holders]
+    boxes = Regions.of([box for holders in distinct.values() for box in holders], numbers)
     num_dims = max(map(len, shapes), default=0)
-    boxes = Regions.of([one.box for one in requests], [numbers[one.label] for one in requests])
     return find_uncovered(boxes, padded(shapes, num_dims, 1), range(len(shapes))) is None
+
+
+def _distinct(requests: Sequence[Request]) -> Mapping[int, Holders]:
+    """Return the holders of all requests, by identity: those of a thousand layers are a few."""
+    return {id(one.holders): one.holders for one in requests}
 
 
 @contextmanager

@@ -33,9 +33,12 @@ def ask_for_steps(sources: Sequence[Source], policy: ReadPolicy) -> Answers:
     would be trained anew.
     """
     told, is_over = _Told(), Event()
-    for number, source in enumerate(sources):
-        apart(partial(_ask, number, source, told, is_over))
+    asks = [partial(_ask, number, source, told, is_over) for number, source in enumerate(sources)]
+    for ask in asks if len(asks) > 1 else ():
+        apart(ask)
     try:
+        if len(asks) == 1:
+            asks[0]()  # nobody else is waited for meanwhile
         return _heard(sources, policy, told)
     finally:
         is_over.set()

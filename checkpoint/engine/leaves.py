@@ -5,9 +5,10 @@ value that differs from rank to rank.
 """
 
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -36,6 +37,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Along these axes ranks have modules of their own, which may well go by the same names.
 _DIVIDING = {"pp", "pipe", "pipeline", "stage", "ep", "expert", "experts"}
 Signature = tuple[Hashable, ...]
+Holders = Mapping[Box, tuple[int, ...]]
 
 
 class Leaves(NamedTuple):
@@ -57,11 +59,13 @@ class Leaf:
 
     def pieces(self, number: int, num_ranks: int) -> list[Piece]:
         """List the boxes that cover tensor number `number`, each with the ranks that can write it."""
+        return [Piece(number, box, ranks) for box, ranks in self.holders(num_ranks).items()]
+
+    def holders(self, num_ranks: int) -> Holders:
+        """Return which ranks hold each of the boxes that cover the tensor; leaves that are alike share it."""
         if self.spread is None:
-            return [Piece(number, Box.whole(self.spec.shape), self.ranks or _everyone(num_ranks))]
-        return [
-            Piece(number, box, holders) for box, holders in holders_of(self.spread, self.spec.shape).items()
-        ]
+            return whole_on(self.spec.shape, self.ranks or everyone(num_ranks))
+        return holders_of(self.spread, self.spec.shape)
 
     def parts(self, rank: int) -> tuple[Part, ...]:
         """List the boxes that a rank holds, each with its place in the rank's own tensor."""
@@ -151,14 +155,21 @@ def spread_of(name: str, leaf: Any) -> Spread:
     On a part of a larger mesh (the norms of a model that is tensor parallel and sharded) it is replicated
     over the other axes, so that every rank of the larger mesh says the same of it.
     """
-    mesh = _widened(leaf.device_mesh)
-    placements = {
-        axis: _placement(name, one, leaf.dim())
-        for axis, one in zip(_axes_of(leaf.device_mesh), leaf.placements, strict=True)
-    }
-    is_whole = mesh is mesh._get_root_mesh()
-    ranks = _ranks_of(mesh, 0 if is_whole else mesh.get_rank())  # of several equal slices a rank has its own
-    return Spread(ranks, tuple(placements.get(axis, Replicate()) for axis in _axes_of(mesh)))
+    mesh = leaf.device_mesh
+    root = mesh._get_root_mesh()
+    try:
+        return _spread(mesh, root, 0 if mesh is root else mesh.get_rank(), leaf.placements, leaf.dim())
+    except Unsupported as error:
+        raise Unsupported(f"{name}: {error}") from None
+
+
+@lru_cache(maxsize=64)
+def _spread(mesh: Any, root: Any, rank: int, placements: tuple[Any, ...], num_dims: int) -> Spread:
+    """Return how all leaves lie that lie so; of several equal slices of a mesh a rank has its own."""
+    wide = _widened(mesh)
+    known = {axis: _placement(one, num_dims) for axis, one in zip(_axes_of(mesh), placements, strict=True)}
+    ranks = _ranks_of(wide, 0 if wide is root else rank)
+    return Spread(ranks, tuple(known.get(axis, Replicate()) for axis in _axes_of(wide)))
 
 
 def _axes_of(mesh: Any) -> tuple[str, ...]:
@@ -194,7 +205,7 @@ def _own_tensor(name: str, leaf: Any) -> torch.Tensor:
     return own
 
 
-def _placement(name: str, placement: Any, num_dims: int) -> Placement:
+def _placement(placement: Any, num_dims: int) -> Placement:
     kinds = sys.modules["torch.distributed.tensor.placement_types"]
     if isinstance(placement, kinds.Replicate):
         return Replicate()
@@ -203,7 +214,7 @@ def _placement(name: str, placement: Any, num_dims: int) -> Placement:
     if isinstance(placement, kinds.Shard):
         return Shard(placement.dim % num_dims)
     raise Unsupported(
-        f"{name}: a DTensor placed {placement} holds no values of its own to save: "
+        f"a DTensor placed {placement} holds no values of its own to save: "
         "redistribute it to Replicate() or Shard() first"
     )
 
@@ -243,5 +254,12 @@ def _is_leaf(value: object) -> TypeGuard[Any]:
 
 
 @lru_cache(maxsize=8)
-def _everyone(num_ranks: int) -> tuple[int, ...]:
+def everyone(num_ranks: int) -> tuple[int, ...]:
+    """Return all ranks of a world."""
     return tuple(range(num_ranks))
+
+
+@lru_cache(maxsize=256)
+def whole_on(shape: tuple[int, ...], ranks: tuple[int, ...]) -> Holders:
+    """Return the holders of a tensor that some ranks hold in full."""
+    return MappingProxyType({Box.whole(shape): ranks})

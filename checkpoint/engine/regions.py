@@ -271,4 +271,4 @@ def _concatenated(one: Regions, other: Regions) -> Regions:
 
 def _widened_shapes(shapes: Column, num_dims: int) -> Column:
     more = num_dims - shapes.shape[1]
-    return np.pad(shapes, ((0, 0), (0, max(more, 0))), constant_values=1)
+    return np.pad(shapes, ((0, 0), (0, more)), constant_values=1) if more > 0 else shapes

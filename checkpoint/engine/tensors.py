@@ -1,6 +1,7 @@
 """Torch tensors as the engine sees them: named leaves of a nested state, and their raw bits."""
 
 from collections.abc import Hashable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
@@ -52,6 +53,7 @@ def specs_of(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorSpec, ...]:
     return tuple(spec_of(name, tensor) for name, tensor in tensors.items())
 
 
+@lru_cache(maxsize=64)
 def dtype_name(dtype: torch.dtype) -> str:
     """Name a dtype as the format does: "float32"."""
     return str(dtype).removeprefix("torch.")

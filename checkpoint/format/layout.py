@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, product
+from types import MappingProxyType
 
 from checkpoint.errors import FormatError
 from checkpoint.format.box import Box, boxes_of_run, split_box
@@ -45,6 +46,7 @@ __all__ = [
     "split_box",
 ]
 
+_REMEMBERED = 1024  # shapes and spreads: a model has many tensors of each
 AXES = ("replica", "shard", "tensor", "pipeline", "expert", "context")  # as people name them
 
 
@@ -64,6 +66,9 @@ class Mesh:
             raise FormatError(f"a mesh needs distinct axes of at least one rank each, not {self.axes}")
         if self.ranks and (len(self.ranks) != self.size or len(set(self.ranks)) != self.size):
             raise FormatError(f"a mesh {self.axes} needs {self.size} distinct ranks, not {self.ranks}")
+
+    def __hash__(self) -> int:
+        return hash((self.axes, self.ranks[:1]))  # of thousands of ranks, each time a spread is looked up
 
     @property
     def size(self) -> int:
@@ -163,8 +168,7 @@ def boxes_of(spread: Spread, shape: Sequence[int]) -> list[tuple[Box, ...]]:
 
 def parts_of(spread: Spread, shape: Sequence[int], rank: int) -> tuple[Part, ...]:
     """Return the boxes that one rank holds, each with its place in the rank's own tensor."""
-    region = _region(spread, tuple(shape), rank)
-    return () if region is None else _parts(region)
+    return _parts_of(spread, tuple(shape), rank)
 
 
 def local_shape(spread: Spread, shape: Sequence[int], rank: int) -> tuple[int, ...] | None:
@@ -173,18 +177,12 @@ def local_shape(spread: Spread, shape: Sequence[int], rank: int) -> tuple[int, .
     return None if region is None else tuple(length(spans) for spans in region)
 
 
-def holders_of(spread: Spread, shape: Sequence[int]) -> dict[Box, tuple[int, ...]]:
+def holders_of(spread: Spread, shape: Sequence[int]) -> Mapping[Box, tuple[int, ...]]:
     """Return which ranks of the world hold each box: any one of them can write it.
 
     Raises FormatError for partial sums, which nobody holds: sum them first.
     """
-    if any(isinstance(placement, Partial) for placement in spread.placements):
-        raise FormatError(f"partial sums over {spread.mesh.axes} have no holder: reduce the tensor first")
-    holders: dict[Box, list[int]] = {}
-    for rank, boxes in zip(spread.mesh.members, boxes_of(spread, shape), strict=True):
-        for box in boxes:
-            holders.setdefault(box, []).append(rank)
-    return {box: tuple(ranks) for box, ranks in holders.items()}
+    return _holders_of(spread, tuple(shape))
 
 
 def shard_box(shape: Sequence[int], mesh: Mesh, placements: Sequence[Placement], rank: int) -> Box:
@@ -206,6 +204,7 @@ def shard_box(shape: Sequence[int], mesh: Mesh, placements: Sequence[Placement],
 Region = tuple[Spans, ...]  # per dim; None instead of one: the rank has no such tensor
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def _region(spread: Spread, shape: tuple[int, ...], rank: int) -> Region | None:
     """Return what one rank holds: every axis in turn divides what the axes before it left."""
     _check(spread, shape)
@@ -216,7 +215,24 @@ def _region(spread: Spread, shape: tuple[int, ...], rank: int) -> Region | None:
     return region
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=_REMEMBERED)
+def _holders_of(spread: Spread, shape: tuple[int, ...]) -> Mapping[Box, tuple[int, ...]]:
+    if any(isinstance(placement, Partial) for placement in spread.placements):
+        raise FormatError(f"partial sums over {spread.mesh.axes} have no holder: reduce the tensor first")
+    holders: dict[Box, list[int]] = {}
+    for rank, boxes in zip(spread.mesh.members, boxes_of(spread, shape), strict=True):
+        for box in boxes:
+            holders.setdefault(box, []).append(rank)
+    return MappingProxyType({box: tuple(ranks) for box, ranks in holders.items()})
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _parts_of(spread: Spread, shape: tuple[int, ...], rank: int) -> tuple[Part, ...]:
+    region = _region(spread, shape, rank)
+    return () if region is None else _parts(region)
+
+
+@lru_cache(maxsize=_REMEMBERED)
 def _all_parts(spread: Spread, shape: tuple[int, ...]) -> tuple[tuple[Part, ...], ...]:
     """Return what each rank holds, row-major; ranks that hold the same share one value."""
     _check(spread, shape)

@@ -60,6 +60,8 @@ class ChunkTable(Sequence[ChunkRecord]):
     @classmethod
     def concat(cls, tables: Sequence["ChunkTable"]) -> "ChunkTable":
         """Return the chunks of all tables, one table after the other."""
+        if len(tables) == 1:
+            return tables[0]
         num_chunks = sum(map(len, tables))
         first_base = num_chunks
         chunks, bases = [np.zeros(0, ROW)], [np.zeros(0, ROW)]
@@ -173,6 +175,8 @@ class ChunkTable(Sequence[ChunkRecord]):
     def owners(self) -> NDArray[np.int64]:
         """Return, for every row, the place of the chunk that it serves: its own, or that of a delta above."""
         owners = np.arange(len(self.rows))
+        if len(self.rows) == len(self):
+            return owners
         above = np.arange(len(self))
         for _ in range(MAX_CHAIN):
             above = above[self.rows["base"][above] != NO_BASE]
@@ -222,6 +226,8 @@ def decode_table(data: memoryview, where: str) -> ChunkTable:
 def _check_bases(rows: Rows, num_chunks: int, where: str) -> None:
     """Every base serves exactly one delta, before it and of its tensor; and no chain is too long."""
     deltas = np.flatnonzero(rows["base"] != NO_BASE)
+    if not len(deltas) and num_chunks == len(rows):
+        return
     bases = rows["base"][deltas].astype(np.int64)
     if not np.array_equal(np.sort(bases), np.arange(num_chunks, len(rows))) or (bases <= deltas).any():
         raise Corrupt(f"{where} holds deltas and bases that do not belong together")

@@ -164,8 +164,9 @@ def test_what_some_ranks_hold_is_filled_where_it_is_and_nothing_elsewhere(rank):
     live = {name: OnRanks(mine, torch.float32, (5, 3), (0, 2)) for name in "a"}
     live["b"] = OnRanks(None if rank != 1 else torch.zeros(5, 3), torch.float32, (5, 3), (1,))
     refill = plan_refill({"m": live}, Catalog(store).manifest(1), (rank, 3))
-    assert [one.ranks for one in refill.requests] == [(0, 2), (1,)], "every rank knows who wants what"
-    restore_into(store, [one.wanted for one in refill.requests if one.wanted is not None], step=1)
+    wanting = [ranks for one in refill.requests for ranks in one.holders.values()]
+    assert wanting == [(0, 2), (1,)], "every rank knows who wants what"
+    restore_into(store, [wanted for one in refill.requests for wanted in one.wanted], step=1)
     refill.finish()
     held = live["b" if rank == 1 else "a"].tensor
     assert held is not None and torch.equal(held, whole + (rank == 1))

@@ -39,7 +39,7 @@ def restored(store: MemoryStore, rank: int, size: int) -> tuple[dict[str, Any], 
     """Restore as one rank of a world; the others would do the same."""
     state = {"generator": torch.Generator().manual_seed(77), "own": PerRank({"rank": "here"})}
     refill = plan_refill(state, Catalog(store).manifest(1), (rank, size))
-    restore_into(store, [one.wanted for one in refill.requests if one.wanted is not None], step=1)
+    restore_into(store, [wanted for one in refill.requests for wanted in one.wanted], step=1)
     refill.finish()
     return state, refill
 
