@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK = 1 << 19  # numbers: as few steps as what they need still fits a core's cache
-_LENT_BYTES = (4 << 20) + 64  # a chunk, and heads
+_SMALLEST_KEPT = 256 << 10  # bytes: malloc is as fast with less
+_MOST_KEPT = 4
 _PACKED_BYTES = 1 << 20  # codes of all numbers of a chunk, two in a byte
 
 
@@ -39,7 +40,7 @@ class Scratch:
         return self.codes[:num_bytes] if num_bytes <= _PACKED_BYTES else np.empty(num_bytes, np.uint8)
 
 
-_kept: deque[NDArray[np.uint8]] = deque(maxlen=4)
+_kept: deque[NDArray[np.uint8]] = deque(maxlen=_MOST_KEPT)
 _idle: deque[Scratch] = deque()  # as many as were ever in use at once; taken and given back atomically
 
 
@@ -57,13 +58,27 @@ def scratch() -> Iterator[Scratch]:
 
 
 def lend(num_bytes: int) -> memoryview:
-    """Return memory that is lent again once nothing refers to it any more."""
-    try:
-        kept = _kept.pop()
-    except IndexError:  # asked for, not looked for: another thread may take the last one in between
-        kept = None
-    if kept is None or kept.size < num_bytes:
-        kept = np.empty(max(num_bytes, _LENT_BYTES), np.uint8)
+    """Return memory that is lent again once nothing refers to it any more.
+
+    It is at most a quarter larger than was asked for: thousands of small chunks may be held at once.
+    """
+    if num_bytes < _SMALLEST_KEPT:
+        return np.empty(num_bytes, np.uint8).data
+    kept = _fitting(num_bytes)
+    if kept is None:
+        kept = np.empty(num_bytes, np.uint8)
     lent = kept[:num_bytes]
     weakref.finalize(lent, _kept.append, kept).atexit = False
     return lent.data  # whoever has a part of it has `lent`
+
+
+def _fitting(num_bytes: int) -> NDArray[np.uint8] | None:
+    for _ in range(_MOST_KEPT):
+        try:
+            kept = _kept.pop()
+        except IndexError:  # asked for, not looked for: another thread may take the last one in between
+            return None
+        if num_bytes <= kept.size <= num_bytes + num_bytes // 4:
+            return kept
+        _kept.appendleft(kept)
+    return None

@@ -161,6 +161,20 @@ def test_a_command_that_casts_keeps_to_the_least_budget(options, tmp_path):
     assert told["grown_bytes"] <= told["peak_bytes"] <= 128 << 20, told["grown_bytes"] >> 20
 
 
+def test_a_command_that_makes_thousands_of_small_chunks_keeps_to_the_budget_too(tmp_path):
+    torch.manual_seed(7)
+    small, large = tmp_path / "small", tmp_path / "large"
+    for place, rows in ((small, 128), (large, 1024)):
+        weights = {f"layers.{n}.q_proj.weight": torch.randn(rows, 512) for n in range(40)}
+        save_state(checkpoint.open_store(str(place)), {"model": weights})
+    options = "reshard --to shard=16,tensor=8"
+    command = [sys.executable, "-c", TIGHT, options, str(large), str(tmp_path / "out"), str(small)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    told = json.loads(done.stdout)
+    assert told["num_chunks"] == 40 * 16 * 8
+    assert told["grown_bytes"] <= told["peak_bytes"] <= 128 << 20, told["grown_bytes"] >> 20
+
+
 AVERAGING = """
 import json, sys
 import numpy, torch
