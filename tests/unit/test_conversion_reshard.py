@@ -53,6 +53,23 @@ def test_a_world_that_cannot_be_meant_is_refused_at_once_and_one_of_many_copies_
         assert report.num_chunks <= sum(math.prod(shape) for shape in sizes.values())
 
 
+def test_of_two_conversions_to_one_place_the_slower_one_is_told_and_leaves_nothing(source):
+    target, alone = MemoryStore("target"), MemoryStore("alone")
+    others: list[str] = []
+
+    def overtake(_: object) -> None:
+        if not others:
+            others.append("under way")
+            reshard(source, target, Change(to="tensor=3"))
+
+    with pytest.raises(AlreadyExists, match="another conversion was faster"):
+        reshard(source, target, Change(to="shard=2"), listener=overtake)
+    reshard(source, alone, Change(to="tensor=3"))
+    there, expected = ({one.key for one in store.list("packs/")} for store in (target, alone))
+    assert there == expected
+    assert Stored(target).manifest.meta["layout"] == Stored(alone).manifest.meta["layout"]
+
+
 def test_more_chunks_than_an_index_should_list_are_refused(source, monkeypatch):
     monkeypatch.setattr(roles, "MAX_BOXES", 100)
     with pytest.raises(Misuse, match="more than 100 chunks"):

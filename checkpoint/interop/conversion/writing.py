@@ -112,7 +112,8 @@ def write_checkpoint(
     """Write a checkpoint of `contents`, whose tensors are the draft's.
 
     Just before the manifest is created, `check` is told the fingerprint of every tensor that was written, by
-    name, and raises what is wrong with them. Raises Conflict if the step exists with other content.
+    name, and raises what is wrong with them. Raises Conflict if the step exists with other content by then,
+    AlreadyExists if with the same from another conversion.
     """
     host = draft.host(settings)
     cuts = draft.cuts
@@ -141,6 +142,11 @@ def write_checkpoint(
         raise
     manifest = _commit(store, host, draft, packing.packs, table)
     sweep_attempt(store, host, manifest)
+    if not {pack.key for pack in packing.packs} <= {pack.key for pack in manifest.packs}:
+        raise AlreadyExists(
+            f"{store} has got another checkpoint of step {draft.step} meanwhile, of the same content: "
+            "another conversion was faster. Give a store of its own, nothing is overwritten"
+        )
     stored = sum(pack.num_bytes for pack in manifest.packs)
     return Written(manifest, len(cuts), num_bytes, num_resumed, stored)
 
