@@ -20,6 +20,7 @@ from checkpoint.errors import (
     StoreUnavailable,
 )
 from checkpoint.interop.turns import TURNS
+from checkpoint.store.paths import escaped, is_file_url, local_path
 
 DRAFT = ".holdfast-draft"
 _READ_AHEAD_BYTES = 1 << 20
@@ -61,7 +62,8 @@ class Place:
         """Return a folder in this one as a place of its own; "" is this one."""
         if not folder:
             return self
-        found, (root, files) = Place(f"{self.url.rstrip('/')}/{folder}", self._draft), self._listed()
+        name = escaped(folder) if is_file_url(self.url) else folder
+        found, (root, files) = Place(f"{self.url.rstrip('/')}/{name}", self._draft), self._listed()
         inner = {
             path.removeprefix(f"{folder}/"): size
             for path, size in files.items()
@@ -154,6 +156,7 @@ def _list(fs: Any, root: str, url: str, draft: str | None) -> tuple[str, Mapping
         if path.startswith(prefix) and not path.startswith(f"{prefix}{TURNS}/")
     }
     if not files:
+        _check_reached(fs, root)
         raise NotFound(f"{url} is neither a file nor a directory with files")
     if draft is not None:
         files.pop(f"{DRAFT}-{draft}", None)
@@ -162,11 +165,25 @@ def _list(fs: Any, root: str, url: str, draft: str | None) -> tuple[str, Mapping
     return root, files
 
 
+def _check_reached(fs: Any, root: str) -> None:
+    """Raise what kept a client from its server: that of HTTP only tells that it found nothing."""
+    try:
+        fs.info(root)
+    except FileNotFoundError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+            raise cause from None
+
+
 def filesystem(url: str) -> tuple[Any, str]:
-    """Return the client for a URL, and the path that it knows it by. Raises StoreRefused."""
+    """Return the client for a URL, and the path that it knows it by. Raises StoreRefused.
+
+    As in a store's URL, percent escapes are decoded in one of a file, and in nothing else.
+    """
     if not url:
         raise StoreRefused("an empty text names no place: give a path or a URL like s3://bucket/prefix")
-    url = os.path.expanduser(url.removeprefix("obstore+"))
+    url = url.removeprefix("obstore+")
+    url = local_path(url) if is_file_url(url) else os.path.expanduser(url)
     fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
     return fs, root.rstrip("/")
 

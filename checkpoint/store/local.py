@@ -20,6 +20,7 @@ from checkpoint.store.contract import (
     check_ranges,
     parts_of,
 )
+from checkpoint.store.paths import file_url
 from checkpoint.store.writeback import write_parts
 
 _INCOMING = ".incoming"  # values being written; no key can name it
@@ -43,7 +44,7 @@ class LocalStore:
         self._is_swept = False
 
     def __str__(self) -> str:
-        return f"file://{self._root}"
+        return file_url(self._root)
 
     def put_new(self, key: str, data: Data) -> None:
         """Write the value only if the key is free."""

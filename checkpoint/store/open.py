@@ -7,13 +7,13 @@ import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from checkpoint.errors import AlreadyExists, StoreError, StoreRefused
 from checkpoint.store.contract import Store
 from checkpoint.store.local import LocalStore
 from checkpoint.store.memory import MemoryStore
 from checkpoint.store.obstore import PREFIX, ObStore
+from checkpoint.store.paths import local_path
 from checkpoint.store.wrappers import Retrying
 
 _lock = threading.Lock()
@@ -42,10 +42,11 @@ class Probe:
 def open_store(url: str) -> Store:
     """Return the store that a URL names; nothing is read or written yet.
 
-    A plain path (`~` is the home directory) or `file://` is a directory, which the first write creates;
-    `memory://name` lives in this process; anything else is a URL that fsspec knows (`s3://bucket/prefix`), or
-    one for obstore, the optional faster client (`obstore+s3://bucket/prefix`). Their requests are
-    tried again while it is unavailable. Credentials come from the environment, as the client reads it.
+    A plain path (`~` is the home directory) or `file://` (with percent escapes) is a directory, which the
+    first write creates; `memory://name` lives in this process; anything else is a URL that fsspec knows
+    (`s3://bucket/prefix`), or one for obstore, the optional faster client (`obstore+s3://bucket/prefix`).
+    Their requests are tried again while it is unavailable. Credentials come from the environment, as the
+    client reads it.
 
     Raises StoreRefused for a URL that names no store.
     """
@@ -63,7 +64,7 @@ def open_store(url: str) -> Store:
                 "like s3://bucket/prefix (a server that speaks S3 is named by AWS_ENDPOINT_URL)"
             )
         case "file":
-            return LocalStore(_local_path(url))
+            return LocalStore(local_path(url))
         case "memory":
             return _memory_store(rest)
         case _ if scheme.startswith(PREFIX):
@@ -98,13 +99,6 @@ def probe(store: Store) -> Probe:
     with suppress(StoreError):
         store.delete(key)
     return Probe(str(store), is_readable, is_writable, is_conditional, seconds, problem)
-
-
-def _local_path(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.netloc not in ("", "localhost"):
-        raise StoreRefused(f"{url!r} names a host: write file:///absolute/path, with three slashes")
-    return unquote(parts.path)
 
 
 def _memory_store(name: str) -> MemoryStore:

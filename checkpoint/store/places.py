@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from checkpoint.store.obstore import PREFIX
+from checkpoint.store.paths import host_and_path
 
 _LOCAL = ("file", "local")
 _ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "abfss": "abfs", "az": "abfs"}
@@ -50,7 +50,7 @@ def _spot(url: str) -> _Spot:
     scheme, separator, rest = url.strip().partition("://")
     scheme = scheme.lower().removeprefix(PREFIX)
     if not separator or scheme in _LOCAL:
-        path = unquote(urlsplit(url.strip()).path) if separator else url.strip()
+        path = host_and_path(f"file://{rest}")[1] if separator else url.strip()
         return _Spot("file", "", Path(os.path.realpath(Path(path).expanduser())).parts)
     if scheme == "memory":
         return _Spot(scheme, rest, ("",))  # a name, not a path

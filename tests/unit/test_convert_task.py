@@ -11,6 +11,8 @@ from tasks.convert import ConversionOrder, carry_out, describe, may_pass
 from tests.conversion_samples import bits_of, block_weights, save_state
 from tests.resharding_matrix import MODELS, make_truth
 
+RENAMING = "rules: 1\nname: renaming\nmap:\n  - {from: w, to: v}\n"
+
 
 def test_a_model_goes_out_and_comes_back(tmp_path):
     store, model, again, back = (str(tmp_path / name) for name in ("store", "model", "again", "back"))
@@ -21,6 +23,21 @@ def test_a_model_goes_out_and_comes_back(tmp_path):
     order = ConversionOrder(source=again, target=back, source_format="torch", to="shard=3", step=3)
     assert carry_out(order).layout == "shard=3"
     assert bits_of(checkpoint.open_store(back)) == bits_of(checkpoint.open_store(store))
+
+
+def test_the_home_directory_may_be_named_as_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/rules.yaml").write_text(RENAMING)
+    save_state(checkpoint.open_store("~/store"), {"model": {"w": torch.ones(2)}})
+    carry_out(ConversionOrder(source="~/store", target="~/cut", to="shard=2"))
+    carry_out(ConversionOrder(source="~/cut", target="~/torch", target_format="torch"))
+    carry_out(ConversionOrder(source="~/torch", target="~/dcp", target_format="dcp", source_format="torch"))
+    report = carry_out(ConversionOrder(source="~/dcp", target="~/back", rules="~/rules.yaml"))
+    assert [one.name for one in report.proofs] == ["model/v"]
+    assert {one.name for one in tmp_path.iterdir()} == {"home"}
+    assert {one.name for one in (tmp_path / "home").iterdir()} >= {"store", "cut", "torch", "dcp", "back"}
 
 
 def test_what_cannot_be_ordered_is_refused():

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from checkpoint.errors import Incomplete, Unsupported
+from checkpoint.errors import Corrupt, Incomplete, Unsupported
 from checkpoint.format.box import Box
 from checkpoint.format.fingerprint import fingerprint
 from checkpoint.interop.drafting import drafting
@@ -26,7 +26,7 @@ from checkpoint.interop.formats.deepspeed_writing import write_deepspeed_univers
 from checkpoint.interop.formats.deepspeed_zero_writing import write_deepspeed
 from checkpoint.interop.formats.rounding import round_bits, widen_bits
 from checkpoint.interop.place import Place
-from tests.interop.unpacking import unpack, values_of
+from tests.interop.unpacking import rewrite, unpack, values_of
 
 MADE = ["zero1-bf16-2", "zero2-bf16-3", "zero2-fp32-2", "zero3-bf16-3", "zero3-groups-2"]
 PYTHON = Path(__file__).resolve().parents[2] / ".venv-deepspeed/bin/python"
@@ -287,6 +287,27 @@ def test_deepspeed_loads_the_partitions_that_we_write_for_another_stage_and_worl
     found = load_in_deepspeed(target, tmp_path, "--stage", str(stage), "--world", str(world))
     assert found.keys() == golden.keys()
     assert all((found[name] == golden[name]).all() for name in golden)
+
+
+@pytest.mark.parametrize("is_dealt", [True, False])
+def test_states_in_another_order_are_refused_and_a_configuration_that_says_why_is_pointed_at(
+    is_dealt, tmp_path
+):
+    folder, _ = unpack("zero2-bf16-3", tmp_path)
+
+    def deal(tree) -> None:
+        tree["ds_config"]["zero_optimization"]["round_robin_gradients"] = is_dealt
+
+    def exchange(tree) -> None:
+        one = tree["optimizer_state_dict"]["single_partition_of_fp32_groups"][0]
+        one.data.copy_(one.flip(0))
+
+    (model,) = folder.glob("global_step2/*model_states.pt")
+    rewrite(model, deal)
+    rewrite(next(folder.glob("global_step2/*zero_pp_rank_0_*optim_states.pt")), exchange)
+    with pytest.raises(Corrupt, match=r"is not what .* was rounded from") as caught:
+        open_deepspeed(Place(str(folder)))
+    assert ("`round_robin_gradients: true`" in str(caught.value)) is is_dealt
 
 
 @pytest.mark.slow

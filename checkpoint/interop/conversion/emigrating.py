@@ -30,7 +30,7 @@ from checkpoint.interop.conversion.ruled import RuleChoice, knowing, misfit, unc
 from checkpoint.interop.conversion.sighting import accounted, check_sure
 from checkpoint.interop.conversion.skeletons import matches, nothing_fits
 from checkpoint.interop.conversion.surplus import HOLD_ROUNDED, own_tensors
-from checkpoint.interop.conversion.tying import TIED, Ties, universal, with_copies
+from checkpoint.interop.conversion.tying import TIED, Ties, ties_of_weights, universal, with_copies
 from checkpoint.interop.formats.contract import About, Contents
 from checkpoint.interop.formats.hf_config import retyped
 from checkpoint.interop.formats.told import HYPER
@@ -164,6 +164,7 @@ def plan_emigration(source: Origin, emigration: Emigration, holds_optimizer: Hol
         kind = FormatError if emigration.only is None else Misuse
         what = "nothing of it" if emigration.only is None else f"nothing that {emigration.only!r} fits"
         raise kind(f"{source.url}: {emigration.format} has a place for {what}; another --format may have")
+    source = replace(source, ties=ties_of_weights(source.ties, set(names)))
     chosen = Chosen(source.contents, names)
     contents = Cast(chosen, _casts(chosen.tensors, emigration.dtype))
     if emigration.format in HOLD_ROUNDED:
@@ -172,8 +173,7 @@ def plan_emigration(source: Origin, emigration: Emigration, holds_optimizer: Hol
         plan = _plan(contents.tensors, emigration)
     except (Mismatch, Incomplete, FormatError) as error:
         raise misfit(error) from error
-    holds_copies = holds_optimizer(emigration.format) and emigration.rules is None and emigration.only is None
-    ties = source.ties if holds_copies else {}
+    ties = _copied(source.ties, emigration, holds_optimizer)
     plan = with_copies(plan, contents.tensors, ties)
     widths = [itemsize(one.dtype) for one in chosen.tensors]
     outbound = Outbound(contents, plan, _about(source, emigration, plan), widths=widths)
@@ -221,6 +221,12 @@ def _check_rounded(old: Sequence[TensorSpec], new: Sequence[TensorSpec], emigrat
                 f"{one.dtype}, as readers of {emigration.format} see: export without a dtype, or only "
                 "'model/*'"
             )
+
+
+def _copied(ties: Ties, emigration: Emigration, holds_optimizer: Holds) -> Ties:
+    """Return the ties whose weights are written by their other names as well."""
+    holds_copies = holds_optimizer(emigration.format) and emigration.rules is None and emigration.only is None
+    return ties if holds_copies else {}
 
 
 def _casts(specs: Sequence[TensorSpec], dtype: str | None) -> dict[str, str]:

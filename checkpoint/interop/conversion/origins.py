@@ -15,7 +15,7 @@ from checkpoint.interop.conversion.contract import ConversionSettings, GlobalTen
 from checkpoint.interop.conversion.marking import Marked
 from checkpoint.interop.conversion.ruled import RuleChoice, model_sizes, sizes_in
 from checkpoint.interop.conversion.sighting import EXTRA, sight
-from checkpoint.interop.conversion.tying import Ties, ties_of
+from checkpoint.interop.conversion.tying import TIED, Ties, ties_of
 from checkpoint.interop.formats.contract import ForeignCheckpoint
 from checkpoint.interop.place import is_here
 from checkpoint.store.contract import Store
@@ -95,7 +95,7 @@ def foreign_origin(
         step=about.step or 0,
         digest=checksum(json.dumps([url, told]).encode()).hex(),
         contents=Assembled(marked, sighted.plan),
-        extra={**about.extra, **sighted.extra},
+        extra={**_untied(about.extra), **sighted.extra},
         fingerprints=marked.fingerprints,
         changed=marked.changed,
         padding=marked.padding,
@@ -106,6 +106,11 @@ def foreign_origin(
         doubts=() if numbering is Numbering.BY_ORDER else about.doubts,
         is_at_hand=is_here(url),
     )
+
+
+def _untied(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Return plain data without the ties that it tells: some may be of weights that are not there."""
+    return {key: value for key, value in extra.items() if key != TIED or not isinstance(value, dict)}
 
 
 class _Tensors(dict[str, object]):

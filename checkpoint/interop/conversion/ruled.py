@@ -1,5 +1,6 @@
 """Placements from rules: what a framework's own ranks would hold, read off the plan of an export. Pure."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,14 +39,16 @@ class RuleChoice:
 
 
 def choose_rules(text: str, settings: Sequence[str] = ()) -> RuleChoice:
-    """Return the rules of a built-in name or a file, with sizes like "layers=12" or "kv_heads=3,2,2".
+    """Return the rules of a built-in name or a file (`~` is the home directory), with sizes like "layers=12".
+
+    A size that differs from layer to layer is a list: "kv_heads=3,2,2".
 
     Raises FormatError.
     """
     if text in builtin_names():
         rules = builtin_rules(text)
-    elif Path(text).is_file():
-        rules = read_rules(_document(Path(text)), text, find_document)
+    elif (path := Path(os.path.expanduser(text))).is_file():
+        rules = read_rules(_document(path), text, find_document)
     else:
         raise FormatError(
             f"{text!r} is neither a file nor a built-in rule set; there are {', '.join(builtin_names())}"

@@ -17,7 +17,7 @@ from checkpoint.interop.conversion.names import from_foreign, from_rules
 from checkpoint.interop.conversion.proving import check_described
 from checkpoint.interop.conversion.roles import owner_of
 from checkpoint.interop.conversion.ruled import RuleChoice, misfit
-from checkpoint.interop.conversion.tying import TIED, Ties, merged, tie, universal
+from checkpoint.interop.conversion.tying import TIED, Ties, merged, tie, ties_of_weights, universal
 from checkpoint.interop.expression import Size
 from checkpoint.interop.formats.contract import LEAST_VOCAB, About, ForeignCheckpoint
 from checkpoint.interop.formats.hf_config import retyped
@@ -87,11 +87,11 @@ def sight(foreign: ForeignCheckpoint, choice: RuleChoice | None, ties: Ties | No
                 f"the tensors of this {about.format} checkpoint are spread over {dict(about.axes)}: "
                 "name the rules of its model (--rules, --set)"
             )
-        ties = merged({**about.ties, **known}, ties or {})
-        plan = tie(_renamed(as_they_are(foreign.tensors), from_foreign), ties)
+        plan = _renamed(as_they_are(foreign.tensors), from_foreign)
+        ties, notes = _tied({**about.ties, **known}, ties, plan)
+        plan = tie(plan, ties)
         words = partial(_account_as_named, foreign.tensors, ties)
-        return Sighted(plan, words, _skeleton(plan.tensors, extra, ties), ties=ties, extra=extra)
-    ties = merged(known, ties or {})  # what the files call tied, the rules speak of
+        return Sighted(plan, words, _skeleton(plan.tensors, extra, ties), tuple(notes), ties, extra)
     others = [number for number, one in enumerate(foreign.tensors) if one.name.startswith(_OTHER)]
     numbers = [number for number in range(len(foreign.tensors)) if number not in set(others)]
     sizes = {**_known_sizes(choice, about.sizes), **choice.sizes}
@@ -104,8 +104,10 @@ def sight(foreign: ForeignCheckpoint, choice: RuleChoice | None, ties: Ties | No
             raise misfit(error) from error
         raise
     _check_floats(plan)
-    plan = tie(_renamed(_renumbered(plan, numbers, foreign.tensors), from_rules), ties)
-    notes = [
+    plan = _renamed(_renumbered(plan, numbers, foreign.tensors), from_rules)
+    ties, notes = _tied(known, ties, plan)  # what the files call tied, the rules speak of
+    plan = tie(plan, ties)
+    notes += [
         f"{name}={size} was given, but the files say {about.sizes[name]}; where both fit, no shape tells"
         for name, size in choice.sizes.items()
         if about.sizes.get(name, size) != size
@@ -116,6 +118,17 @@ def sight(foreign: ForeignCheckpoint, choice: RuleChoice | None, ties: Ties | No
     words = partial(accounted, RuleChoice(choice.rules, sizes), about.axes, chosen, ties)
     extra = follow_inward(_of_new_type(extra, plan), plan)
     return Sighted(plan, words, _skeleton(plan.tensors, extra, ties), tuple(notes), ties, extra)
+
+
+def _tied(known: Mapping[str, str], told: Ties | None, plan: Plan) -> tuple[dict[str, str], list[str]]:
+    """Return the ties of a plan's weights, and a note of those that files know of weights they do not hold.
+
+    What people tell stays as it is: a weight that is not there is their mistake.
+    """
+    there = ties_of_weights(known, {one.name for one in plan.tensors})
+    lost = [str(other) for other in known if other not in there and other not in (told or {})]
+    notes = [f"ties of weights that are not there are left out: {listed(lost)}"] if lost else []
+    return merged(there, told or {}), notes
 
 
 def accounted(

@@ -1,7 +1,8 @@
 """Tied weights: one tensor by several names. Frameworks keep it once or several times; here it is one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from checkpoint.engine.plan import TensorSpec
 from checkpoint.errors import FormatError, Mismatch, Misuse
@@ -34,6 +35,23 @@ def merged(known: Ties, told: Ties) -> dict[str, str]:
     kept = {other: name for other, name in known.items() if other not in told and name not in told}
     ties = {**kept, **told}
     return {other: _last(ties, name) for other, name in ties.items()}
+
+
+def ties_of_weights(told: Mapping[Any, Any], there: Collection[str]) -> dict[str, str]:
+    """Return those ties whose weights are there, by their universal names, in the end."""
+    ties = {other: name for other, name in told.items() if isinstance(other, str) and isinstance(name, str)}
+    return {other: name for other, name in ties.items() if f"{_MODEL}/{_end(ties, name)}" in there}
+
+
+def _end(ties: Ties, name: str) -> str | None:
+    """Return the name that is tied to none itself; a circle has none."""
+    seen = set()
+    while name in ties:
+        if name in seen:
+            return None
+        seen.add(name)
+        name = ties[name]
+    return name
 
 
 def _last(ties: Ties, name: str) -> str:

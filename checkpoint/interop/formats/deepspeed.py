@@ -34,7 +34,14 @@ from checkpoint.interop.formats.deepspeed_parts import (
     stage_of,
     zero_of,
 )
-from checkpoint.interop.formats.deepspeed_said import extra_of, left_of, left_states, notes_of, step_of
+from checkpoint.interop.formats.deepspeed_said import (
+    extra_of,
+    hint_of,
+    left_of,
+    left_states,
+    notes_of,
+    step_of,
+)
 from checkpoint.interop.formats.deepspeed_state import Collected, Rounded, ZeroCheckpoint, run_of
 from checkpoint.interop.formats.deepspeed_steps import read_step
 from checkpoint.interop.formats.deepspeed_weights import ModelStates, collect_weights
@@ -81,7 +88,7 @@ def open_deepspeed(place: Place) -> ZeroCheckpoint:
         notes=(*notes_of(zero, len(files) // len(models)), *left_of(tree), *dict.fromkeys(collected.notes)),
     )
     tiled = Tiled(place, about, collected.tensors, collected.tiles)
-    check_masters(tiled, str(folder), list(collected.parts.values()))
+    check_masters(tiled, str(folder), list(collected.parts.values()), hint=hint_of(about.extra))
     return ZeroCheckpoint(tiled, collected.rounded)
 
 

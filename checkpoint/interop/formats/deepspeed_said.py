@@ -11,6 +11,10 @@ from checkpoint.interop.formats.numbered import listed
 
 _TENSORS = {"module", "frozen_param_fragments", "optimizer"}
 _MAX_VALUES = 1 << 22
+_ROUND_ROBIN = (
+    ". Its ds_config has `round_robin_gradients: true`, with which ZeRO's partitions lie in an order that is "
+    "not read: save without it"
+)
 _SHARDS = {
     *("base_optimizer_state", "single_partition_of_fp32_groups", "fp32_flat_groups", "optimizer_state_dict"),
     "param_slice_mappings",
@@ -21,6 +25,13 @@ def step_of(tree: Mapping[str, Any]) -> int | None:
     """Return how many steps the engine had done."""
     step = tree.get("global_steps", tree.get("iteration"))
     return step if type(step) is int and step >= 0 else None
+
+
+def hint_of(extra: Mapping[str, Any]) -> str:
+    """Return what a run's configuration says of why states may seem to lie under others' names."""
+    config = extra.get("ds_config")
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    return _ROUND_ROBIN if isinstance(zero, dict) and zero.get("round_robin_gradients") is True else ""
 
 
 def extra_of(tree: Mapping[str, Any], zero: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from checkpoint.interop.formats.archive import Archive, Stored, read_archive
 from checkpoint.interop.formats.contract import About, Array
 from checkpoint.interop.formats.deepspeed_files import Folder, RankFile, find_folder, model_files
 from checkpoint.interop.formats.deepspeed_parts import Shape, group_shapes, stage_of
-from checkpoint.interop.formats.deepspeed_said import extra_of, left_of, left_states, step_of
+from checkpoint.interop.formats.deepspeed_said import extra_of, hint_of, left_of, left_states, step_of
 from checkpoint.interop.formats.deepspeed_state import Collected, Rounded, ZeroCheckpoint, run_of
 from checkpoint.interop.formats.deepspeed_steps import read_step
 from checkpoint.interop.formats.deepspeed_weights import ModelStates, collect_weights
@@ -56,7 +56,7 @@ def open_deepspeed_universal(place: Place) -> ZeroCheckpoint:
         notes=(*left_of(tree), *collected.notes),
     )
     tiled = Tiled(place, about, collected.tensors, collected.tiles)
-    check_masters(tiled, str(folder))
+    check_masters(tiled, str(folder), hint=hint_of(about.extra))
     return ZeroCheckpoint(tiled, collected.rounded)
 
 

@@ -34,10 +34,13 @@ class Weight(Protocol):
         """As the master's."""
 
 
-def check_masters(opened: ForeignCheckpoint, where: str, parts: Sequence[tuple[int, Box]] = ()) -> None:
+def check_masters(
+    opened: ForeignCheckpoint, where: str, parts: Sequence[tuple[int, Box]] = (), *, hint: str = ""
+) -> None:
     """See that samples of masters, rounded, are their weights. Raises Corrupt naming one that is not.
 
     Parts, each a box of the master of a number, are looked at as well: such as one of every rank's file.
+    A hint is added to what the error says.
     """
     owners = _owners(opened)
     pairs = list(owners.items())
@@ -51,6 +54,7 @@ def check_masters(opened: ForeignCheckpoint, where: str, parts: Sequence[tuple[i
             raise Corrupt(
                 f"{where}: {master} is not what {weight} was rounded from: the optimizer's states lie "
                 "under others' names, or are of another rank or step, and its moments are not believed either"
+                f"{hint}"
             )
 
 
