@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from checkpoint.checkpointer.objects import (
@@ -60,9 +61,14 @@ def _node(value: Any, path: str, names: Mapping[int, str], depth: int = 0) -> An
 
 
 def _held_still(tensor: Any) -> Any:
-    """Return a parameter as it is, and a copy of a buffer, which a forward pass may change."""
+    """Return a parameter as it is, and a copy of a buffer, which a forward pass may change.
+
+    What has no memory to copy is returned as it is too: it is refused later, by its name.
+    """
     is_buffer = isinstance(tensor, torch.Tensor) and not isinstance(tensor, nn.Parameter)
-    return tensor.detach().clone() if is_buffer and tensor.nbytes <= _MAX_CLONED_BYTES else tensor
+    if not is_buffer or is_lazy(tensor) or tensor.layout is not torch.strided:
+        return tensor
+    return tensor.detach().clone() if tensor.nbytes <= _MAX_CLONED_BYTES else tensor
 
 
 def _optimizer(optimizer: Optimizer, path: str, names: Mapping[int, str]) -> dict[str, Any]:

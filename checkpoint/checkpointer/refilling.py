@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from checkpoint.checkpointer.asides import Aside, Place, put_all, set_aside
 from checkpoint.checkpointer.objects import (
     Kind,
     class_of,
@@ -28,7 +29,7 @@ from checkpoint.engine.leaves import Holders, describe, everyone, identity_of, o
 from checkpoint.engine.likeness import like, rebuilt
 from checkpoint.engine.on_ranks import OnRanks
 from checkpoint.engine.per_rank import PerRank, per_rank_values
-from checkpoint.engine.targets import Wanted
+from checkpoint.engine.targets import Wanted, check_apart
 from checkpoint.engine.tensors import identity, torch_dtype, unflatten_state
 from checkpoint.errors import Mismatch
 from checkpoint.format.layout import Box
@@ -43,7 +44,7 @@ Later = Callable[[], Any]  # to be called once everything wanted is there: retur
 class Refill:
     """One restore of one checkpoint, for one rank: what to read, and what is to be told of it.
 
-    Make it with `plan_refill`; have the `requests` filled; then call `finish`.
+    Make it with `plan_refill`; have the `requests` filled; then call `settle`, and `finish`.
     """
 
     manifest: Manifest
@@ -55,6 +56,8 @@ class Refill:
     records: dict[str, TensorRecord] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
     filled: dict[Any, str] = field(default_factory=dict)
+    places: list[Place] = field(default_factory=list)
+    asides: list[Aside] = field(default_factory=list)
 
     @property
     def is_on_device(self) -> bool:
@@ -74,16 +77,20 @@ class Refill:
             )
         own = own_tensors([path], [live])[0].detach()
         holds = not isinstance(live, OnRanks) or live.tensor is not None
-        if holds and self._is_filled(own, leaf.spec.shape, record, path) and not isinstance(live, OnRanks):
+        check_apart(path, own)
+        key = identity(own), leaf.spec.shape, leaf.spread
+        if holds and key not in self.filled:
+            self.places.append(Place(path, own, len(self.requests)))
+        if holds and self._is_filled(key, record, path) and not isinstance(live, OnRanks):
             return lambda: live  # other frameworks store it once for each name; who lacks it cannot know that
         parts = leaf.parts(self.place[0])
         targets = {part.box: own[tuple(map(slice, part.local.start, part.local.stop))] for part in parts}
         self.ask(record, leaf.holders(self.place[1]), targets)
         return lambda: live
 
-    def _is_filled(self, own: torch.Tensor, shape: tuple[int, ...], record: TensorRecord, path: str) -> bool:
+    def _is_filled(self, key: Any, record: TensorRecord, path: str) -> bool:
         """Whether the same memory is filled already, from a tensor of equal content. Raises Mismatch."""
-        before = self.filled.setdefault((identity(own), shape), record.name)
+        before = self.filled.setdefault(key, record.name)
         if before == record.name:
             return False
         if self.records[before].fingerprint != record.fingerprint:
@@ -92,6 +99,10 @@ class Refill:
                 f"{before!r} and {record.name!r}, whose contents differ"
             )
         return True
+
+    def settle(self) -> None:
+        """Fill the tensors that share memory. Raises Mismatch if they cannot all hold what is theirs."""
+        put_all(self.asides)
 
     def value(self, node: Json, path: str) -> Later:
         """Read whatever there is at a place of the checkpoint, as plain data and new tensors on the CPU."""
@@ -143,6 +154,7 @@ def plan_refill(state: Any, manifest: Manifest, place: tuple[int, int]) -> Refil
     refill = Refill(manifest, place, records={record.name: record for record in manifest.tensors})
     refill.names = parameter_names(state)
     refill.finish = _node(refill, state, manifest.skeleton, "")
+    refill.requests, refill.asides = set_aside(refill.requests, refill.places)
     return refill
 
 

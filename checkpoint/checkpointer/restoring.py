@@ -67,11 +67,15 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What a rank means to read; whether it could prove parts of chunks together with the others."""
+    """What a rank means to read; whether it could prove parts of chunks together with the others.
+
+    `has_asides` tells that some is read aside, and put in its place once all ranks have read.
+    """
 
     digest: str = ""
     content: bytes = b""
     can_pool: bool = False
+    has_asides: bool = False
 
 
 _NO_PLAN = _Plan()
@@ -132,7 +136,8 @@ def _attempt(
         manifest = _manifest(sources, step)
         check_run(manifest, run)
         refill = plan_refill(state, manifest, (world.rank, world.size))
-        plan = _Plan(digest_of(refill.requests), _content_of(manifest), _can_pool(refill, sources))
+        can_pool, has_asides = _can_pool(refill, sources), bool(refill.asides)
+        plan = _Plan(digest_of(refill.requests), _content_of(manifest), can_pool, has_asides)
     except Exception as error:  # noqa: BLE001 -- the others wait to hear of it; raised by _agree
         failure = error
     plans = [one.plan for one in _agree(world, failure, plan=plan)]
@@ -142,9 +147,11 @@ def _attempt(
         raise Mismatch("the ranks restore different things: give the same state on every rank")
     if len({one.content for one in plans}) > 1:
         raise Mismatch(f"the ranks found different checkpoints of step {step}: give all the same store")
-    if world.size == 1 or not all(one.can_pool for one in plans):
-        return refill, _filled(refill, sources, world, policy)
-    return refill, _filled(refill, sources, world, replace(policy, pool=Pool()))
+    is_pooled = world.size > 1 and all(one.can_pool for one in plans)
+    report = _filled(refill, sources, world, replace(policy, pool=Pool()) if is_pooled else policy)
+    if any(one.has_asides for one in plans):
+        _settle(refill, world)
+    return refill, report
 
 
 def _filled(refill: Refill, sources: Sequence[Source], world: World, policy: ReadPolicy) -> RestoreReport:
@@ -179,6 +186,16 @@ def _filled(refill: Refill, sources: Sequence[Source], world: World, policy: Rea
     )
     again = _filled(refill, sources, world, replace(policy, pool=None))
     return _summed([*reports, again])
+
+
+def _settle(refill: Refill, world: World) -> None:
+    """Put what was read aside in its place. What fails on one rank raises _Disagreed on all."""
+    failure: Exception | None = None
+    try:
+        refill.settle()
+    except Exception as error:  # noqa: BLE001 -- the others wait to hear of it; raised by _agree
+        failure = error
+    _agree(world, failure)
 
 
 def _can_pool(refill: Refill, sources: Sequence[Source]) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from checkpoint.engine.overlaps import overlaps_itself
 from checkpoint.engine.tensors import dtype_name
 from checkpoint.errors import FormatError, Mismatch
 from checkpoint.format.codec import Buffer
@@ -103,6 +104,17 @@ def bits_of(tensor: torch.Tensor) -> Array:
     return array.view(dtype_of(dtype_name(tensor.dtype)).carrier)
 
 
+def check_apart(name: str, tensor: torch.Tensor) -> None:
+    """Raise Mismatch, naming the tensor, if it cannot be filled as several of its elements are one."""
+    if overlaps_itself(tensor):
+        steps = zip(tensor.stride(), tensor.shape, strict=True)
+        is_expanded = any(stride == 0 and size > 1 for stride, size in steps)
+        raise Mismatch(
+            f"the target of {name!r} {'is expanded' if is_expanded else 'overlaps itself'}: several of its "
+            "elements are one in memory, and cannot take their values; give a tensor of its own (clone())"
+        )
+
+
 def number_targets(wanted: Sequence[Wanted], manifest: Manifest) -> list[int]:
     """Return which of the manifest's tensors each wanted box belongs to.
 
@@ -136,12 +148,7 @@ def _checked(wanted: Wanted, tensor: torch.Tensor) -> torch.Tensor:
             f"the target of {wanted.name!r} is {dtype_name(tensor.dtype)}{list(tensor.shape)}, "
             f"but what is wanted is {wanted.dtype}{list(wanted.box.size)}"
         )
-    steps = zip(tensor.stride(), tensor.shape, strict=True)
-    if tensor.numel() and any(stride == 0 and size > 1 for stride, size in steps):
-        raise Mismatch(
-            f"the target of {wanted.name!r} is expanded: several of its elements are one in memory, and "
-            "cannot take their values; give a tensor of its own (clone())"
-        )
+    check_apart(wanted.name, tensor)
     return tensor.detach()
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 
 from checkpoint.engine.plan import TensorSpec
 from checkpoint.errors import Unsupported
@@ -86,6 +87,8 @@ def raw_bytes(tensor: torch.Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
 
 def check_plain(name: str, tensor: torch.Tensor) -> None:
     """Raise Unsupported, naming the tensor, if it has no plain memory or a dtype that the format lacks."""
+    if is_lazy(tensor):
+        raise Unsupported(f"{name}: it is not initialized and has no shape yet: run the model once")
     if tensor.is_nested and tensor.layout is torch.strided:
         raise Unsupported(
             f"{name}: a nested tensor has no plain memory to capture: give its parts, as a list"
@@ -113,7 +116,7 @@ def check_copyable(name: str, tensor: torch.Tensor) -> None:
 
 def identity(tensor: torch.Tensor) -> Hashable:
     """Return what two tensors have in common if they are one: the same elements of the same memory."""
-    if tensor.layout is not torch.strided or tensor.is_nested:
+    if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.is_nested:
         return id(tensor)
     address = tensor.data_ptr()
     if address == 0:  # an empty one, or one without memory
@@ -121,7 +124,7 @@ def identity(tensor: torch.Tensor) -> Hashable:
             return id(tensor)
         # Tied weights of which a rank holds nothing are still tied, as they are on other ranks.
         return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.dtype, tensor.shape
-    return address, tensor.dtype, tensor.shape, tensor.stride()
+    return address, tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
 
 
 def _is_tensor(value: object) -> TypeGuard[torch.Tensor]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from checkpoint.checkpointer import Checkpointer, Options
 from checkpoint.engine.given import plain_meta
@@ -154,6 +155,37 @@ def test_what_has_no_plain_form_is_refused_by_its_path(checkpointer, name):
     if name not in ("contains itself", "too deep"):
         with pytest.raises(FormatError, match=says.replace("^bad", "^own/bad")):
             checkpointer.save(1, {"own": PerRank({"bad": bad})})
+
+
+WITHOUT_MEMORY: dict[str, Callable[[], torch.Tensor]] = {
+    "coo": lambda: torch.eye(3).to_sparse(),
+    "csr": lambda: torch.eye(3).to_sparse_csr(),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "jagged": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    "meta": lambda: torch.ones(3, device="meta"),
+    "lazy buffer": UninitializedBuffer,
+    "lazy parameter": UninitializedParameter,
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own, of nested and sparse tensors
+@pytest.mark.parametrize("name", WITHOUT_MEMORY)
+def test_a_part_of_a_module_that_has_no_plain_memory_is_refused_by_its_path(checkpointer, name):
+    value = WITHOUT_MEMORY[name]()
+    module = nn.Module()
+    if isinstance(value, nn.Parameter):
+        module.register_parameter("part", value)
+    else:
+        module.register_buffer("part", value)
+    with pytest.raises(Unsupported, match=r"^model/part: "):
+        checkpointer.save(1, {"model": module})
+    with pytest.raises(Unsupported, match=r"^own/part: "):
+        checkpointer.save(1, {"own": PerRank({"part": value})})
+    full = nn.Module()
+    full.register_buffer("part", torch.eye(3))
+    assert checkpointer.save(1, {"model": full}).durable().result(20).step == 1
+    with pytest.raises(Unsupported, match=r"^model/part: "):
+        checkpointer.restore({"model": module})
 
 
 def test_a_contiguous_float4_comes_back(checkpointer):
