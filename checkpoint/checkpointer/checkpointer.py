@@ -183,10 +183,11 @@ class Checkpointer:
             sources, found = [*own, *stores], told[0].found
             left: tuple[str, ...] = ()
             if any(one.has_host for one in told):  # who may write until now what is not there yet
-                left = self._settled(settled_before(own, step))
+                left, found = self._settled(settled_before(own, step)), None
+            if found is None:
                 found = self._world.tell(lambda: find_steps(sources, policy, step))
-            if not isinstance(found, Found):
-                raise found or AssertionError("without a host rank 0 has looked")
+            if isinstance(found, StoreUnavailable):
+                raise found
             restored = restore_newest(state, sources, self._world, found, policy, run=run)
             if restored is not None:
                 notes = (*left, *rebuilt_notes(peers, restored.step))
@@ -243,12 +244,16 @@ class Checkpointer:
         self._host = self._host or find_host(self._host_policy, self._world)
         held.extend(pinned.enter_context(held_by(self._host)))
         found: Found | StoreUnavailable | None = None
-        if self._world.rank == 0 and self._host is None:
+        if self._world.rank == 0 and self._host is None and self._speaks_for_all():
             try:
                 found = find_steps(stores, self._options.reading, step)
-            except StoreUnavailable as error:  # the memory of other hosts may have what is wanted
+            except StoreUnavailable as error:
                 found = error
         return _Present(keepers_known_to(self._host), self._host is not None, self._last >= 0, found)
+
+    def _speaks_for_all(self) -> bool:
+        """Whether nobody writes where one rank finds no host: on another host a keeper may still."""
+        return self._host_policy.kept == "in this process" or len(set(self._world.hosts)) == 1
 
     def _join(self) -> World:
         apart = "r" if self._host_policy.kept == "in this process" else ""
@@ -364,7 +369,7 @@ class Checkpointer:
 class _Present:
     """What a rank tells before a restore: the keepers it knows, if one lives here, if it saved in this world.
 
-    Rank 0, unless its host may still write some, also tells the steps that the stores have.
+    Rank 0 also tells the steps that the stores have, if it is known that nobody still writes some.
     """
 
     keepers: str

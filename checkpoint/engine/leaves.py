@@ -156,19 +156,20 @@ def spread_of(name: str, leaf: Any) -> Spread:
     over the other axes, so that every rank of the larger mesh says the same of it.
     """
     mesh = leaf.device_mesh
-    root = mesh._get_root_mesh()
+    wide = _widened(mesh)
+    # Of several equal slices of a mesh a rank has its own; the process group that tells it may be gone.
+    rank = 0 if wide is mesh._get_root_mesh() else mesh.get_rank()
     try:
-        return _spread(mesh, root, 0 if mesh is root else mesh.get_rank(), leaf.placements, leaf.dim())
+        return _spread(mesh, wide, rank, leaf.placements, leaf.dim())
     except Unsupported as error:
         raise Unsupported(f"{name}: {error}") from None
 
 
 @lru_cache(maxsize=64)
-def _spread(mesh: Any, root: Any, rank: int, placements: tuple[Any, ...], num_dims: int) -> Spread:
-    """Return how all leaves lie that lie so; of several equal slices of a mesh a rank has its own."""
-    wide = _widened(mesh)
+def _spread(mesh: Any, wide: Any, rank: int, placements: tuple[Any, ...], num_dims: int) -> Spread:
+    """Return how all leaves lie that lie so."""
     known = {axis: _placement(one, num_dims) for axis, one in zip(_axes_of(mesh), placements, strict=True)}
-    ranks = _ranks_of(wide, 0 if wide is root else rank)
+    ranks = _ranks_of(wide, rank)
     return Spread(ranks, tuple(known.get(axis, Replicate()) for axis in _axes_of(wide)))
 
 

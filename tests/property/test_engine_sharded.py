@@ -145,6 +145,14 @@ def test_what_lies_on_a_part_of_a_larger_mesh_is_replicated_over_the_rest(axis):
     assert torch.equal(load(store).state["norm"], whole) and verify(store).num_bad == 0
 
 
+def test_what_lies_on_a_part_of_a_larger_mesh_is_told_without_a_process_group():
+    with rank_of(0, 4):
+        both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
+        norm = shard(torch.randn(5, 3), both["shard"], [Shard(0)])
+    assert not torch.distributed.is_initialized()
+    assert spread_of("norm", norm).mesh.members == (0, 1, 2, 3)
+
+
 def test_stages_are_no_replicas_of_each_other_though_their_parts_may_go_by_the_same_names():
     described = set()
     for rank in range(4):

@@ -14,7 +14,7 @@ import checkpoint
 from checkpoint.errors import AlreadyExists, Corrupt, Mismatch, Misuse, NoCheckpoint
 from checkpoint.format.layout import Shard, StridedShard
 from checkpoint.format.notation import layout_from_json
-from checkpoint.interop.conversion import roles
+from checkpoint.interop.conversion import roles, writing
 from checkpoint.interop.conversion.contract import ConversionSettings, Overflow
 from checkpoint.interop.conversion.resharding import Change, plan_reshard, reshard
 from checkpoint.interop.conversion.stored import Stored
@@ -65,7 +65,7 @@ def test_of_two_conversions_to_one_place_the_slower_one_is_told_and_leaves_nothi
     with pytest.raises(AlreadyExists, match="another conversion was faster"):
         reshard(source, target, Change(to="shard=2"), listener=overtake)
     reshard(source, alone, Change(to="tensor=3"))
-    there, expected = ({one.key for one in store.list("packs/")} for store in (target, alone))
+    there, expected = ({one.key for one in store.list("")} for store in (target, alone))
     assert there == expected
     assert Stored(target).manifest.meta["layout"] == Stored(alone).manifest.meta["layout"]
 
@@ -287,6 +287,27 @@ def test_a_kill_loses_nothing_that_was_packed(tmp_path):
     target = checkpoint.open_store(places[1])
     report = reshard(source, target, Change(to="shard=2"), settings=TIGHT)
     assert report.num_resumed_bytes > 0
+    assert bits_of(target) == bits_of(source)
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_a_pack_that_is_lost_after_its_receipt_is_made_anew(source, monkeypatch, is_gone):
+    target = MemoryStore("target")
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "try_commit", die)
+        with pytest.raises(KeyboardInterrupt):
+            reshard(source, target, Change(to="shard=2"))
+    (first, *_) = (one.key for one in target.list("packs/"))
+    damaged = bytearray(target.read(first)[0])
+    damaged[100] ^= 0xFF
+    target.delete(first)
+    if not is_gone:
+        target.put(first, bytes(damaged))
+    reshard(source, target, Change(to="shard=2"))
     assert bits_of(target) == bits_of(source)
 
 

@@ -68,10 +68,11 @@ def sweep_attempt(store: Store, host: str, manifest: Manifest) -> None:
             store.delete(entry.key)
 
 
-def discard_attempt(store: Store, host: str) -> None:
-    """Delete the packs of an attempt whose proof failed, so that the next one begins anew."""
-    for entry in store.list(f"{PACKS}{GENERATION:06d}-{host}-"):
-        store.delete(entry.key)
+def discard_attempt(store: Store, host: str, step: int) -> None:
+    """Delete all of an attempt that came too late, or whose proof failed, so that the next begins anew."""
+    for prefix in (f"{pages_prefix(GENERATION, step)}{host}-", f"{PACKS}{GENERATION:06d}-{host}-"):
+        for entry in store.list(prefix):
+            store.delete(entry.key)
 
 
 def _proved(

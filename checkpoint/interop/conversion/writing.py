@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint.engine.commit import proof_of, read_pages, try_commit, write_pages
+from checkpoint.engine.commit import proof_of, try_commit, write_pages
 from checkpoint.engine.contract import Content
 from checkpoint.engine.pipeline import Crew
 from checkpoint.engine.plan import Piece, TensorSpec
-from checkpoint.engine.receipt import Receipt, now_utc, write_receipt
+from checkpoint.engine.receipt import Receipt, encode_receipt, now_utc
 from checkpoint.errors import AlreadyExists, Conflict, Mismatch, StoreUnavailable
 from checkpoint.format.blocks import BLOCK_BYTES, SUM_BYTES, digest_many
 from checkpoint.format.codec import Buffer, checksum, encode
@@ -138,15 +138,16 @@ def write_checkpoint(
     try:
         check({spec.name: sums.get(number, 0) for number, spec in enumerate(draft.tensors)})
     except Mismatch:
-        discard_attempt(store, host)
+        discard_attempt(store, host, draft.step)
         raise
     manifest = _commit(store, host, draft, packing.packs, table)
-    sweep_attempt(store, host, manifest)
     if not {pack.key for pack in packing.packs} <= {pack.key for pack in manifest.packs}:
+        discard_attempt(store, host, draft.step)
         raise AlreadyExists(
             f"{store} has got another checkpoint of step {draft.step} meanwhile, of the same content: "
             "another conversion was faster. Give a store of its own, nothing is overwritten"
         )
+    sweep_attempt(store, host, manifest)
     stored = sum(pack.num_bytes for pack in manifest.packs)
     return Written(manifest, len(cuts), num_bytes, num_resumed, stored)
 
@@ -254,7 +255,7 @@ class _Packing:
 
 
 def _commit(store: Store, host: str, draft: Draft, packs: Sequence[PackRef], table: ChunkTable) -> Manifest:
-    """Write pages and receipt, and create the manifest. What an attempt receipted before stands."""
+    """Write pages and receipt, and create the manifest."""
     text = json.dumps(draft.skeleton, separators=(",", ":"), allow_nan=False)
     specs = json.dumps([[spec.name, spec.dtype, spec.shape] for spec in draft.tensors])
     digest = checksum(f"{specs}\n{text}".encode()).hex()
@@ -273,9 +274,9 @@ def _commit(store: Store, host: str, draft: Draft, packs: Sequence[PackRef], tab
     pages = write_pages(store, (GENERATION, draft.step, host), table)
     # Announced like borrowed packs, for a prune to spare: a conversion may take longer than a prune's grace.
     own = replace(receipt, pages=tuple(pages), borrowed=tuple(pack.key for pack in packs))
-    standing = write_receipt(store, own)
-    chunks = table if standing is own else read_pages(store, standing.pages)
-    manifest = try_commit(store, standing, chunks, now_utc())
+    # In place of an earlier attempt's, whose packs may be gone or damaged by now; nobody else has its name.
+    store.put(own.key, encode_receipt(own))
+    manifest = try_commit(store, own, table, now_utc())
     if manifest is None:
         raise StoreUnavailable(f"{store} is just being pruned: run the same conversion again to finish it")
     return manifest

@@ -35,8 +35,8 @@ from checkpoint.interop.formats.deepspeed_parts import (
     zero_of,
 )
 from checkpoint.interop.formats.deepspeed_said import (
+    check_order,
     extra_of,
-    hint_of,
     left_of,
     left_states,
     notes_of,
@@ -52,6 +52,7 @@ from checkpoint.interop.moves import Foreign
 from checkpoint.interop.place import Place
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_ORDERED = 3  # the stage that deals no parameters round robin
 
 
 def looks_like_deepspeed(files: Mapping[str, int]) -> bool:
@@ -87,8 +88,10 @@ def open_deepspeed(place: Place) -> ZeroCheckpoint:
         extra_of(tree, zero, str(folder)),
         notes=(*notes_of(zero, len(files) // len(models)), *left_of(tree), *dict.fromkeys(collected.notes)),
     )
+    if stage_of(zero) < _ORDERED and len(files) > len(models):
+        check_order(about.extra, str(folder))
     tiled = Tiled(place, about, collected.tensors, collected.tiles)
-    check_masters(tiled, str(folder), list(collected.parts.values()), hint=hint_of(about.extra))
+    check_masters(tiled, str(folder), list(collected.parts.values()))
     return ZeroCheckpoint(tiled, collected.rounded)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from checkpoint.errors import Corrupt
+from checkpoint.errors import Corrupt, Unsupported
 from checkpoint.interop.formats.archive import Stored
 from checkpoint.interop.formats.deepspeed_parts import stage_of
 from checkpoint.interop.formats.inert import MAX_DEPTH, plain
@@ -12,7 +12,7 @@ from checkpoint.interop.formats.numbered import listed
 _TENSORS = {"module", "frozen_param_fragments", "optimizer"}
 _MAX_VALUES = 1 << 22
 _ROUND_ROBIN = (
-    ". Its ds_config has `round_robin_gradients: true`, with which ZeRO's partitions lie in an order that is "
+    "Its ds_config has `round_robin_gradients: true`, with which ZeRO's partitions lie in an order that is "
     "not read: save without it"
 )
 _SHARDS = {
@@ -29,9 +29,19 @@ def step_of(tree: Mapping[str, Any]) -> int | None:
 
 def hint_of(extra: Mapping[str, Any]) -> str:
     """Return what a run's configuration says of why states may seem to lie under others' names."""
+    return f". {_ROUND_ROBIN}" if _is_round_robin(extra) else ""
+
+
+def check_order(extra: Mapping[str, Any], where: str) -> None:
+    """Raise Unsupported if the partitions of ZeRO-1 or 2 lie in another order than the files say."""
+    if _is_round_robin(extra):
+        raise Unsupported(f"{where} cannot be read. {_ROUND_ROBIN}")
+
+
+def _is_round_robin(extra: Mapping[str, Any]) -> bool:
     config = extra.get("ds_config")
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
-    return _ROUND_ROBIN if isinstance(zero, dict) and zero.get("round_robin_gradients") is True else ""
+    return isinstance(zero, dict) and zero.get("round_robin_gradients") is True
 
 
 def extra_of(tree: Mapping[str, Any], zero: Mapping[str, Any], where: str) -> dict[str, Any]:
