@@ -162,3 +162,5 @@ def main(directory: str, worlds: list[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2:])
+    sys.stdout.flush()
+    os._exit(0)  # as in apart_rank.py

@@ -34,6 +34,7 @@ def restore(rank: int, root: str) -> None:
         assert restored is not None and restored.step == 2, restored
         assert state["w"].tolist() == [2.0] * 4
     dist.destroy_process_group()
+    os._exit(0)  # as in apart_rank.py
 
 
 @pytest.mark.slow

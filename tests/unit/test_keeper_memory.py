@@ -47,6 +47,12 @@ def state_of(pid: int) -> str:
     return "gone"
 
 
+def stop(pid: int) -> None:
+    """Stop a process, and see it stop: on another core it runs on for a moment, and may answer."""
+    os.kill(pid, signal.SIGSTOP)
+    assert eventually(lambda: state_of(pid) == "T")
+
+
 def eventually(condition, seconds=30.0):
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
@@ -106,7 +112,7 @@ def test_a_keeper_that_stopped_is_given_up_killed_and_replaced_within_one_captur
         saver.save(1, small_state(1), Share.alone("h0"), {})
         assert saver.drain(20) and durable_steps(saver.outcomes()) == [1]
         pid = keeper_pid(hasty)
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
         saver.save(2, small_state(2), Share.alone("h0"), {})
         assert saver.wait_captured() < 20
         assert state_of(pid) == "gone" and keeper_pid(hasty) != pid
@@ -122,7 +128,7 @@ def test_a_snapshot_that_a_stopped_keeper_had_not_made_durable_is_reported_faile
         seen: list[Outcome] = []
         partner = plan_of(rows_of(1), hosts=("h0", "elsewhere"))  # waits for another host's receipt
         host.seal(begin(host, 1, rows_of(1), partner, generation=1))
-        os.kill(keeper_pid(hasty), signal.SIGSTOP)
+        stop(keeper_pid(hasty))
         with pytest.raises(KeeperLost, match="did not answer for"):
             give(host, 2, rows_of(2), MEMORY, name="h0")
         assert give(host, 2, rows_of(2), MEMORY, name="h0")
@@ -144,7 +150,7 @@ def test_a_trainer_that_starts_finds_a_stopped_keeper_and_replaces_it(config):
     hasty = replace(config, answer_s=0.5)
     connect(hasty).close()
     pid = keeper_pid(hasty)
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     with connect(hasty) as host:
         assert keeper_pid(hasty) != pid and state_of(pid) == "gone"
         assert give(host, 1, rows_of(1), MEMORY, name="h0")
