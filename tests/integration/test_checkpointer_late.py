@@ -14,7 +14,7 @@ from checkpoint import Checkpointer, Options
 from checkpoint.checkpointer.hosting import find_host
 
 FIND = "checkpoint.checkpointer.checkpointer.find_host"
-LATE_S = 1.0
+LATE_S = 1.0  # by then the first rank has come to its own restore, and would have looked
 
 
 def restore(rank: int, root: str) -> None:
