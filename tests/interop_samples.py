@@ -63,7 +63,7 @@ class Files:
         """Return the bits of a box."""
         return np.array(self._whole(number)[slices(box)])
 
-    def close(self) -> None:
+    def settle(self) -> None:
         """Do nothing."""
 
 

@@ -19,11 +19,13 @@ from checkpoint.errors import (
     StoreRefused,
     StoreUnavailable,
 )
+from checkpoint.interop.checksums import Checksums
 from checkpoint.interop.turns import TURNS
 from checkpoint.store.paths import escaped, is_file_url, local_path
 
 DRAFT = ".holdfast-draft"
 _READ_AHEAD_BYTES = 1 << 20
+_GO_BYTES = 4 << 20  # of what is read for its checksum only
 _REFUSED_TYPES = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError"}
 
 
@@ -39,6 +41,7 @@ class Place:
         self._lock = threading.Lock()
         self._client: tuple[int, Any, str] | None = None
         self._listing: tuple[str, Mapping[str, int]] | None = None
+        self._checksums = Checksums()
 
     def __str__(self) -> str:
         return self.url
@@ -72,12 +75,28 @@ class Place:
         found._listing = f"{root}/{folder}", inner
         return found
 
+    def expect(self, path: str, name: str, span: tuple[int, int], crc: int) -> None:
+        """Take note of the CRC-32 that a file tells of a part: its first byte, and how many there are.
+
+        Drafts do without: all of one is held against what should be in it.
+        """
+        if self._draft is None:
+            self._checksums.expect(path, name, span, crc)
+
+    def settle(self) -> None:
+        """Read what is missing to tell whether what was read is sound. Raises Corrupt."""
+        for gap in self._checksums.gaps():
+            for begin in range(gap.begin, gap.stop, _GO_BYTES):
+                self.read(gap.path, begin, min(_GO_BYTES, gap.stop - begin))
+
     def read(self, path: str, offset: int = 0, num_bytes: int | None = None) -> bytes:
         """Return a range of a file, or all from an offset on. Raises NotFound, Corrupt if it is too short."""
         wanted = self._size(path) - offset if num_bytes is None else num_bytes
         self._check_range(path, offset, wanted)
         if self.local(path) is None:
-            return self._fetch(path, offset, wanted)
+            data = self._fetch(path, offset, wanted)
+            self._saw(path, offset, memoryview(data))
+            return data
         out = np.empty(wanted, np.uint8)
         self.read_into(path, offset, out)
         return out.tobytes()
@@ -89,9 +108,10 @@ class Place:
         row = memoryview(out.reshape(-1).view(np.uint8).data)
         if local is None:
             row[:] = self._fetch(path, offset, out.nbytes)
-            return
-        with told(self.spell(path)):
-            _read_local(local, offset, row)
+        else:
+            with told(self.spell(path)):
+                _read_local(local, offset, row)
+        self._saw(path, offset, row)
 
     def open(self, path: str) -> BinaryIO:
         """Open a file for reading at any position."""
@@ -103,6 +123,14 @@ class Place:
     def local(self, path: str) -> Path | None:
         """Return where a file lies on this machine, if it does: it can be mapped."""
         return Path(self._full(path)) if isinstance(self._fs()[0], LocalFileSystem) else None
+
+    def _saw(self, path: str, offset: int, data: memoryview) -> None:
+        damage = self._checksums.saw(path, offset, data)
+        if damage is not None:
+            raise Corrupt(
+                f"{damage.name} of {self.spell(path)} was damaged after it was written: its CRC-32 is "
+                f"{damage.found:08x}, and the file says {damage.told:08x}. Get another copy of the file"
+            )
 
     def _fetch(self, path: str, offset: int, wanted: int) -> bytes:
         if not wanted:

@@ -35,7 +35,7 @@ class InMemory:
     def read(self, number, box):
         return np.array(self.arrays[number][slices(box)])
 
-    def close(self):
+    def settle(self):
         pass
 
 

@@ -39,13 +39,11 @@ def exported(source: str, tmp_path, format: str) -> dict[str, float]:
     target = str(tmp_path / "out")
     export_foreign(Whereabouts(source), target, Emigration(format))
     opened = open_foreign(target)
-    told = {
+    return {
         one.name: opened.read(number, checkpoint.format.box.Box((), ())).view(one.dtype).item()
         for number, one in enumerate(opened.tensors)
         if one.shape == ()
     }
-    opened.close()
-    return told
 
 
 @pytest.mark.parametrize("format", ["torch", "dcp"])

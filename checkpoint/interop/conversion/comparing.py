@@ -1,7 +1,7 @@
 """Two checkpoints, tensor by tensor, whatever their layouts and formats: equal bits, or how far apart."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -54,11 +54,15 @@ class Compared:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One of the two: its tensors, their fingerprints where it tells them, and other names of weights."""
+    """One of the two: its tensors, their fingerprints where it tells them, and other names of weights.
+
+    `settle` sees that what was read of it is what checksums in its files say.
+    """
 
     contents: GlobalTensors
     fingerprints: Mapping[str, int]
     ties: Mapping[str, str] = field(default_factory=dict)
+    settle: Callable[[], None] = lambda: None
 
     def numbers(self) -> dict[str, int]:
         """Return the number of each tensor by its name, and by its other names if it is tied."""
@@ -98,6 +102,8 @@ def compare(
         first, second, bands, settings or ConversionSettings(), listener
     ):
         found[name] = _added(found[name], num_different, max_abs)
+    first.settle()
+    second.settle()
     return [_settled(one) for one in found.values()]
 
 

@@ -43,7 +43,7 @@ def export_checkpoint(
 ) -> ConversionReport:
     """Write an export with `write`, and prove what `reopen` then finds, tensor by tensor.
 
-    Raises Mismatch naming the tensors that do not come back as they were.
+    Raises Mismatch naming the tensors that do not come back as they were; Corrupt if the source was damaged.
     """
     settings = settings or ConversionSettings()
     began_s, before = time.monotonic(), high_water_bytes()
@@ -54,6 +54,7 @@ def export_checkpoint(
     known = outward.source.fingerprints(outward.names, settings, reach)
     back = Counted(reopen())
     proofs = _prove(outward, known, back, reach, url=url, settings=settings)
+    outward.source.settle()
     left = left_out(outward.outbound, back, outward.emigration.format)
     notes = (*outward.notes, *reach.settle(settings.overflow), *outward.source.padding(settings), *left)
     return ConversionReport(

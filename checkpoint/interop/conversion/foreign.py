@@ -2,8 +2,8 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from checkpoint.engine.catalog import Catalog
@@ -101,8 +101,8 @@ def import_foreign(
     listener: Listener = unheard,
 ) -> ConversionReport:
     """Import a foreign checkpoint from a URL, in the format given or the one it looks like."""
-    with closing(open_foreign(url, format)) as foreign:
-        return import_checkpoint(foreign, url, target, adoption, settings=settings, listener=listener)
+    foreign = open_foreign(url, format)
+    return import_checkpoint(foreign, url, target, adoption, settings=settings, listener=listener)
 
 
 def plan_import_foreign(
@@ -115,25 +115,25 @@ def plan_import_foreign(
 ) -> ConversionReport:
     """Tell what an import would read and write, without reading any tensor."""
     settings = settings or ConversionSettings()
-    with closing(open_foreign(url, format)) as foreign:
-        sighted, draft = plan_adoption(foreign, url, adoption)
-        check_new(target, draft)
-        num_bytes = sum(map(num_bytes_of, draft.tensors))
-        return ConversionReport(
-            source=url,
-            target=str(target),
-            step=draft.step,
-            layout=adoption.to,
-            num_tensors=len(draft.tensors),
-            num_chunks=len(draft.pieces),
-            num_bytes=num_bytes,
-            read_bytes=assembled_bytes(sighted.plan) + _proved_bytes(sighted.account(), foreign),
-            written_bytes=most_stored_bytes(draft, settings),
-            peak_bytes=most_held_bytes(draft.cuts, settings),
-            is_dry=True,
-            is_exact=False,
-            notes=(*foreign.about.notes, *sighted.notes),
-        )
+    foreign = open_foreign(url, format)
+    sighted, draft = plan_adoption(foreign, url, adoption)
+    check_new(target, draft)
+    num_bytes = sum(map(num_bytes_of, draft.tensors))
+    return ConversionReport(
+        source=url,
+        target=str(target),
+        step=draft.step,
+        layout=adoption.to,
+        num_tensors=len(draft.tensors),
+        num_chunks=len(draft.pieces),
+        num_bytes=num_bytes,
+        read_bytes=assembled_bytes(sighted.plan) + _proved_bytes(sighted.account(), foreign),
+        written_bytes=most_stored_bytes(draft, settings),
+        peak_bytes=most_held_bytes(draft.cuts, settings),
+        is_dry=True,
+        is_exact=False,
+        notes=(*foreign.about.notes, *sighted.notes),
+    )
 
 
 def export_foreign(
@@ -150,21 +150,21 @@ def export_foreign(
     """
     settings = settings or ConversionSettings()
     began_s = time.monotonic()
-    with _opened(source) as checkpoint:
-        origin = _origin_of(checkpoint, source)
-        outward = plan_emigration(origin, emigration, _holds_optimizer)
-        most_bytes = _most_bytes(origin, settings)
-        with drafting(url, outward.attempt[:_ATTEMPT_DIGITS]) as draft, ExitStack() as opened:
-            draft.num_threads = settings.num_workers
+    checkpoint = _opened(source)
+    origin = _origin_of(checkpoint, source)
+    outward = plan_emigration(origin, emigration, _holds_optimizer)
+    most_bytes = _most_bytes(origin, settings)
+    with drafting(url, outward.attempt[:_ATTEMPT_DIGITS]) as draft, ExitStack() as opened:
+        draft.num_threads = settings.num_workers
 
-            def write(contents: Contents) -> None:
-                write_foreign(emigration.format, draft, contents, most_bytes)
+        def write(contents: Contents) -> None:
+            write_foreign(emigration.format, draft, contents, most_bytes)
 
-            def reopen() -> ForeignCheckpoint:
-                place = opened.enter_context(draft.proving())
-                return opened.enter_context(closing(open_place(place, emigration.format)))
+        def reopen() -> ForeignCheckpoint:
+            place = opened.enter_context(draft.proving())
+            return open_place(place, emigration.format)
 
-            report = export_checkpoint(outward, url, write, reopen, settings=settings, listener=listener)
+        report = export_checkpoint(outward, url, write, reopen, settings=settings, listener=listener)
     return replace(report, written_bytes=draft.num_bytes, seconds=time.monotonic() - began_s)
 
 
@@ -183,18 +183,18 @@ def plan_export_foreign(
     settings = settings or ConversionSettings()
     draft = rehearsing()
     draft.num_threads = settings.num_workers
-    with _opened(source) as opened:
-        blank = BlankStored(opened) if isinstance(opened, Stored) else BlankForeign(opened)
-        origin = _origin_of(blank, source)
-        outward = plan_emigration(origin, emigration, _holds_optimizer)
-        check_free(url, outward.attempt[:_ATTEMPT_DIGITS])
-        most_bytes = _most_bytes(origin, settings)
-        read_bytes = rehearse_export(
-            outward,
-            lambda contents: write_foreign(emigration.format, draft, contents, most_bytes),
-            settings=settings,
-            listener=listener,
-        )
+    opened = _opened(source)
+    blank = BlankStored(opened) if isinstance(opened, Stored) else BlankForeign(opened)
+    origin = _origin_of(blank, source)
+    outward = plan_emigration(origin, emigration, _holds_optimizer)
+    check_free(url, outward.attempt[:_ATTEMPT_DIGITS])
+    most_bytes = _most_bytes(origin, settings)
+    read_bytes = rehearse_export(
+        outward,
+        lambda contents: write_foreign(emigration.format, draft, contents, most_bytes),
+        settings=settings,
+        listener=listener,
+    )
     num_bytes = sum(num_bytes_of(one) for one in outward.contents.tensors)
     return ConversionReport(
         source=origin.url,
@@ -214,14 +214,14 @@ def plan_export_foreign(
 
 def look_at_foreign(url: str, format: str | None = None) -> ForeignSummary:
     """Return what a foreign checkpoint holds. Raises Unsupported if it looks like no known format."""
-    with closing(open_foreign(url, format)) as foreign:
-        about = foreign.about
-        tensors = tuple(
-            ForeignTensor(one.name, one.dtype, one.shape, _num_bytes(one), one.at) for one in foreign.tensors
-        )
-        return ForeignSummary(
-            about.format, about.axes, about.step, about.sizes, about.notes, tuple(about.extra), tensors
-        )
+    foreign = open_foreign(url, format)
+    about = foreign.about
+    tensors = tuple(
+        ForeignTensor(one.name, one.dtype, one.shape, _num_bytes(one), one.at) for one in foreign.tensors
+    )
+    return ForeignSummary(
+        about.format, about.axes, about.step, about.sizes, about.notes, tuple(about.extra), tensors
+    )
 
 
 def compare_places(
@@ -233,11 +233,12 @@ def compare_places(
 ) -> list[Compared]:
     """Compare two checkpoints, each a stored or a foreign one, tensor by tensor under universal names.
 
-    Raises Mismatch naming a tensor whose copies on several ranks of one of them differ.
+    Raises Mismatch naming a tensor whose copies on several ranks of one of them differ, Corrupt for a file
+    that is not what its checksums say.
     """
     settings = settings or ConversionSettings()
-    with _side(first, settings) as one, _side(second, settings) as other:
-        return compare(one, other, settings=settings, listener=listener)
+    one, other = _side(first, settings), _side(second, settings)
+    return compare(one, other, settings=settings, listener=listener)
 
 
 def is_store(url: str) -> bool:
@@ -248,8 +249,7 @@ def is_store(url: str) -> bool:
         return False
 
 
-@contextmanager
-def _opened(place: Whereabouts) -> Iterator[Stored | ForeignCheckpoint]:
+def _opened(place: Whereabouts) -> Stored | ForeignCheckpoint:
     """Open what an export is made of."""
     if place.format is None and is_store(place.url):
         if place.rules is not None or place.numbering is not Numbering.TOLD:
@@ -257,11 +257,9 @@ def _opened(place: Whereabouts) -> Iterator[Stored | ForeignCheckpoint]:
                 f"{place.url} is a store, whose names and order are known: leave out what is for a foreign "
                 "source (--source-rules, --source-set, --by-order)"
             )
-        yield Stored(open_store(place.url), place.step)
-        return
+        return Stored(open_store(place.url), place.step)
     _check_stepless(place)
-    with closing(open_foreign(place.url, place.format)) as foreign:
-        yield foreign
+    return open_foreign(place.url, place.format)
 
 
 def _origin_of(opened: Stored | BlankStored | ForeignCheckpoint, place: Whereabouts) -> Origin:
@@ -279,19 +277,17 @@ def _check_stepless(place: Whereabouts) -> None:
         raise NoSuchStep(f"{place.url} is no store of checkpoints, so it has no step {place.step}")
 
 
-@contextmanager
-def _side(place: Whereabouts, settings: ConversionSettings) -> Iterator[Side]:
+def _side(place: Whereabouts, settings: ConversionSettings) -> Side:
     if place.format is None and is_store(place.url):
         stored = Stored(open_store(place.url), place.step)
         known = {one.name: one.fingerprint for one in stored.manifest.tensors}
-        yield Side(stored, known, ties_of(stored.manifest.skeleton))
-        return
+        return Side(stored, known, ties_of(stored.manifest.skeleton))
     _check_stepless(place)
-    with closing(open_foreign(place.url, place.format)) as foreign:
-        sighted = sight(foreign, place.rules)
-        account = sighted.account()
-        copied = prove(account.only(held_twice(account)), foreign, settings)  # that copies are equal
-        yield Side(Assembled(foreign, sighted.plan), copied, sighted.ties)
+    foreign = open_foreign(place.url, place.format)
+    sighted = sight(foreign, place.rules)
+    account = sighted.account()
+    copied = prove(account.only(held_twice(account)), foreign, settings)  # that copies are equal
+    return Side(Assembled(foreign, sighted.plan), copied, sighted.ties, foreign.settle)
 
 
 def _holds_optimizer(format: str) -> bool:

@@ -95,6 +95,7 @@ def import_checkpoint(
         proofs.extend(_held_against(account, counted, found, reach := Reach(), settings))
         notes.extend(reach.settle(settings.overflow))
         notes.extend(look_at_padding(account, counted, settings))
+        foreign.settle()
 
     counted = Counted(foreign)
     contents = Assembled(counted, sighted.plan)

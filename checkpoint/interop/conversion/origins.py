@@ -29,7 +29,8 @@ class Origin:
 
     `digest` identifies it; `fingerprints` are those of the tensors named, known or worked out from it.
     Of those that are `changed` rules cast or average the values as they are read.
-    `padding` reads what of it is beyond the end of tensors, and tells of it. `num_read_bytes` tells how much
+    `padding` reads what of it is beyond the end of tensors, and tells of it; `settle` sees that what was
+    read is what checksums in its files say. `num_read_bytes` tells how much
     of it was read so far. `sizes` are what rules may know of the model.
     `doubts` are parameters whose optimizer states could be another's. Of one that `is_at_hand` small parts
     are read as cheaply as large ones.
@@ -48,6 +49,7 @@ class Origin:
     notes: tuple[str, ...] = ()
     doubts: tuple[tuple[str, ...], ...] = ()
     padding: Callable[[ConversionSettings], Sequence[str]] = lambda _: ()
+    settle: Callable[[], None] = lambda: None
     is_at_hand: bool = False
 
 
@@ -99,6 +101,7 @@ def foreign_origin(
         fingerprints=marked.fingerprints,
         changed=marked.changed,
         padding=marked.padding,
+        settle=foreign.settle,
         num_read_bytes=lambda: marked.num_read_bytes,
         ties=sighted.ties,
         sizes=model_sizes(about.sizes, rules.sizes if rules else {}),

@@ -53,8 +53,8 @@ class BlankForeign:
         """Return zeros for a box."""
         return np.zeros(box.size, dtype_of(self.tensors[number].dtype).carrier)
 
-    def close(self) -> None:
-        """Do nothing: who opened the checkpoint closes it."""
+    def settle(self) -> None:
+        """Do nothing: nothing was read."""
 
 
 def rehearse_export(

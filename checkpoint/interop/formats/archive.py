@@ -5,6 +5,7 @@ tensors that are asked for.
 """
 
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
@@ -30,6 +31,7 @@ _LOCAL_HEADER_BYTES = 30
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 _FIRST_BYTES = 64 << 10
+_UNTOLD = 0  # the CRC-32 where torch was told to write none
 _STORAGES = {
     "Bool": "bool",
     "Byte": "uint8",
@@ -122,13 +124,20 @@ def _read_zip(window: Window, more: StandIns) -> Archive:
         skipped = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         return entry.header_offset + _LOCAL_HEADER_BYTES + skipped, entry.file_size
 
-    # Checksums are not looked at: torch does not either, and may be told to write none.
     if f"{root}/byteorder" in entries and window.read_at(*span("byteorder")) != b"little":
         raise Unsupported(f"{where} was written on a machine that stores its numbers the other way around")
     data = window.read_at(*span("data.pkl"))
+    told = entries[f"{root}/data.pkl"].CRC
+    if told not in (_UNTOLD, zlib.crc32(data)):
+        raise Corrupt(f"the pickle of {where} was damaged after it was written: its CRC-32 is not {told:08x}")
 
     def locate(stored: Stored) -> Extent:
-        return _extent(window, stored, *span(f"data/{stored.storage.key}"))
+        name = f"data/{stored.storage.key}"
+        begin, num_bytes = span(name)
+        told = entries[f"{root}/{name}"].CRC
+        if told != _UNTOLD:
+            window.expect(name, (begin, num_bytes), told)
+        return _extent(window, stored, begin, num_bytes)
 
     return Archive(load_inert(data, f"the pickle of {where}", _tensors(more), _persistent), locate)
 

@@ -75,8 +75,8 @@ class ForeignCheckpoint(Protocol):
         Thread-safe. Raises Corrupt or Incomplete naming the file that lacks them.
         """
 
-    def close(self) -> None:
-        """Let go of files and memory."""
+    def settle(self) -> None:
+        """See that what was read is what checksums in the files say, if they have any. Raises Corrupt."""
 
 
 class Contents(Protocol):

@@ -38,8 +38,9 @@ class ZeroCheckpoint:
             return self._tiled.read(number, box)
         return round_bits(self._tiled.read(self._masters[number - stored], box), self.tensors[number].dtype)
 
-    def close(self) -> None:
-        """Do nothing: no file is kept open."""
+    def settle(self) -> None:
+        """See that what was read is what checksums in the files say."""
+        self._tiled.settle()
 
 
 @dataclass(slots=True)

@@ -41,8 +41,9 @@ class Tiled:
         """Return the bits of a box of a tensor, row by row, in its dtype's carrier type."""
         return _read(self.place, self.tensors[number], self._tiles[number], box)
 
-    def close(self) -> None:
-        """Do nothing: no file is kept open."""
+    def settle(self) -> None:
+        """See that what was read is what checksums in the files say."""
+        self.place.settle()
 
 
 def found(box: Box, source: Extent | Array) -> Tile:

@@ -48,6 +48,10 @@ class Window:
             return self._tail[from_tail : from_tail + num_bytes]
         return self._place.read(self.path, self.offset + offset, num_bytes)
 
+    def expect(self, name: str, span: tuple[int, int], crc: int) -> None:
+        """Take note of the CRC-32 of a part, which is held against what is read of it: see `Place.settle`."""
+        self._place.expect(self.path, name, (self.offset + span[0], span[1]), crc)
+
     def as_file(self) -> "_File":
         """Return it as a file that can be read at any position."""
         return _File(self)
