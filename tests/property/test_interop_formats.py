@@ -19,7 +19,8 @@ from checkpoint.format.dtypes import DTYPES
 from checkpoint.interop.formats.contract import About
 from checkpoint.interop.formats.inert import load_inert, plain
 from checkpoint.interop.formats.known import open_foreign
-from checkpoint.interop.formats.nesting import Keys, nest
+from checkpoint.interop.formats.nesting import nest
+from checkpoint.interop.formats.optimizer_dicts import Keys
 from tests.foreign_samples import Given, check_same, contents_of, rewritten, some_boxes
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf")

@@ -23,8 +23,9 @@ from checkpoint.format.box import Box, split_box
 from checkpoint.format.dtypes import itemsize
 from checkpoint.interop.draft import Draft
 from checkpoint.interop.formats.contract import Contents
-from checkpoint.interop.formats.dcp_metadata import METADATA
-from checkpoint.interop.formats.nesting import Keys, leaves_of, nest
+from checkpoint.interop.formats.dcp_metadata import DCP_KEYS, METADATA
+from checkpoint.interop.formats.nesting import leaves_of, nest
+from checkpoint.interop.formats.optimizer_dicts import Keys
 from checkpoint.interop.formats.saving import Later, Saving
 from checkpoint.interop.formats.streams import blocks_of, check_global
 
@@ -58,7 +59,8 @@ def write_dcp(draft: Draft, contents: Contents, budget_bytes: int) -> None:
     Raises Unsupported for what its names cannot say.
     """
     check_global(contents.tensors, "dcp")
-    leaves = leaves_of(nest(contents, Keys.NAMES))
+    told = contents.about.extra.get("containers", {}).get(DCP_KEYS, Keys.NAMES)
+    leaves = leaves_of(nest(contents, Keys(told)))
     names = {".".join(map(str, path)): path for path, _ in leaves}
     if len(names) != len(leaves):
         raise Unsupported("two things of the state would have one name, joined by dots")

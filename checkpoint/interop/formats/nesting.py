@@ -1,23 +1,25 @@
 """The inverse of naming: tensors by the contract's names and plain data, nested as torch programs do."""
 
 from collections.abc import Mapping, Sequence
-from enum import Enum
 from typing import Any
 
 from checkpoint.errors import Unsupported
 from checkpoint.interop.formats.contract import Contents
+from checkpoint.interop.formats.optimizer_dicts import Keys
 from checkpoint.interop.formats.saving import Later
+from checkpoint.interop.formats.spots import Step, put
 
 # What of `extra` is for other formats, or says how to nest.
 _NOT_STATE = {"containers", "optimizer", "files", "max_shard_bytes"}
-_DEFAULTS: Mapping[str, Sequence[str]] = {"model": ("model",), "optimizer": ("optimizer",)}
-
-
-class Keys(Enum):
-    """What an optimizer's state_dict calls its parameters."""
-
-    NUMBERS = "numbers"  # as an optimizer itself does
-    NAMES = "names"  # as torch.distributed.checkpoint.state_dict does
+_OWN = ("state", "param_groups")
+_DEFAULTS: Mapping[str, Any] = {
+    "model": ("model",),
+    "optimizer": ("optimizer",),
+    "optimizers": {},
+    "placed": {},
+    "spots": {},
+    "inside": {},
+}
 
 
 def nest(contents: Contents, keys: Keys) -> dict[str, Any]:
@@ -26,28 +28,44 @@ def nest(contents: Contents, keys: Keys) -> dict[str, Any]:
     Raises Unsupported for an optimizer's state whose parameter is in none of its groups.
     """
     extra = contents.about.extra
+    places = {**_DEFAULTS, **extra.get("containers", {})}
     model: dict[str, Later] = {}
     state: dict[str, dict[str, Any]] = {}
-    root = {key: _copied(item) for key, item in extra.items() if key not in _NOT_STATE}
+    inside: list[tuple[Sequence[Step], Later]] = []
+    root = _rooted(extra, places)
     for number, tensor in enumerate(contents.tensors):
         later = Later(number, tensor.dtype, tensor.shape)
         match tensor.name.split(".", 2):
             case ["optimizer", kind, owner]:
                 state.setdefault(owner, {})[kind] = later
-            case ["other", *path]:
-                _put(root, ".".join(path).split("."), later)
+            case ["other", *_] if tensor.name in places["inside"]:
+                inside.append((places["inside"][tensor.name], later))
+            case ["other", *_]:
+                put(root, places["spots"].get(tensor.name) or tensor.name.split(".")[1:], later)
             case _:
                 model[tensor.name] = later
-    places = {**_DEFAULTS, **extra.get("containers", {})}
-    _put(root, list(places["model"]), model)
+    put(root, places["model"], {name: one for name, one in model.items() if name not in places["spots"]})
+    for name in model.keys() & places["spots"].keys():
+        put(root, places["spots"][name], model[name])
     optimizer = extra.get("optimizer", {})
-    if state or optimizer:
+    if state or optimizer or inside:
         for owner, entries in optimizer.get("state", {}).items():
-            state.setdefault(owner, {}).update(entries)
-        groups = _groups(optimizer.get("param_groups"), model, state)
-        make = {Keys.NUMBERS: _numbered, Keys.NAMES: _named}[keys]
-        beside = {key: item for key, item in optimizer.items() if key not in ("state", "param_groups")}
-        _put(root, list(places["optimizer"]), {**beside, **make(state, groups)})
+            state.setdefault(owner, {}).update(_copied(entries))
+        made = {"state": state, **{key: _copied(item) for key, item in optimizer.items() if key not in _OWN}}
+        for spot, later in inside:
+            put(made, spot, later)
+        groups = _groups(optimizer.get("param_groups"), model, made.pop("state"))
+        make = {Keys.NUMBERS: _numbered, Keys.NAMES: _named, Keys.FLAT: _flat}[keys]
+        put(root, places["optimizer"], {**made, **make(state, groups)})
+    return root
+
+
+def _rooted(extra: Mapping[str, Any], places: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plain data that lie beside model and optimizer, in their places."""
+    root: dict[str, Any] = {}
+    kept = {key: item for key, item in extra.items() if key not in _NOT_STATE}
+    for key, item in (*kept.items(), *places["optimizers"].items()):
+        put(root, [*places["placed"].get(key, ()), key], _copied(item))
     return root
 
 
@@ -61,8 +79,10 @@ def leaves_of(node: Any, path: tuple[str | int, ...] = ()) -> list[tuple[tuple[s
 
 
 def _copied(node: Any) -> Any:
-    """Return dicts that can be added to without changing those of the contents."""
-    return {key: _copied(item) for key, item in node.items()} if isinstance(node, dict) else node
+    """Return dicts and lists that can be added to without changing those of the contents."""
+    if isinstance(node, dict):
+        return {key: _copied(item) for key, item in node.items()}
+    return [_copied(item) for item in node] if isinstance(node, list) else node
 
 
 def _groups(
@@ -94,16 +114,15 @@ def _named(state: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> dict[s
     return {"state": dict(state), "param_groups": list(groups)}
 
 
-def _put(root: dict[str, Any], path: Sequence[str], item: Any) -> None:
-    """Put something into its place; what a dict holds goes beside what is there."""
-    *above, last = path or [""]
-    entries = item if isinstance(item, dict) else {last: item}
-    node = root
-    for key in path if isinstance(item, dict) else above:
-        node = node.setdefault(key, {})
-        if not isinstance(node, dict):
-            raise Unsupported(f"nothing can be put into {key!r}: it is no container")
-    for key, value in entries.items():
-        if key in node:
-            raise Unsupported(f"there are two things at {'.'.join([*path, str(key)])}")
-        node[key] = value
+def _flat(state: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    options = {
+        f"param_groups.{name}.{option}": value
+        for group in groups
+        for name in group["params"]
+        for option, value in group.items()
+        if option != "params"
+    }
+    states = {
+        f"state.{name}.{kind}": item for name, entries in state.items() for kind, item in entries.items()
+    }
+    return {**states, **options}

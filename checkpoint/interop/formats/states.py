@@ -3,16 +3,23 @@
 The same for files of torch.save and for torch's distributed checkpoints, once their keys are a tree again.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from checkpoint.errors import Corrupt, Unsupported
 from checkpoint.interop.formats.contract import weight_name
-from checkpoint.interop.formats.inert import Dict, plain
+from checkpoint.interop.formats.inert import plain
 from checkpoint.interop.formats.numbered import listed, names_of_numbered
-
-Path = tuple[str, ...]
+from checkpoint.interop.formats.optimizer_dicts import (
+    Keys,
+    is_optimizer,
+    keys_of,
+    optimizers_of,
+    params_of,
+    unflattened,
+)
+from checkpoint.interop.formats.spots import Step, is_told_by_name, spelled, steps_into
 
 MODELS = (
     *("model", "state_dict", "model_state_dict", "model_state", "module", "net", "network", "weights"),
@@ -29,14 +36,16 @@ _MAX_SETS = 3
 class States:
     """A state by the names of the contract: tensors, and everything else as plain data.
 
-    `extra["containers"]` says under which keys the model and the optimizer were, so that they can be put
-    there again; `extra["optimizer"]` has the parameter groups, by the names of parameters.
+    `extra["containers"]` says where the model, the optimizer and other things were, so that they can be put
+    there again (`nesting.nest`); `extra["optimizer"]` has the parameter groups, by the names of parameters.
+    `keys` is what the optimizer calls them, if there is one.
     """
 
     tensors: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     doubts: list[tuple[str, ...]] = field(default_factory=list)
+    keys: Keys | None = None
 
     @property
     def step(self) -> int | None:
@@ -62,41 +71,68 @@ class _Naming:
     def __init__(self, leaf: type, where: str) -> None:
         self._leaf, self._where = leaf, where
         self._states = States()
-        self._is_root_model = False
+        self._spots: dict[str, list[Step]] = {}  # of tensors whose names do not tell where they lie
+        self._inside: dict[str, list[Step]] = {}  # the same, of those within the optimizer
+        self._placed: dict[str, list[Step]] = {}  # in which containers what is not at the root was
 
     def name(self, tree: dict[Any, Any]) -> States:
         root, place = self._root(tree)
-        optimizers = {str(key): node for key, node in root.items() if _is_optimizer(node)}
+        found = optimizers_of(root)
+        optimizers = {str(spot[0]): node for spot, node in found}
         model_key = self._model_key(root, optimizers)
         model = root[model_key] if model_key is not None else self._loose(root, optimizers)
-        names = self._put_model(model)
-        for node in optimizers.values():
-            self._put_optimizer(node, names)
-        taken = {*optimizers, str(model_key)}
-        if model_key is None:
-            taken |= {str(key) for key in model}
-        self._states.extra |= self._rest(root, taken, ())
+        containers: dict[str, Any] = {"model": [*place, model_key] if model_key is not None else [*place]}
+        names = self._put_model(model, containers["model"])
+        taken = {str(model_key)} if model_key is not None else {str(key) for key in model}
+        if len(found) == 1:
+            self._put_optimizer(found[0][1], names)
+            containers["optimizer"] = [*place, *found[0][0]]
+            taken |= optimizers.keys()
+        elif found:
+            containers["optimizers"] = self._kept_apart(found, place)
+            taken |= containers["optimizers"].keys()
+        self._rest(root, taken, place)
         beside = self._without_leaves(model)
         if model_key is not None and isinstance(beside, dict) and beside:
             self._states.extra[str(model_key)] = self._plain(beside)
-        containers: dict[str, Any] = {"model": [*place, model_key] if model_key is not None else [*place]}
-        if optimizers:
-            containers["optimizer"] = [*place, next(iter(optimizers))]
+            self._placed[str(model_key)] = [*place]
+        told = {"placed": self._placed, "spots": self._spots, "inside": self._inside}
+        containers |= {key: item for key, item in told.items() if item}
         self._states.extra["containers"] = containers
         return self._states
 
-    def _root(self, tree: dict[Any, Any]) -> tuple[dict[Any, Any], list[str]]:
+    def _root(self, tree: dict[Any, Any]) -> tuple[dict[Any, Any], list[Step]]:
         """Return the level at which model and optimizer lie beside each other, and where it is."""
-        node, place = tree, list[str]()
-        while not any(_is_optimizer(item) or key in MODELS for key, item in node.items()):
+        node, place = tree, list[Step]()
+        above: list[tuple[dict[Any, Any], list[Step]]] = []
+        while not any(is_optimizer(item) or key in MODELS for key, item in node.items()):
             below = [key for key, item in node.items() if isinstance(item, dict) and _has_container(item)]
             if len(below) != 1 or len(place) >= _MAX_DEPTH:
                 return tree, []
-            rest = {key: item for key, item in node.items() if key != below[0]}
-            self._states.extra |= self._rest(rest, set(), tuple(place))
+            above.append(({key: item for key, item in node.items() if key != below[0]}, [*place]))
             place.append(str(below[0]))
             node = node[below[0]]
+        for rest, outer in above:
+            self._rest(rest, set(), outer)
         return node, place
+
+    def _kept_apart(self, found: Sequence[tuple[list[Step], Any]], place: list[Step]) -> dict[str, Any]:
+        """Take in several optimizers as they are. Returns what is plain of those that are no list's."""
+        spots = [spelled(spot) for spot, _ in found]
+        self._states.notes.append(
+            f"there are several optimizers, {listed(spots)}: they are kept as they are, and written to torch "
+            "and dcp as they were; rules, layouts and other formats know none of them"
+        )
+        apart: dict[str, Any] = {}
+        for spot, node in found:
+            if len(spot) == 1:
+                key = spelled(spot)
+                for below, leaf in self._leaves(node, [*place, key]):
+                    self._put_other(f"other.{spelled(below[len(place) :])}", below, leaf, always=True)
+                data = self._without_leaves(node)
+                apart[key] = {} if data is _NOTHING else self._plain(data)
+                self._placed[key] = [*place]
+        return apart
 
     def _model_key(self, root: dict[Any, Any], optimizers: Mapping[str, Any]) -> Any:
         """Return under which key the model lies; None if its tensors lie at the root."""
@@ -120,13 +156,14 @@ class _Naming:
             or (not optimizers and isinstance(node, dict) and any(self._leaves(node)))
         }
 
-    def _put_model(self, model: Any) -> dict[str, str]:
+    def _put_model(self, model: Any, container: Sequence[Step]) -> dict[str, str]:
         """Take in the model's tensors. Returns what each is called, by what the file calls it."""
         found: dict[str, Any] = {}
+        paths: dict[str, list[Step]] = {}
         for path, item in self._leaves(model):
-            if (name := ".".join(path)) in found:
+            if (name := spelled(path)) in found:
                 raise self._doubled(name)
-            found[name] = item
+            found[name], paths[name] = item, path
         names = _unwrapped(found)
         if any(name != given for given, name in names.items()):
             self._states.notes.append(
@@ -134,18 +171,21 @@ class _Naming:
             )
         for given, item in found.items():
             self._put(weight_name(names[given], self._where), item)
+            if names[given] == given and paths[given] != [given]:
+                self._spots[given] = [*container, *paths[given]]
         return names
 
     def _put_optimizer(self, node: dict[Any, Any], names: Mapping[str, str]) -> None:
-        if not node.keys() >= {"state", "param_groups"}:
-            node = _unflattened(node)
+        self._states.keys = keys_of(node)
+        if self._states.keys is Keys.FLAT:
+            node = unflattened(node)
         state, groups = node.get("state", {}), node.get("param_groups", [])
         if not isinstance(state, dict) or not isinstance(groups, list):
             raise Corrupt(
                 f"the optimizer of {self._where} is none: its state is no dict, or its groups no list"
             )
         called: dict[Any, str] = dict(names)
-        if any(type(each) is int for group in groups for each in _params(group)):
+        if self._states.keys is Keys.NUMBERS:
             state = {int(key) if str(key).isdecimal() else key: entries for key, entries in state.items()}
             called |= self._named(state, groups, names)
         for key, entries in state.items():
@@ -158,17 +198,27 @@ class _Naming:
                 self._put_beside(said, str(key), item)
         kept = said["param_groups"]
         for group in groups:
-            named = [called.get(each, each) for each in _params(group)]
+            named = [called.get(each, each) for each in params_of(group)]
             rest = {key: item for key, item in group.items() if key not in ("params", "param_names")}
             kept.append({**self._plain(rest), "params": named})
 
     def _put_beside(self, said: dict[str, Any], key: str, item: Any) -> None:
         """Take in what an optimizer says beside its states and groups, such as a scaler."""
-        for path, each in self._leaves(item, ("optimizer", key)):
-            self._put("other." + ".".join(path), each)
+        for spot, each in self._leaves(item, [key]):
+            self._put_inside(spot, each)
         data = self._without_leaves(item)
         if data is not _NOTHING:
             said[key] = self._plain(data)
+
+    def _put_inside(self, spot: list[Step], item: Any) -> None:
+        name = f"other.optimizer.{spelled(spot)}"
+        self._put(name, item)
+        self._inside[name] = spot
+
+    def _put_other(self, name: str, spot: list[Step], item: Any, *, always: bool = False) -> None:
+        self._put(name, item)
+        if always or spelled(spot) != name.removeprefix("other.") or not is_told_by_name(spot):
+            self._spots[name] = spot
 
     def _named(
         self, state: Mapping[Any, Any], groups: list[Any], names: Mapping[str, str]
@@ -187,29 +237,42 @@ class _Naming:
                 "optimizer states are given to parameters in the model's order; of equal shape, and not told "
                 f"apart by anything else, are {'; '.join(map(listed, found.doubts[:_MAX_SETS]))}"
             )
-        return found.names
+        return _called(found.names, names)
 
     def _put_state(self, kind: str, owner: str, item: Any) -> None:
+        if "." in kind or "/" in kind:
+            raise Unsupported(
+                f"{self._where} has an optimizer state {kind!r}, whose name has a '.' or '/' in it, by which "
+                "states are told from parameters: rename it there"
+            )
         if isinstance(item, self._leaf | int | float) and not isinstance(item, bool):
             self._put(f"optimizer.{kind}.{owner}", item)
-        elif any(self._leaves(item)):
-            for path, each in self._leaves(item):
-                self._put(".".join(("other.optimizer", kind, owner, *path)), each)
-        else:
+            return
+        for spot, each in self._leaves(item, ["state", owner, kind]):
+            self._put_inside(spot, each)
+        data = self._without_leaves(item)
+        if data is not _NOTHING:
             more = self._states.extra.setdefault("optimizer", {"param_groups": []})
-            more.setdefault("state", {}).setdefault(owner, {})[kind] = self._plain(item)
+            more.setdefault("state", {}).setdefault(owner, {})[kind] = self._plain(data)
 
-    def _rest(self, node: dict[Any, Any], taken: set[str], path: Path) -> dict[str, Any]:
+    def _rest(self, node: dict[Any, Any], taken: set[str], place: list[Step]) -> None:
         """Take in what is neither model nor optimizer: tensors as others, and plain data."""
-        rest = {}
         for key, item in node.items():
-            if str(key) not in taken:
-                for below, each in self._leaves(item, (*path, str(key))):
-                    self._put("other." + ".".join(below), each)
-                data = self._without_leaves(item)
-                if not isinstance(item, self._leaf) and data is not _NOTHING:
-                    rest[str(key)] = self._plain(data)
-        return rest
+            name = str(key)
+            if name in taken:
+                continue
+            for spot, each in self._leaves(item, [*place, name]):
+                self._put_other(f"other.{spelled(spot[len(place) :])}", spot, each)
+            data = self._without_leaves(item)
+            if data is _NOTHING:
+                continue
+            if name in self._states.extra:
+                raise Corrupt(
+                    f"{self._where} has two things called {name!r}, one within the other's container"
+                )
+            self._states.extra[name] = self._plain(data)
+            if place:
+                self._placed[name] = [*place]
 
     def _put(self, name: str, item: Any) -> None:
         if name in self._states.tensors:
@@ -219,20 +282,17 @@ class _Naming:
     def _doubled(self, name: str) -> Corrupt:
         return Corrupt(f"{self._where} has two tensors of the name {name!r}")
 
-    def _leaves(self, node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-        if len(path) > _MAX_DEPTH:
+    def _leaves(self, node: Any, spot: Sequence[Step] = ()) -> Iterator[tuple[list[Step], Any]]:
+        if len(spot) > _MAX_DEPTH:
             raise Corrupt(f"{self._where} nests its state deeper than {_MAX_DEPTH}")
         if isinstance(node, self._leaf):
-            yield path, node
-        elif isinstance(node, dict):
-            for key, item in node.items():
-                yield from self._leaves(item, (*path, str(key)))
-        elif isinstance(node, list | tuple):
-            for number, item in enumerate(node):
-                yield from self._leaves(item, (*path, str(number)))
+            yield [*spot], node
+            return
+        for step, item in steps_into(node):
+            yield from self._leaves(item, [*spot, step])
 
     def _without_leaves(self, node: Any) -> Any:
-        """Return a node without its tensors; what held nothing else is nothing."""
+        """Return a node without its tensors, for which lists have None; what held nothing else is nothing."""
         if isinstance(node, self._leaf):
             return _NOTHING
         if not isinstance(node, dict | list | tuple) or not any(self._leaves(node)):
@@ -240,8 +300,10 @@ class _Naming:
         if isinstance(node, dict):
             pairs = [(key, self._without_leaves(item)) for key, item in node.items()]
             return {key: item for key, item in pairs if item is not _NOTHING} or _NOTHING
-        items = [item for each in node if (item := self._without_leaves(each)) is not _NOTHING]
-        return items or _NOTHING
+        items = [self._without_leaves(item) for item in node]
+        if all(item is _NOTHING for item in items):
+            return _NOTHING
+        return [None if item is _NOTHING else item for item in items]
 
     def _plain(self, value: Any) -> Any:
         return plain(value, self._where)
@@ -250,42 +312,18 @@ class _Naming:
 _NOTHING = object()
 
 
-def _params(group: Any) -> list[Any]:
-    found = group.get("params", []) if isinstance(group, dict) else []
-    return found if isinstance(found, list) else []
-
-
-def _is_optimizer(node: Any) -> bool:
-    """Tell whether this is what an optimizer's state_dict is, nested or with dotted keys."""
-    if not isinstance(node, dict) or not node:
-        return False
-    if node.keys() >= {"state", "param_groups"}:
-        return True
-    return all(isinstance(key, str) and key.startswith(("state.", "param_groups.")) for key in node)
+def _called(told: Mapping[int, str], names: Mapping[str, str]) -> dict[int, str]:
+    """Return told names as the model's are; `names` has these by what the file calls them."""
+    short = _unwrapped(dict.fromkeys(told.values()))
+    known = set(names.values())
+    return {
+        number: names.get(name, short[name] if short[name] in known else name)
+        for number, name in told.items()
+    }
 
 
 def _has_container(node: dict[Any, Any]) -> bool:
-    return any(
-        _is_optimizer(item) or (key in MODELS and isinstance(item, dict)) for key, item in node.items()
-    )
-
-
-def _unflattened(node: dict[str, Any]) -> dict[str, Any]:
-    """Nest an optimizer's state whose keys are "state.PARAM.STATE" and "param_groups.PARAM.OPTION"."""
-    state: dict[str, dict[str, Any]] = {}
-    options: dict[str, dict[str, Any]] = {}
-    for key, item in node.items():
-        kind, _, rest = key.partition(".")
-        owner, _, name = rest.rpartition(".")
-        (state if kind == "state" else options).setdefault(owner, Dict())[name] = item
-    groups: list[dict[str, Any]] = []
-    for owner, chosen in options.items():
-        same = next((group for group in groups if {**group, "params": 0} == {**chosen, "params": 0}), None)
-        if same is None:
-            same = {**chosen, "params": []}
-            groups.append(same)
-        same["params"].append(owner)
-    return {"state": state, "param_groups": groups}
+    return any(is_optimizer(item) or (key in MODELS and isinstance(item, dict)) for key, item in node.items())
 
 
 def _unwrapped(names: Mapping[str, Any]) -> dict[str, str]:

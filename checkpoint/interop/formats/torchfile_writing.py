@@ -2,7 +2,8 @@
 
 from checkpoint.interop.draft import Draft
 from checkpoint.interop.formats.contract import Contents
-from checkpoint.interop.formats.nesting import Keys, nest
+from checkpoint.interop.formats.nesting import nest
+from checkpoint.interop.formats.optimizer_dicts import Keys
 from checkpoint.interop.formats.saving import Saving
 from checkpoint.interop.formats.streams import blocks_of, check_global
 

@@ -1,0 +1,71 @@
+"""What torch's optimizers are in a state: which of its dicts are some, and how those call parameters."""
+
+from enum import Enum
+from typing import Any
+
+from checkpoint.interop.formats.inert import Dict
+from checkpoint.interop.formats.spots import Step
+
+
+class Keys(Enum):
+    """What an optimizer's state_dict calls its parameters."""
+
+    NUMBERS = "numbers"  # as an optimizer itself does
+    NAMES = "names"  # as torch.distributed.checkpoint.state_dict does
+    FLAT = "flat"  # as that does with flatten_optimizer_state_dict: names within the keys
+
+
+def keys_of(node: dict[str, Any]) -> Keys:
+    """Return how an optimizer calls its parameters."""
+    if not node.keys() >= {"state", "param_groups"}:
+        return Keys.FLAT
+    groups = node["param_groups"]
+    numbers = (
+        [type(each) is int for group in groups for each in params_of(group)]
+        if isinstance(groups, list)
+        else []
+    )
+    return Keys.NUMBERS if any(numbers) else Keys.NAMES
+
+
+def params_of(group: Any) -> list[Any]:
+    found = group.get("params", []) if isinstance(group, dict) else []
+    return found if isinstance(found, list) else []
+
+
+def is_optimizer(node: Any) -> bool:
+    """Tell whether this is what an optimizer's state_dict is, nested or with dotted keys."""
+    if not isinstance(node, dict) or not node:
+        return False
+    if node.keys() >= {"state", "param_groups"}:
+        return True
+    return all(isinstance(key, str) and key.startswith(("state.", "param_groups.")) for key in node)
+
+
+def optimizers_of(root: dict[Any, Any]) -> list[tuple[list[Step], Any]]:
+    """Return the optimizers of a level, and where they are: by themselves, or in a list."""
+    found: list[tuple[list[Step], Any]] = []
+    for key, node in root.items():
+        if is_optimizer(node):
+            found.append(([str(key)], node))
+        elif isinstance(node, list | tuple) and node and all(map(is_optimizer, node)):
+            found += [([str(key), number], each) for number, each in enumerate(node)]
+    return found
+
+
+def unflattened(node: dict[str, Any]) -> dict[str, Any]:
+    """Nest an optimizer's state whose keys are "state.PARAM.STATE" and "param_groups.PARAM.OPTION"."""
+    state: dict[str, dict[str, Any]] = {}
+    options: dict[str, dict[str, Any]] = {}
+    for key, item in node.items():
+        kind, _, rest = key.partition(".")
+        owner, _, name = rest.rpartition(".")
+        (state if kind == "state" else options).setdefault(owner, Dict())[name] = item
+    groups: list[dict[str, Any]] = []
+    for owner, chosen in options.items():
+        same = next((group for group in groups if {**group, "params": 0} == {**chosen, "params": 0}), None)
+        if same is None:
+            same = {**chosen, "params": []}
+            groups.append(same)
+        same["params"].append(owner)
+    return {"state": state, "param_groups": groups}
