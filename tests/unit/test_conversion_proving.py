@@ -10,6 +10,8 @@ import torch
 
 import checkpoint
 from checkpoint.errors import CheckpointError, Incomplete, Mismatch, NotFound
+from checkpoint.format.codec import encode
+from checkpoint.format.pack import PackBuilder
 from checkpoint.interop import draft
 from checkpoint.interop.conversion.contract import unheard
 from checkpoint.interop.conversion.emigrating import Emigration
@@ -92,3 +94,40 @@ def test_while_an_export_is_proved_no_reader_believes_it(source, target):
 
     export(source, target, listener=listen)
     assert seen and Place(target).files
+
+
+@pytest.mark.parametrize("how", ["reshard", "import"])
+@pytest.mark.parametrize("where", ["in memory, once it was fingerprinted", "on its way to the store"])
+def test_what_is_stored_is_read_back_before_it_is_committed(source, tmp_path, monkeypatch, how, where):
+    torch.save({"model": {"w": torch.randn(BIG), "b": torch.randn(7)}}, tmp_path / "saved.pt")
+    target = checkpoint.open_store(str(tmp_path / "target"))
+
+    def convert() -> checkpoint.ConversionReport:
+        if how == "reshard":
+            return checkpoint.reshard(checkpoint.open_store(source), target, checkpoint.Change("shard=2"))
+        return checkpoint.import_foreign(str(tmp_path / "saved.pt"), target, checkpoint.Adoption())
+
+    seal_parts = PackBuilder.seal_parts
+
+    def flipped(data):
+        flipped = bytearray(data)
+        flipped[len(flipped) // 2] ^= 1
+        return bytes(flipped)
+
+    with monkeypatch.context() as patched:
+        if where.startswith("in memory"):
+            patched.setattr(
+                "checkpoint.interop.conversion.writing.encode",
+                lambda codec, raw, *rest, **named: encode(codec, flipped(raw), *rest, **named),
+            )
+        else:
+            patched.setattr(
+                PackBuilder,
+                "seal_parts",
+                lambda builder, tensors: [flipped(part) for part in seal_parts(builder, tensors)],
+            )
+        with pytest.raises(Mismatch, match=r"read back, the content of \['model/"):
+            convert()
+    assert not checkpoint.Catalog(target).steps()
+    assert not target.list("packs/")
+    assert len(convert().proofs) == 2

@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 
 from checkpoint.engine.pipeline import fan_out
 from checkpoint.engine.plan import TensorSpec
-from checkpoint.errors import FormatError, NotFound
+from checkpoint.errors import FormatError, Mismatch, NotFound
+from checkpoint.format.blocks import digest_many
 from checkpoint.format.box import Box
-from checkpoint.format.codec import checksum, decode
+from checkpoint.format.codec import Buffer, checksum, decode
 from checkpoint.format.dtypes import itemsize
 from checkpoint.format.keys import PACKS, pages_prefix, parse_pack_key, parse_page_key
 from checkpoint.format.manifest import Manifest, PackRef
@@ -39,7 +40,8 @@ def salvage(
     """Find the chunks that an attempt of the same name (so of the same source and target) has stored.
 
     A pack is used whole or not at all: if all of its chunks are wanted, no pack before it has them, and each
-    is still what its checksum says. To read and unpack them is cheaper than to make them anew.
+    is still what its checksum and its fingerprint say. To read and unpack them is cheaper than to make them
+    anew.
     """
     entries = [
         (entry, key.seq)
@@ -86,6 +88,17 @@ def _proved(
     return places if all(_are_whole(store, entry.key, some, specs) for some in _together(found)) else {}
 
 
+def prove_stored(store: Store, key: str, chunks: Sequence[ChunkRecord], specs: Sequence[TensorSpec]) -> None:
+    """Read chunks of a pack back, and see that they hold what was to be stored. Raises Mismatch."""
+    for some in _together(chunks):
+        if not _are_whole(store, key, some, specs):
+            names = sorted({specs[chunk.tensor].name for chunk in some})
+            raise Mismatch(
+                f"what was written to {key} of {store} is not left there: read back, the content of "
+                f"{names[:5]} differs; nothing was committed"
+            )
+
+
 def _together(chunks: Sequence[ChunkRecord]) -> Iterator[list[ChunkRecord]]:
     """Yield chunks to read with one request: a few MiB of them, or one."""
     some: list[ChunkRecord] = []
@@ -101,16 +114,18 @@ def _together(chunks: Sequence[ChunkRecord]) -> Iterator[list[ChunkRecord]]:
 
 
 def _are_whole(store: Store, key: str, chunks: Sequence[ChunkRecord], specs: Sequence[TensorSpec]) -> bool:
-    """Whether stored chunks unpack to what they are said to be."""
+    """Whether stored chunks unpack to what they are said to be, by checksum and by fingerprint."""
     try:
         read = store.read(key, [ByteRange(one.offset, one.num_bytes) for one in chunks])
-        return all(
-            checksum(decode(one.codec, data, one.box.numel * itemsize(specs[one.tensor].dtype)))
-            == one.checksum
-            for one, data in zip(chunks, read, strict=True)
-        )
+        return all(_is_whole(one, data, specs[one.tensor]) for one, data in zip(chunks, read, strict=True))
     except (FormatError, NotFound):
         return False
+
+
+def _is_whole(chunk: ChunkRecord, data: Buffer, spec: TensorSpec) -> bool:
+    raw = memoryview(decode(chunk.codec, data, chunk.box.numel * itemsize(spec.dtype)))
+    mark, _ = digest_many([(raw, spec.dtype, spec.shape, chunk.box)])[0]
+    return checksum(raw) == chunk.checksum and mark == chunk.fingerprint
 
 
 def _read_index(store: Store, key: str, num_bytes: int, specs: Sequence[TensorSpec]) -> list[ChunkRecord]:

@@ -35,7 +35,14 @@ from checkpoint.interop.conversion.contract import (
     Progress,
     unheard,
 )
-from checkpoint.interop.conversion.salvage import GENERATION, Salvage, discard_attempt, salvage, sweep_attempt
+from checkpoint.interop.conversion.salvage import (
+    GENERATION,
+    Salvage,
+    discard_attempt,
+    prove_stored,
+    salvage,
+    sweep_attempt,
+)
 from checkpoint.store.contract import Store
 
 _HOST_DIGITS = 24
@@ -131,15 +138,15 @@ def write_checkpoint(
             num_done += sum(cut.num_bytes for cut in batch)
             listener(Progress("converting", num_done, num_bytes))
         packing.finish()
-    finally:
-        packing.close()
-    table = ChunkTable.of(packing.chunks)
-    sums = table.fingerprint_sums()
-    try:
+        table = ChunkTable.of(packing.chunks)
+        sums = table.fingerprint_sums()
         check({spec.name: sums.get(number, 0) for number, spec in enumerate(draft.tensors)})
     except Mismatch:
+        packing.close()
         discard_attempt(store, host, draft.step)
         raise
+    finally:
+        packing.close()
     manifest = _commit(store, host, draft, packing.packs, table)
     if not {pack.key for pack in packing.packs} <= {pack.key for pack in manifest.packs}:
         discard_attempt(store, host, draft.step)
@@ -193,7 +200,10 @@ def _encode_batch(
 
 @dataclass(slots=True)
 class _Packing:
-    """Packs under way: one is filled while the one before is written. `packs` are those that are durable."""
+    """Packs under way: one is filled while the one before is written, and read back to be proved.
+
+    `packs` are those that are durable.
+    """
 
     store: Store
     host: str
@@ -203,6 +213,7 @@ class _Packing:
     packs: list[PackRef] = field(init=False)
     chunks: list[ChunkRecord] = field(init=False)
     _builder: PackBuilder | None = field(default=None, init=False)
+    _filled: list[ChunkRecord] = field(default_factory=list, init=False)
     _seq: int = field(init=False)
     _crew: Crew = field(init=False)
     _flying: "Future[None] | None" = field(default=None, init=False)
@@ -216,7 +227,7 @@ class _Packing:
         """Append a chunk; hand the pack over once it is full."""
         if self._builder is None:
             self._builder = PackBuilder(GENERATION, self.host, self._seq)
-        self.chunks.append(self._builder.add(replace(chunk, pack=len(self.packs)), data))
+        self._filled.append(self._builder.add(replace(chunk, pack=len(self.packs)), data))
         if self._builder.num_bytes >= self.pack_bytes or self._builder.num_chunks >= MAX_CHUNKS_PER_PAGE:
             self._hand_over()
 
@@ -238,15 +249,18 @@ class _Packing:
         self.packs.append(ref)
         self._seq += 1
         self._builder = None
-        self._flying = self._crew.submit(self._write, ref.key, parts)
+        self._flying = self._crew.submit(self._write, ref.key, parts, self._filled)
+        self.chunks += self._filled
+        self._filled = []
 
-    def _write(self, key: str, parts: list[Buffer]) -> None:
+    def _write(self, key: str, parts: list[Buffer], chunks: list[ChunkRecord]) -> None:
         try:
             self.store.put_new(key, parts)
         except AlreadyExists as error:
             raise Conflict(
                 f"{key} is there already: is the same conversion running twice? End one"
             ) from error
+        prove_stored(self.store, key, chunks, self.draft.tensors)
 
     def _wait(self) -> None:
         if self._flying is not None:
