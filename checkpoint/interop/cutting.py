@@ -61,7 +61,8 @@ def body_shape(model: Model, rule: Rule, foreign: Foreign) -> tuple[int, ...]:
         _check_dim(rule, foreign, rule.unstack.dim, len(shape))
         count = evaluate(rule.unstack.count, model.scope(foreign.at))
         if shape[rule.unstack.dim] != count:
-            raise Mismatch(f"{foreign} has the shape {foreign.shape}; {rule} unstacks {count} of its dim")
+            told = f"{rule} unstacks its dim {rule.unstack.dim} into {count}"
+            raise Mismatch(f"{foreign} has the shape {foreign.shape}; {told}")
         shape = (*shape[: rule.unstack.dim], *shape[rule.unstack.dim + 1 :])
     return shape
 

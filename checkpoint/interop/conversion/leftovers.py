@@ -12,6 +12,7 @@ _SAID = {"step", TIED, "containers", "max_shard_bytes", "zero_stage", "dp_world_
 _LAYOUT = {"args", "zero", "config", "param_shapes"}
 _NO_OPTIONS = {"params", "param_names", "step"}
 _MOMENT = "optimizer.exp_avg."
+_CONFIG = "config.json"  # among a model's files: writers make it anew where its configuration was changed
 _SHOWN = 8
 _GONE = object()
 
@@ -74,6 +75,9 @@ def _comparable(extra: Tree, there: Collection[str]) -> dict[str, Any]:
     Numbers of an optimizer that are there as tensors are no plain data any more.
     """
     kept = {key: value for key, value in extra.items() if key not in {*_SAID, HYPER, "optimizer"}}
+    files, config = extra.get("files"), extra.get("config")
+    if isinstance(files, dict) and _CONFIG in files and isinstance(config, dict):
+        kept["files"] = {**files, _CONFIG: config}
     kept |= dict.fromkeys(kept.keys() & _LAYOUT, True)
     optimizer = extra.get("optimizer")
     rest = dict(optimizer) if isinstance(optimizer, dict) else {}

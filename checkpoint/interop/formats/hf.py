@@ -11,6 +11,7 @@ from checkpoint.interop.draft import Draft
 from checkpoint.interop.formats.contract import About, Contents, is_weight, weight_name
 from checkpoint.interop.formats.extents import check_shape
 from checkpoint.interop.formats.hf_config import sizes_from, ties_from
+from checkpoint.interop.formats.hf_files import SUFFIX, find_weights, parsed
 from checkpoint.interop.formats.safetensors import Header, header_bytes, read_header, sort_key
 from checkpoint.interop.formats.streams import blocks_ahead, check_global, num_bytes_of
 from checkpoint.interop.formats.tiles import Tile, Tiled, found
@@ -19,12 +20,10 @@ from checkpoint.interop.place import Place
 
 MAX_SHARD_BYTES = 5_000_000_000
 
-_SUFFIX = ".safetensors"
 _INDEX = "model.safetensors.index.json"
 _CONFIG = "config.json"
 _BESIDE = re.compile(r"[^/]+\.(json|txt|model|jinja|tiktoken)")
 _MAX_BESIDE_BYTES = 64 << 20
-_NUMBERED = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
 _SHARDING = "DCP_SHARDING_INFO"  # what torch's distributed checkpoints add when they write this format
 _OF_RANKS = (
     "shapes are inferred from the parts that ranks wrote, which do not tell how many there were: a missing "
@@ -34,32 +33,33 @@ _OF_RANKS = (
 
 def looks_like_hf(files: Mapping[str, int]) -> bool:
     """Tell whether a directory holds safetensors files."""
-    return any(name.endswith(_SUFFIX) for name in files)
+    return any(name.endswith(SUFFIX) for name in files)
 
 
 def open_hf(place: Place) -> Tiled:
     """Open a Hugging Face model; what lies beside its weights is carried along as `config` and `files`.
 
-    Raises Corrupt for a file that is not what its header says, Incomplete if a shard is missing.
+    Raises Corrupt for a file that is not what its header says, Incomplete if a shard is missing, Unsupported
+    if files lie beside each other of which it cannot be told which are meant.
     """
-    paths, weight_map = _shards(place)
-    headers = {path: read_header(place, path) for path in paths}
-    if weight_map is not None:
-        _check_index(place, weight_map, headers)
+    weights = find_weights(place)
+    headers = {path: read_header(place, path) for path in weights.paths}
+    if weights.weight_map is not None:
+        _check_index(place, weights.weight_map, headers)
     tensors, tiles = _gather(place, headers)
     beside = {
         name: place.read(name)
         for name, size in place.files.items()
         if _BESIDE.fullmatch(name) and not name.endswith(".index.json") and size <= _MAX_BESIDE_BYTES
     }
-    config = _json(beside[_CONFIG], f"{_CONFIG} in {place}") if _CONFIG in beside else {}
+    config = parsed(beside[_CONFIG], f"{_CONFIG} in {place}") if _CONFIG in beside else {}
     extra = {"config": config, "files": beside}
     is_parted = any(_SHARDING in header.metadata for header in headers.values())
     about = About(
         "hf",
         extra=extra,
         sizes=sizes_from(config),
-        notes=_OF_RANKS if is_parted else (),
+        notes=weights.notes + (_OF_RANKS if is_parted else ()),
         ties=ties_from(config, {one.name for one in tensors}),
     )
     return Tiled(place, about, tensors, tiles)
@@ -79,7 +79,7 @@ def write_hf(draft: Draft, contents: Contents, budget_bytes: int) -> None:
     shards = _dealt(contents.tensors, int(extra.get("max_shard_bytes", MAX_SHARD_BYTES)))
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards):
-        path = f"model-{number + 1:05}-of-{len(shards):05}{_SUFFIX}" if len(shards) > 1 else f"model{_SUFFIX}"
+        path = f"model-{number + 1:05}-of-{len(shards):05}{SUFFIX}" if len(shards) > 1 else f"model{SUFFIX}"
         weight_map |= {contents.tensors[each].name: path for each in shard}
         if path not in draft.kept:
             _write_shard(draft, path, contents, shard, budget_bytes)
@@ -103,7 +103,7 @@ def _write_shard(
 def _write_beside(draft: Draft, extra: Mapping[str, Any]) -> None:
     beside = dict(extra.get("files", {}))
     config = extra.get("config")
-    if config and (_CONFIG not in beside or _json(beside[_CONFIG], _CONFIG) != config):
+    if config and (_CONFIG not in beside or parsed(beside[_CONFIG], _CONFIG) != config):
         beside[_CONFIG] = json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
     for name, data in beside.items():
         if not _BESIDE.fullmatch(name):
@@ -123,37 +123,6 @@ def _dealt(tensors: Sequence[Foreign], max_bytes: int) -> list[list[int]]:
         shards[-1].append(number)
         filled += num_bytes_of(tensor)
     return shards
-
-
-def _shards(place: Place) -> tuple[list[str], dict[str, str] | None]:
-    """Return the files that hold the weights, and the index if there is one."""
-    files = place.files
-    indices = [name for name in files if name.endswith(f"{_SUFFIX}.index.json") and "/" not in name]
-    if len(indices) > 1:
-        raise Corrupt(f"{place} has several indices, {indices}: which one is meant?")
-    if indices:
-        weight_map = _weight_map(place, indices[0])
-        return sorted(set(weight_map.values())), weight_map
-    paths = [name for name in files if name.endswith(_SUFFIX) and "/" not in name]
-    if not paths:
-        raise Incomplete(f"{place} holds no safetensors file; it holds {sorted(files)[:5]}")
-    numbered = [match for path in paths if (match := _NUMBERED.fullmatch(path))]
-    expected = max((int(match[2]) for match in numbered), default=0)
-    if numbered and {int(match[1]) for match in numbered} != set(range(1, expected + 1)):
-        raise Incomplete(f"{place} has {len(paths)} of {expected} shards, and no index: {paths[:5]}")
-    return paths, None
-
-
-def _weight_map(place: Place, index: str) -> dict[str, str]:
-    weight_map = _json(place.read(index), f"{index} in {place}").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise Corrupt(f"{index} in {place} has no weight_map")
-    for name, path in weight_map.items():
-        if not isinstance(path, str) or "/" in path or "\\" in path or path in ("", ".", ".."):
-            raise Corrupt(f"{index} in {place} says that {name!r} lies in {ascii(path)[:80]}, outside of it")
-        if path not in place.files:
-            raise Incomplete(f"{index} in {place} says that {name!r} lies in {path}, which is not there")
-    return weight_map
 
 
 def _check_index(place: Place, weight_map: Mapping[str, str], headers: Mapping[str, Header]) -> None:
@@ -195,14 +164,4 @@ def _offsets(sharding: Mapping[str, Any], name: str, path: str) -> tuple[int, ..
 
 def _json_text(text: str | None, path: str) -> dict[str, Any]:
     """Read JSON within a file's metadata; without any it is empty."""
-    return _json(text.encode(), f"the metadata of {path}") if text is not None else {}
-
-
-def _json(data: bytes, where: str) -> dict[str, Any]:
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise Corrupt(f"{where} is no sound JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise Corrupt(f"{where} is not a JSON object")
-    return found
+    return parsed(text.encode(), f"the metadata of {path}") if text is not None else {}

@@ -1,13 +1,14 @@
 """The foreign formats there are: which one a directory is in, and how each is opened and written."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Protocol
 
 from checkpoint.errors import Unsupported
+from checkpoint.format.box import Box
 from checkpoint.interop.draft import Draft
-from checkpoint.interop.formats.contract import Contents, ForeignCheckpoint
+from checkpoint.interop.formats.contract import About, Array, Contents, ForeignCheckpoint
 from checkpoint.interop.formats.dcp import looks_like_dcp, open_dcp
 from checkpoint.interop.formats.deepspeed import looks_like_deepspeed, open_deepspeed
 from checkpoint.interop.formats.deepspeed_files import is_left_behind
@@ -20,6 +21,7 @@ from checkpoint.interop.formats.megatron import looks_like_megatron, open_megatr
 from checkpoint.interop.formats.megatron_dist import looks_like_megatron_dist, open_megatron_dist
 from checkpoint.interop.formats.megatron_files import tracked_folder
 from checkpoint.interop.formats.torchfile import looks_like_torch, open_torch
+from checkpoint.interop.moves import Foreign
 from checkpoint.interop.place import Place
 
 _SHOWN = 8
@@ -40,6 +42,28 @@ class Format:
     write: _Write | None
     holds_optimizer: bool  # as far as it is written
     is_stale: Callable[[Place], bool] = lambda _: False  # beside what another format holds
+    endings: tuple[str, ...] = ()  # of files that are its own, though they look like another format's
+
+
+@dataclass(frozen=True, slots=True)
+class _Noted:
+    """A foreign checkpoint of which there is more to say than its files do."""
+
+    opened: ForeignCheckpoint
+    about: About
+
+    @property
+    def tensors(self) -> Sequence[Foreign]:
+        """Its tensors."""
+        return self.opened.tensors
+
+    def read(self, number: int, box: Box) -> Array:
+        """Return the bits of a box of a tensor."""
+        return self.opened.read(number, box)
+
+    def settle(self) -> None:
+        """See that what was read is what checksums in the files say."""
+        self.opened.settle()
 
 
 def _later(module: str, name: str) -> _Write:
@@ -60,6 +84,7 @@ _KNOWN = (
         _later("megatron_writing", "write_megatron"),
         holds_optimizer=False,
         is_stale=lambda place: looks_like_megatron_dist(_tracked(place)),
+        endings=(".pt",),
     ),
     Format(
         "megatron-dist",
@@ -68,6 +93,7 @@ _KNOWN = (
         open_megatron_dist,
         _later("megatron_dist_writing", "write_megatron_dist"),
         holds_optimizer=True,
+        endings=(".pt", ".distcp", ".metadata"),
     ),
     Format(
         "deepspeed-universal",
@@ -77,6 +103,7 @@ _KNOWN = (
         _later("deepspeed_writing", "write_deepspeed_universal"),
         holds_optimizer=True,
         is_stale=lambda place: is_left_behind(place, "latest_universal"),
+        endings=(".pt",),
     ),
     Format(
         "deepspeed",
@@ -85,6 +112,7 @@ _KNOWN = (
         open_deepspeed,
         _later("deepspeed_zero_writing", "write_deepspeed"),
         holds_optimizer=True,
+        endings=(".pt",),
     ),
     Format(
         "dcp",
@@ -118,7 +146,12 @@ def open_foreign(url: str, format: str | None = None) -> ForeignCheckpoint:
 
 def open_place(place: Place, format: str | None = None) -> ForeignCheckpoint:
     """Open a foreign checkpoint where there is already a place to read. Raises Unsupported."""
-    return (_named(format) if format is not None else detect(place)).open(place)
+    if format is not None:
+        return _named(format).open(place)
+    taken = detect(place)
+    opened, notes = taken.open(place), _beside(taken, place.files)
+    about = opened.about
+    return _Noted(opened, replace(about, notes=(*about.notes, *notes))) if notes else opened
 
 
 def detect(place: Place) -> Format:
@@ -126,12 +159,27 @@ def detect(place: Place) -> Format:
     likely = [one for one in FORMATS.values() if one.looks_like(place.files)]
     if likely:
         return next((one for one in likely if not one.is_stale(place)), likely[0])
-    seen = sorted(place.files)
-    more = f" and {len(seen) - _SHOWN} more" if len(seen) > _SHOWN else ""
     raise Unsupported(
-        f"{place} looks like none of {', '.join(FORMATS)}; it holds {', '.join(seen[:_SHOWN])}{more}. "
+        f"{place} looks like none of {', '.join(FORMATS)}; it holds {_listed(sorted(place.files))}. "
         "If it is one of them, name its format"
     )
+
+
+def _beside(taken: Format, files: Mapping[str, int]) -> list[str]:
+    """Return notes of the files that other formats would have read."""
+    notes = []
+    for other in FORMATS.values():
+        theirs = [
+            path
+            for path, size in files.items()
+            if not path.endswith(taken.endings) and other is not taken and other.looks_like({path: size})
+        ]
+        if theirs:
+            notes.append(
+                f"it is read as {taken.name}, and what looks like {other.name} is not looked at: "
+                f"{_listed(theirs)} (--format says otherwise)"
+            )
+    return notes
 
 
 def write_foreign(format: str, draft: Draft, contents: Contents, budget_bytes: int) -> None:
@@ -152,6 +200,11 @@ def _tracked(place: Place) -> Mapping[str, int]:
     """Return the files of the iteration that Megatron's tracker names."""
     folder = tracked_folder(place)
     return {path: size for path, size in place.files.items() if path.startswith(f"{folder}/")}
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN])}{more}"
 
 
 def _writable() -> str:

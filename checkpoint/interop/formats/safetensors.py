@@ -84,7 +84,8 @@ def header_bytes(tensors: Iterable[Foreign], metadata: Mapping[str, str]) -> byt
     for tensor in tensors:
         if tensor.dtype not in _NAMES or (_NAMES[tensor.dtype] == "F4" and not tensor.shape):
             raise Unsupported(
-                f"{tensor} is of {tensor.dtype} {tensor.shape}, which safetensors does not have: cast it"
+                f"{tensor} is of {tensor.dtype} {tensor.shape}, which safetensors does not have: cast it "
+                "(--dtype, of real floats only), or leave it out (--only)"
             )
         stop = offset + math.prod(tensor.shape) * itemsize(tensor.dtype)
         dims = list(_stored_shape(tensor))
