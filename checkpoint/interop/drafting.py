@@ -110,7 +110,7 @@ def _drafting_here(fs: Any, root: str, url: str, attempt: str) -> Iterator[Draft
             if stale != folder:
                 with _held(stale, url):
                     shutil.rmtree(stale)
-        folder.mkdir(parents=True, exist_ok=True)
+        _make(folder, url)
     with _held(folder, url):
         with told(url):
             for partial in folder.rglob(f"*{PARTIAL}"):
@@ -132,6 +132,14 @@ def _drafting_here(fs: Any, root: str, url: str, attempt: str) -> Iterator[Draft
                 path.rmdir()
             os.rename(folder, path)
             _sync(path.parent)
+
+
+def _make(folder: Path, url: str) -> None:
+    """Make a directory, and those above it. Raises StoreRefused where the kernel makes none, as in /proc."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:
+        raise StoreRefused(f"{url} cannot be written: no directory can be made in {folder.parent}") from None
 
 
 @contextmanager

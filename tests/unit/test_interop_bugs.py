@@ -16,8 +16,6 @@ from checkpoint.engine.catalog import Catalog
 from checkpoint.engine.plan import check_cover
 from checkpoint.errors import Incomplete, Mismatch
 from checkpoint.format.box import Box
-from checkpoint.format.flat import share_of
-from checkpoint.format.layout import FlatGroup, Layout, Mesh, Replicate
 from checkpoint.interop import joining, naming
 from checkpoint.interop.builtin import builtin_rules
 from checkpoint.interop.conversion import emigrating, sighting
@@ -46,7 +44,6 @@ from tests.interop_samples import (
     llama,
     megatron_llama,
     proved,
-    slices,
     specs_for,
     weights_for,
 )
@@ -244,35 +241,6 @@ def test_random_streams_that_are_given_to_other_ranks_are_caught(monkeypatch):
     assert len(import_by(None, files, MemoryStore("target"))) == 4
     turned = with_moves(plan, lambda move: replace(move, target=2 * move.target % 4 + move.target // 2))
     check_refused(monkeypatch, None, files, turned, "the content of 2 of 4 tensors differs")
-
-
-def test_flat_parts_read_at_the_wrong_offset_are_caught():
-    """DeepSpeed issue 7584: with several sub-groups, the padding of those before is forgotten."""
-    mesh, world = Mesh((("replica", 3),)), 3
-    shapes = {"a": (5,), "b": (2, 5), "c": (7,)}
-    groups = (FlatGroup(("a", "b"), ("replica",), 1, 2), FlatGroup(("c",), ("replica",)))
-    layout = Layout(mesh, dict.fromkeys(shapes, (Replicate(),)), groups)
-    tensors = weights_for(shapes)
-    buffers = np.zeros((world, 2, 6), np.uint32)
-    for rank in range(world):
-        for name, parts in share_of(layout, shapes, rank).items():
-            for part in parts:
-                at = slice(part.local.start[0], part.local.stop[0])
-                buffers[rank, int(name == "c"), at] = tensors[name][slices(part.box)].reshape(-1)
-
-    def read(shift: int) -> Arrays:
-        found = {name: np.zeros(shape, np.uint32) for name, shape in shapes.items()}
-        for rank in range(world):
-            for name, parts in share_of(layout, shapes, rank).items():
-                for part in parts:
-                    first = part.local.start[0] + (shift if name == "c" else 0)
-                    run = np.resize(buffers[rank, int(name == "c"), first:], part.local.numel)
-                    found[name][slices(part.box)] = run.reshape(part.box.size)
-        return found
-
-    check_equal(fingerprints(tensors), fingerprints(read(0)))
-    with pytest.raises(Mismatch, match=r"the content of 1 of 3 tensors differs.*'c'"):
-        check_equal(fingerprints(tensors), fingerprints(read(1)))
 
 
 def test_weights_that_a_writer_left_zero_are_caught():

@@ -95,6 +95,34 @@ def test_any_box_of_any_view_is_read(is_zip, tmp_path):
             assert found.read(number, box).tobytes() == part.numpy().tobytes()
 
 
+def test_views_that_repeat_a_few_elements_are_read_as_they_are(tmp_path):
+    tensors = {
+        "mask": torch.arange(5).expand(1000, 5),
+        "windows": torch.arange(9.0).as_strided((4, 3), (2, 1)),
+        "most": torch.ones(1, dtype=torch.uint8).expand(64 << 10, 1 << 10),  # 64 MiB
+        "enough": torch.arange(5 << 20, dtype=torch.uint8).expand(16, 5 << 20),  # 16 times
+    }
+    check_same(contents_of(open_foreign(save(tensors, tmp_path / "x.pt"))), tensors)
+
+
+@pytest.mark.parametrize("is_zip", KINDS)
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1).expand(1 << 36),
+        torch.zeros(1).expand(1 << 20, 1 << 20, 1 << 19),
+        torch.zeros(1, dtype=torch.uint8).expand((64 << 20) + 1),
+        torch.zeros(5 << 20, dtype=torch.uint8).expand(17, 5 << 20),
+        torch.zeros(1 << 20).as_strided((1 << 19, 1 << 19), (1, 1)),
+    ],
+    ids=["a row", "a cube", "above 64 MiB", "above 16 times", "overlapping"],
+)
+def test_views_that_repeat_beyond_reason_are_refused_before_anything_is_planned(tensor, is_zip, tmp_path):
+    path = save({"model": {"w": tensor, "v": torch.ones(2)}}, tmp_path / "x.pt", is_zip=is_zip)
+    with pytest.raises(Unsupported, match=r"repeats a storage of.*16 times its storage. Save it contiguous"):
+        open_foreign(path)
+
+
 @pytest.mark.parametrize("is_zip", KINDS)
 @pytest.mark.parametrize("kind", ["adamw", "named", "groups"])
 def test_states_that_an_optimizer_numbers_are_given_to_their_parameters(kind, is_zip, tmp_path):

@@ -103,6 +103,11 @@ def sight(foreign: ForeignCheckpoint, choice: RuleChoice | None, ties: Ties | No
         if _is_told_otherwise(choice, about, error):
             raise misfit(error) from error
         raise
+    if not plan.tensors:
+        raise Misuse(
+            f"the rules {choice.rules.name} leave out all {len(foreign.tensors)} tensors of this "
+            f"{about.format} checkpoint: nothing is left to convert"
+        )
     _check_floats(plan)
     plan = _renamed(_renumbered(plan, numbers, foreign.tensors), from_rules)
     ties, notes = _tied(known, ties, plan)  # what the files call tied, the rules speak of
@@ -112,6 +117,7 @@ def sight(foreign: ForeignCheckpoint, choice: RuleChoice | None, ties: Ties | No
         for name, size in choice.sizes.items()
         if about.sizes.get(name, size) != size
     ]
+    notes += _dropped(plan)
     if others:
         notes.append(f"{len(others)} tensors that are neither weights nor optimizer states are left out")
     chosen = {number: foreign.tensors[number] for number in numbers}
@@ -129,6 +135,12 @@ def _tied(known: Mapping[str, str], told: Ties | None, plan: Plan) -> tuple[dict
     lost = [str(other) for other in known if other not in there and other not in (told or {})]
     notes = [f"ties of weights that are not there are left out: {listed(lost)}"] if lost else []
     return merged(there, told or {}), notes
+
+
+def _dropped(plan: Plan) -> list[str]:
+    """Return a note of the tensors that rules leave out by name, each name once for all ranks."""
+    names = list(dict.fromkeys(plan.foreign[number].name for number in plan.dropped))
+    return [f"tensors that the rules drop: {len(names)} ({listed(names)})"] if names else []
 
 
 def accounted(

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, cast
 
 from checkpoint.errors import Corrupt, Unsupported
 from checkpoint.format.dtypes import itemsize
-from checkpoint.interop.formats.extents import Extent, check_shape
+from checkpoint.interop.formats.extents import Extent, check_repeats, check_shape
 from checkpoint.interop.formats.inert import (
     MAX_PICKLE_BYTES,
     Dict,
@@ -82,7 +82,11 @@ class Archive:
 
 
 def read_archive(place: Place, path: str, more: StandIns | None = None) -> Archive:
-    """Read the tree of a file. Raises Corrupt, or Unsupported for what cannot be read without executing."""
+    """Read the tree of a file.
+
+    Raises Corrupt, or Unsupported for what cannot be read without executing, and for tensors that repeat a
+    small storage beyond reason.
+    """
     return read_part(place, path, (0, place.files[path]), more)
 
 
@@ -262,6 +266,7 @@ def _view_as(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> S
     if any(isinstance(one, dict) and any(one.values()) for one in metadata):
         raise Unsupported("it holds a tensor that is conjugated or negated only when read: resolve it first")
     name = dtype.text if isinstance(dtype, Name) else storage.dtype
+    check_repeats(shape, name, storage.num_bytes)
     return Stored(storage, offset, name, shape, strides)
 
 

@@ -5,6 +5,7 @@ ds_to_universal.py.)
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -19,16 +20,21 @@ from checkpoint.interop.formats.contract import About, Array
 from checkpoint.interop.formats.deepspeed_files import (
     Folder,
     RankFile,
+    check_cut,
+    check_names,
+    engine_tree,
     find_folder,
     looks_like_zero,
     model_files,
     optimizer_files,
+    with_ties,
 )
 from checkpoint.interop.formats.deepspeed_parts import (
     FLAT,
     FLAT_3,
     Fragment,
     Shape,
+    check_padding,
     fragments_of,
     group_shapes,
     stage_of,
@@ -36,11 +42,18 @@ from checkpoint.interop.formats.deepspeed_parts import (
 )
 from checkpoint.interop.formats.deepspeed_said import (
     check_order,
+    check_stateless,
     extra_of,
+    is_decoupled,
+    is_offloaded,
     left_of,
     left_states,
     notes_of,
+    num_cut,
+    options_by_number,
+    states_by_number,
     step_of,
+    without_cut,
 )
 from checkpoint.interop.formats.deepspeed_state import Collected, Rounded, ZeroCheckpoint, run_of
 from checkpoint.interop.formats.deepspeed_steps import read_step
@@ -52,12 +65,33 @@ from checkpoint.interop.moves import Foreign
 from checkpoint.interop.place import Place
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_ORDERED = 3  # the stage that deals no parameters round robin
+_UNDIVIDED = re.compile(r"(?:[^/]+/)?mp_rank_[0-9]+_model_states\.pt")
+_DIVIDED = 3  # the stage that divides each parameter alone, and deals none round robin
 
 
 def looks_like_deepspeed(files: Mapping[str, int]) -> bool:
     """Tell whether a directory is a DeepSpeed checkpoint of ZeRO, or the folder of one of its tags."""
     return looks_like_zero(files)
+
+
+def hint_without_zero(place: Place) -> str:
+    """Tell what to do with model states that no states of ZeRO lie beside; empty where there are none.
+
+    Raises Incomplete or Unsupported where it cannot be told which tag is meant.
+    """
+    if looks_like_zero(place.files) or not any(_UNDIVIDED.fullmatch(path) for path in place.files):
+        return ""
+    folder = find_folder(place, "latest")
+    found = sorted(name for name in folder.names if _UNDIVIDED.fullmatch(name))
+    told = f"{folder} holds DeepSpeed's model states and no *_optim_states.pt of ZeRO, which is not read. "
+    if len(found) != 1 or any(name.startswith("layer_") for name in folder.names):
+        return f"{told}Each file has a part of the model: put it together with DeepSpeed, or save with ZeRO"
+    return (
+        f"{told}If it was trained without ZeRO (stage 0), give the path of {folder.prefix}{found[0]}: it is "
+        "read as a file of torch.save, the weights and the optimizer of fp32 training (--by-order where that "
+        "only counts its parameters). What optimizers of 16-bit training keep stays as it is, as no "
+        "parameter's state"
+    )
 
 
 def open_deepspeed(place: Place) -> ZeroCheckpoint:
@@ -71,24 +105,29 @@ def open_deepspeed(place: Place) -> ZeroCheckpoint:
     folder = find_folder(place, "latest")
     files = optimizer_files(folder)
     if not files:
-        raise Incomplete(f"{folder} has no *_optim_states.pt")
+        raise Incomplete(hint_without_zero(place) or f"{folder} has no *_optim_states.pt")
     collected = Collected()
     models = sorted({file.model for file in files})
-    trees = []
+    trees: list[Mapping[str, Any]] = []
     for model in models:
         at = {"tensor": model} if len(models) > 1 else {}
         mine, states = [file for file in files if file.model == model], model_files(folder, model)
-        _ModelRank(folder, mine, states, at).collect(collected)
-        trees.append(states[0].archive.tree)
+        trees.append(engine_tree(states[0]))
+        check_cut(folder, models, num_cut(trees[0]))
+        if step_of(trees[-1]) != step_of(trees[0]):
+            raise Corrupt(f"{states[0].path} is of another step than the files of the other ranks")
+        _ModelRank(folder, mine, with_ties(states, trees[0]), at).collect(collected)
+        check_names(folder, (*mine, *states))
     zero, tree = zero_of(files[0]), trees[0]
+    extra = extra_of(tree, zero, str(folder))
     about = About(
         "deepspeed",
         {"tensor": len(models)} if len(models) > 1 else {},
         step_of(tree),
-        extra_of(tree, zero, str(folder)),
+        without_cut(extra) if len(models) > 1 else extra,
         notes=(*notes_of(zero, len(files) // len(models)), *left_of(tree), *dict.fromkeys(collected.notes)),
     )
-    if stage_of(zero) < _ORDERED and len(files) > len(models):
+    if stage_of(zero) < _DIVIDED and len(files) > len(models):
         check_order(about.extra, str(folder))
     tiled = Tiled(place, about, collected.tensors, collected.tiles)
     check_masters(tiled, str(folder), list(collected.parts.values()))
@@ -122,6 +161,9 @@ class _ModelRank:
             steps = self._steps(states)
             kinds = {str(kind) for rank in states for group in rank for kind in group}
             collected.notes += left_states(kinds - {*MOMENTS, "step"})
+            self._check_padding(flats["exp_avg"])
+        else:
+            collected.notes.append(check_stateless(self._tree, self._zeros[0], str(self._folder)))
         check_distinct(
             self._folder.place, [self._samples(number, flats) for number in range(len(self._files))]
         )
@@ -141,6 +183,17 @@ class _ModelRank:
                 if steps:
                     step = replace(steps[group][0], name=f"optimizer.step.{name}")
                     collected.add(replace(step, at=self._at), steps[group][1])
+
+    @property
+    def _tree(self) -> Mapping[str, Any]:
+        return engine_tree(self._models[0])
+
+    def _check_padding(self, flats: Sequence[Sequence[Any]]) -> None:
+        """See that the moments of ZeRO-3 are zero where they are padded, which they are without L2 decay."""
+        options = options_by_number(self._zeros[0])
+        if self._stage == _DIVIDED and len(options) == len(self._shapes) and not is_offloaded(self._tree):
+            undecayed = [group for group, one in enumerate(options) if is_decoupled(one)]
+            check_padding(self._folder.place, self._files, flats, {n: self._shapes[n] for n in undecayed})
 
     def _see(self, fragments: Sequence[Fragment], shape: Shape, collected: Collected) -> None:
         for one in fragments:
@@ -172,7 +225,7 @@ class _ModelRank:
         return zero.get("optimizer_state_dict" if self._stage == 3 else "base_optimizer_state")
 
     def _has_states(self) -> bool:
-        there = [bool(_state_table(self._base(number))) for number in range(len(self._files))]
+        there = [_holds_states(self._base(number)) for number in range(len(self._files))]
         if any(there) and not all(there):
             raise Incomplete(
                 f"{self._files[there.index(False)].path} has no optimizer state, and others have"
@@ -181,7 +234,7 @@ class _ModelRank:
 
     def _states(self, number: int) -> list[dict[str, Any]]:
         """Return a rank's optimizer state of every group. Raises Incomplete."""
-        table = _state_table(self._base(number))
+        table = states_by_number(self._base(number))
         found = [table.get(group) for group in range(len(self._shapes))]
         for group, state in enumerate(found):
             if not isinstance(state, dict) or any(moment not in state for moment in MOMENTS):
@@ -242,18 +295,10 @@ def _same(bits: Array) -> Array:
     return bits
 
 
-def _state_table(base: Any) -> dict[int, Any]:
-    """Return an optimizer's states by the number of the group: each group is one flat parameter."""
-    if isinstance(base, list):
-        return dict(enumerate(base))
-    if not isinstance(base, dict) or not isinstance(base.get("state"), dict):
-        return {}
-    table = base["state"]
-    groups = base.get("param_groups")
-    if not isinstance(groups, list):
-        return dict(table)
-    order = [number for group in groups if isinstance(group, dict) for number in group.get("params", ())]
-    return {group: table[number] for group, number in enumerate(order) if number in table}
+def _holds_states(base: Any) -> bool:
+    """Tell whether an optimizer has any state but its steps: SGD without momentum has none."""
+    states = [state for state in states_by_number(base).values() if isinstance(state, dict)]
+    return any(value is not None for state in states for key, value in state.items() if key != "step")
 
 
 def _group_step(base: Any, group: int) -> Any:

@@ -5,8 +5,9 @@ twice, or too many is an error that names it.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from checkpoint.errors import Corrupt, Incomplete, Unsupported
 from checkpoint.interop.formats.archive import Archive, read_archive
@@ -19,6 +20,9 @@ _OTHERS = re.compile(r"(layer_[0-9]+.*|expp_rank_.*|.*_expert_.*)_states\.pt")
 _LATEST = "latest"
 _STEP = re.compile(r"global_step([0-9]{1,18})(?:_universal)?")
 _MAX_TAG_BYTES = 4096
+_ZIP = b"PK\x03\x04"
+_ZIP_HEADER_BYTES = 30
+_MAX_NAME_BYTES = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,67 @@ def model_files(folder: Folder, model: int) -> list[RankFile]:
     if not whole and not parts:
         raise Incomplete(f"{folder} has no mp_rank_{model:02}_model_states.pt")
     return _grid(folder, whole or parts, "model_states")
+
+
+def check_cut(folder: Folder, models: Sequence[int], num_said: int | None) -> None:
+    """See that the files of all model-parallel ranks are there. Raises Incomplete."""
+    expected = range(max(models) + 1 if num_said is None else num_said)
+    if [*models] != [*expected]:
+        raise Incomplete(
+            f"{folder} has optimizer states of the model-parallel ranks {[*models]}, and its model was cut "
+            f"among {len(expected)}: some are missing, or left from another world"
+        )
+
+
+def engine_tree(file: RankFile) -> Mapping[str, Any]:
+    """Return what an engine keeps in a file of model states. Raises Corrupt."""
+    tree = file.archive.tree
+    if not isinstance(tree, dict):
+        raise Corrupt(f"{file.path} is no file of a model's states")
+    return tree
+
+
+def with_ties(files: Sequence[RankFile], first: Mapping[str, Any]) -> list[RankFile]:
+    """Let model states say which weights are tied, as those of the first rank do: ZeRO-3 tells no other."""
+    tree = engine_tree(files[0])
+    ties = tree.get("shared_params") or first.get("shared_params")
+    told = replace(files[0].archive, tree={**tree, "shared_params": ties})
+    return [replace(files[0], archive=told), *files[1:]]
+
+
+def check_names(folder: Folder, files: Iterable[RankFile]) -> None:
+    """See that files were saved under their names, as far as they say.
+
+    torch.save puts what it writes into a folder of the file's own name, within the file. Raises Corrupt
+    naming a file that was another rank's.
+    """
+    for file in files:
+        own, first = file.path.removeprefix(folder.prefix), f"{_root_of(folder.place, file.path)}.pt"
+        if _rank_of(first) not in (None, _rank_of(own)):
+            raise Corrupt(
+                f"{own} in {folder} was saved as {first}: files of ranks lie under each other's names, or "
+                "one is a copy of another's"
+            )
+
+
+def _rank_of(name: str) -> tuple[str, int, int] | None:
+    """Return of which kind of file, data-parallel and model-parallel rank a name is."""
+    for pattern in (_OPTIM, _MODEL_3):
+        found = pattern.fullmatch(name)
+        if found:
+            return pattern.pattern, int(found[1]), int(found[2])
+    found = _MODEL.fullmatch(name)
+    return (_MODEL.pattern, 0, int(found[1])) if found else None
+
+
+def _root_of(place: Place, path: str) -> str:
+    """Return the folder within a zip of torch.save; no text for other files."""
+    head = place.read(path, 0, min(_ZIP_HEADER_BYTES + _MAX_NAME_BYTES, place.files[path]))
+    if not head.startswith(_ZIP):
+        return ""
+    num_bytes = int.from_bytes(head[26:28], "little")
+    name = head[_ZIP_HEADER_BYTES : _ZIP_HEADER_BYTES + num_bytes]
+    return name.decode("utf-8", "replace").rpartition("/")[0]
 
 
 def _is_of(found: re.Match[str] | None, model: int) -> bool:

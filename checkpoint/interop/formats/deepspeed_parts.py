@@ -9,16 +9,25 @@ divided by the ranks, rounded up, and what goes beyond the size is padding.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
+
 from checkpoint.errors import Corrupt, Incomplete
+from checkpoint.format.box import Box
+from checkpoint.interop.formats.archive import Stored
 from checkpoint.interop.formats.deepspeed_files import RankFile
-from checkpoint.interop.formats.extents import check_shape
+from checkpoint.interop.formats.deepspeed_state import run_of
+from checkpoint.interop.formats.extents import check_shape, read_box
 from checkpoint.interop.formats.inert import Record
+from checkpoint.interop.place import Place
 
 Shape = tuple[int, ...]
 FLAT = "single_partition_of_fp32_groups"
 FLAT_3 = "fp32_flat_groups"
+_MAX_PADDINGS = 64  # of each rank's file, evenly among all: each takes a request
+_MAX_PADDING = 1024  # elements of each
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +97,51 @@ def fragments_of(
                 Fragment(fragment.file, group, fragment.start, fragment.first, fragment.numel)
             )
     return found
+
+
+def check_padding(
+    place: Place,
+    files: Sequence[RankFile],
+    flats: Sequence[Sequence[Any]],
+    shapes: Mapping[int, Mapping[str, Shape]],
+) -> None:
+    """See that moments are zero where ZeRO-3 pads some groups. Raises Corrupt naming a file of another rank.
+
+    `flats` are a moment's partitions, of each rank and group. Gradients are zero where there is padding, and
+    the moments that come of them; masters are not.
+    """
+    for number, file in enumerate(files):
+        paddings = [
+            (group, *padding)
+            for group, members in shapes.items()
+            for padding in _paddings(members, number, len(files))
+        ]
+        for group, name, start, stop in paddings[:: -(-len(paddings) // _MAX_PADDINGS) or 1]:
+            if not _is_zero(place, file, flats[number][group], (start, stop)):
+                raise Corrupt(
+                    f"{file.path} has something where the exp_avg of {name!r} is padded for rank {number} "
+                    f"of {len(files)}: it is another rank's file under this one's name"
+                )
+
+
+def _paddings(members: Mapping[str, Shape], rank: int, world: int) -> Iterator[tuple[str, int, int]]:
+    """Yield which parameters are padded in a rank's partition of ZeRO-3, and from where to where they are."""
+    start = 0
+    for name, shape in members.items():
+        length = -(-math.prod(shape) // world)
+        numel = min(length, max(0, math.prod(shape) - rank * length))
+        if numel < length:
+            yield name, start + numel, start + length
+        start += length
+
+
+def _is_zero(place: Place, file: RankFile, flat: Any, span: tuple[int, int]) -> bool:
+    """Tell whether there is nothing but zeros, or NaN, in some elements of a flat fp32 tensor."""
+    if not isinstance(flat, Stored) or flat.dtype != "float32" or span[1] > math.prod(flat.shape):
+        return True  # it is refused where its parameters are read
+    size = (min(span[1] - span[0], _MAX_PADDING),)
+    bits = read_box(place, run_of(partial(file.archive.locate, flat), span[0], size), Box.whole(size))
+    return not np.nan_to_num(bits.view(np.float32)).any()
 
 
 def flat_sizes(file: RankFile, stage: int) -> list[int]:

@@ -3,13 +3,15 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from checkpoint.errors import Corrupt, Unsupported
+from checkpoint.errors import Corrupt, Incomplete, Unsupported
 from checkpoint.interop.formats.archive import Stored
 from checkpoint.interop.formats.deepspeed_parts import stage_of
 from checkpoint.interop.formats.inert import MAX_DEPTH, plain
 from checkpoint.interop.formats.numbered import listed
 
 _TENSORS = {"module", "frozen_param_fragments", "optimizer"}
+_CUT = {"mp_world_size", "checkpoint_parallel_dimensions", "param_shapes"}  # of one tensor-parallel rank
+_WITH_MOMENTS = ("adam", "lion", "lamb", "muon")  # in the types of optimizers that DeepSpeed's config names
 _MAX_VALUES = 1 << 22
 _ROUND_ROBIN = (
     "Its ds_config has `round_robin_gradients: true`, with which ZeRO's partitions lie in an order that is "
@@ -25,6 +27,17 @@ def step_of(tree: Mapping[str, Any]) -> int | None:
     """Return how many steps the engine had done."""
     step = tree.get("global_steps", tree.get("iteration"))
     return step if type(step) is int and step >= 0 else None
+
+
+def num_cut(tree: Mapping[str, Any]) -> int | None:
+    """Return among how many tensor-parallel ranks the engine had its model cut, if it says so."""
+    count = tree.get("mp_world_size")
+    return count if type(count) is int and count > 0 else None
+
+
+def without_cut(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an engine says of itself, without what is said of one tensor-parallel rank's part only."""
+    return {key: value for key, value in extra.items() if key not in _CUT}
 
 
 def hint_of(extra: Mapping[str, Any]) -> str:
@@ -102,6 +115,87 @@ def left_states(kinds: Collection[str]) -> tuple[str, ...]:
     return (f"states of the optimizer that are none of Adam's are left out: {listed(sorted(kinds))}",)
 
 
+def check_stateless(tree: Mapping[str, Any], zero: Mapping[str, Any], where: str) -> str:
+    """Tell that files hold no states of the optimizer. Raises Incomplete if they were lost.
+
+    They were if steps are said to be done with an optimizer that keeps moments.
+    """
+    groups = [group for group in _groups(zero) if isinstance(group, dict)]
+    kind = _kind_with_moments(groups, tree.get("ds_config"))
+    if kind and _has_stepped(tree, zero):
+        raise Incomplete(
+            f"{where} has no rank's optimizer states, though steps were done with {kind}, which keeps "
+            "moments: they were lost when it was saved, and a run would go on as if from scratch"
+        )
+    return f"{where} holds no states of the optimizer: whatever goes on from it begins with new ones"
+
+
+def _has_stepped(tree: Mapping[str, Any], zero: Mapping[str, Any]) -> bool:
+    """Tell whether files say that an optimizer did a step; fp16 skips some that the engine counts."""
+    skipped = tree.get("skipped_steps")
+    done = (step_of(tree) or 0) - (skipped if type(skipped) is int else 0)
+    said = [each.get("step") for each in _groups(zero) if isinstance(each, dict)]
+    said += [state.get("step") for state in states_by_number(_base(zero)).values() if isinstance(state, dict)]
+    return done > 0 or any(isinstance(step, Stored) or _is_positive(step) for step in said)
+
+
+def _kind_with_moments(groups: Sequence[Mapping[str, Any]], config: Any) -> str:
+    """Return which optimizer keeps moments as its groups say, or else the config; empty if none is told."""
+    if any("betas" in group for group in groups):
+        return "an optimizer that has betas"
+    if any(_is_positive(group.get("momentum")) for group in groups):
+        return "an optimizer that has momentum"
+    said = config.get("optimizer") if isinstance(config, dict) and not groups else None
+    kind = str(said.get("type")) if isinstance(said, dict) else ""
+    return kind if any(word in kind.lower() for word in _WITH_MOMENTS) else ""
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and value > 0
+
+
+def states_by_number(base: Any) -> dict[int, Any]:
+    """Return an optimizer's states by the number of the group: each group is one flat parameter."""
+    if isinstance(base, list):
+        return dict(enumerate(base))
+    if not isinstance(base, dict) or not isinstance(base.get("state"), dict):
+        return {}
+    table = base["state"]
+    groups = base.get("param_groups")
+    if not isinstance(groups, list):
+        return dict(table)
+    order = [number for group in groups if isinstance(group, dict) for number in group.get("params", ())]
+    return {group: table[number] for group, number in enumerate(order) if number in table}
+
+
+def options_by_number(zero: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the options of each flat parameter: ZeRO-3 has several of each of the optimizer's groups."""
+    groups = [group for group in _groups(zero) if isinstance(group, dict)]
+    return [group for group in groups for _ in listed_params(group)]
+
+
+def is_decoupled(options: Mapping[str, Any]) -> bool:
+    """Tell whether weights surely do not decay into their moments, as they do with L2 regularisation."""
+    return options.get("weight_decay") == 0 or options.get("decoupled_weight_decay") is True
+
+
+def is_offloaded(tree: Mapping[str, Any]) -> bool:
+    """Tell whether an engine kept its optimizer elsewhere: gradients may then lie in memory not cleared."""
+    config = tree.get("ds_config")
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    return not isinstance(zero, dict) or bool(zero.get("offload_optimizer") or zero.get("cpu_offload"))
+
+
+def listed_params(group: Mapping[str, Any]) -> Sequence[Any]:
+    """Return what a group lists as its parameters."""
+    params = group.get("params")
+    return params if isinstance(params, list | tuple) else ()
+
+
+def _base(zero: Mapping[str, Any]) -> Any:
+    return zero.get("base_optimizer_state", zero.get("optimizer_state_dict"))
+
+
 def _has_tensors(value: Any) -> bool:
     """Tell whether there are tensors in plain data, which were seen to end."""
     pending = [value]
@@ -119,7 +213,8 @@ def _groups(zero: Mapping[str, Any]) -> Any:
         base = zero.get(key)
         if isinstance(base, dict) and isinstance(base.get("param_groups"), list):
             return base["param_groups"]
-    return []
+    groups = zero.get("param_groups")  # in universal folders
+    return groups if isinstance(groups, list) else []
 
 
 def _plain(value: Any, where: str) -> Any:

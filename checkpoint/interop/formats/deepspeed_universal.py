@@ -17,7 +17,14 @@ from checkpoint.interop.formats.archive import Archive, Stored, read_archive
 from checkpoint.interop.formats.contract import About, Array
 from checkpoint.interop.formats.deepspeed_files import Folder, RankFile, find_folder, model_files
 from checkpoint.interop.formats.deepspeed_parts import Shape, group_shapes, stage_of
-from checkpoint.interop.formats.deepspeed_said import extra_of, hint_of, left_of, left_states, step_of
+from checkpoint.interop.formats.deepspeed_said import (
+    check_stateless,
+    extra_of,
+    hint_of,
+    left_of,
+    left_states,
+    step_of,
+)
 from checkpoint.interop.formats.deepspeed_state import Collected, Rounded, ZeroCheckpoint, run_of
 from checkpoint.interop.formats.deepspeed_steps import read_step
 from checkpoint.interop.formats.deepspeed_weights import ModelStates, collect_weights
@@ -93,6 +100,7 @@ class _Universal:
                 if step is not None:
                     steps[name] = step
             self._add_steps(collected, members, steps)
+        self._check_states({name: there[name] for members in groups for name in members}, collected)
         known = {name for members in groups for name in members} | {one.name for one in collected.tensors}
         known |= {one.name for one in collected.rounded}
         kinds = {file for files in there.values() for file in files} - {*STATES.values(), "step"}
@@ -100,6 +108,15 @@ class _Universal:
         strange = sorted(there.keys() - known)
         if strange:
             raise Corrupt(f"{self.folder} has zero/{strange[0]}, which the model does not: of another model?")
+
+    def _check_states(self, there: Mapping[str, set[str]], collected: Collected) -> None:
+        """See that all parameters have states, or none if the optimizer keeps none. Raises Incomplete."""
+        without = [name for name, files in there.items() if not files - {"fp32", "step"}]
+        if without and len(without) < len(there):
+            raise Incomplete(f"{self.folder} has no states of {without[0]!r} but its master, and others have")
+        if without:
+            tree = self.models[0].archive.tree
+            collected.notes.append(check_stateless(tree, self.common, str(self.folder)))
 
     def _names(self) -> dict[str, set[str]]:
         found: dict[str, set[str]] = {}

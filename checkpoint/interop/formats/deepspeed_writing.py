@@ -20,6 +20,8 @@ from checkpoint.interop.formats.tiles import as_bits
 from checkpoint.interop.formats.told import STEP, told_numbers
 
 _STATE = re.compile(r"optimizer\.(master|exp_avg|exp_avg_sq|step)\.(.+)")
+_ANY_STATE = re.compile(r"optimizer\.([^.]+)\..+")
+_MOMENTS = {"exp_avg", "exp_avg_sq"}
 _VERSION = "0.19.8"  # of the DeepSpeed that these files were compared with
 _NOT_OURS = {"zero", "param_shapes", "optimizer", "containers", "files", "module"}
 
@@ -87,6 +89,7 @@ def _parameters(
 
 def parts_of(contents: Contents) -> Parts:
     """Sort tensors by what they are. Raises Incomplete naming a parameter that lacks a state, Unsupported."""
+    _check_adam(contents)
     parts = Parts()
     for number, tensor in enumerate(contents.tensors):
         found = _STATE.fullmatch(tensor.name)
@@ -99,8 +102,11 @@ def parts_of(contents: Contents) -> Parts:
                 f"DeepSpeed's universal checkpoints have no place for {tensor.name!r}: leave it out"
             )
     for name in [*parts.states, *parts.weights]:
-        if "/" in name or name in (".", ".."):
-            raise Unsupported(f"{name!r} cannot be the name of a folder")
+        if {"/", "\0"} & set(name) or name in ("", ".", ".."):
+            raise Unsupported(
+                f"the parameter {name!r} cannot go to DeepSpeed's folders: that is no name that a folder can "
+                "have. Choose another --format, or rename it"
+            )
     told = told_numbers(contents.about.extra)
     for name, states in parts.states.items():
         if STEP + name in told and "step" not in states:
@@ -113,6 +119,18 @@ def parts_of(contents: Contents) -> Parts:
         if missing and not (missing == ["master"] and name in parts.weights):
             raise Incomplete(f"the parameter {name!r} lacks {missing}, and a universal checkpoint needs it")
     return parts
+
+
+def _check_adam(contents: Contents) -> None:
+    """See that an optimizer keeps what Adam does, or nothing. Raises Unsupported."""
+    kinds = {found[1] for one in contents.tensors if (found := _ANY_STATE.fullmatch(one.name))}
+    moments = kinds - {"master", "step"}
+    if moments not in (set(), _MOMENTS):
+        raise Unsupported(
+            "DeepSpeed's formats hold the states of Adam only (exp_avg, exp_avg_sq, step), and this "
+            f"optimizer has {', '.join(sorted(kinds - {'master'}))}: choose another --format (torch, dcp), "
+            "or leave it out (--only 'model/*')"
+        )
 
 
 Blocks = Callable[[int], Iterable[memoryview]]
@@ -240,8 +258,8 @@ def engine_of(contents: Contents, parts: Parts) -> dict[str, Any]:
         "skipped_steps": 0,
         "global_samples": 0,
         "dp_world_size": 1,
-        "mp_world_size": 1,
         "ds_version": _VERSION,
     }
     said = {key: value for key, value in extra.items() if key not in _NOT_OURS}
-    return {**defaults, **said, "global_steps": step, "param_shapes": _by_group(contents, shapes)}
+    own = {"global_steps": step, "mp_world_size": 1, "param_shapes": _by_group(contents, shapes)}
+    return {**defaults, **said, **own}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint.errors import Corrupt
+from checkpoint.errors import Corrupt, Unsupported
 from checkpoint.format.box import Box
 from checkpoint.format.dtypes import dtype_of, itemsize
 from checkpoint.interop.formats.contract import Array
@@ -15,6 +15,8 @@ from checkpoint.interop.place import Place
 
 _MAX_DIMS = 32  # numpy's limit was that for long
 _MAX_NUMEL = 1 << 60
+_MAX_REPEATED_BYTES = 64 << 20  # of a tensor whose elements lie on top of each other,
+_MAX_REPEATS = 16  # or so many times the bytes that it views, if these are more
 _NEAR_BYTES = 256 << 10  # rows no farther apart are read in one go,
 _MAX_WASTE = 4  # and so are larger regions of which at least a part in so many is wanted,
 _MAX_GO_BYTES = 64 << 20  # up to this size
@@ -48,6 +50,21 @@ def check_shape(shape: Any, where: str) -> tuple[int, ...]:
     if any(type(n) is not int or n < 0 for n in shape) or math.prod(n or 1 for n in shape) > _MAX_NUMEL:
         raise Corrupt(f"{where} cannot have the shape {ascii(shape)[:80]}")
     return tuple(shape)
+
+
+def check_repeats(shape: Sequence[int], dtype: str, viewed_bytes: int) -> None:
+    """See that a view of so many bytes does not repeat them beyond reason.
+
+    Expanded masks and buffers do, and are read as they are. A tensor of more than 64 MiB that is more than 16
+    times what it views would cost what no file of that size should: it is refused, as Unsupported.
+    """
+    num_bytes = math.prod(shape) * itemsize(dtype)
+    if num_bytes > max(_MAX_REPEATED_BYTES, _MAX_REPEATS * viewed_bytes):
+        raise Unsupported(
+            f"it holds a tensor of the shape {tuple(shape)}, {num_bytes} bytes, that repeats a storage of "
+            f"{viewed_bytes}: above {_MAX_REPEATED_BYTES >> 20} MiB, no tensor is read that is more than "
+            f"{_MAX_REPEATS} times its storage. Save it contiguous(), or leave it out"
+        )
 
 
 def read_box(place: Place, extent: Extent, box: Box) -> Array:

@@ -10,7 +10,7 @@ from checkpoint.format.box import Box
 from checkpoint.interop.draft import Draft
 from checkpoint.interop.formats.contract import About, Array, Contents, ForeignCheckpoint
 from checkpoint.interop.formats.dcp import looks_like_dcp, open_dcp
-from checkpoint.interop.formats.deepspeed import looks_like_deepspeed, open_deepspeed
+from checkpoint.interop.formats.deepspeed import hint_without_zero, looks_like_deepspeed, open_deepspeed
 from checkpoint.interop.formats.deepspeed_files import is_left_behind
 from checkpoint.interop.formats.deepspeed_universal import (
     looks_like_deepspeed_universal,
@@ -159,6 +159,8 @@ def detect(place: Place) -> Format:
     likely = [one for one in FORMATS.values() if one.looks_like(place.files)]
     if likely:
         return next((one for one in likely if not one.is_stale(place)), likely[0])
+    if hint := hint_without_zero(place):
+        raise Unsupported(hint)
     raise Unsupported(
         f"{place} looks like none of {', '.join(FORMATS)}; it holds {_listed(sorted(place.files))}. "
         "If it is one of them, name its format"

@@ -25,7 +25,7 @@ MODELS = (
     *("model", "state_dict", "model_state_dict", "model_state", "module", "net", "network", "weights"),
     "params",
 )
-_STEPS = ("step", "global_step", "iteration", "num_steps", "train_step")
+_STEPS = ("step", "global_step", "iteration", "num_steps", "train_step", "global_steps")
 _MAX_DEPTH = 60
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _DISTRIBUTED = "module."
@@ -128,7 +128,9 @@ class _Naming:
             if len(spot) == 1:
                 key = spelled(spot)
                 for below, leaf in self._leaves(node, [*place, key]):
-                    self._put_other(f"other.{spelled(below[len(place) :])}", below, leaf, always=True)
+                    name = f"other.{spelled(below[len(place) :])}"
+                    self._put(name, leaf)
+                    self._spots[name] = below
                 data = self._without_leaves(node)
                 apart[key] = {} if data is _NOTHING else self._plain(data)
                 self._placed[key] = [*place]
@@ -215,9 +217,9 @@ class _Naming:
         self._put(name, item)
         self._inside[name] = spot
 
-    def _put_other(self, name: str, spot: list[Step], item: Any, *, always: bool = False) -> None:
+    def _put_other(self, name: str, spot: list[Step], item: Any) -> None:
         self._put(name, item)
-        if always or spelled(spot) != name.removeprefix("other.") or not is_told_by_name(spot):
+        if spelled(spot) != name.removeprefix("other.") or not is_told_by_name(spot):
             self._spots[name] = spot
 
     def _named(
