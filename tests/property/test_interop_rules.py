@@ -184,6 +184,7 @@ map:
         shards += [foreign(f"single.{n - mine[0]}.v", singles[n], pipeline=stage) for n in mine]
     rules, axes = read_rules(document, "stacked"), {"pipeline": stages}
     plan = plan_import(rules, {}, axes, [tensor for tensor, _ in shards])
+    check_agreed(rules, {}, axes, plan)
     found = assemble(plan, [bits for _, bits in shards])
     assert found.keys() == tensors.keys()
     assert all((found[name] == bits).all() for name, bits in tensors.items())
