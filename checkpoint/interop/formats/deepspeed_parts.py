@@ -108,20 +108,29 @@ def check_padding(
     """See that moments are zero where ZeRO-3 pads some groups. Raises Corrupt naming a file of another rank.
 
     `flats` are a moment's partitions, of each rank and group. Gradients are zero where there is padding, and
-    the moments that come of them; masters are not.
+    the moments that come of them; masters are not. A file is another's only if some other is zero there.
     """
+
+    def is_zero(rank: int, paddings: Sequence[tuple[int, str, int, int]]) -> bool:
+        return all(
+            _is_zero(place, files[rank], flats[rank][group], (start, stop))
+            for group, _, start, stop in paddings
+        )
+
     for number, file in enumerate(files):
         paddings = [
             (group, *padding)
             for group, members in shapes.items()
             for padding in _paddings(members, number, len(files))
         ]
-        for group, name, start, stop in paddings[:: -(-len(paddings) // _MAX_PADDINGS) or 1]:
-            if not _is_zero(place, file, flats[number][group], (start, stop)):
-                raise Corrupt(
-                    f"{file.path} has something where the exp_avg of {name!r} is padded for rank {number} "
-                    f"of {len(files)}: it is another rank's file under this one's name"
-                )
+        some = paddings[:: -(-len(paddings) // _MAX_PADDINGS) or 1]
+        others = [rank for rank in range(len(files)) if rank != number]
+        if not is_zero(number, some) and any(is_zero(rank, some) for rank in others):
+            raise Corrupt(
+                f"{file.path} has something where the exp_avg of {some[0][1]!r} is padded for rank {number} "
+                f"of {len(files)}, and another rank's file has nothing there: it is another rank's under this "
+                "one's name"
+            )
 
 
 def _paddings(members: Mapping[str, Shape], rank: int, world: int) -> Iterator[tuple[str, int, int]]:
