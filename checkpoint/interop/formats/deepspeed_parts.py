@@ -128,8 +128,8 @@ def check_padding(
         if not is_zero(number, some) and any(is_zero(rank, some) for rank in others):
             raise Corrupt(
                 f"{file.path} has something where the exp_avg of {some[0][1]!r} is padded for rank {number} "
-                f"of {len(files)}, and another rank's file has nothing there: it is another rank's under this "
-                "one's name"
+                f"of {len(files)}, and another rank's file has nothing there: it is another rank's under "
+                "this one's name"
             )
 
 
