@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -85,9 +85,10 @@ def clear_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(EXIT_FAILED) from None
     except Exception as error:
-        if mode.is_debugging:
-            raise
         code = EXIT_WRONG if _is_wrong_usage(error) else EXIT_FAILED
+        if mode.is_debugging:
+            tell_failure(_spell(error), type(error).__name__, code)
+            raise
         complaints.print(f"[bold red]error:[/] {escape(_spell(error))}", highlight=False, soft_wrap=True)
         tell_failure(_spell(error), type(error).__name__, code)
         raise typer.Exit(code) from None
@@ -97,7 +98,8 @@ def tell_failure(text: str, kind: str, code: int) -> None:
     """Print what went wrong for a program that reads our JSON."""
     if mode.is_json and not mode.is_told:
         mode.is_told = True
-        typer.echo(json.dumps({"error": text, "kind": kind, "exit_code": code}, indent=2))
+        with suppress(OSError):  # where it goes may be what failed
+            typer.echo(json.dumps({"error": text, "kind": kind, "exit_code": code}, indent=2))
 
 
 @contextmanager

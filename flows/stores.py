@@ -344,7 +344,10 @@ def prune(
     store = checkpoint.open_store(url)
     if not checkpoint.Catalog(store).steps():
         raise checkpoint.NoCheckpoint(f"{url} holds no checkpoint, so nothing was deleted; check the URL")
-    pruned = checkpoint.prune(store, policies, now_s=now_s, grace_s=grace_s, linger_s=linger_s)
+    try:
+        pruned = checkpoint.prune(store, policies, now_s=now_s, grace_s=grace_s, linger_s=linger_s)
+    except ValueError as error:
+        raise SpecError(str(error)) from None
     return {
         "store": url,
         "policies": list(map(str, policies)),

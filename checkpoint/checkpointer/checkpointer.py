@@ -51,7 +51,7 @@ from checkpoint.engine.quiet import no_collection
 from checkpoint.engine.restore import Fallback
 from checkpoint.engine.save import Saver
 from checkpoint.engine.source import HeldSource, Source, StoreSource
-from checkpoint.errors import Conflict, StoreError, StoreUnavailable
+from checkpoint.errors import Conflict, Mismatch, StoreError, StoreUnavailable
 from checkpoint.format.tree import Json
 from checkpoint.lifecycle.aside import set_aside
 from checkpoint.lifecycle.policies import Policy
@@ -177,7 +177,11 @@ class Checkpointer:
         with ExitStack() as pinned:
             held: list[Held] = []
             stores = self._sources()
-            told = self._world.agreed(lambda: self._present(held, pinned, stores, step))
+            told = self._world.agreed(lambda: self._present(held, pinned, stores, (step, newer)))
+            if len({one.asked for one in told}) > 1:
+                raise Mismatch(
+                    "the ranks ask for different steps: give every rank the same `step` and `newer`"
+                )
             peers = pinned.enter_context(self._meeting.source([one.keepers for one in told]))
             own: list[Source] = [*(HeldSource(one, MEMORY) for one in held), *peers]
             sources, found = [*own, *stores], told[0].found
@@ -238,7 +242,7 @@ class Checkpointer:
         return self._world
 
     def _present(
-        self, held: list[Held], pinned: ExitStack, stores: Sequence[Source], step: int | None
+        self, held: list[Held], pinned: ExitStack, stores: Sequence[Source], asked: tuple[int | None, Newer]
     ) -> "_Present":
         """Pin what is held here; return what the other ranks are to know of it."""
         self._host = self._host or find_host(self._host_policy, self._world)
@@ -246,10 +250,10 @@ class Checkpointer:
         found: Found | StoreUnavailable | None = None
         if self._world.rank == 0 and self._host is None and self._speaks_for_all():
             try:
-                found = find_steps(stores, self._options.reading, step)
+                found = find_steps(stores, self._options.reading, asked[0])
             except StoreUnavailable as error:
                 found = error
-        return _Present(keepers_known_to(self._host), self._host is not None, self._last >= 0, found)
+        return _Present(keepers_known_to(self._host), self._host is not None, self._last >= 0, asked, found)
 
     def _speaks_for_all(self) -> bool:
         """Whether nobody writes where one rank finds no host: on another host a keeper may still."""
@@ -375,6 +379,7 @@ class _Present:
     keepers: str
     has_host: bool
     has_saved: bool
+    asked: tuple[int | None, Newer]
     found: Found | StoreUnavailable | None
 
 

@@ -36,14 +36,7 @@ class FlatPlan:
     """Where a group's tensors lie in the buffer of one set of ranks, and how it is divided; in elements."""
 
     starts: Mapping[str, int]
-    num_elements: int  # without padding at the end
     part_length: int
-    num_parts: int
-
-    @property
-    def num_padding(self) -> int:
-        """How many elements at the end of the buffer belong to no tensor."""
-        return self.part_length * self.num_parts - self.num_elements
 
 
 def plan_flat(group: FlatGroup, numels: Mapping[str, int], num_parts: int) -> FlatPlan:
@@ -59,7 +52,7 @@ def plan_flat(group: FlatGroup, numels: Mapping[str, int], num_parts: int) -> Fl
             starts[name] = _round_up(end, group.start_multiple)
             end = starts[name] + numels[name]
     part_length = _round_up(-(-end // num_parts), group.part_multiple)
-    return FlatPlan(starts, end, part_length, num_parts)
+    return FlatPlan(starts, part_length)
 
 
 def share_of(layout: Layout, shapes: Shapes, rank: int) -> dict[str, tuple[Part, ...]]:

@@ -11,22 +11,15 @@ LAYER = r"(?:^|.*\.)layers\.(?P<number>\d+)\..*"
 EXPERT = r".*\.experts\.(?P<number>\d+)\..*"
 
 
-def deal_layers(num_layers: int, num_stages: int, num_rounds: int = 1) -> tuple[int, ...]:
+def deal_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:
     """Return the stage of each layer: consecutive ones, the first stages one more if it does not come out.
-
-    With several rounds (interleaved, virtual stages) the layers are first cut into so many runs, and each run
-    is dealt over all stages.
 
     Raises Misuse if a stage would get no layer.
     """
-    if num_stages < 1 or num_rounds < 1 or num_layers < num_stages * num_rounds:
-        rounds = "" if num_rounds == 1 else f" in {num_rounds} rounds"
-        raise Misuse(
-            f"the {num_layers} layers cannot be dealt to {num_stages} stages{rounds}: each needs its own"
-        )
-    turns = num_stages * num_rounds
-    counts = [num_layers // turns + (turn < num_layers % turns) for turn in range(turns)]
-    return tuple(turn % num_stages for turn, count in enumerate(counts) for _ in range(count))
+    if not 1 <= num_stages <= num_layers:
+        raise Misuse(f"the {num_layers} layers cannot be dealt to {num_stages} stages: each needs its own")
+    counts = [num_layers // num_stages + (stage < num_layers % num_stages) for stage in range(num_stages)]
+    return tuple(stage for stage, count in enumerate(counts) for _ in range(count))
 
 
 @dataclass(frozen=True, slots=True)

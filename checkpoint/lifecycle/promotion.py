@@ -131,12 +131,18 @@ def _is_there(target: Store, manifest: Manifest, data: Buffer) -> bool:
         raise Conflict(
             f"{target} has a {key} that cannot be read ({error}): repair it or set it aside first"
         ) from error
-    if (found.tensors, found.skeleton) == (manifest.tensors, manifest.skeleton):
+    if _told(found) == _told(manifest):
         return True
     raise Conflict(
         f"{target} has another checkpoint of step {manifest.step} (run {found.run!r}, generation "
         f"{found.generation}) than is to be promoted: give each run a store of its own"
     )
+
+
+def _told(manifest: Manifest) -> tuple[object, ...]:
+    """Return all that a checkpoint says, wherever its chunks lie."""
+    books = manifest.data_cursor, dict(manifest.metrics)
+    return manifest.tensors, manifest.skeleton, manifest.run, *books
 
 
 def _missing(source: Store, target: Store, manifest: Manifest, announcement: str) -> list[ObjectRef]:

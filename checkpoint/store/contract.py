@@ -87,8 +87,14 @@ _AZURE = {"abfs", "abfss", "wasb", "wasbs"}  # container@account is how these na
 
 
 def check_url(url: str) -> str:
-    """Return the URL without slashes at its end. Raises StoreRefused if there are credentials in it."""
+    """Return the URL without slashes at its end.
+
+    Raises StoreRefused if there are credentials in it, or if it names nothing: clients would take what is
+    left of it, once the slashes are gone, for a local directory.
+    """
     parts = urlsplit(url)
+    if parts.scheme and not url.partition("://")[2].strip("/"):
+        raise StoreRefused(f"{url!r} names no place: give the bucket or container too, {parts.scheme}://NAME")
     user, at, _ = parts.netloc.rpartition("@")
     is_container = parts.scheme in _AZURE and ":" not in user
     if at and not is_container:

@@ -1,11 +1,13 @@
 """Going back on purpose, and other runs: nothing is lost silently, and nothing is loaded by mistake."""
 
 import socket
+from dataclasses import replace
 
 import pytest
 import torch
 
 from checkpoint.checkpointer import Checkpointer, Options
+from checkpoint.checkpointer.world import World
 from checkpoint.engine.reading import ReadPolicy
 from checkpoint.errors import Conflict, Mismatch, NoCheckpoint, StoreUnavailable
 from checkpoint.format.keys import ABANDONED
@@ -165,3 +167,17 @@ def test_a_step_that_was_asked_for_is_restored_beside_a_tier_that_never_answers_
             pytest.raises(StoreUnavailable, match="far may have some"),
         ):
             checkpointer.restore(state)
+
+
+def test_ranks_that_ask_for_different_steps_are_told_so(tmp_path, monkeypatch):
+    def agreed(_: World, say):
+        mine = say()
+        return [mine, replace(mine, asked=(None, "keep"))]
+
+    state = {"w": torch.zeros(3)}
+    with Checkpointer(str(tmp_path), options=Options(kept="in this process", arena_mib=8)) as checkpointer:
+        checkpointer.save(1, state)
+        assert checkpointer.wait(30)
+        monkeypatch.setattr(World, "agreed", agreed)
+        with pytest.raises(Mismatch, match="ask for different steps"):
+            checkpointer.restore(state, step=1)

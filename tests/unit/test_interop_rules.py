@@ -175,6 +175,28 @@ map:
         marks_of(document, plan, arrays, tensor=4)
 
 
+@pytest.mark.parametrize("home", [0, 1, 2])
+def test_what_one_rank_has_alone_is_read_from_any_and_written_on_the_first(home):
+    document = "map: [{from: '{name}', to: '{name}', axes: {pipeline: one, tensor: 0}}]"
+    whole = {"x": random_bits((4, 3), 1), "y": random_bits((2,), 2)}
+    homes = {"x": home, "y": 2 - home}
+    places = [(name, rank) for name in whole for rank in range(2)]
+    shards = [
+        tensor(name, *np.split(whole[name], 2)[rank].shape, tensor=rank, pipeline=homes[name])
+        for name, rank in places
+    ]
+    arrays = [np.split(whole[name], 2)[rank] for name, rank in places]
+    plan = planned(document, shards, tensor=2, pipeline=3)
+    found = assemble(plan, arrays)
+    assert found.keys() == whole.keys() and all((found[name] == whole[name]).all() for name in whole)
+    assert marks_of(document, plan, arrays, tensor=2, pipeline=3) == fingerprints(whole)
+    written = exported(document, *specs_for(whole), tensor=2, pipeline=3)
+    assert [(one.name, one.at["tensor"], one.at["pipeline"]) for one in written.foreign] == [
+        (*place, 0) for place in places
+    ]
+    assert all((one == other).all() for one, other in zip(disperse(written, found), arrays, strict=True))
+
+
 def test_an_averaged_tensor_is_the_mean_and_is_told_as_changed():
     document = "map: [{from: a, to: x, axes: {tensor: mean}}, {from: b, to: y, axes: {tensor: same}}]"
     plan = planned(

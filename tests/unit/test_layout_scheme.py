@@ -164,7 +164,7 @@ def test_a_sharded_dim_that_tensor_ranks_divide_too_becomes_a_strided_shard():
 
 def test_layers_are_dealt_to_stages_in_order():
     assert deal_layers(7, 3) == (0, 0, 0, 1, 1, 2, 2)
-    assert deal_layers(8, 2, 2) == (0, 0, 1, 1, 0, 0, 1, 1)
+    assert deal_layers(8, 2) == (0, 0, 0, 0, 1, 1, 1, 1)
     with pytest.raises(FormatError, match="2 layers cannot be dealt to 3 stages"):
         deal_layers(2, 3)
 

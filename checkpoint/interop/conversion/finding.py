@@ -1,18 +1,20 @@
 """Which checkpoint of a store is meant, and its whole index, without the framework that tensors need."""
 
+from pathlib import Path
+
 from checkpoint.engine.catalog import Catalog
 from checkpoint.engine.plan import check_chunks
 from checkpoint.engine.source import StoreSource
-from checkpoint.errors import AlreadyExists, NoCheckpoint
+from checkpoint.errors import AlreadyExists, NoCheckpoint, StoreRefused
 from checkpoint.format.manifest import Manifest
 from checkpoint.format.table import ChunkTable
 from checkpoint.interop.drafting import check_possible
 from checkpoint.store.contract import Store
+from checkpoint.store.paths import local_path
 
 _HERE = "file://"
-
-
-_FOLDERS = {"manifests", "packs", "index", "control"}
+_MANIFESTS = "manifests"
+_FOLDERS = {_MANIFESTS, "packs", "index", "control"}
 
 
 def check_own(store: Store) -> None:
@@ -20,6 +22,7 @@ def check_own(store: Store) -> None:
 
     Raises AlreadyExists naming what is there, StoreRefused if there can be no store here.
     """
+    _check_apart(str(store))
     if Catalog(store).steps():
         return
     strange = sorted(one.key for one in store.list("") if one.key.split("/")[0] not in _FOLDERS)
@@ -27,6 +30,16 @@ def check_own(store: Store) -> None:
         raise AlreadyExists(f"{store} holds {strange[:3]}, which are no store's: give a new directory")
     if str(store).startswith(_HERE):
         check_possible(str(store))
+
+
+def _check_apart(url: str) -> None:
+    """See that a store does not lie among another's objects, where a prune of that one deletes it."""
+    path = Path(local_path(url)) if url.startswith(_HERE) else Path()
+    for inner in (path, *path.parents):
+        if inner.name in _FOLDERS and (inner.parent / _MANIFESTS).is_dir():
+            raise StoreRefused(
+                f"{url} lies within the store in {inner.parent}, which may delete it: give another directory"
+            )
 
 
 def manifest_of(store: Store, step: int | None) -> Manifest:

@@ -125,7 +125,7 @@ def plan_import_foreign(
         step=draft.step,
         layout=adoption.to,
         num_tensors=len(draft.tensors),
-        num_chunks=len(draft.pieces),
+        num_chunks=len(draft.cuts),
         num_bytes=num_bytes,
         read_bytes=assembled_bytes(sighted.plan) + _proved_bytes(sighted.account(), foreign),
         written_bytes=most_stored_bytes(draft, settings),
