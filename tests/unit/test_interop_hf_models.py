@@ -1,6 +1,7 @@
 """Models that Hugging Face saved: what the rules read computes the logits that its own models computed."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +12,56 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import checkpoint
+from checkpoint.errors import Mismatch
+from checkpoint.interop.builtin import find_document
 from tests.interop.unpacking import unpack
 
 MODELS = ("gpt2", "llama", "mixtral")
 HEADS, HEAD_DIM, LAYERS, CHOSEN = 4, 4, 2, 2
 Weights = dict[str, torch.Tensor]
-# Pieces of equal shape, by their global names: each pair is exchanged, in a mutation.
+# Mistakes in a document that no shape tells of: each pair of texts changes places, or a text is left out.
 LIKE = {
-    "gpt2": (("layers.0.attention.q.weight", "layers.0.attention.k.weight"),),
+    "gpt2": (
+        ("attention.q.weight", "attention.k.weight"),
+        ("attention.k.weight", "attention.v.weight"),
+        ("attention.q.bias", "attention.k.bias"),
+        ("attention.k.bias", "attention.v.bias"),
+        ("ln_1", "ln_2"),
+        ("attention.out.bias", "mlp.down.bias"),
+        ('attention.out.weight", transpose: [1, 0]', 'attention.out.weight"'),
+    ),
     "llama": (
-        ("layers.0.mlp.gate.weight", "layers.0.mlp.up.weight"),
-        ("layers.1.attention.k.weight", "layers.1.attention.v.weight"),
+        ("mlp.gate.weight", "mlp.up.weight"),
+        ("attention.k.weight", "attention.v.weight"),
+        ("attention.q.weight", "attention.out.weight"),
+        ("attention_norm", "mlp_norm"),
+        ("model.embed_tokens.weight", "lm_head.weight"),
     ),
     "mixtral": (
-        ("layers.0.experts.1.gate.weight", "layers.0.experts.1.up.weight"),
-        ("layers.1.experts.0.down.weight", "layers.1.experts.2.down.weight"),
-        ("embedding.weight", "head.weight"),
+        (".w1.", ".w3."),
+        ("attention.k.weight", "attention.v.weight"),
+        ("attention.q.weight", "attention.out.weight"),
+        ("attention_norm", "mlp_norm"),
+        ("model.embed_tokens.weight", "lm_head.weight"),
     ),
 }
+# Mistakes that shapes do tell of.
+UNLIKE = {
+    "gpt2": (
+        ('c_attn.weight"\n    transpose: [1, 0]', 'c_attn.weight"'),
+        ('mlp.up.weight", transpose: [1, 0]', 'mlp.up.weight"'),
+        ('mlp.down.weight", transpose: [1, 0]', 'mlp.down.weight"'),
+        ("wte", "wpe"),
+    ),
+    "llama": (("attention.q.weight", "attention.k.weight"), ("mlp.gate.weight", "mlp.down.weight")),
+    "mixtral": (("attention.q.weight", "attention.k.weight"), (".w1.", ".w2.")),
+}
+# A rule for several tensors: what comes before and after the part of the name in which they differ.
+SEVERAL = re.compile(r'  - from: "(.*){which:(.*)}(.*)"\n    to: "(.*){which}(.*)"\n((?:    when:.*\n)?)')
 
 
-def imported(name: str, folder: Path, store: str) -> Weights:
-    adoption = checkpoint.Adoption(rules=checkpoint.choose_rules(f"{name}-hf", ()))
+def imported(rules: str, folder: Path, store: str) -> Weights:
+    adoption = checkpoint.Adoption(rules=checkpoint.choose_rules(rules, ()))
     report = checkpoint.import_foreign(str(folder), checkpoint.open_store(store), adoption)
     assert {proof.how for proof in report.proofs} == {"fingerprint"}
     weights: Weights = checkpoint.load(checkpoint.open_store(store)).state["model"]
@@ -110,33 +139,74 @@ def config_of(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("name", MODELS)
 def test_next_token_logits_are_those_of_hugging_face(name, tmp_path):
     folder, golden = unpack(f"{name}-hf", tmp_path)
-    weights = imported(name, folder, str(tmp_path / "store"))
+    weights = imported(f"{name}-hf", folder, str(tmp_path / "store"))
     found = logits_of(name, weights, golden["tokens"], config_of(folder))
     assert np.abs(found - golden["logits"]).max() < 1e-4 < np.abs(golden["logits"]).max() / 1000
     assert (found.argmax(-1) == golden["logits"].argmax(-1)).all()
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_document_that_says_the_same_rule_by_rule_computes_the_same_logits(name, tmp_path):
+    assert difference(name, spelt_out(find_document(f"{name}-hf")), tmp_path) < 1e-4
+
+
 @pytest.mark.parametrize(("name", "pair"), [(name, pair) for name in MODELS for pair in LIKE[name]])
-def test_pieces_that_change_places_would_compute_other_logits(name, pair, tmp_path):
-    folder, golden = unpack(f"{name}-hf", tmp_path)
-    weights = imported(name, folder, str(tmp_path / "store"))
+def test_a_document_with_a_mistake_that_fits_computes_other_logits(name, pair, tmp_path):
+    assert difference(name, mistaken(name, pair), tmp_path) > 0.1
+
+
+@pytest.mark.parametrize(("name", "pair"), [(name, pair) for name in MODELS for pair in UNLIKE[name]])
+def test_a_document_with_a_mistake_that_does_not_fit_is_refused(name, pair, tmp_path):
+    with pytest.raises(Mismatch, match="has the shape"):
+        difference(name, mistaken(name, pair), tmp_path)
+
+
+def mistaken(name: str, pair: tuple[str, str]) -> str:
+    """Return a built-in document with two texts in each other's places; one within the other is left out."""
+    text = spelt_out(find_document(f"{name}-hf"))
     one, other = pair
-    weights[one], weights[other] = weights[other], weights[one]
-    found = logits_of(name, weights, golden["tokens"], config_of(folder))
-    assert np.abs(found - golden["logits"]).max() > 0.1
+    assert one in text and other in text
+    if other in one:
+        return text.replace(one, other)
+    return re.sub(
+        f"{re.escape(one)}|{re.escape(other)}", lambda found: other if found[0] == one else one, text
+    )
+
+
+def spelt_out(text: str) -> str:
+    """Return a document with a rule of its own for each of q, k, v and gate, up, down."""
+
+    def each(found: re.Match[str]) -> str:
+        before, which, after, head, tail, when = found.groups()
+        return "".join(
+            f'  - from: "{before}{one}{after}"\n    to: "{head}{one}{tail}"\n{when}'
+            for one in which.split("|")
+        )
+
+    return SEVERAL.sub(each, text)
+
+
+def difference(name: str, document: str, folder: Path) -> float:
+    """Return how far the logits are from Hugging Face's where a checkpoint is read by a document."""
+    given, golden = unpack(f"{name}-hf", folder)
+    rules = folder / "rules.yaml"
+    rules.write_text(document)
+    weights = imported(str(rules), given, str(folder / "store"))
+    found = logits_of(name, weights, golden["tokens"], config_of(given))
+    return float(np.abs(found - golden["logits"]).max())
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_goes_out_again_is_the_file_that_hugging_face_wrote(name, tmp_path):
     folder, _ = unpack(f"{name}-hf", tmp_path)
-    imported(name, folder, str(tmp_path / "store"))
+    imported(f"{name}-hf", folder, str(tmp_path / "store"))
     check_back(name, str(tmp_path / "store"), folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_by_way_of_megatron_s_tensor_ranks_it_is_the_same_file(name, tmp_path):
     folder, _ = unpack(f"{name}-hf", tmp_path)
-    imported(name, folder, str(tmp_path / "store"))
+    imported(f"{name}-hf", folder, str(tmp_path / "store"))
     store, ranks = str(tmp_path / "store"), str(tmp_path / "ranks")
     rules = checkpoint.choose_rules(f"{name}-megatron", ("padded_vocab=32",))
     emigration = checkpoint.Emigration("megatron", to="tensor=2", rules=rules)
