@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 import checkpoint
 from checkpoint.errors import Unsupported
+from tests.conversion_samples import save_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -132,6 +133,50 @@ def test_what_lies_around_a_nested_model_stays_at_its_level(tmp_path):
     app = {"model": {"w": torch.ones(2)}, "ema": {"w": torch.zeros(2)}, "epoch": 3}
     state = {"app": app, "seed": 7, "rng": torch.arange(4)}
     assert_same(state, through(tmp_path, state)[0])
+
+
+OWN_NAMES = ["containers", "files", "max_shard_bytes", "config", "args", "zero", "param_shapes", "tied"]
+ODD = ["text", 7, ["x", 1], {"a": {"b": 1}}, {"param_groups": 5}, {1: 2}]
+
+
+@pytest.mark.parametrize("value", [*ODD, None, {"name": "adamw", "lr": 0.1}], ids=repr)
+@pytest.mark.parametrize("has_one", [False, True])
+def test_what_is_called_optimizer_and_is_none_stays_what_it_is(tmp_path, value, has_one):
+    model = Two()
+    states = stepped(model, torch.optim.Adam(model.named_parameters()))
+    state = {"model": model.state_dict(), "optimizer": value, **({"optim": states[0]} if has_one else {})}
+    assert_same(state, through(tmp_path, state)[0])
+
+
+@pytest.mark.parametrize("value", ODD, ids=repr)
+@pytest.mark.parametrize("format", ["torch", "dcp", "hf", "deepspeed-universal", "megatron"])
+def test_plain_data_may_have_any_name_and_go_to_any_format(tmp_path, format, value):
+    """As a program of one's own calls them; what a format has no place for, the report tells."""
+    state = {"model": {"w": torch.ones(2, 2)}, **dict.fromkeys(OWN_NAMES, value)}
+    torch.save(state, tmp_path / "saved.pt")
+    target, plan = str(tmp_path / "out"), checkpoint.Emigration(format)
+    report = checkpoint.export_foreign(checkpoint.Whereabouts(str(tmp_path / "saved.pt")), target, plan)
+    if format == "torch":
+        back = torch.load(f"{target}/checkpoint.pt", weights_only=True)
+        del back["step"]
+        if isinstance(value, dict):
+            del state["tied"]  # ties of weights that are not there
+        assert_same(state, back)
+    elif format != "dcp":
+        assert any("left out" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("value", ODD, ids=repr)
+def test_a_user_s_own_checkpoint_may_have_any_names(tmp_path, value):
+    """Of a run that was saved here, not imported."""
+    store = checkpoint.open_store(str(tmp_path / "store"))
+    state = {"model": {"w": torch.ones(2, 2)}, "optimizer": value, **dict.fromkeys(OWN_NAMES, value)}
+    save_state(store, state)
+    for format in ("torch", "dcp", "hf", "deepspeed-universal", "megatron"):
+        target, plan = str(tmp_path / format), checkpoint.Emigration(format)
+        checkpoint.export_foreign(checkpoint.Whereabouts(str(store)), target, plan)
+    back = torch.load(str(tmp_path / "torch" / "checkpoint.pt"), weights_only=True)
+    assert back["containers"] == back["optimizer"] == value
 
 
 def test_models_by_name_stay_models_by_name(tmp_path):

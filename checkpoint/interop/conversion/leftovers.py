@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from checkpoint.interop.conversion.tying import TIED
+from checkpoint.interop.formats.containers import containers_of
 from checkpoint.interop.formats.contract import Contents
 from checkpoint.interop.formats.told import HYPER, STEP, told_numbers
 
@@ -79,6 +80,8 @@ def _comparable(extra: Tree, there: Collection[str]) -> dict[str, Any]:
     if isinstance(files, dict) and _CONFIG in files and isinstance(config, dict):
         kept["files"] = {**files, _CONFIG: config}
     kept |= dict.fromkeys(kept.keys() & _LAYOUT, True)
+    if places := containers_of(extra):
+        kept |= {repr(key): item for key, item in places.kept.items()}
     optimizer = extra.get("optimizer")
     rest = dict(optimizer) if isinstance(optimizer, dict) else {}
     state = rest.pop("state", {})

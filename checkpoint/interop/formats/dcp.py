@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from checkpoint.errors import Corrupt
+from checkpoint.interop.formats.containers import CONTAINERS
 from checkpoint.interop.formats.contract import About
 from checkpoint.interop.formats.dcp_files import Files, Leaf
-from checkpoint.interop.formats.dcp_metadata import DCP_KEYS, Key, metadata_files, read_directory
+from checkpoint.interop.formats.dcp_metadata import Key, metadata_files, read_directory
 from checkpoint.interop.formats.states import name_states
 from checkpoint.interop.formats.tiles import Tiled, held
 from checkpoint.interop.moves import Foreign
@@ -31,7 +32,7 @@ def open_dcp(place: Place) -> Tiled:
         leaves[name] = Leaf(one.dtype, one.shape, tiles)
     states = name_states(_nested(leaves, directory.keys, str(place)), Leaf, str(place))
     if states.keys is not None:
-        states.extra["containers"][DCP_KEYS] = states.keys.value
+        states.extra[CONTAINERS]["dcp_keys"] = states.keys.value
     tensors, tiles_of = [], []
     for name, leaf in states.tensors.items():
         if isinstance(leaf, Leaf):

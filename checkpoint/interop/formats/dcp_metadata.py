@@ -13,7 +13,6 @@ from checkpoint.interop.formats.inert import Name, Record, load_inert
 from checkpoint.interop.place import Place
 
 METADATA = ".metadata"
-DCP_KEYS = "dcp_keys"  # among containers: how the optimizer called its parameters, see `Keys`
 _OF_RANK = re.compile(r"__\d+\.metadata")
 _CLASSES = "torch.distributed.checkpoint.metadata."
 

@@ -22,8 +22,9 @@ from checkpoint.errors import Unsupported
 from checkpoint.format.box import Box, split_box
 from checkpoint.format.dtypes import itemsize
 from checkpoint.interop.draft import Draft
+from checkpoint.interop.formats.containers import Containers, containers_of
 from checkpoint.interop.formats.contract import Contents
-from checkpoint.interop.formats.dcp_metadata import DCP_KEYS, METADATA
+from checkpoint.interop.formats.dcp_metadata import METADATA
 from checkpoint.interop.formats.nesting import leaves_of, nest
 from checkpoint.interop.formats.optimizer_dicts import Keys
 from checkpoint.interop.formats.saving import Later, Saving
@@ -59,8 +60,8 @@ def write_dcp(draft: Draft, contents: Contents, budget_bytes: int) -> None:
     Raises Unsupported for what its names cannot say.
     """
     check_global(contents.tensors, "dcp")
-    told = contents.about.extra.get("containers", {}).get(DCP_KEYS, Keys.NAMES)
-    leaves = leaves_of(nest(contents, Keys(told)))
+    told = containers_of(contents.about.extra) or Containers()
+    leaves = leaves_of(nest(contents, told.dcp_keys or Keys.NAMES))
     names = {".".join(map(str, path)): path for path, _ in leaves}
     if len(names) != len(leaves):
         raise Unsupported("two things of the state would have one name, joined by dots")

@@ -210,7 +210,7 @@ def hyper_of(contents: Contents) -> list[dict[str, Any]]:
     """Return the options of each group of the optimizer."""
     zero = contents.about.extra.get("zero")
     said = zero.get("param_groups") if isinstance(zero, dict) else None
-    if said:
+    if isinstance(said, list) and said and all(isinstance(group, dict) for group in said):
         return [dict(group) for group in said]
     return [{**group, "params": [number]} for number, group in enumerate(_named(contents))] or [{}]
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from checkpoint.errors import Corrupt, Incomplete, Unsupported
@@ -76,7 +77,9 @@ def write_hf(draft: Draft, contents: Contents, budget_bytes: int) -> None:
             raise Unsupported(f"{tensor} is no part of a model: the format hf does not hold it, leave it out")
     extra = contents.about.extra
     _write_beside(draft, extra)
-    shards = _dealt(contents.tensors, int(extra.get("max_shard_bytes", MAX_SHARD_BYTES)))
+    chosen = extra.get("max_shard_bytes")
+    max_bytes = chosen if type(chosen) is int and chosen > 0 else MAX_SHARD_BYTES
+    shards = _dealt(contents.tensors, max_bytes)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards):
         path = f"model-{number + 1:05}-of-{len(shards):05}{SUFFIX}" if len(shards) > 1 else f"model{SUFFIX}"
@@ -101,15 +104,26 @@ def _write_shard(
 
 
 def _write_beside(draft: Draft, extra: Mapping[str, Any]) -> None:
-    beside = dict(extra.get("files", {}))
-    config = extra.get("config")
-    if config and (_CONFIG not in beside or parsed(beside[_CONFIG], _CONFIG) != config):
-        beside[_CONFIG] = json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
+    beside, config = _files(extra), extra.get("config")
+    if config and isinstance(config, dict) and _has_changed(beside.get(_CONFIG), config):
+        with suppress(TypeError, ValueError):  # another program's, and not of JSON's types: it is left out
+            beside[_CONFIG] = json.dumps(config, indent=2, sort_keys=True, allow_nan=False).encode() + b"\n"
     for name, data in beside.items():
         if not _BESIDE.fullmatch(name):
             raise Unsupported(f"{name!r} is no name for a file beside a model's weights")
         with draft.writing(name) as file:
             file.write(data)
+
+
+def _files(extra: Mapping[str, Any]) -> dict[str, bytes]:
+    told = extra.get("files")
+    if not isinstance(told, dict) or not all(isinstance(data, bytes) for data in told.values()):
+        return {}  # another program's, of the same name
+    return dict(told)
+
+
+def _has_changed(data: bytes | None, config: Mapping[str, Any]) -> bool:
+    return data is None or parsed(data, _CONFIG) != config
 
 
 def _dealt(tensors: Sequence[Foreign], max_bytes: int) -> list[list[int]]:

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from checkpoint.interop.formats.contract import LEAST_VOCAB
+from checkpoint.interop.formats.contract import LEAST_VOCAB, About
 from checkpoint.interop.formats.inert import Record
 
 _SIZES = {
@@ -52,8 +52,14 @@ def _least_vocabulary(said: Mapping[str, int]) -> int | None:
     return max(1, padded - multiple * ranks + 1)
 
 
-def said_by(sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Return the arguments that say these sizes: what a checkpoint of another format has none of."""
+def arguments_for(about: About) -> dict[str, Any]:
+    """Return a run's arguments as the source tells them, and those that say a model's sizes."""
+    told = about.extra.get("args")
+    pairs = told.items() if isinstance(told, dict) else ()
+    return {**{key: value for key, value in pairs if isinstance(key, str)}, **_said_by(about.sizes)}
+
+
+def _said_by(sizes: Mapping[str, int]) -> dict[str, Any]:
     said: dict[str, Any] = {argument: sizes[name] for name, argument in _SIZES.items() if name in sizes}
     if "tied" in sizes:
         said["untie_embeddings_and_output_weights"] = not sizes["tied"]

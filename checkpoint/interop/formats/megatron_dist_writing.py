@@ -16,7 +16,7 @@ from checkpoint.format.dtypes import dtype_of
 from checkpoint.interop.draft import Draft
 from checkpoint.interop.formats.contract import About, Array, Contents
 from checkpoint.interop.formats.dcp_writing import Flat, write_flat
-from checkpoint.interop.formats.megatron_arguments import said_by
+from checkpoint.interop.formats.megatron_arguments import arguments_for
 from checkpoint.interop.formats.megatron_dist import BACKEND, COMMON, CONFIG
 from checkpoint.interop.formats.megatron_dist_names import Layers, put_together
 from checkpoint.interop.formats.megatron_files import AXES, TRACKER
@@ -156,12 +156,7 @@ def _metadata(layers: Layers) -> dict[str, Any]:
 
 
 def _arguments(about: About) -> dict[str, Any]:
-    said = about.extra.get("args")
-    return {
-        **(said if isinstance(said, dict) else {}),
-        **said_by(about.sizes),
-        **dict.fromkeys(AXES.values(), 1),
-    }
+    return {**arguments_for(about), **dict.fromkeys(AXES.values(), 1)}
 
 
 def _optimizer(contents: Contents) -> dict[str, Any]:

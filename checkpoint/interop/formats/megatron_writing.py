@@ -8,7 +8,7 @@ from typing import Any
 from checkpoint.errors import Unsupported
 from checkpoint.interop.draft import Draft
 from checkpoint.interop.formats.contract import About, Contents, is_weight
-from checkpoint.interop.formats.megatron_arguments import said_by
+from checkpoint.interop.formats.megatron_arguments import arguments_for
 from checkpoint.interop.formats.megatron_files import AXES, FILE, TRACKER, folder_of
 from checkpoint.interop.formats.saving import Later, Saving
 from checkpoint.interop.formats.streams import blocks_of
@@ -59,6 +59,5 @@ def write_megatron(draft: Draft, contents: Contents, budget_bytes: int) -> None:
 
 
 def _arguments(about: About, axes: Mapping[str, int]) -> dict[str, Any]:
-    said = about.extra.get("args")
     ranks = {name: axes.get(axis, 1) for axis, name in AXES.items()}  # not the source's, nor its padding
-    return {**(said if isinstance(said, dict) else {}), **said_by(about.sizes), **ranks}
+    return {**arguments_for(about), **ranks}

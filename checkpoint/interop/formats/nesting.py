@@ -4,22 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from checkpoint.errors import Unsupported
+from checkpoint.interop.formats.containers import CONTAINERS, Containers, containers_of
 from checkpoint.interop.formats.contract import Contents
 from checkpoint.interop.formats.optimizer_dicts import Keys
 from checkpoint.interop.formats.saving import Later
 from checkpoint.interop.formats.spots import Step, put
 
 # What of `extra` is for other formats, or says how to nest.
-_NOT_STATE = {"containers", "optimizer", "files", "max_shard_bytes"}
+_BESIDE = {"files", "max_shard_bytes"}
 _OWN = ("state", "param_groups")
-_DEFAULTS: Mapping[str, Any] = {
-    "model": ("model",),
-    "optimizer": ("optimizer",),
-    "optimizers": {},
-    "placed": {},
-    "spots": {},
-    "inside": {},
-}
 
 
 def nest(contents: Contents, keys: Keys) -> dict[str, Any]:
@@ -28,26 +21,28 @@ def nest(contents: Contents, keys: Keys) -> dict[str, Any]:
     Raises Unsupported for an optimizer's state whose parameter is in none of its groups.
     """
     extra = contents.about.extra
-    places = {**_DEFAULTS, **extra.get("containers", {})}
+    told = containers_of(extra)
+    places = told or Containers()
+    optimizer = extra["optimizer"] if _is_optimizer(extra.get("optimizer")) else {}
+    skipped = {*_BESIDE, *(["optimizer"] if optimizer else []), *([CONTAINERS] if told else [])}
     model: dict[str, Later] = {}
     state: dict[str, dict[str, Any]] = {}
     inside: list[tuple[Sequence[Step], Later]] = []
-    root = _rooted(extra, places)
+    root = _rooted({key: item for key, item in extra.items() if key not in skipped}, places)
     for number, tensor in enumerate(contents.tensors):
         later = Later(number, tensor.dtype, tensor.shape)
         match tensor.name.split(".", 2):
             case ["optimizer", kind, owner]:
                 state.setdefault(owner, {})[kind] = later
-            case ["other", *_] if tensor.name in places["inside"]:
-                inside.append((places["inside"][tensor.name], later))
+            case ["other", *_] if tensor.name in places.inside:
+                inside.append((places.inside[tensor.name], later))
             case ["other", *_]:
-                put(root, places["spots"].get(tensor.name) or tensor.name.split(".")[1:], later)
+                put(root, places.spots.get(tensor.name) or tensor.name.split(".")[1:], later)
             case _:
                 model[tensor.name] = later
-    put(root, places["model"], {name: one for name, one in model.items() if name not in places["spots"]})
-    for name in model.keys() & places["spots"].keys():
-        put(root, places["spots"][name], model[name])
-    optimizer = extra.get("optimizer", {})
+    put(root, places.model, {name: one for name, one in model.items() if name not in places.spots})
+    for name in model.keys() & places.spots.keys():
+        put(root, places.spots[name], model[name])
     if state or optimizer or inside:
         for owner, entries in optimizer.get("state", {}).items():
             state.setdefault(owner, {}).update(_copied(entries))
@@ -56,17 +51,25 @@ def nest(contents: Contents, keys: Keys) -> dict[str, Any]:
             put(made, spot, later)
         groups = _groups(optimizer.get("param_groups"), model, made.pop("state"))
         make = {Keys.NUMBERS: _numbered, Keys.NAMES: _named, Keys.FLAT: _flat}[keys]
-        put(root, places["optimizer"], {**made, **make(state, groups)})
+        put(root, places.optimizer, {**made, **make(state, groups)})
     return root
 
 
-def _rooted(extra: Mapping[str, Any], places: Mapping[str, Any]) -> dict[str, Any]:
+def _rooted(extra: Mapping[str, Any], places: Containers) -> dict[str, Any]:
     """Return the plain data that lie beside model and optimizer, in their places."""
     root: dict[str, Any] = {}
-    kept = {key: item for key, item in extra.items() if key not in _NOT_STATE}
-    for key, item in (*kept.items(), *places["optimizers"].items()):
-        put(root, [*places["placed"].get(key, ()), key], _copied(item))
+    for key, item in (*extra.items(), *places.kept.items()):
+        put(root, [*places.placed.get(key, ()), key], _copied(item))
     return root
+
+
+def _is_optimizer(told: Any) -> bool:
+    """Whether this is what is plain of one, and not what somebody calls so."""
+    if not isinstance(told, dict) or told.keys().isdisjoint(_OWN):
+        return False
+    state, groups = told.get("state", {}), told.get("param_groups", [])
+    entries = state.values() if isinstance(state, dict) else [None]
+    return isinstance(groups, list) and all(isinstance(each, dict) for each in (*entries, *groups))
 
 
 def leaves_of(node: Any, path: tuple[str | int, ...] = ()) -> list[tuple[tuple[str | int, ...], Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 from checkpoint.errors import Unsupported
 
 Step = str | int | list[int]
+Spot = Sequence[Step]
 
 _MAX_PLACE = 1 << 20
 
@@ -24,17 +25,27 @@ def steps_into(node: Any) -> Iterator[tuple[Step, Any]]:
         yield from enumerate(node)
 
 
-def spelled(spot: Sequence[Step]) -> str:
+def spelled(spot: Spot) -> str:
     """Return a spot as a name, its steps joined by dots."""
     return ".".join(str(step[0] if isinstance(step, list) else step) for step in spot)
 
 
-def is_told_by_name(spot: Sequence[Step]) -> bool:
+def is_told_by_name(spot: Spot) -> bool:
     """Whether the name alone tells the spot: all steps are texts without dots."""
     return all(isinstance(step, str) and "." not in step for step in spot)
 
 
-def put(root: dict[Any, Any], spot: Sequence[Step], item: Any) -> None:
+def is_spot(told: Any) -> bool:
+    """Whether plain data are a spot."""
+    return isinstance(told, list) and all(
+        isinstance(step, str)
+        or type(step) is int
+        or (isinstance(step, list) and len(step) == 1 and type(step[0]) is int)
+        for step in told
+    )
+
+
+def put(root: dict[Any, Any], spot: Spot, item: Any) -> None:
     """Put something into its spot, in containers that are made as needed.
 
     What a dict holds goes beside what is there. In a list None is a place that is free. Raises Unsupported.
@@ -52,7 +63,7 @@ def put(root: dict[Any, Any], spot: Sequence[Step], item: Any) -> None:
         node[key] = value
 
 
-def _container(root: dict[Any, Any], spot: Sequence[Step]) -> Any:
+def _container(root: dict[Any, Any], spot: Spot) -> Any:
     """Return the container that the last step of a spot leads into."""
     node: Any = root
     for step, inner in pairwise(spot):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from checkpoint.errors import Corrupt, Unsupported
+from checkpoint.interop.formats.containers import CONTAINERS, RESERVED, Containers
 from checkpoint.interop.formats.contract import weight_name
 from checkpoint.interop.formats.inert import plain
 from checkpoint.interop.formats.numbered import listed, names_of_numbered
@@ -71,9 +72,7 @@ class _Naming:
     def __init__(self, leaf: type, where: str) -> None:
         self._leaf, self._where = leaf, where
         self._states = States()
-        self._spots: dict[str, list[Step]] = {}  # of tensors whose names do not tell where they lie
-        self._inside: dict[str, list[Step]] = {}  # the same, of those within the optimizer
-        self._placed: dict[str, list[Step]] = {}  # in which containers what is not at the root was
+        self._told = Containers()
 
     def name(self, tree: dict[Any, Any]) -> States:
         root, place = self._root(tree)
@@ -81,24 +80,21 @@ class _Naming:
         optimizers = {str(spot[0]): node for spot, node in found}
         model_key = self._model_key(root, optimizers)
         model = root[model_key] if model_key is not None else self._loose(root, optimizers)
-        containers: dict[str, Any] = {"model": [*place, model_key] if model_key is not None else [*place]}
-        names = self._put_model(model, containers["model"])
+        self._told.model = [*place, model_key] if model_key is not None else [*place]
+        names = self._put_model(model, self._told.model)
         taken = {str(model_key)} if model_key is not None else {str(key) for key in model}
         if len(found) == 1:
             self._put_optimizer(found[0][1], names)
-            containers["optimizer"] = [*place, *found[0][0]]
+            self._told.optimizer = [*place, *found[0][0]]
             taken |= optimizers.keys()
         elif found:
-            containers["optimizers"] = self._kept_apart(found, place)
-            taken |= containers["optimizers"].keys()
+            taken |= self._keep_apart(found, place)
         self._rest(root, taken, place)
         beside = self._without_leaves(model)
         if model_key is not None and isinstance(beside, dict) and beside:
             self._states.extra[str(model_key)] = self._plain(beside)
-            self._placed[str(model_key)] = [*place]
-        told = {"placed": self._placed, "spots": self._spots, "inside": self._inside}
-        containers |= {key: item for key, item in told.items() if item}
-        self._states.extra["containers"] = containers
+            self._told.placed[str(model_key)] = [*place]
+        self._states.extra[CONTAINERS] = self._told.told()
         return self._states
 
     def _root(self, tree: dict[Any, Any]) -> tuple[dict[Any, Any], list[Step]]:
@@ -116,24 +112,25 @@ class _Naming:
             self._rest(rest, set(), outer)
         return node, place
 
-    def _kept_apart(self, found: Sequence[tuple[list[Step], Any]], place: list[Step]) -> dict[str, Any]:
-        """Take in several optimizers as they are. Returns what is plain of those that are no list's."""
+    def _keep_apart(self, found: Sequence[tuple[list[Step], Any]], place: list[Step]) -> set[str]:
+        """Take in several optimizers as they are. Returns the keys of those that are no list's."""
         spots = [spelled(spot) for spot, _ in found]
         self._states.notes.append(
             f"there are several optimizers, {listed(spots)}: they are kept as they are, and written to torch "
             "and dcp as they were; rules, layouts and other formats know none of them"
         )
-        apart: dict[str, Any] = {}
+        apart = set()
         for spot, node in found:
             if len(spot) == 1:
                 key = spelled(spot)
                 for below, leaf in self._leaves(node, [*place, key]):
                     name = f"other.{spelled(below[len(place) :])}"
                     self._put(name, leaf)
-                    self._spots[name] = below
+                    self._told.spots[name] = below
                 data = self._without_leaves(node)
-                apart[key] = {} if data is _NOTHING else self._plain(data)
-                self._placed[key] = [*place]
+                self._told.kept[key] = {} if data is _NOTHING else self._plain(data)
+                self._told.placed[key] = [*place]
+                apart.add(key)
         return apart
 
     def _model_key(self, root: dict[Any, Any], optimizers: Mapping[str, Any]) -> Any:
@@ -174,7 +171,7 @@ class _Naming:
         for given, item in found.items():
             self._put(weight_name(names[given], self._where), item)
             if names[given] == given and paths[given] != [given]:
-                self._spots[given] = [*container, *paths[given]]
+                self._told.spots[given] = [*container, *paths[given]]
         return names
 
     def _put_optimizer(self, node: dict[Any, Any], names: Mapping[str, str]) -> None:
@@ -215,12 +212,12 @@ class _Naming:
     def _put_inside(self, spot: list[Step], item: Any) -> None:
         name = f"other.optimizer.{spelled(spot)}"
         self._put(name, item)
-        self._inside[name] = spot
+        self._told.inside[name] = spot
 
     def _put_other(self, name: str, spot: list[Step], item: Any) -> None:
         self._put(name, item)
         if spelled(spot) != name.removeprefix("other.") or not is_told_by_name(spot):
-            self._spots[name] = spot
+            self._told.spots[name] = spot
 
     def _named(
         self, state: Mapping[Any, Any], groups: list[Any], names: Mapping[str, str]
@@ -268,13 +265,14 @@ class _Naming:
             data = self._without_leaves(item)
             if data is _NOTHING:
                 continue
-            if name in self._states.extra:
+            mine = self._told.kept if name in RESERVED else self._states.extra
+            if name in mine:
                 raise Corrupt(
                     f"{self._where} has two things called {name!r}, one within the other's container"
                 )
-            self._states.extra[name] = self._plain(data)
+            mine[name] = self._plain(data)
             if place:
-                self._placed[name] = [*place]
+                self._told.placed[name] = [*place]
 
     def _put(self, name: str, item: Any) -> None:
         if name in self._states.tensors:
