@@ -105,6 +105,7 @@ def _look_at_foreign(url: str, format: str | None) -> dict[str, Any]:
         "shown": found.step,
         "layout": spread or None,
         "sizes": dict(found.sizes),
+        "rules": found.rules,
         "notes": list(found.notes),
         "plain": list(found.plain),
         "tensors": [
@@ -243,7 +244,7 @@ def draw_store(console: Console, found: dict[str, Any]) -> None:
 
 def _draw_contents(console: Console, found: dict[str, Any], title: str) -> None:
     """Draw the tensors of one checkpoint as a tree, under what is known of the whole."""
-    for what in ("layout", "written", "converted", "sizes", "plain", "notes"):
+    for what in ("layout", "written", "converted", "sizes", "rules", "plain", "notes"):
         if found.get(what):
             console.print(f"{what}: {_plain(found[what])}", markup=False, style="dim", soft_wrap=True)
     leaves = [Leaf(_path(each), _described(each), each["bytes"]) for each in found["tensors"]]

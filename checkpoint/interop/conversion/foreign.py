@@ -81,6 +81,7 @@ class ForeignSummary:
     axes: Mapping[str, int]
     step: int | None
     sizes: Mapping[str, int]
+    rules: str | None
     notes: tuple[str, ...]
     plain: tuple[str, ...]
     tensors: tuple[ForeignTensor, ...]
@@ -220,7 +221,14 @@ def look_at_foreign(url: str, format: str | None = None) -> ForeignSummary:
         ForeignTensor(one.name, one.dtype, one.shape, _num_bytes(one), one.at) for one in foreign.tensors
     )
     return ForeignSummary(
-        about.format, about.axes, about.step, about.sizes, about.notes, tuple(about.extra), tensors
+        about.format,
+        about.axes,
+        about.step,
+        about.sizes,
+        about.rules,
+        about.notes,
+        tuple(about.extra),
+        tensors,
     )
 
 

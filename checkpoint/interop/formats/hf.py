@@ -11,7 +11,7 @@ from checkpoint.format.box import Box
 from checkpoint.interop.draft import Draft
 from checkpoint.interop.formats.contract import About, Contents, is_weight, weight_name
 from checkpoint.interop.formats.extents import check_shape
-from checkpoint.interop.formats.hf_config import sizes_from, ties_from
+from checkpoint.interop.formats.hf_config import rules_for, sizes_from, ties_from
 from checkpoint.interop.formats.hf_files import SUFFIX, find_weights, parsed
 from checkpoint.interop.formats.safetensors import Header, header_bytes, read_header, sort_key
 from checkpoint.interop.formats.streams import blocks_ahead, check_global, num_bytes_of
@@ -60,6 +60,7 @@ def open_hf(place: Place) -> Tiled:
         "hf",
         extra=extra,
         sizes=sizes_from(config),
+        rules=rules_for(config),
         notes=weights.notes + (_OF_RANKS if is_parted else ()),
         ties=ties_from(config, {one.name for one in tensors}),
     )
