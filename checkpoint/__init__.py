@@ -57,7 +57,7 @@ from checkpoint.lifecycle.policies import (
 )
 from checkpoint.lifecycle.promotion import PromoteReport, promote
 from checkpoint.lifecycle.repair import RepairReport, repair
-from checkpoint.lifecycle.retention import PruneReport, prune
+from checkpoint.lifecycle.retention import PruneReport, metric_names, prune
 from checkpoint.lifecycle.scrub import verify
 from checkpoint.lifecycle.tiers import Tier, check_tiers
 from checkpoint.store.contract import Store
@@ -219,6 +219,7 @@ __all__ = [
     "like",
     "load",
     "look_at_foreign",
+    "metric_names",
     "newest_generation",
     "open_store",
     "parse_addresses",

@@ -153,15 +153,15 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Delete the checkpoints that no policy keeps; the newest is always kept. Names what it deletes."""
-    from flows import stores
+    from flows import pruning, stores
 
     with clear_errors():
         url = stores.find(where, Path(runs_dir))
-        pruned = stores.prune(url, keep, now_s=time.time(), grace_s=grace_s, linger_s=linger_s)
+        pruned = pruning.prune(url, keep, now_s=time.time(), grace_s=grace_s, linger_s=linger_s)
         if as_json:
             print(json.dumps(pruned, indent=2))
         else:
-            stores.draw_pruning(screen, pruned)
+            pruning.draw_pruning(screen, pruned)
         if pruned["problems"]:
             raise typer.Exit(EXIT_FAILED)
 

@@ -105,6 +105,14 @@ def prune(
     )
 
 
+def metric_names(store: Store) -> set[str]:
+    """Return the metrics that any checkpoint was saved with, or scored by later."""
+    check_store("store", store)
+    standing = survey(store).standing.items()
+    saved = [one.manifest.metrics for _, one in standing]
+    return set().union(*saved, *(scores(store, step, one.digest) for step, one in standing))
+
+
 def _left_alone(standing: Mapping[int, Standing], judged: Mapping[int, Standing]) -> list[Verdict]:
     """Say of the checkpoints that were not judged that they stay."""
     return [

@@ -155,6 +155,15 @@ def test_prune_keeps_what_its_policies_keep(store):
     assert ask("verify", store).exit_code == 0
 
 
+def test_the_best_by_a_metric_that_no_checkpoint_has_is_wrong_usage(store):
+    done = ask("prune", store, "--keep", "best:los:min:1")
+    assert done.exit_code == 2 and "'los'" in done.output and "nothing was deleted" in done.output
+    assert len(json.loads(ask("inspect", store, "--json").output)["checkpoints"]) == 3
+    checkpoint.record_score(checkpoint.open_store(store), 2, {"los": 0.5})
+    assert ask("prune", store, "--keep", "best:los:min:1").exit_code == 0
+    assert checkpoint.Catalog(checkpoint.open_store(store)).steps() == [2, 3]
+
+
 def test_doctor_looks_at_versions_and_a_store(tmp_path):
     done = ask("doctor", "--store", str(tmp_path / "new"), "--json")
     found = {each["what"]: each for each in json.loads(done.output)}

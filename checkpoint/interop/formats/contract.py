@@ -24,9 +24,9 @@ class About:
     `format` is the name that `--format` takes. `axes` says how many ranks of which axis hold its tensors; it
     is empty where the tensors are global ones. `extra` is what is no tensor (configuration, arguments,
     schedulers, parameter groups), as plain data; `sizes` what of it the rule language needs ("layers",
-    "heads", ...), as far as that is known, and `rules` the built-in rule set for such a model. `notes` tell what was left out, and why. `ties` say of which
-    weight a name is another name. `doubts` are sets of parameters whose optimizer states nothing but their
-    order tells apart.
+    "heads", ...), as far as that is known, and `rules` the built-in rule set for such a model. `notes` tell
+    what was left out, and why. `ties` say of which weight a name is another name. `doubts` are sets of
+    parameters whose optimizer states nothing but their order tells apart.
     """
 
     format: str
