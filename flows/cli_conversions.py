@@ -112,6 +112,7 @@ def import_(
     rules: Rules = None,
     sizes: Sizes = None,
     to: Layout = "replica=1",
+    only: Only = None,
     step: Annotated[
         int | None,
         typer.Option(min=0, help="Its step. Default: what it says itself, or 0.", show_default=False),
@@ -134,7 +135,8 @@ def import_(
 
     Tensors keep their names, as model/NAME and optimizer/state/NAME/STATE, unless rules say otherwise; a
     checkpoint that is spread over tensor or pipeline ranks needs rules; a tied weight that its files do not
-    tell of, by --tie; the order of an optimizer without names, by --by-order. Nothing of it is ever executed.
+    tell of, by --tie; the order of an optimizer without names, by --by-order; a part of it, by --only.
+    Nothing of it is ever executed.
     """
     with clear_errors(), resumable(_GO_ON):
         import checkpoint
@@ -143,7 +145,7 @@ def import_(
         chosen = conversions.rules_of(conversions.Rules(rules, sizes or ()))
         ties = conversions.ties_of(tie or ())
         numbering = checkpoint.Numbering.BY_ORDER if by_order else checkpoint.Numbering.TOLD
-        adoption = checkpoint.Adoption(run, step, chosen, conversions.layout_of(to), ties, numbering)
+        adoption = checkpoint.Adoption(run, step, chosen, conversions.layout_of(to), ties, numbering, only)
         settings = _settings(budget, threads, allow_overflow)
         store = checkpoint.open_store(target)
         if dry_run:

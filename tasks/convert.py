@@ -121,8 +121,8 @@ def _reshard(order: ConversionOrder) -> checkpoint.ConversionReport:
 
 
 def _import(order: ConversionOrder) -> checkpoint.ConversionReport:
-    then = "; for a dtype, or a part of it, import it into a store first, and convert that"
-    _refuse(order, "an import", ("dtype", "only", "source_rules", "source_sizes"), then)
+    then = "; for a dtype, import it into a store first, and convert that"
+    _refuse(order, "an import", ("dtype", "source_rules", "source_sizes"), then)
     adoption = checkpoint.Adoption(
         run=order.run,
         step=order.step,
@@ -130,6 +130,7 @@ def _import(order: ConversionOrder) -> checkpoint.ConversionReport:
         to=order.to,
         ties=checkpoint.parse_ties(order.ties),
         numbering=_numbering(order),
+        only=order.only,
     )
     target = checkpoint.open_store(order.target)
     act = checkpoint.plan_import_foreign if order.dry_run else checkpoint.import_foreign

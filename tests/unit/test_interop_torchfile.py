@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -140,19 +141,19 @@ def test_states_that_an_optimizer_numbers_are_given_to_their_parameters(kind, is
 def test_groups_that_shapes_do_not_tell_apart_are_not_guessed(tmp_path):
     net, optimizer = trained("alike")
     state = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
-    with pytest.raises(Unsupported, match=r"do not tell apart.*named_parameters"):
-        open_foreign(save(state, tmp_path / "x.pt"))
+    found = open_foreign(save(state, tmp_path / "x.pt"))
+    assert re.search(r"do not tell apart.*named_parameters", found.about.untold)
+    assert not any(one.name.startswith("optimizer.") for one in found.tensors)
 
 
-def test_an_optimizer_of_other_parameters_is_refused(tmp_path):
+def test_the_states_of_other_parameters_are_nobody_s(tmp_path):
     net, optimizer = trained()
     state: dict[str, Any] = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
     del state["model"]["inner.0.weight"]
-    with pytest.raises(Unsupported, match="numbers 7 parameters, and the model has 6"):
-        open_foreign(save(state, tmp_path / "x.pt"))
+    found = open_foreign(save(state, tmp_path / "x.pt"))
+    assert "numbers 7 parameters, and the model has 6" in found.about.untold
     state["model"]["inner.0.weight"] = torch.ones(5, 5)
-    with pytest.raises(Unsupported, match="which would be"):
-        open_foreign(save(state, tmp_path / "y.pt"))
+    assert "which would be" in open_foreign(save(state, tmp_path / "y.pt")).about.untold
 
 
 def test_prefixes_of_wrappers_are_left_out_and_noted(tmp_path):

@@ -158,8 +158,7 @@ def plan_emigration(source: Origin, emigration: Emigration, holds_optimizer: Hol
         names = known
     if emigration.rules is None and emigration.format == "megatron":
         notes.append(_AS_NAMED)
-    if any(owner_of(name) for name in names):
-        check_sure(source.doubts, source.url)
+    check_sure(names, (source.doubts, source.untold), source.url)
     if not names:
         kind = FormatError if emigration.only is None else Misuse
         what = "nothing of it" if emigration.only is None else f"nothing that {emigration.only!r} fits"

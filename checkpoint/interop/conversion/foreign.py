@@ -28,6 +28,7 @@ from checkpoint.interop.conversion.importing import (
     import_checkpoint,
     plan_adoption,
 )
+from checkpoint.interop.conversion.narrowing import narrowed
 from checkpoint.interop.conversion.origins import Origin, foreign_origin, stored_origin
 from checkpoint.interop.conversion.padding import padding_bytes
 from checkpoint.interop.conversion.proving import held_twice, prove, shared_bytes
@@ -116,7 +117,7 @@ def plan_import_foreign(
 ) -> ConversionReport:
     """Tell what an import would read and write, without reading any tensor."""
     settings = settings or ConversionSettings()
-    foreign = open_foreign(url, format)
+    foreign = narrowed(open_foreign(url, format), adoption.only, url)
     sighted, draft = plan_adoption(foreign, url, adoption)
     check_new(target, draft)
     num_bytes = sum(map(num_bytes_of, draft.tensors))

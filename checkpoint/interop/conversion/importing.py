@@ -26,6 +26,8 @@ from checkpoint.interop.conversion.contract import (
 from checkpoint.interop.conversion.finding import check_own
 from checkpoint.interop.conversion.marking import Counted
 from checkpoint.interop.conversion.measuring import high_water_bytes
+from checkpoint.interop.conversion.names import from_foreign
+from checkpoint.interop.conversion.narrowing import narrowed
 from checkpoint.interop.conversion.padding import look_at_padding
 from checkpoint.interop.conversion.proving import changed, prove
 from checkpoint.interop.conversion.resharding import ONE_RANK, layout_meta
@@ -45,7 +47,8 @@ class Adoption:
     """What a foreign checkpoint is to become: of which run and step, by which rules, cut for which layout.
 
     Without a step it is the foreign one's own, or 0. `ties` say which names are other names of a weight,
-    `numbering` whether an optimizer that only counts its parameters is believed to count in their order.
+    `numbering` whether an optimizer that only counts its parameters is believed to count in their order,
+    `only`, a glob of universal names, which of its tensors are taken.
     Raises Misuse for a step below 0, and for a run that nobody would find again.
     """
 
@@ -55,6 +58,7 @@ class Adoption:
     to: str = ONE_RANK
     ties: Ties = field(default_factory=dict)
     numbering: Numbering = Numbering.TOLD
+    only: str | None = None
 
     def __post_init__(self) -> None:
         parts = self.run.split("/")
@@ -84,6 +88,7 @@ def import_checkpoint(
     """
     settings = settings or ConversionSettings()
     began_s, before = time.monotonic(), high_water_bytes()
+    foreign = narrowed(foreign, adoption.only, origin)
     sighted, draft = plan_adoption(foreign, origin, adoption)
     check_new(target, draft)
     proofs: list[Proof] = []
@@ -144,8 +149,9 @@ def _held_against(
 def plan_adoption(foreign: ForeignCheckpoint, origin: str, adoption: Adoption) -> tuple[Sighted, Draft]:
     """Work out what a foreign checkpoint becomes, before anything is read of its tensors."""
     about = foreign.about
-    if adoption.numbering is Numbering.TOLD:
-        check_sure(about.doubts, origin)
+    doubts = about.doubts if adoption.numbering is Numbering.TOLD else ()
+    names = [from_foreign(one.name) for one in foreign.tensors]
+    check_sure(names, (doubts, about.untold), origin)
     if not foreign.tensors:
         raise FormatError(f"{origin} holds no tensors: there is nothing to import")
     sighted = sight(foreign, adoption.rules, adoption.ties)

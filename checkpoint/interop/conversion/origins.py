@@ -48,6 +48,7 @@ class Origin:
     sizes: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     doubts: tuple[tuple[str, ...], ...] = ()
+    untold: str = ""
     padding: Callable[[ConversionSettings], Sequence[str]] = lambda _: ()
     settle: Callable[[], None] = lambda: None
     is_at_hand: bool = False
@@ -107,6 +108,7 @@ def foreign_origin(
         sizes=model_sizes(about.sizes, rules.sizes if rules else {}),
         notes=(*about.notes, *sighted.notes),
         doubts=() if numbering is Numbering.BY_ORDER else about.doubts,
+        untold=about.untold,
         is_at_hand=is_here(url),
     )
 

@@ -1,6 +1,6 @@
 """What a foreign checkpoint is as a universal one: its tensors, by a plan and by words, and their state."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -59,14 +59,21 @@ class _Reference:
     name: str
 
 
-def check_sure(doubts: Sequence[Sequence[str]], origin: str) -> None:
-    """Raise Unsupported if only an order of parameters that is in no file says whose states are."""
-    if doubts:
+def check_sure(names: Collection[str], sureness: tuple[Sequence[Sequence[str]], str], origin: str) -> None:
+    """See that it is known whose the states of an optimizer are, if any are among universal names.
+
+    `sureness` is what `About` says: its doubts, and why it is untold. Raises Unsupported.
+    """
+    doubts, untold = sureness
+    if untold and not all(name.startswith(f"{MODEL}/") for name in names):
+        raise Unsupported(f"{untold}. Its weights alone are taken by --only 'model/*'")
+    if doubts and any(map(owner_of, names)):
         raise Unsupported(
             f"the optimizer of {origin} numbers its parameters and does not name them. Of equal shape are "
             f"{listed(doubts[0])}: another order would swap their states, and nothing would show it. Was it "
             "made of model.parameters(), all in the model's order (within each group)? Then say --by-order "
-            "(Numbering.BY_ORDER). Else save it with names: torch.optim.X(model.named_parameters())"
+            "(Numbering.BY_ORDER). Else save it with names, torch.optim.X(model.named_parameters()), or take "
+            "the weights alone: --only 'model/*'"
         )
 
 

@@ -26,7 +26,8 @@ class About:
     schedulers, parameter groups), as plain data; `sizes` what of it the rule language needs ("layers",
     "heads", ...), as far as that is known, and `rules` the built-in rule set for such a model. `notes` tell
     what was left out, and why. `ties` say of which weight a name is another name. `doubts` are sets of
-    parameters whose optimizer states nothing but their order tells apart.
+    parameters whose optimizer states nothing but their order tells apart; `untold` is why it cannot be told
+    at all whose an optimizer's states are, which are other tensors then.
     """
 
     format: str
@@ -38,6 +39,7 @@ class About:
     ties: Mapping[str, str] = field(default_factory=dict)
     doubts: tuple[tuple[str, ...], ...] = ()
     rules: str | None = None
+    untold: str = ""
 
 
 def is_weight(name: str) -> bool:

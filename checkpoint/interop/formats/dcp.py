@@ -48,6 +48,7 @@ def open_dcp(place: Place) -> Tiled:
         extra=states.extra,
         notes=tuple(states.notes),
         doubts=tuple(states.doubts),
+        untold=states.untold,
     )
     return Tiled(place, about, tensors, tiles_of)
 

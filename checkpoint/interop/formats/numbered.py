@@ -20,6 +20,10 @@ _NO_PARAMETERS = {"bool", "uint8", "int8", "int16", "int32", "int64", "uint16", 
 _MAX_NAMED = 6
 
 
+class Untold(Unsupported):
+    """It cannot be told whose the states of an optimizer are."""
+
+
 @dataclass(frozen=True, slots=True)
 class Numbered:
     """The names of numbered parameters.
@@ -39,7 +43,7 @@ def names_of_numbered(
     """Tell whose numbered states are; `model` has its tensors in order.
 
     Names are taken from `param_names`; else parameters come in the model's order, group by group, as far as
-    shapes agree and leave no choice of which they are. Raises Unsupported.
+    shapes agree and leave no choice of which they are. Raises Untold, Unsupported.
     """
     told = _told(groups)
     if told is not None or not state:
@@ -50,7 +54,7 @@ def names_of_numbered(
     candidates = [name for name, item in model.items() if _is_parameter(name, item)]
     candidates = _without_twins(candidates, model)
     if len(candidates) < len(ids):
-        raise Unsupported(
+        raise Untold(
             f"the optimizer of {where} numbers {len(ids)} parameters, and the model has {len(candidates)}: "
             f"it cannot be told whose they are; {_REMEDY}"
         )
@@ -116,7 +120,7 @@ class _Asked:
 def _in_order(asked: _Asked, ids: Sequence[int]) -> dict[int, str]:
     for number, name in zip(ids, asked.candidates, strict=True):
         if not asked.fits(number, name):
-            raise Unsupported(
+            raise Untold(
                 f"the optimizer of {asked.where} has states of shape {asked.shapes[number]} for its "
                 f"parameter {number}, which would be {name!r} of shape {asked.model[name].shape}; {_REMEDY}"
             )
@@ -130,7 +134,7 @@ def _some_in_order(asked: _Asked, ids: Sequence[int]) -> dict[int, str]:
     if first == last and first is not None:
         return first
     unsure = sorted({*(first or {}).values()} ^ {*(last or {}).values()}, key=list(asked.candidates).index)
-    raise Unsupported(
+    raise Untold(
         f"the optimizer of {asked.where} numbers {len(ids)} parameters, and the model has "
         f"{len(asked.candidates)} that could be meant, buffers among them: "
         + (
@@ -159,7 +163,7 @@ def _by_shape(asked: _Asked, groups: Sequence[Any]) -> dict[int, str]:
     for place, group in enumerate(groups):
         for shape in {asked.shapes[number] for number in group["params"]}:
             if shape is None or owners.setdefault(shape, place) != place:
-                raise Unsupported(
+                raise Untold(
                     f"the optimizer of {asked.where} has {len(groups)} groups of numbered parameters, which "
                     f"their shapes do not tell apart ({shape}); {_REMEDY}"
                 )
@@ -167,7 +171,7 @@ def _by_shape(asked: _Asked, groups: Sequence[Any]) -> dict[int, str]:
         ids = [number for number, each in asked.shapes.items() if each == shape]
         found = [name for name in asked.candidates if asked.model[name].shape == shape]
         if len(ids) != len(found):
-            raise Unsupported(
+            raise Untold(
                 f"the optimizer of {asked.where} numbers {len(ids)} parameters of shape {shape}, and the "
                 f"model has {len(found)}, {listed(found)}; {_REMEDY}"
             )

@@ -11,7 +11,7 @@ from checkpoint.errors import Corrupt, Unsupported
 from checkpoint.interop.formats.containers import CONTAINERS, RESERVED, Containers
 from checkpoint.interop.formats.contract import weight_name
 from checkpoint.interop.formats.inert import plain
-from checkpoint.interop.formats.numbered import listed, names_of_numbered
+from checkpoint.interop.formats.numbered import Untold, listed, names_of_numbered
 from checkpoint.interop.formats.optimizer_dicts import (
     Keys,
     is_optimizer,
@@ -39,7 +39,8 @@ class States:
 
     `extra["containers"]` says where the model, the optimizer and other things were, so that they can be put
     there again (`nesting.nest`); `extra["optimizer"]` has the parameter groups, by the names of parameters.
-    `keys` is what the optimizer calls them, if there is one.
+    `keys` is what the optimizer calls them, if there is one; `untold` why it cannot be told whose its states
+    are, which are kept as they are then.
     """
 
     tensors: dict[str, Any] = field(default_factory=dict)
@@ -47,6 +48,7 @@ class States:
     notes: list[str] = field(default_factory=list)
     doubts: list[tuple[str, ...]] = field(default_factory=list)
     keys: Keys | None = None
+    untold: str = ""
 
     @property
     def step(self) -> int | None:
@@ -83,8 +85,7 @@ class _Naming:
         self._told.model = [*place, model_key] if model_key is not None else [*place]
         names = self._put_model(model, self._told.model)
         taken = {str(model_key)} if model_key is not None else {str(key) for key in model}
-        if len(found) == 1:
-            self._put_optimizer(found[0][1], names)
+        if len(found) == 1 and self._has_told_optimizer(found[0][1], names):
             self._told.optimizer = [*place, *found[0][0]]
             taken |= optimizers.keys()
         elif found:
@@ -112,12 +113,21 @@ class _Naming:
             self._rest(rest, set(), outer)
         return node, place
 
+    def _has_told_optimizer(self, node: dict[Any, Any], names: Mapping[str, str]) -> bool:
+        """Take in the optimizer, if it can be told whose its states are."""
+        try:
+            self._put_optimizer(node, names)
+        except Untold as reason:
+            self._states.untold = str(reason)
+        return not self._states.untold
+
     def _keep_apart(self, found: Sequence[tuple[list[Step], Any]], place: list[Step]) -> set[str]:
         """Take in several optimizers as they are. Returns the keys of those that are no list's."""
         spots = [spelled(spot) for spot, _ in found]
         self._states.notes.append(
-            f"there are several optimizers, {listed(spots)}: they are kept as they are, and written to torch "
-            "and dcp as they were; rules, layouts and other formats know none of them"
+            self._states.untold
+            or f"there are several optimizers, {listed(spots)}: they are kept as they are, and written to "
+            "torch and dcp as they were; rules, layouts and other formats know none of them"
         )
         apart = set()
         for spot, node in found:

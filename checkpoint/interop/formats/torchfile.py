@@ -72,6 +72,7 @@ def _opened(place: Place, states: States, owners: Mapping[str, Archive]) -> Tile
         notes=tuple(states.notes),
         ties=_ties(states, owners),
         doubts=tuple(states.doubts),
+        untold=states.untold,
     )
     return Tiled(place, about, tensors, tiles)
 
