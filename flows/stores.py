@@ -25,11 +25,11 @@ def find(where: str, runs_dir: Path) -> str:
         return where
     where = os.path.expanduser(where)  # shells do not, within --option=~/x or quotes
     spec = runs_dir / where / "spec.json"
-    if spec.is_file():
+    if os.path.isfile(spec):  # as `Path.is_file` does not, it says no where nobody may look
         return _store_of(spec)
-    if (Path(where) / "spec.json").is_file():
+    if os.path.isfile(Path(where) / "spec.json"):
         return _store_of(Path(where) / "spec.json")
-    if Path(where).exists():
+    if os.path.exists(where):
         return where
     there = ", ".join(sorted(path.parent.name for path in runs_dir.glob("*/spec.json"))) or "none"
     raise NoSuchRun(

@@ -23,6 +23,8 @@ from checkpoint.store.wrappers import Retrying
 _ATTEMPT = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TAKEN = "{} exists: give a new one, nothing is overwritten"
 _UNFINISHED = "{} holds what another conversion did not finish: remove it, or give a new one"
+_MANIFESTS = "manifests"
+FOLDERS = {_MANIFESTS, "packs", "index", "control"}  # a store's
 _LOCKLESS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
@@ -73,9 +75,19 @@ def check_free(url: str, attempt: str) -> None:
 
 def _check_free_here(path: Path, url: str) -> None:
     with told(url):
+        check_apart(path, url)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise AlreadyExists(_TAKEN.format(url))
         _check_writable(next(one for one in path.parents if one.exists()), url)
+
+
+def check_apart(path: Path, url: str) -> None:
+    """See that a directory does not lie among a store's objects, where its prune would delete it."""
+    for inner in (path, *path.parents):
+        if inner.name in FOLDERS and (inner.parent / _MANIFESTS).is_dir():
+            raise StoreRefused(
+                f"{url} lies within the store in {inner.parent}, which may delete it: give another directory"
+            )
 
 
 def check_possible(url: str) -> None:

@@ -1,5 +1,6 @@
 """Directories of foreign files, wherever fsspec finds them, read by ranges."""
 
+import errno
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from checkpoint.store.paths import escaped, is_file_url, local_path
 DRAFT = ".holdfast-draft"
 _READ_AHEAD_BYTES = 1 << 20
 _GO_BYTES = 4 << 20  # of what is read for its checksum only
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED_TYPES = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError"}
 
 
@@ -194,7 +196,9 @@ def _list(fs: Any, root: str, url: str, draft: str | None) -> tuple[str, Mapping
 
 
 def _check_reached(fs: Any, root: str) -> None:
-    """Raise what kept a client from its server: that of HTTP only tells that it found nothing."""
+    """Raise what kept a client from its files: some only tell that they found nothing."""
+    if isinstance(fs, LocalFileSystem) and os.path.isdir(root):
+        os.listdir(root)
     try:
         fs.info(root)
     except FileNotFoundError as error:
@@ -206,12 +210,20 @@ def _check_reached(fs: Any, root: str) -> None:
 def filesystem(url: str) -> tuple[Any, str]:
     """Return the client for a URL, and the path that it knows it by. Raises StoreRefused.
 
-    As in a store's URL, percent escapes are decoded in one of a file, and in nothing else.
+    As in a store's URL, percent escapes are decoded in one of a file, and in nothing else; what has no "://"
+    is a path, whatever is in it. A URL may be a chain of fsspec's (`simplecache::s3://bucket/prefix`).
     """
     if not url:
         raise StoreRefused("an empty text names no place: give a path or a URL like s3://bucket/prefix")
     url = url.removeprefix("obstore+")
-    url = local_path(url) if is_file_url(url) else os.path.expanduser(url)
+    if is_file_url(url) or "://" not in url:
+        path = local_path(url) if is_file_url(url) else os.path.expanduser(url)
+        return LocalFileSystem(use_listings_cache=False, skip_instance_cache=True), os.path.abspath(path)
+    scheme, _, rest = url.rpartition("::")[2].partition("://")
+    if scheme != "memory" and not rest.strip("/"):
+        raise StoreRefused(f"{url!r} names no place: give the bucket or container too, {scheme}://NAME")
+    if scheme not in fsspec.available_protocols():
+        raise StoreRefused(f"{url!r} names no place: fsspec knows no {scheme!r}")
     fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
     return fs, root.rstrip("/")
 
@@ -244,6 +256,8 @@ def told(what: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise NotFound(f"{what} is not there: {error}") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise StoreRefused(f"{what}: {error.strerror}; make space, or give another place") from error
         text = f"{what}: {type(error).__name__}: {error}"
         is_refused = isinstance(error, PermissionError | ImportError | ValueError | NotADirectoryError)
         if is_refused or type(error).__name__ in _REFUSED_TYPES:

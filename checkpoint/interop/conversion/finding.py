@@ -5,16 +5,14 @@ from pathlib import Path
 from checkpoint.engine.catalog import Catalog
 from checkpoint.engine.plan import check_chunks
 from checkpoint.engine.source import StoreSource
-from checkpoint.errors import AlreadyExists, NoCheckpoint, StoreRefused
+from checkpoint.errors import AlreadyExists, NoCheckpoint
 from checkpoint.format.manifest import Manifest
 from checkpoint.format.table import ChunkTable
-from checkpoint.interop.drafting import check_possible
+from checkpoint.interop.drafting import FOLDERS, check_apart, check_possible
 from checkpoint.store.contract import Store
 from checkpoint.store.paths import local_path
 
 _HERE = "file://"
-_MANIFESTS = "manifests"
-_FOLDERS = {_MANIFESTS, "packs", "index", "control"}
 
 
 def check_own(store: Store) -> None:
@@ -22,24 +20,16 @@ def check_own(store: Store) -> None:
 
     Raises AlreadyExists naming what is there, StoreRefused if there can be no store here.
     """
-    _check_apart(str(store))
+    url = str(store)
+    if url.startswith(_HERE):
+        check_apart(Path(local_path(url)), url)
     if Catalog(store).steps():
         return
-    strange = sorted(one.key for one in store.list("") if one.key.split("/")[0] not in _FOLDERS)
+    strange = sorted(one.key for one in store.list("") if one.key.split("/")[0] not in FOLDERS)
     if strange:
         raise AlreadyExists(f"{store} holds {strange[:3]}, which are no store's: give a new directory")
-    if str(store).startswith(_HERE):
-        check_possible(str(store))
-
-
-def _check_apart(url: str) -> None:
-    """See that a store does not lie among another's objects, where a prune of that one deletes it."""
-    path = Path(local_path(url)) if url.startswith(_HERE) else Path()
-    for inner in (path, *path.parents):
-        if inner.name in _FOLDERS and (inner.parent / _MANIFESTS).is_dir():
-            raise StoreRefused(
-                f"{url} lies within the store in {inner.parent}, which may delete it: give another directory"
-            )
+    if url.startswith(_HERE):
+        check_possible(url)
 
 
 def manifest_of(store: Store, step: int | None) -> Manifest:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from checkpoint.engine.catalog import Catalog
 from checkpoint.errors import AlreadyExists, FormatError, Mismatch, Misuse
 from checkpoint.format.codec import checksum
+from checkpoint.format.keys import MAX_STEP
 from checkpoint.format.scheme import format_layout, parse_layout
 from checkpoint.interop.account import Account
 from checkpoint.interop.conversion.assembling import Assembled
@@ -67,8 +68,8 @@ class Adoption:
                 f"{self.run!r} cannot name a run: give the name that its Checkpointer has, with no space or "
                 "'/' at its ends and no '..' in it"
             )
-        if self.step is not None and self.step < 0:
-            raise Misuse(f"a checkpoint's step cannot be {self.step}: steps begin with 0")
+        if self.step is not None and not 0 <= self.step <= MAX_STEP:
+            raise Misuse(f"a checkpoint's step cannot be {self.step}: it is from 0 to {MAX_STEP}")
 
 
 def import_checkpoint(
@@ -125,8 +126,10 @@ def import_checkpoint(
 
 
 def check_new(target: Store, draft: Draft) -> None:
-    """See that a store can have a step, and has none of it. Raises AlreadyExists, StoreRefused."""
+    """See that a store can have a step, and has none of it. Raises AlreadyExists, StoreRefused, Misuse."""
     check_own(target)
+    if draft.step > MAX_STEP:
+        raise Misuse(f"the files say that they are of step {draft.step}, more than {MAX_STEP}: give a step")
     if draft.step in Catalog(target).steps():
         raise AlreadyExists(f"{target} has a checkpoint of step {draft.step}: give another store, or a step")
 
