@@ -11,6 +11,7 @@ from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -196,6 +197,26 @@ def test_plain_data_come_through_as_they_are():
     assert read(pickle.dumps(several)) == ({"a": 1}, {"b": [1]}, {"a": 2, "b": 1}, [1, 2], b"xy")
 
 
+@pytest.mark.parametrize("code", ["?", "i1", "<u2", ">i4", "u8", "f2", "f4", ">f8", "c8", "c16"])
+def test_numpy_s_numbers_become_python_s(code):
+    number = np.dtype(code).type(1)
+    back = read(pickle.dumps({"best": number, "kind": number.astype(code)}))
+    assert back == {"best": 1, "kind": 1} and type(back["best"]) is type(number.item())
+    swapped = np.array([3], ">i4")[0]
+    assert read(pickle.dumps(swapped)) == 3
+
+
+@pytest.mark.parametrize("value", [np.str_("a"), np.datetime64("2020-01-01"), np.longdouble(1)], ids=repr)
+def test_other_scalars_of_numpy_stay_records(value):
+    assert read(pickle.dumps(value))["class"] == "numpy.scalar"
+
+
+def test_a_number_of_other_length_than_its_type_is_corrupt():
+    short = pickle.dumps(np.float32(1.5), protocol=2).replace(b"f4", b"f8")
+    with pytest.raises(Corrupt, match="a number of the type f8 that has 4 bytes"):
+        read(short)
+
+
 def test_objects_of_frameworks_become_records_that_name_their_class():
     found = read(pickle.dumps({"device": torch.device("cpu"), "dtype": torch.bfloat16, "path": Path("/a/b")}))
     assert found["device"]["class"] == "torch.device" and found["dtype"] == "bfloat16"
@@ -219,7 +240,13 @@ def test_the_walk_over_opcodes_knows_every_one_that_pickle_writes():
 
 
 def test_only_the_names_that_are_listed_have_stand_ins():
-    assert {name.partition(".")[0] for name in PLAIN} == {"collections", "builtins", "_codecs", "torch"}
+    assert {name.partition(".")[0] for name in PLAIN} == {
+        "collections",
+        "builtins",
+        "_codecs",
+        "torch",
+        "numpy",
+    }
 
 
 @pytest.mark.parametrize("name", ["tuple", "list", "set", "complex", "int", "dict"])

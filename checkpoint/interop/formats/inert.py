@@ -6,9 +6,12 @@ of the known frameworks hold stands for a record of what it was called with; any
 
 import io
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
+
+import numpy as np
 
 from checkpoint.errors import Corrupt, Unsupported
 from checkpoint.format.dtypes import DTYPES
@@ -24,6 +27,7 @@ _FRAMEWORKS = (
     *("apex", "transformer_engine", "omegaconf", "nemo", "torchtitan", "peft", "numpy", "datetime", "enum"),
     *("argparse", "pathlib", "types", "dataclasses", "collections", "typing", "uuid", "functools"),
 )
+_NUMBER = re.compile(r"b1|[iu][1248]|f[248]|c8|c16")  # numpy's codes of those that Python has, too
 _ERRORS = (
     *(pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError),
     *(MemoryError, RecursionError, AssertionError, ImportError),
@@ -126,6 +130,23 @@ def _bytearray(data: Any = b"", *rest: Any) -> bytes:
     return _bytes(data, *rest) if isinstance(data, str) else bytes(memoryview(data))
 
 
+class _OtherScalar(Record):
+    NAME = "numpy.scalar"
+
+
+def _scalar(dtype: Any = None, data: Any = None, *_: Any) -> Any:
+    """Return a number of numpy's as Python's; another kind stays a record of what it was made of."""
+    made_of = dtype.__dict__.get("made_of") if isinstance(dtype, Record) else None
+    code = made_of[0] if made_of else None
+    if not isinstance(code, str) or not _NUMBER.fullmatch(code) or not isinstance(data, bytes):
+        return _OtherScalar(dtype, data)
+    state = dtype.__dict__.get("state")
+    order = ">" if isinstance(state, tuple) and state[1:2] == (">",) else "<"
+    if len(data) != np.dtype(code).itemsize:
+        raise pickle.UnpicklingError(f"a number of the type {code} that has {len(data)} bytes")
+    return np.frombuffer(data, order + code).item()
+
+
 # Of Python's own classes only those that cannot be changed themselves, and do nothing but hold.
 PLAIN: StandIns = {
     "collections.OrderedDict": Dict,
@@ -147,6 +168,8 @@ PLAIN: StandIns = {
     "builtins.bool": Name("bool"),
     "_codecs.encode": _bytes,
     "torch.Size": tuple,
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy._core.multiarray.scalar": _scalar,
     **{f"torch.{name}": Name(name) for name in DTYPES},
 }
 
