@@ -16,7 +16,11 @@ from flows.following import Followed, Listener
 from flows.tables import Leaf, draw_table, draw_tree, spell_bytes
 from tasks.errors import NoSuchRun, SpecError, Unusable
 
-_BEGUN = ("packs/", "control/generations/")  # what a store has before its first checkpoint
+_BEGUN = (
+    "packs/",
+    "control/generations/",
+    "control/promoting/",
+)  # what a store has before its first checkpoint
 
 
 def find(where: str, runs_dir: Path) -> str:
@@ -181,7 +185,7 @@ def _describe(catalog: checkpoint.Catalog, step: int) -> dict[str, Any]:
     try:
         manifest = catalog.manifest(step)
     except checkpoint.CheckpointError as error:
-        return {"step": step, "trouble": str(error)}
+        return {"step": step, "trouble": str(error), "kind": type(error).__name__}
     return {
         "step": step,
         "run": manifest.run,
@@ -267,7 +271,8 @@ def _plain(value: Any) -> str:
 
 def _row(each: dict[str, Any]) -> tuple[object, ...]:
     if each["trouble"]:
-        return (each["step"], "DAMAGED", *("-",) * 5)
+        state = "NEWER" if each["kind"] == "Unsupported" else "DAMAGED"
+        return (each["step"], state, *("-",) * 5)
     when = each["created_utc"][:16].replace("T", " ")
     about = (each["step"], each["run"], each["generation"], when, each["tensors"], each["packs"])
     return (*about, spell_bytes(each["stored_bytes"]))

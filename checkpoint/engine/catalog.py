@@ -54,7 +54,7 @@ def read_manifest(store: Store, step: int) -> tuple[Manifest, Buffer]:
         data = store.read(key)[0]
     except NotFound as error:
         raise NoCheckpoint(f"there is no checkpoint of step {step} in {store}: no {key}") from error
-    manifest = decode_manifest(data, key)
+    manifest = decode_manifest(data, f"{key} in {store}")
     if manifest.step != step:
         raise Corrupt(
             f"{key} says it is of step {manifest.step}: it was moved or edited; delete or restore it"

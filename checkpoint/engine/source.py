@@ -131,7 +131,9 @@ class StoreSource:
             try:
                 table = chunks_of_page(manifest, page, self._store.read(page.key)[0])
             except NotFound as error:
-                raise Corrupt(f"the checkpoint of step {manifest.step} lacks its page {page.key}") from error
+                raise Corrupt(
+                    f"the checkpoint of step {manifest.step} in {self._store} lacks its page {page.key}"
+                ) from error
             tables.append(table if tensors is None else table.of_tensors(tensors))
         return ChunkTable.concat(tables)
 

@@ -1,9 +1,11 @@
 """Plans an import by rules: which boxes of foreign tensors fill which global ones, exactly once. Pure."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
+from math import prod
 
 from checkpoint.engine.plan import TensorSpec, check_cover
-from checkpoint.errors import Incomplete, Mismatch
+from checkpoint.errors import Incomplete, Mismatch, Misuse
 from checkpoint.format.box import Box
 from checkpoint.interop.cutting import cut
 from checkpoint.interop.document import Declared, Duplicate, Rule, RuleSet, State
@@ -13,6 +15,8 @@ from checkpoint.interop.joining import Joined, Landing, join, join_single
 from checkpoint.interop.moves import Foreign, How, Move, Plan
 from checkpoint.interop.naming import Case, Model, case_of
 from checkpoint.interop.placing import resolve_sizes
+
+_MAX_DECLARED = 1 << 22
 
 
 def plan_import(
@@ -198,11 +202,10 @@ def declared_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 
 
 def _numbers(model: Model, tensor: Declared) -> list[dict[str, int]]:
-    found: list[dict[str, int]] = [{}]
-    for name, count in tensor.each.items():
-        number = evaluate(count, model.scope({}))
-        found = [{**known, name: value} for known in found for value in range(number)]
-    return found
+    counts = {name: max(0, evaluate(count, model.scope({}))) for name, count in tensor.each.items()}
+    if (number := prod(counts.values())) > _MAX_DECLARED:
+        raise Misuse(f"by its sizes, {dict(model.sizes)}, a model of {model.rules.name} has {number} tensors")
+    return [dict(zip(counts, each, strict=True)) for each in product(*map(range, counts.values()))]
 
 
 def _owner(states: Sequence[State], name: str) -> tuple[tuple[int, tuple[tuple[str, str], ...]], str] | None:

@@ -95,7 +95,7 @@ def prune(
     standing = {step: one for step, one in found.standing.items() if step not in gone or step in revived}
     patience = Patience(now_s, grace_s, min(linger_s, grace_s))
     swept = Swept() if found.problems else sweep(store, standing, patience)
-    problems = [f"{one}; no pack or page was deleted: restore or remove this one" for one in found.problems]
+    problems = [f"{one}; no pack or page was deleted" for one in found.problems]
     return PruneReport(
         tuple(sorted(verdicts, key=lambda one: one.step)),
         (*removed, *swept.removed),

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from checkpoint.engine.catalog import read_manifest
-from checkpoint.errors import FormatError, NoCheckpoint
+from checkpoint.errors import FormatError, NoCheckpoint, Unsupported
 from checkpoint.format.codec import checksum
 from checkpoint.format.keys import MANIFESTS, parse_manifest_key
 from checkpoint.format.manifest import Manifest, PackRef, PageRef
@@ -38,8 +38,10 @@ def survey(store: Store) -> Survey:
             manifest, data = read_manifest(store, step)
         except NoCheckpoint:
             continue  # deleted since it was listed
+        except Unsupported as error:
+            problems.append(str(error))  # a later release's, which says what to do
         except FormatError as error:
-            problems.append(str(error))
+            problems.append(f"{error}: restore or remove this one")
         else:
             standing[step] = Standing(manifest, digest_of(data), entry)
     return Survey(standing, tuple(problems))

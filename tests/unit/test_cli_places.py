@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import checkpoint
 from checkpoint.errors import Conflict
+from checkpoint.format.sealed import seal
 from tests.conversion_samples import save_state
 
 pytestmark = pytest.mark.slow
@@ -63,6 +65,32 @@ def test_debugging_still_answers_in_json(tmp_path):
     done = run("--debug", "reshard", "nothere", "x", "--json", cwd=tmp_path)
     assert json.loads(done.stdout)["error"]
     assert "Traceback" in done.stderr
+
+
+def test_what_is_looked_at_says_which_rules_know_it(tmp_path):
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert json.loads(run("inspect", ".", "--json", cwd=tmp_path).stdout)["rules"] is None
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral", "hidden_size": 32}))
+    assert json.loads(run("inspect", ".", "--json", cwd=tmp_path).stdout)["rules"] == "llama-hf"
+    assert "rules: llama-hf" in run("inspect", ".", cwd=tmp_path).stdout
+
+
+def test_a_store_of_which_nothing_was_committed_is_no_unknown_format(tmp_path):
+    (tmp_path / "begun" / "packs").mkdir(parents=True)
+    (tmp_path / "begun" / "packs" / "one").write_bytes(b"x")
+    for verb in (["diff", "begun", "begun"], ["export", "begun", "out", "--format", "hf"]):
+        done = run(*verb, cwd=tmp_path)
+        assert done.returncode == 1 and "holds no checkpoint: it is a store of ours" in done.stderr
+
+
+def test_what_a_later_release_wrote_is_not_called_damaged(store, tmp_path):
+    path = next(Path(store, "manifests").iterdir())
+    path.write_bytes(seal("manifest", path.read_bytes().partition(b"\n")[2], version=7))
+    assert "NEWER" in run("inspect", store, cwd=tmp_path).stdout
+    done = run("prune", store, "--keep", "latest:1", cwd=tmp_path)
+    assert "upgrade holdfast" in done.stdout and "remove" not in done.stdout
+    done = run("diff", store, store, cwd=tmp_path)
+    assert done.returncode == 1 and str(store) in done.stderr
 
 
 def test_an_endless_linger_is_wrong_usage(store, tmp_path):

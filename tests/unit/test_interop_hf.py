@@ -9,13 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint.errors import AlreadyExists, CheckpointError, Corrupt, Incomplete, Unsupported
+import checkpoint
+from checkpoint.errors import AlreadyExists, CheckpointError, Corrupt, Incomplete, Misuse, Unsupported
 from checkpoint.format.box import Box
 from checkpoint.interop.builtin import builtin_rules
 from checkpoint.interop.formats.contract import About
 from checkpoint.interop.formats.hf_config import rules_for, sizes_from
 from checkpoint.interop.formats.known import open_foreign
 from checkpoint.interop.placing import resolve_sizes
+from checkpoint.store.memory import MemoryStore
 from tests.foreign_samples import Given, check_same, contents_of, of_every_dtype, rewritten, some_boxes
 
 NOT_THERE = ("complex32", "complex128")
@@ -318,3 +320,13 @@ def test_what_looks_like_nothing_known_says_what_is_known_and_what_was_seen(tmp_
         open_foreign(str(tmp_path), "gguf")
     with pytest.raises(CheckpointError, match="no safetensors"):
         open_foreign(str(tmp_path), "hf")
+
+
+@pytest.mark.parametrize("layers", [10**9, 10**40])
+def test_a_configuration_of_more_layers_than_there_can_be_takes_no_memory(layers, tmp_path):
+    save_file({"model.norm.weight": torch.ones(4)}, tmp_path / "model.safetensors")
+    config = {"model_type": "llama", **CONFIGS["llama"], "num_hidden_layers": layers}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plan = checkpoint.Adoption(rules=checkpoint.choose_rules("llama-hf", []))
+    with pytest.raises(Misuse, match=f"'layers': {layers}.* has {layers} tensors"):
+        checkpoint.plan_import_foreign(str(tmp_path), MemoryStore("s"), plan)

@@ -132,6 +132,7 @@ _KNOWN = (
         holds_optimizer=True,
     ),
 )
+_OF_STORES = ("packs/", "index/", "control/", ".incoming/")  # what one has before its first manifest
 # In this order it is asked what a directory looks like: the more particular ones first.
 FORMATS: Mapping[str, Format] = {one.name: one for one in _KNOWN}
 
@@ -161,6 +162,11 @@ def detect(place: Place) -> Format:
         return next((one for one in likely if not one.is_stale(place)), likely[0])
     if hint := hint_without_zero(place):
         raise Unsupported(hint)
+    if all(path.startswith(_OF_STORES) for path in place.files):
+        raise Unsupported(
+            f"{place} holds no checkpoint: it is a store of ours to which none was committed yet. Let who "
+            "writes it finish, or do that again"
+        )
     raise Unsupported(
         f"{place} looks like none of {', '.join(FORMATS)}; it holds {_listed(sorted(place.files))}. "
         "If it is one of them, name its format"
