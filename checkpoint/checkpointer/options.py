@@ -9,6 +9,7 @@ from checkpoint.checkpointer.hosting import HostPolicy, Kept
 from checkpoint.engine.bounds import check_kind, check_one_of, check_seconds, check_whole
 from checkpoint.engine.reading import ReadPolicy
 from checkpoint.engine.save import SavePolicy
+from checkpoint.format.texts import check_text
 from checkpoint.keeper.peering.policy import Parity
 from checkpoint.lifecycle.policies import parse_policies
 from checkpoint.lifecycle.tiers import Tier, check_tiers
@@ -75,9 +76,10 @@ def place_of(url: Any) -> str:
 def host_policy_of(
     place: str, run: str, keep: Any, every: int, *, memory: int, options: Options
 ) -> HostPolicy:
-    """Return where snapshots are kept. Raises TypeError, ValueError for what makes no sense."""
+    """Return where snapshots are kept. Raises TypeError, ValueError, FormatError for what makes no sense."""
     if not run:
         raise ValueError("a run has a name: leave it out, or give one that tells it from others")
+    check_text(run, "a run's name")
     if any(type(number) is not int for number in (every, memory)) or every < 1 or memory < 0:
         raise ValueError(
             f"every {every} steps, {memory} held in memory: whole numbers, not less than 1 and 0"

@@ -6,10 +6,10 @@ from typing import Any
 
 from checkpoint.errors import Corrupt, FormatError
 from checkpoint.format.codec import Buffer
+from checkpoint.format.texts import HALF_A_CHARACTER, MAX_TEXT
 from checkpoint.format.tree import Json
 
 _FLAGS = int(re.DOTALL | re.ASCII)  # a number: to join flags for each field takes longer than to match it
-_HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
 _MAX_VALUES = 1 << 24  # in one document: what is parsed takes up to some 60 bytes for each,
 _MAX_CONTAINERS = 1 << 22  # and some 250 for each of these
 
@@ -22,10 +22,15 @@ def dump_json(value: Any, where: str) -> bytes:
         raise FormatError(f"{where} is not plain JSON: {error}") from error
 
 
+def is_bounded(text: bytes) -> bool:
+    """Whether JSON has so few values that a reader takes it; what texts have in them counts, too."""
+    return text.count(b",") <= _MAX_VALUES and text.count(b"[") + text.count(b"{") <= _MAX_CONTAINERS
+
+
 def parse_json(data: Buffer, where: str) -> Json:
     """Read JSON that may be hostile: it takes no more than some 2 GiB to read. Raises Corrupt."""
     text = bytes(data)
-    if text.count(b",") > _MAX_VALUES or text.count(b"[") + text.count(b"{") > _MAX_CONTAINERS:
+    if not is_bounded(text):
         raise Corrupt(f"{where} has more values in it than any sound JSON of ours")
     try:
         parsed: Json = json.loads(text, parse_constant=_refuse_constant)
@@ -43,12 +48,12 @@ class Fields:
         self._left = dict(node)
         self._where = where
 
-    def text(self, name: str, pattern: str = r".{0,4096}") -> str:
+    def text(self, name: str, pattern: str = rf".{{0,{MAX_TEXT}}}") -> str:
         """Take a string that matches the pattern as a whole."""
         value = self.json(name)
         if not isinstance(value, str) or not re.fullmatch(pattern, value, _FLAGS):
             raise self._wrong(name, value)
-        if _HALF_A_CHARACTER.search(value):
+        if HALF_A_CHARACTER.search(value):
             raise self._wrong(name, value)
         return value
 

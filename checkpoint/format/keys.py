@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from checkpoint.errors import Corrupt, FormatError
 
 MANIFESTS = "manifests/"
-MAX_STEP = 10**12 - 1
 PACKS = "packs/"
 INDEX = "index/"
 GENERATIONS = "control/generations/"

@@ -14,10 +14,11 @@ import numpy as np
 from checkpoint.errors import Corrupt, FormatError, Unsupported
 from checkpoint.format.checks import check_table
 from checkpoint.format.codec import Buffer, checksum
-from checkpoint.format.json_fields import Fields, dump_json, parse_json
+from checkpoint.format.json_fields import Fields, dump_json, is_bounded, parse_json
 from checkpoint.format.keys import MAX_GENERATION, MAX_STEP, check_key
 from checkpoint.format.records import (
     MAX_CHUNKS_PER_PAGE,
+    MAX_DIMS,
     MAX_LISTED,
     MAX_MANIFEST_BYTES,
     MAX_PACK_BYTES,
@@ -31,6 +32,7 @@ from checkpoint.format.records import (
 )
 from checkpoint.format.sealed import VERSION, seal, unseal
 from checkpoint.format.table import ChunkTable, decode_table, encode_table
+from checkpoint.format.texts import check_text
 from checkpoint.format.tree import Json, leaf_names
 
 __all__ = [
@@ -83,7 +85,8 @@ class Manifest:
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """Return the manifest's bytes. Raises FormatError if meta or data cursor are not plain JSON."""
+    """Return the manifest's bytes. Raises FormatError for what `decode_manifest` would not take back."""
+    _check_readable(manifest)
     body = {
         "run": manifest.run,
         "step": manifest.step,
@@ -112,7 +115,25 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "metrics": metrics_to_json(manifest.metrics),
         "meta": dict(manifest.meta),
     }
-    return seal("manifest", dump_json(body, f"the manifest of step {manifest.step}"))
+    text = dump_json(body, f"the manifest of step {manifest.step}")
+    data = seal("manifest", text)
+    if len(data) > MAX_MANIFEST_BYTES or not is_bounded(text):
+        raise FormatError(
+            f"the manifest of step {manifest.step} would have {len(data)} bytes of plain data, or more "
+            "values than one is read with: make large data of the state, its cursor or its meta tensors"
+        )
+    return data
+
+
+def _check_readable(manifest: Manifest) -> None:
+    for what in ("run", "token", "created_utc", "spec_digest"):
+        check_text(getattr(manifest, what), f"the manifest's {what}")
+    for one in manifest.tensors:
+        check_text(one.name, "the name of a tensor")
+        if len(one.shape) > MAX_DIMS:
+            raise FormatError(
+                f"the tensor {one.name!r} has {len(one.shape)} dims, and {MAX_DIMS} are the most"
+            )
 
 
 def decode_manifest(data: Buffer, where: str = "a manifest") -> Manifest:

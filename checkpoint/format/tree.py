@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from checkpoint.errors import Corrupt, FormatError, Unsupported
+from checkpoint.format.texts import check_text
 
 Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
 Leaf = TypeVar("Leaf")
@@ -124,7 +125,7 @@ class _Flattening:
     def _name(self, leaf: Any, path: tuple[str, ...]) -> str:
         identity = self._key(leaf)
         if identity not in self._names:
-            wanted = name = "/".join(path) or _ROOT
+            wanted = name = check_text("/".join(path), "the name of a tensor") or _ROOT
             number = 2
             while name in self.leaves:  # {"a/b": x, "a": {"b": y}}
                 name, number = f"{wanted}~{number}", number + 1

@@ -1,9 +1,12 @@
 """What lies beside a model in a training's state comes back where it was, as it was, in torch and dcp."""
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -43,6 +46,7 @@ def stepped(model, *optimizers):
 
 def converted(tmp_path, source, format, numbering=checkpoint.Numbering.TOLD) -> tuple[str, list[str]]:
     """Import, and export again; return where, and what the import noted."""
+    tmp_path.mkdir(exist_ok=True)
     store = checkpoint.open_store(str(tmp_path / "store"))
     notes = checkpoint.import_foreign(str(source), store, checkpoint.Adoption(numbering=numbering)).notes
     target = str(tmp_path / "out")
@@ -179,6 +183,54 @@ def test_a_user_s_own_checkpoint_may_have_any_names(tmp_path, value):
     assert back["containers"] == back["optimizer"] == value
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_programs_that_nest_a_model_and_an_optimizer_each_have_them_back(tmp_path, depth):
+    model = Two()
+    og, od = stepped(
+        model, torch.optim.Adam(model.g.parameters()), torch.optim.SGD(model.d.parameters(), momentum=0.9)
+    )
+    state: dict = {
+        "netG": {"model": model.g.state_dict(), "optimizer": og, "epoch": 3},
+        "netD": {"model": model.d.state_dict(), "optimizer": od, "names": ["a", "b"]},
+    }
+    state = {"all": state, "seed": 7} if depth == 2 else state
+    back, notes = through(tmp_path, state)
+    assert_same(state, back)
+    assert any("several optimizers" in note and "netD.optimizer" in note for note in notes)
+    stored = checkpoint.load(checkpoint.open_store(str(tmp_path / "store"))).state
+    assert not any("exp_avg" in name for name in stored["model"])
+
+
+def test_plain_data_within_models_by_name_are_kept(tmp_path):
+    state = {"a": {"w": torch.ones(2), "epoch": 3}, "b": {"v": torch.ones(2), "deep": {"x": 1}, "e": {}}}
+    assert_same(state, through(tmp_path, state)[0])
+
+
+def test_a_model_s_own_state_comes_back_as_one_that_it_loads(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    torch.save(model.state_dict(), tmp_path / "saved.pt")
+    for format, name in (("torch", "checkpoint.pt"), ("dcp", None)):
+        target, _ = converted(tmp_path / format, tmp_path / "saved.pt", format)
+        if name is not None:
+            back = torch.load(f"{target}/{name}", weights_only=True)
+            assert sorted(back) == sorted(model.state_dict())
+            model.load_state_dict(back)
+        assert all(
+            one.verdict is checkpoint.Verdict.EQUAL
+            for one in checkpoint.compare_places(
+                checkpoint.Whereabouts(target), checkpoint.Whereabouts(str(tmp_path / "saved.pt"))
+            )
+        )
+
+
+def test_a_model_may_have_a_module_called_state(tmp_path):
+    state = {"model": {"state.weight": torch.ones(2), "state.bias": torch.ones(2)}, "epoch": 1}
+    back, notes = through(tmp_path, state)
+    assert_same(state, back)
+    assert not notes
+
+
 def test_models_by_name_stay_models_by_name(tmp_path):
     state = {"generator": Two().g.state_dict(), "discriminator": Two().d.state_dict()}
     assert_same(state, through(tmp_path, state)[0])
@@ -260,3 +312,58 @@ def test_a_program_loads_its_own_state_from_what_was_converted(tmp_path, kind):
     target, _ = converted(tmp_path, tmp_path / "saved", "dcp", numbering)
     dcp_load(mine, checkpoint_id=target, no_dist=True)
     assert_same(state, mine)
+
+
+@pytest.mark.parametrize("kind", ["several", "alone", "nested"])
+def test_numbered_optimizers_come_back_numbered_by_way_of_dcp(tmp_path, kind):
+    model = Two()
+    og, od = stepped(model, torch.optim.Adam(model.g.parameters()), torch.optim.Adam(model.d.parameters()))
+    state = {
+        "several": {"model": model.state_dict(), "og": og, "od": od, "step": torch.tensor(77)},
+        "alone": og,
+        "nested": {
+            "g": {"model": model.g.state_dict(), "o": og},
+            "d": {"model": model.d.state_dict(), "o": od},
+        },
+    }[kind]
+    torch.save(state, tmp_path / "saved.pt")
+    dcp, _ = converted(tmp_path / "one", tmp_path / "saved.pt", "dcp")
+    torch_file, _ = converted(tmp_path / "two", dcp, "torch")
+    back = torch.load(f"{torch_file}/checkpoint.pt", weights_only=True)
+    assert_same(state, {key: item for key, item in back.items() if key in state})
+
+
+def test_a_folder_of_hugging_face_s_older_weights_is_one_too(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    torch.save({"model.norm.weight": torch.ones(4)}, folder / "pytorch_model.bin")
+    torch.save({"last_epoch": 3}, folder / "scheduler.pt")
+    config = {"model_type": "llama", "hidden_size": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "modeling_mine.py").write_text("raise SystemExit\n")
+    seen = checkpoint.look_at_foreign(str(folder))
+    assert seen.rules == "llama-hf" and any("not looked at: scheduler.pt" in note for note in seen.notes)
+    target, _ = converted(tmp_path, folder, "hf")
+    names = {path.name for path in Path(target).iterdir()}
+    assert names == {"config.json", "tokenizer.json", "modeling_mine.py", "model.safetensors"}
+    assert json.loads(Path(target, "config.json").read_text()) == config
+    target, _ = converted(tmp_path / "again", folder, "torch")
+    assert torch.load(f"{target}/checkpoint.pt").keys() == {"model.norm.weight"}
+
+
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [
+        ("adapter_model", {"adapter_config.json": {"peft_type": "LORA"}}),
+        ("diffusion_pytorch_model", {"config.json": {"_diffusers_version": "0.30"}}),
+    ],
+)
+def test_weights_have_the_name_by_which_their_library_looks_for_them(tmp_path, name, beside):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"w": torch.ones(4)}, folder / f"{name}.safetensors")
+    for file, text in beside.items():
+        (folder / file).write_text(json.dumps(text))
+    target, _ = converted(tmp_path, folder, "hf")
+    assert {path.name for path in Path(target).iterdir()} == {f"{name}.safetensors", *beside}

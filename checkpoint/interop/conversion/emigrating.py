@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from checkpoint.engine.plan import TensorSpec
 from checkpoint.errors import FormatError, Incomplete, Mismatch, Misuse
@@ -31,6 +31,7 @@ from checkpoint.interop.conversion.sighting import accounted, check_sure
 from checkpoint.interop.conversion.skeletons import matches, nothing_fits
 from checkpoint.interop.conversion.surplus import HOLD_ROUNDED, own_tensors
 from checkpoint.interop.conversion.tying import TIED, Ties, ties_of_weights, universal, with_copies
+from checkpoint.interop.formats.containers import containers_of
 from checkpoint.interop.formats.contract import About, Contents
 from checkpoint.interop.formats.hf_config import retyped
 from checkpoint.interop.formats.told import HYPER
@@ -253,9 +254,18 @@ def _axes(emigration: Emigration) -> dict[str, int]:
     return {axis: ranks for axis, ranks in parse_layout(emigration.to).mesh.axes if ranks > 1}
 
 
+def _is_model_alone(extra: Mapping[str, Any]) -> bool:
+    """Whether a state was a model's own, which a program loads as a whole: nothing can lie beside it."""
+    places = containers_of(extra)
+    return places is not None and not places.model and "optimizer" not in extra
+
+
 def _about(origin: Origin, emigration: Emigration, plan: Plan) -> About:
     axes = {axis: 1 + max(one.at[axis] for one in plan.foreign) for axis in plan.foreign[0].at}
-    told = {"step": origin.step, **({TIED: dict(origin.ties)} if origin.ties else {}), **origin.extra}
+    beside = {"step": origin.step, **({TIED: dict(origin.ties)} if origin.ties else {})}
+    taken = {one.name for one in plan.tensors}  # a state may have a tensor of that name
+    beside = {key: item for key, item in beside.items() if f"other/{key}" not in taken}
+    told = {**({} if _is_model_alone(origin.extra) else beside), **origin.extra}
     if emigration.dtype is not None and isinstance(told.get("config"), dict):
         told["config"] = retyped(told["config"], parse_dtype(emigration.dtype))
     has_states = any(owner_of(one.name) for one in plan.tensors)

@@ -10,6 +10,7 @@ from checkpoint.errors import AlreadyExists, FormatError, Mismatch, Misuse
 from checkpoint.format.codec import checksum
 from checkpoint.format.keys import MAX_STEP
 from checkpoint.format.scheme import format_layout, parse_layout
+from checkpoint.format.texts import MAX_TEXT
 from checkpoint.interop.account import Account
 from checkpoint.interop.conversion.assembling import Assembled
 from checkpoint.interop.conversion.batches import most_held_bytes
@@ -68,6 +69,8 @@ class Adoption:
                 f"{self.run!r} cannot name a run: give the name that its Checkpointer has, with no space or "
                 "'/' at its ends and no '..' in it"
             )
+        if len(self.run) > MAX_TEXT:
+            raise Misuse(f"a run's name of {len(self.run)} characters is too long: {MAX_TEXT} are the most")
         if self.step is not None and not 0 <= self.step <= MAX_STEP:
             raise Misuse(f"a checkpoint's step cannot be {self.step}: it is from 0 to {MAX_STEP}")
 

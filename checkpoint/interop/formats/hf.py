@@ -1,9 +1,7 @@
 """Hugging Face models: safetensors, one file or sharded with an index, and the configuration beside them."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 from checkpoint.errors import Corrupt, Incomplete, Unsupported
@@ -11,6 +9,7 @@ from checkpoint.format.box import Box
 from checkpoint.interop.draft import Draft
 from checkpoint.interop.formats.contract import About, Contents, is_weight, weight_name
 from checkpoint.interop.formats.extents import check_shape
+from checkpoint.interop.formats.hf_beside import read_beside, stem_of, write_beside
 from checkpoint.interop.formats.hf_config import rules_for, sizes_from, ties_from
 from checkpoint.interop.formats.hf_files import SUFFIX, find_weights, parsed
 from checkpoint.interop.formats.safetensors import Header, header_bytes, read_header, sort_key
@@ -21,10 +20,6 @@ from checkpoint.interop.place import Place
 
 MAX_SHARD_BYTES = 5_000_000_000
 
-_INDEX = "model.safetensors.index.json"
-_CONFIG = "config.json"
-_BESIDE = re.compile(r"[^/]+\.(json|txt|model|jinja|tiktoken)")
-_MAX_BESIDE_BYTES = 64 << 20
 _SHARDING = "DCP_SHARDING_INFO"  # what torch's distributed checkpoints add when they write this format
 _OF_RANKS = (
     "shapes are inferred from the parts that ranks wrote, which do not tell how many there were: a missing "
@@ -48,13 +43,8 @@ def open_hf(place: Place) -> Tiled:
     if weights.weight_map is not None:
         _check_index(place, weights.weight_map, headers)
     tensors, tiles = _gather(place, headers)
-    beside = {
-        name: place.read(name)
-        for name, size in place.files.items()
-        if _BESIDE.fullmatch(name) and not name.endswith(".index.json") and size <= _MAX_BESIDE_BYTES
-    }
-    config = parsed(beside[_CONFIG], f"{_CONFIG} in {place}") if _CONFIG in beside else {}
-    extra = {"config": config, "files": beside}
+    extra = read_beside(place)
+    config = extra["config"]
     is_parted = any(_SHARDING in header.metadata for header in headers.values())
     about = About(
         "hf",
@@ -77,20 +67,22 @@ def write_hf(draft: Draft, contents: Contents, budget_bytes: int) -> None:
         if not is_weight(tensor.name):
             raise Unsupported(f"{tensor} is no part of a model: the format hf does not hold it, leave it out")
     extra = contents.about.extra
-    _write_beside(draft, extra)
+    write_beside(draft, extra)
+    stem = stem_of(extra)
     chosen = extra.get("max_shard_bytes")
     max_bytes = chosen if type(chosen) is int and chosen > 0 else MAX_SHARD_BYTES
     shards = _dealt(contents.tensors, max_bytes)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards):
-        path = f"model-{number + 1:05}-of-{len(shards):05}{SUFFIX}" if len(shards) > 1 else f"model{SUFFIX}"
+        part = f"-{number + 1:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        path = f"{stem}{part}{SUFFIX}"
         weight_map |= {contents.tensors[each].name: path for each in shard}
         if path not in draft.kept:
             _write_shard(draft, path, contents, shard, budget_bytes)
     if len(shards) > 1:
         total = sum(num_bytes_of(tensor) for tensor in contents.tensors)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        with draft.writing(_INDEX) as file:
+        with draft.writing(f"{stem}{SUFFIX}.index.json") as file:
             file.write(json.dumps(index, indent=2).encode())
 
 
@@ -102,29 +94,6 @@ def _write_shard(
         file.write(header_bytes([contents.tensors[number] for number in order], {"format": "pt"}))
         for block in blocks_ahead(contents, order, budget_bytes, draft.num_threads):
             file.write(block)
-
-
-def _write_beside(draft: Draft, extra: Mapping[str, Any]) -> None:
-    beside, config = _files(extra), extra.get("config")
-    if config and isinstance(config, dict) and _has_changed(beside.get(_CONFIG), config):
-        with suppress(TypeError, ValueError):  # another program's, and not of JSON's types: it is left out
-            beside[_CONFIG] = json.dumps(config, indent=2, sort_keys=True, allow_nan=False).encode() + b"\n"
-    for name, data in beside.items():
-        if not _BESIDE.fullmatch(name):
-            raise Unsupported(f"{name!r} is no name for a file beside a model's weights")
-        with draft.writing(name) as file:
-            file.write(data)
-
-
-def _files(extra: Mapping[str, Any]) -> dict[str, bytes]:
-    told = extra.get("files")
-    if not isinstance(told, dict) or not all(isinstance(data, bytes) for data in told.values()):
-        return {}  # another program's, of the same name
-    return dict(told)
-
-
-def _has_changed(data: bytes | None, config: Mapping[str, Any]) -> bool:
-    return data is None or parsed(data, _CONFIG) != config
 
 
 def _dealt(tensors: Sequence[Foreign], max_bytes: int) -> list[list[int]]:

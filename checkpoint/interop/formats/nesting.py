@@ -25,6 +25,8 @@ def nest(contents: Contents, keys: Keys) -> dict[str, Any]:
     places = told or Containers()
     optimizer = extra["optimizer"] if _is_optimizer(extra.get("optimizer")) else {}
     skipped = {*_BESIDE, *(["optimizer"] if optimizer else []), *([CONTAINERS] if told else [])}
+    if told and not places.model and "files" in extra:
+        skipped.add("config")  # of a folder whose weights are a file of their own
     model: dict[str, Later] = {}
     state: dict[str, dict[str, Any]] = {}
     inside: list[tuple[Sequence[Step], Later]] = []
@@ -41,7 +43,7 @@ def nest(contents: Contents, keys: Keys) -> dict[str, Any]:
             case _:
                 model[tensor.name] = later
     put(root, places.model, {name: one for name, one in model.items() if name not in places.spots})
-    for name in model.keys() & places.spots.keys():
+    for name in (one for one in model if one in places.spots):
         put(root, places.spots[name], model[name])
     if state or optimizer or inside:
         for owner, entries in optimizer.get("state", {}).items():

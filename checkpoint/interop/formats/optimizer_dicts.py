@@ -3,8 +3,8 @@
 from enum import Enum
 from typing import Any
 
-from checkpoint.interop.formats.inert import Dict
-from checkpoint.interop.formats.spots import Step
+from checkpoint.interop.formats.inert import MAX_DEPTH, Dict
+from checkpoint.interop.formats.spots import Step, steps_into
 
 
 class Keys(Enum):
@@ -39,7 +39,9 @@ def is_optimizer(node: Any) -> bool:
         return False
     if node.keys() >= {"state", "param_groups"}:
         return True
-    return all(isinstance(key, str) and key.startswith(("state.", "param_groups.")) for key in node)
+    if not all(isinstance(key, str) and key.startswith(("state.", "param_groups.")) for key in node):
+        return False
+    return any(key.startswith("param_groups.") for key in node)  # a module may be called "state"
 
 
 def optimizers_of(root: dict[Any, Any]) -> list[tuple[list[Step], Any]]:
@@ -50,6 +52,35 @@ def optimizers_of(root: dict[Any, Any]) -> list[tuple[list[Step], Any]]:
             found.append(([str(key)], node))
         elif isinstance(node, list | tuple) and node and all(map(is_optimizer, node)):
             found += [([str(key), number], each) for number, each in enumerate(node)]
+    return found
+
+
+def numbered(node: Any, depth: int = 0) -> Any:
+    """Return a state in which the states of numbered parameters are found by numbers.
+
+    A torch distributed checkpoint has no other keys than texts, by which a program would take no state.
+    """
+    if depth > MAX_DEPTH:
+        return node
+    if isinstance(node, list) and any(isinstance(item, dict) for item in node):
+        return [numbered(item, depth + 1) for item in node]
+    if not isinstance(node, dict):
+        return node
+    made = {key: numbered(item, depth + 1) for key, item in node.items()}
+    state = made.get("state")
+    if is_optimizer(made) and isinstance(state, dict) and keys_of(made) is Keys.NUMBERS:
+        made["state"] = {int(key) if str(key).isdecimal() else key: item for key, item in state.items()}
+    return made
+
+
+def optimizers_within(node: dict[Any, Any], spot: tuple[Step, ...] = ()) -> list[list[Step]]:
+    """Return where optimizers are at any level of nested dicts."""
+    found: list[list[Step]] = []
+    for step, item in steps_into(node):
+        if is_optimizer(item):
+            found.append([*spot, step])
+        elif isinstance(item, dict) and len(spot) < MAX_DEPTH:
+            found += optimizers_within(item, (*spot, step))
     return found
 
 

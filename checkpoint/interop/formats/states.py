@@ -16,11 +16,13 @@ from checkpoint.interop.formats.optimizer_dicts import (
     Keys,
     is_optimizer,
     keys_of,
+    numbered,
     optimizers_of,
+    optimizers_within,
     params_of,
     unflattened,
 )
-from checkpoint.interop.formats.spots import Step, is_told_by_name, spelled, steps_into
+from checkpoint.interop.formats.spots import Spot, Step, is_told_by_name, spelled, steps_into
 
 MODELS = (
     *("model", "state_dict", "model_state_dict", "model_state", "module", "net", "network", "weights"),
@@ -67,7 +69,7 @@ def name_states(tree: Any, leaf: type, where: str) -> States:
         tree = {"tensor": tree}
     if not isinstance(tree, dict):
         raise Unsupported(f"{where} holds a {type(tree).__name__}, not a state by name: save a state_dict")
-    return _Naming(leaf, where).name(tree)
+    return _Naming(leaf, where).name(numbered(tree))
 
 
 class _Naming:
@@ -77,6 +79,12 @@ class _Naming:
         self._told = Containers()
 
     def name(self, tree: dict[Any, Any]) -> States:
+        if is_optimizer(tree):
+            self._states.notes.append("it is an optimizer's state alone, which is kept as it is")
+            self._rest(tree, set(), [])
+            self._told.model = []
+            self._states.extra[CONTAINERS] = self._told.told()
+            return self._states
         root, place = self._root(tree)
         found = optimizers_of(root)
         optimizers = {str(spot[0]): node for spot, node in found}
@@ -91,10 +99,10 @@ class _Naming:
         elif found:
             taken |= self._keep_apart(found, place)
         self._rest(root, taken, place)
-        beside = self._without_leaves(model)
-        if model_key is not None and isinstance(beside, dict) and beside:
-            self._states.extra[str(model_key)] = self._plain(beside)
-            self._told.placed[str(model_key)] = [*place]
+        for key, node in model.items() if model_key is None else [(model_key, model)]:
+            beside = self._without_leaves(node)
+            if isinstance(beside, dict) and beside:
+                self._keep(str(key), beside, place)
         self._states.extra[CONTAINERS] = self._told.told()
         return self._states
 
@@ -123,12 +131,7 @@ class _Naming:
 
     def _keep_apart(self, found: Sequence[tuple[list[Step], Any]], place: list[Step]) -> set[str]:
         """Take in several optimizers as they are. Returns the keys of those that are no list's."""
-        spots = [spelled(spot) for spot, _ in found]
-        self._states.notes.append(
-            self._states.untold
-            or f"there are several optimizers, {listed(spots)}: they are kept as they are, and written to "
-            "torch and dcp as they were; rules, layouts and other formats know none of them"
-        )
+        self._note_apart([spot for spot, _ in found])
         apart = set()
         for spot, node in found:
             if len(spot) == 1:
@@ -142,6 +145,14 @@ class _Naming:
                 self._told.placed[key] = [*place]
                 apart.add(key)
         return apart
+
+    def _note_apart(self, spots: Sequence[Spot]) -> None:
+        names = listed([*map(spelled, spots)])
+        self._states.notes.append(
+            self._states.untold
+            or f"there are several optimizers, {names}: they are kept as they are, and written to torch and "
+            "dcp as they were; rules, layouts and other formats know none of them"
+        )
 
     def _model_key(self, root: dict[Any, Any], optimizers: Mapping[str, Any]) -> Any:
         """Return under which key the model lies; None if its tensors lie at the root."""
@@ -169,7 +180,13 @@ class _Naming:
         """Take in the model's tensors. Returns what each is called, by what the file calls it."""
         found: dict[str, Any] = {}
         paths: dict[str, list[Step]] = {}
+        apart = optimizers_within(model)
+        if apart:
+            self._note_apart(apart)
         for path, item in self._leaves(model):
+            if any(path[: len(spot)] == spot for spot in apart):
+                self._put_other(f"other.{spelled(path)}", [*container, *path], item)
+                continue
             if (name := spelled(path)) in found:
                 raise self._doubled(name)
             found[name], paths[name] = item, path
@@ -195,7 +212,6 @@ class _Naming:
             )
         called: dict[Any, str] = dict(names)
         if self._states.keys is Keys.NUMBERS:
-            state = {int(key) if str(key).isdecimal() else key: entries for key, entries in state.items()}
             called |= self._named(state, groups, names)
         for key, entries in state.items():
             owner = called.get(key, str(key))
@@ -275,14 +291,16 @@ class _Naming:
             data = self._without_leaves(item)
             if data is _NOTHING:
                 continue
-            mine = self._told.kept if name in RESERVED else self._states.extra
-            if name in mine:
-                raise Corrupt(
-                    f"{self._where} has two things called {name!r}, one within the other's container"
-                )
-            mine[name] = self._plain(data)
-            if place:
-                self._told.placed[name] = [*place]
+            self._keep(name, data, place)
+
+    def _keep(self, name: str, data: Any, place: list[Step]) -> None:
+        """Take in plain data, which lie under their name in a container."""
+        mine = self._told.kept if name in RESERVED else self._states.extra
+        if name in mine:
+            raise Corrupt(f"{self._where} has two things called {name!r}, one within the other's container")
+        mine[name] = self._plain(data)
+        if place:
+            self._told.placed[name] = [*place]
 
     def _put(self, name: str, item: Any) -> None:
         if name in self._states.tensors:

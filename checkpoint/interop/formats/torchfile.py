@@ -1,25 +1,29 @@
 """Files of torch.save as foreign checkpoints: a state_dict, or a model and an optimizer in one file."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from checkpoint.errors import Corrupt, Incomplete, Unsupported
 from checkpoint.format.box import Box
 from checkpoint.interop.formats.archive import Archive, Stored, is_archive, read_archive
 from checkpoint.interop.formats.contract import About, is_weight
+from checkpoint.interop.formats.hf_beside import read_beside
+from checkpoint.interop.formats.hf_config import rules_for, sizes_from
+from checkpoint.interop.formats.numbered import listed
 from checkpoint.interop.formats.states import States, name_states
 from checkpoint.interop.formats.tiles import Tile, Tiled, held
 from checkpoint.interop.moves import Foreign
 from checkpoint.interop.place import Place
 
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
-_INDEX = "pytorch_model.bin.index.json"
+_MODEL = "pytorch_model.bin"  # of Hugging Face, beside which its Trainer puts others
+_INDEX = f"{_MODEL}.index.json"
 
 
 def looks_like_torch(files: Mapping[str, int]) -> bool:
-    """Tell whether a directory holds one file of torch.save, or a model's shards with an index."""
-    return _INDEX in files or len(_candidates(files)) == 1
+    """Tell whether a directory holds a file of torch.save that is meant, or shards with an index."""
+    return _INDEX in files or _MODEL in files or len(_candidates(files)) == 1
 
 
 def open_torch(place: Place) -> Tiled:
@@ -33,6 +37,8 @@ def open_torch(place: Place) -> Tiled:
     path = _the_file(place)
     archive = read_archive(place, path)
     states = name_states(archive.tree, Stored, place.spell(path))
+    if path == _MODEL and place.spell(path) != place.url:
+        _take_along(place, states, [path])
     return _opened(place, states, dict.fromkeys(states.tensors, archive))
 
 
@@ -56,6 +62,7 @@ def _open_shards(place: Place) -> Tiled:
     missing = sorted(weight_map.keys() - owners.keys())
     if missing:
         raise Incomplete(f"the shards of {place} lack {missing[:5]}, which the index names")
+    _take_along(place, states, paths)
     return _opened(place, states, owners)
 
 
@@ -65,12 +72,15 @@ def _opened(place: Place, states: States, owners: Mapping[str, Archive]) -> Tile
         tensor, parts = _tensor(name, item, owners[name])
         tensors.append(tensor)
         tiles.append(parts)
+    config = states.extra["config"] if "files" in states.extra else {}
     about = About(
         "torch",
         step=states.step,
         extra=states.extra,
         notes=tuple(states.notes),
         ties=_ties(states, owners),
+        sizes=sizes_from(config),
+        rules=rules_for(config),
         doubts=tuple(states.doubts),
         untold=states.untold,
     )
@@ -95,9 +105,16 @@ def _tensor(name: str, item: Any, archive: Archive) -> tuple[Foreign, list[Tile]
     return Foreign(name, item.dtype, item.shape), [Tile(Box.whole(item.shape), lambda: archive.locate(item))]
 
 
+def _take_along(place: Place, states: States, read: Collection[str]) -> None:
+    """Take in what lies beside a Hugging Face model, and note what is not looked at."""
+    states.extra |= read_beside(place)
+    others = sorted(set(_candidates(place.files)) - {*read})
+    states.notes += [f"beside {_MODEL} are not looked at: {listed(others)}"] if others else []
+
+
 def _the_file(place: Place) -> str:
     files = place.files
-    found = list(files) if len(files) == 1 else _candidates(files)
+    found = list(files) if len(files) == 1 else [_MODEL] if _MODEL in files else _candidates(files)
     if len(found) != 1:
         raise Unsupported(
             f"{place} holds {len(found)} files that torch.save may have written, {sorted(found)[:5]}: "
