@@ -120,7 +120,7 @@ def verify(
     """Read checkpoints back, every chunk: checksums, fingerprints, coverage. Exits with 1 on damage."""
     from flows import stores
 
-    since_s = None if since_days is None else time.time() - since_days * 86_400
+    since_s = None if since_days is None else max(0.0, time.time() - since_days * 86_400)
     budget_bytes = None if budget_mib is None else budget_mib << 20
     with clear_errors():
         url = stores.find(where, Path(runs_dir))

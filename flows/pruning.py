@@ -22,6 +22,11 @@ def prune(
     if not checkpoint.Catalog(store).steps():
         raise checkpoint.NoCheckpoint(f"{url} holds no checkpoint, so nothing was deleted; check the URL")
     _check_metrics(policies, store)
+    for policy in policies:
+        if isinstance(policy, checkpoint.Pinned):
+            if not policy.steps:
+                raise SpecError("pinned: names no step, as an empty variable may; nothing was deleted")
+            checkpoint.Catalog(store).check_named(*policy.steps)
     try:
         pruned = checkpoint.prune(store, policies, now_s=now_s, grace_s=grace_s, linger_s=linger_s)
     except ValueError as error:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -32,7 +33,8 @@ def find(where: str, runs_dir: Path) -> str:
     if os.path.isfile(spec):  # as `Path.is_file` does not, it says no where nobody may look
         return _store_of(spec)
     if os.path.isfile(Path(where) / "spec.json"):
-        return _store_of(Path(where) / "spec.json")
+        with suppress(Unusable):  # of something else that lies there
+            return _store_of(Path(where) / "spec.json")
     if os.path.exists(where):
         return where
     there = ", ".join(sorted(path.parent.name for path in runs_dir.glob("*/spec.json"))) or "none"

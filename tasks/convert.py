@@ -56,7 +56,10 @@ class ConversionOrder(BaseModel):
 
 def may_pass(_task: Any, _run: Any, state: State[Any]) -> bool:
     """Whether a conversion failed for what may be over soon; a mistake in an order stays one."""
-    return isinstance(state.result(raise_on_failure=False), checkpoint.StoreUnavailable)
+    failure = state.result(raise_on_failure=False)
+    return isinstance(failure, checkpoint.StoreUnavailable) and not isinstance(
+        failure, checkpoint.StoreRefused
+    )
 
 
 @task(

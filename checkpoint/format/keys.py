@@ -8,6 +8,7 @@ from checkpoint.errors import Corrupt, FormatError
 MANIFESTS = "manifests/"
 PACKS = "packs/"
 INDEX = "index/"
+CONTROL = "control/"
 GENERATIONS = "control/generations/"
 ABANDONED = "control/abandoned/"
 DAMAGED = "control/damaged/"
@@ -155,6 +156,11 @@ def parse_page_key(key: str) -> PageKey | None:
     if not found:
         return None
     return PageKey(int(found[1]), int(found[2]), found[3], int(found[5]), found[4] or "")
+
+
+def is_object_key(key: str) -> bool:
+    """Whether a key is one that a pack, a page or a receipt can have."""
+    return bool(_PACK_KEY.fullmatch(key) or _PAGE_KEY.fullmatch(key))
 
 
 def parse_generation_key(key: str) -> int | None:

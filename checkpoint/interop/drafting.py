@@ -8,12 +8,13 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
 from checkpoint.errors import AlreadyExists, Conflict, StoreRefused
+from checkpoint.format.keys import CONTROL, INDEX, MANIFESTS, PACKS
 from checkpoint.interop.draft import PARTIAL, Draft
 from checkpoint.interop.place import DRAFT, filesystem, told
 from checkpoint.interop.turns import BEAT, BUSY, TURNS, Beat, Turn, taking_turn
@@ -23,8 +24,7 @@ from checkpoint.store.wrappers import Retrying
 _ATTEMPT = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TAKEN = "{} exists: give a new one, nothing is overwritten"
 _UNFINISHED = "{} holds what another conversion did not finish: remove it, or give a new one"
-_MANIFESTS = "manifests"
-FOLDERS = {_MANIFESTS, "packs", "index", "control"}  # a store's
+FOLDERS = (MANIFESTS, PACKS, INDEX, CONTROL)  # a store's
 _LOCKLESS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
@@ -41,6 +41,7 @@ def drafting(url: str, attempt: str, beat: Beat = BEAT) -> Iterator[Draft]:
     """
     if not _ATTEMPT.fullmatch(attempt):
         raise StoreRefused(f"an attempt is called by letters and digits, not {attempt!r}")
+    check_apart(url)
     with told(url):
         fs, root = filesystem(url)
     if isinstance(fs, LocalFileSystem):
@@ -65,6 +66,7 @@ def check_free(url: str, attempt: str) -> None:
     Raises AlreadyExists if something else is there, behind a URL another attempt's draft as well;
     StoreRefused if there can be no directory here.
     """
+    check_apart(url)
     with told(url):
         fs, root = filesystem(url)
     if isinstance(fs, LocalFileSystem):
@@ -75,19 +77,21 @@ def check_free(url: str, attempt: str) -> None:
 
 def _check_free_here(path: Path, url: str) -> None:
     with told(url):
-        check_apart(path, url)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise AlreadyExists(_TAKEN.format(url))
         _check_writable(next(one for one in path.parents if one.exists()), url)
 
 
-def check_apart(path: Path, url: str) -> None:
+def check_apart(url: str) -> None:
     """See that a directory does not lie among a store's objects, where its prune would delete it."""
-    for inner in (path, *path.parents):
-        if inner.name in FOLDERS and (inner.parent / _MANIFESTS).is_dir():
-            raise StoreRefused(
-                f"{url} lies within the store in {inner.parent}, which may delete it: give another directory"
-            )
+    with told(url):
+        fs, root = filesystem(url)
+        path = PurePosixPath(os.path.realpath(root) if isinstance(fs, LocalFileSystem) else root)
+        for inner in (path, *path.parents):
+            if f"{inner.name}/" in FOLDERS and fs.exists(f"{inner.parent}/{MANIFESTS}"):
+                raise StoreRefused(
+                    f"{url} lies within the store in {inner.parent}, which may delete it: give another place"
+                )
 
 
 def check_possible(url: str) -> None:
@@ -140,10 +144,21 @@ def _drafting_here(fs: Any, root: str, url: str, attempt: str) -> Iterator[Draft
         with told(url):
             for directory in (folder, *(one for one in folder.rglob("*") if one.is_dir())):
                 _sync(directory)
-            if path.exists():
-                path.rmdir()
-            os.rename(folder, path)
-            _sync(path.parent)
+            _put_in_place(folder, path, url)
+
+
+def _put_in_place(folder: Path, path: Path, url: str) -> None:
+    """Rename a finished draft. Raises AlreadyExists if something came to be there meanwhile."""
+    try:
+        if path.exists():
+            path.rmdir()
+        os.rename(folder, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        shutil.rmtree(folder)
+        raise AlreadyExists(_TAKEN.format(url)) from None
+    _sync(path.parent)
 
 
 def _make(folder: Path, url: str) -> None:

@@ -17,6 +17,7 @@ from checkpoint.format.keys import (
     INDEX,
     PACKS,
     SWEEPS,
+    is_object_key,
     parse_expired_key,
     parse_page_key,
     score_key,
@@ -78,7 +79,10 @@ def sweep(store: Store, standing: Mapping[int, Standing], patience: Patience) ->
     try:
         claimed, broken_off = _claimed(claims, listing, standing)
         reasons = _Reasons(due, patience, orphaned_s=_last_aside_s(store))
-        doomed = reasons.doomed(entry for entry in listing if entry.key not in needed | waiting | claimed)
+        spared = needed | waiting | claimed  # and what is none of ours, but lies there
+        doomed = reasons.doomed(
+            entry for entry in listing if entry.key not in spared and is_object_key(entry.key)
+        )
         doomed += [Removed(key, 0, "a promotion that broke off") for key in broken_off]
         removed = _delete(store, doomed, claims, standing, listing) if doomed else []
     except FormatError as error:

@@ -23,8 +23,8 @@ from checkpoint.errors import (
     StoreRefused,
     StoreUnavailable,
 )
-from checkpoint.interop.drafting import drafting
-from checkpoint.interop.place import Place
+from checkpoint.interop.drafting import check_apart, check_free, drafting
+from checkpoint.interop.place import Place, filesystem
 from checkpoint.interop.turns import TURNS, Beat
 from checkpoint.store.objects import ObjectStore
 from tests.contract.s3_suite import BUCKET, credentials
@@ -134,6 +134,20 @@ class PlaceContract:
             told = list(pool.map(write, range(NUM_WRITERS)))
         assert sorted(told) == ["was told"] * (NUM_WRITERS - 1) + ["wrote"]
         assert dict(Place(root).files) == {"x": 1}
+
+    @pytest.mark.parametrize("inner", ["packs/out", "index/a/b", "control", "manifests"])
+    def test_nothing_is_put_among_a_store_s_objects(self, root, inner):
+        fs, path = filesystem(root)
+        fs.makedirs(f"{path}/manifests", exist_ok=True)
+        fs.pipe_file(f"{path}/manifests/{3:012d}", b"one")
+        for act in (
+            lambda url: drafting(url, "a1").__enter__(),
+            lambda url: check_free(url, "a1"),
+            check_apart,
+        ):
+            with pytest.raises(StoreRefused, match="lies within the store"):
+                act(f"{root}/{inner}")
+        check_apart(f"{root}/other/out")
 
     def test_an_attempt_has_a_plain_name(self, root):
         for attempt in ("", "../x", "a b", "x" * 65):

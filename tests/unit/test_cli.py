@@ -164,6 +164,13 @@ def test_the_best_by_a_metric_that_no_checkpoint_has_is_wrong_usage(store):
     assert checkpoint.Catalog(checkpoint.open_store(store)).steps() == [2, 3]
 
 
+@pytest.mark.parametrize("policy", ["pinned:", "pinned:,", "pinned:1,99"])
+def test_pinned_steps_that_are_none_or_not_there_are_wrong_usage(store, policy):
+    done = ask("prune", store, "--keep", policy)
+    assert done.exit_code == 2
+    assert len(json.loads(ask("inspect", store, "--json").output)["checkpoints"]) == 3
+
+
 def test_doctor_looks_at_versions_and_a_store(tmp_path):
     done = ask("doctor", "--store", str(tmp_path / "new"), "--json")
     found = {each["what"]: each for each in json.loads(done.output)}

@@ -1,18 +1,16 @@
 """Which checkpoint of a store is meant, and its whole index, without the framework that tensors need."""
 
-from pathlib import Path
-
 from checkpoint.engine.catalog import Catalog
 from checkpoint.engine.plan import check_chunks
 from checkpoint.engine.source import StoreSource
 from checkpoint.errors import AlreadyExists, NoCheckpoint
+from checkpoint.format.keys import CONTROL, is_object_key
 from checkpoint.format.manifest import Manifest
 from checkpoint.format.table import ChunkTable
-from checkpoint.interop.drafting import FOLDERS, check_apart, check_possible
+from checkpoint.interop.drafting import check_apart, check_possible
 from checkpoint.store.contract import Store
-from checkpoint.store.paths import local_path
 
-_HERE = "file://"
+_HERE, _IN_THIS_PROCESS = "file://", "memory://"
 
 
 def check_own(store: Store) -> None:
@@ -21,15 +19,20 @@ def check_own(store: Store) -> None:
     Raises AlreadyExists naming what is there, StoreRefused if there can be no store here.
     """
     url = str(store)
-    if url.startswith(_HERE):
-        check_apart(Path(local_path(url)), url)
+    if not url.startswith(_IN_THIS_PROCESS):
+        check_apart(url)
     if Catalog(store).steps():
         return
-    strange = sorted(one.key for one in store.list("") if one.key.split("/")[0] not in FOLDERS)
+    strange = sorted(one.key for one in store.list("") if not _is_own(one.key))
     if strange:
         raise AlreadyExists(f"{store} holds {strange[:3]}, which are no store's: give a new directory")
     if url.startswith(_HERE):
         check_possible(url)
+
+
+def _is_own(key: str) -> bool:
+    """Whether a store without a checkpoint may have a key: of a save or conversion that did not finish."""
+    return is_object_key(key) or key.startswith(CONTROL)
 
 
 def manifest_of(store: Store, step: int | None) -> Manifest:

@@ -164,10 +164,17 @@ def export_foreign(
 
         def reopen() -> ForeignCheckpoint:
             place = opened.enter_context(draft.proving())
+            there.append(sum(place.files.values()))
             return open_place(place, emigration.format)
 
+        there: list[int] = []
         report = export_checkpoint(outward, url, write, reopen, settings=settings, listener=listener)
-    return replace(report, written_bytes=draft.num_bytes, seconds=time.monotonic() - began_s)
+    return replace(
+        report,
+        written_bytes=draft.num_bytes,
+        num_resumed_bytes=there[-1] - draft.num_bytes,
+        seconds=time.monotonic() - began_s,
+    )
 
 
 def plan_export_foreign(

@@ -35,6 +35,7 @@ from checkpoint.interop.conversion.contract import (
     Progress,
     unheard,
 )
+from checkpoint.interop.conversion.finding import check_own
 from checkpoint.interop.conversion.salvage import (
     GENERATION,
     Salvage,
@@ -147,6 +148,7 @@ def write_checkpoint(
         raise
     finally:
         packing.close()
+    check_own(store)  # an export may have been put here meanwhile
     manifest = _commit(store, host, draft, packing.packs, table)
     if not {pack.key for pack in packing.packs} <= {pack.key for pack in manifest.packs}:
         discard_attempt(store, host, draft.step)
