@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -27,6 +28,8 @@ from checkpoint.store.paths import escaped, is_file_url, local_path
 DRAFT = ".holdfast-draft"
 _READ_AHEAD_BYTES = 1 << 20
 _GO_BYTES = 4 << 20  # of what is read for its checksum only
+_CHANGES = ("ETag", "etag", "generation", "md5Hash")  # the first of these that a server tells
+_MAX_ASKED = 16  # files about which a server is asked one by one
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED_TYPES = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError"}
 
@@ -42,8 +45,9 @@ class Place:
         self.url, self._draft = url, draft
         self._lock = threading.Lock()
         self._client: tuple[int, Any, str] | None = None
-        self._listing: tuple[str, Mapping[str, int]] | None = None
+        self._listing: _Listing | None = None
         self._checksums = Checksums()
+        self._marks: dict[str, Any] = {}  # of the files that were read, what they were then
 
     def __str__(self) -> str:
         return self.url
@@ -61,20 +65,15 @@ class Place:
 
         Raises NotFound if there is none, Incomplete if a conversion into the place did not finish.
         """
-        return self._listed()[1]
+        return self._listed().files
 
     def below(self, folder: str) -> "Place":
         """Return a folder in this one as a place of its own; "" is this one."""
         if not folder:
             return self
         name = escaped(folder) if is_file_url(self.url) else folder
-        found, (root, files) = Place(f"{self.url.rstrip('/')}/{name}", self._draft), self._listed()
-        inner = {
-            path.removeprefix(f"{folder}/"): size
-            for path, size in files.items()
-            if path.startswith(f"{folder}/")
-        }
-        found._listing = f"{root}/{folder}", inner
+        found = Place(f"{self.url.rstrip('/')}/{name}", self._draft)
+        found._listing = self._listed().below(folder)
         return found
 
     def expect(self, path: str, name: str, span: tuple[int, int], crc: int) -> None:
@@ -86,16 +85,27 @@ class Place:
             self._checksums.expect(path, name, span, crc)
 
     def settle(self) -> None:
-        """Read what is missing to tell whether what was read is sound. Raises Corrupt."""
+        """Read what is missing to tell whether what was read is sound, and see that no file became another.
+
+        Raises Corrupt.
+        """
         for gap in self._checksums.gaps():
             for begin in range(gap.begin, gap.stop, _GO_BYTES):
                 self.read(gap.path, begin, min(_GO_BYTES, gap.stop - begin))
+        now = self._marks_now()
+        for path, mark in self._marks.items():
+            if now.get(path) != mark:
+                raise Corrupt(
+                    f"{self.spell(path)} was changed while it was being read, so parts of it may be of "
+                    "another checkpoint. Wait until nobody writes it, and do it again"
+                )
 
     def read(self, path: str, offset: int = 0, num_bytes: int | None = None) -> bytes:
         """Return a range of a file, or all from an offset on. Raises NotFound, Corrupt if it is too short."""
         wanted = self._size(path) - offset if num_bytes is None else num_bytes
         self._check_range(path, offset, wanted)
         if self.local(path) is None:
+            self._mark(path)
             data = self._fetch(path, offset, wanted)
             self._saw(path, offset, memoryview(data))
             return data
@@ -106,6 +116,7 @@ class Place:
     def read_into(self, path: str, offset: int, out: "np.ndarray[Any, Any]") -> None:
         """Fill a contiguous array with the bytes from an offset on. Raises as `read` does."""
         self._check_range(path, offset, out.nbytes)
+        self._mark(path)
         local = self.local(path)
         row = memoryview(out.reshape(-1).view(np.uint8).data)
         if local is None:
@@ -118,6 +129,7 @@ class Place:
     def open(self, path: str) -> BinaryIO:
         """Open a file for reading at any position."""
         self._size(path)
+        self._mark(path)
         with told(self.spell(path)):
             fs = self._fs()[0]
             return cast(BinaryIO, fs.open(self._full(path), "rb", block_size=_READ_AHEAD_BYTES))
@@ -125,6 +137,25 @@ class Place:
     def local(self, path: str) -> Path | None:
         """Return where a file lies on this machine, if it does: it can be mapped."""
         return Path(self._full(path)) if isinstance(self._fs()[0], LocalFileSystem) else None
+
+    def _mark(self, path: str) -> None:
+        """Take note of what a file is, before anything of it is read. Drafts are nobody else's."""
+        if path in self._marks or self._draft is not None:
+            return
+        local = self.local(path)
+        mark = self._listed().marks.get(path) if local is None else _mark_here(local)
+        if mark is not None:
+            self._marks.setdefault(path, mark)
+
+    def _marks_now(self) -> Mapping[str, Any]:
+        if not self._marks:
+            return {}
+        if isinstance(self._fs()[0], LocalFileSystem):
+            return {path: _mark_here(Path(self._full(path))) for path in self._marks}
+        with told(self.url):
+            if len(self._marks) > _MAX_ASKED:
+                return _list(*self._fs(), self.url, self._draft).marks
+            return {path: _mark_there(self._fs()[0].info(self._full(path))) for path in self._marks}
 
     def _saw(self, path: str, offset: int, data: memoryview) -> None:
         damage = self._checksums.saw(path, offset, data)
@@ -157,9 +188,9 @@ class Place:
             raise NotFound(f"there is no {path} in {self.url}") from None
 
     def _full(self, path: str) -> str:
-        return f"{self._listed()[0]}/{path}"
+        return f"{self._listed().root}/{path}"
 
-    def _listed(self) -> tuple[str, Mapping[str, int]]:
+    def _listed(self) -> "_Listing":
         if self._listing is None:
             with told(self.url):
                 self._listing = _list(*self._fs(), self.url, self._draft)
@@ -174,11 +205,48 @@ class Place:
             return self._client[1:]
 
 
-def _list(fs: Any, root: str, url: str, draft: str | None) -> tuple[str, Mapping[str, int]]:
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """A directory, the sizes of its files, and what tells whether one was replaced, where servers do."""
+
+    root: str
+    files: Mapping[str, int]
+    marks: Mapping[str, Any]
+
+    def below(self, folder: str) -> "_Listing":
+        """Return what is in a folder of it."""
+        files, marks = (
+            {
+                path.removeprefix(f"{folder}/"): item
+                for path, item in one.items()
+                if path.startswith(f"{folder}/")
+            }
+            for one in (self.files, self.marks)
+        )
+        return _Listing(f"{self.root}/{folder}", files, marks)
+
+
+def _mark_here(path: Path) -> tuple[int, ...] | None:
+    """Return what changes when a file is written to, or another takes its place."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _mark_there(info: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """Return what a server tells that changes with a file; None if nothing."""
+    told = (str(info[name]).strip('"') for name in _CHANGES if info.get(name) is not None)
+    return next(((mark, info.get("size")) for mark in told), None)
+
+
+def _list(fs: Any, root: str, url: str, draft: str | None) -> _Listing:
     """Return the directory and its files."""
     if fs.isfile(root):
         parent, _, name = root.rpartition("/")
-        return parent, {name: int(fs.size(root))}
+        info = fs.info(root)
+        return _Listing(parent, {name: int(info["size"])}, {name: _mark_there(info)})
     found, prefix = fs.find(root, detail=True), f"{root}/"
     files = {
         path.removeprefix(prefix): int(each["size"])
@@ -192,7 +260,8 @@ def _list(fs: Any, root: str, url: str, draft: str | None) -> tuple[str, Mapping
         files.pop(f"{DRAFT}-{draft}", None)
     if any(name.startswith(DRAFT) for name in files):
         raise Incomplete(f"the conversion that wrote {url} did not finish: run it again, or remove this")
-    return root, files
+    marks = {path: _mark_there(found[f"{prefix}{path}"]) for path in files}
+    return _Listing(root, files, marks)
 
 
 def _check_reached(fs: Any, root: str) -> None:

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +49,8 @@ def write_until(root: str, attempt: str, files: Mapping[str, bytes], failing: st
 
 class PlaceContract:
     """Inherit this with a fixture `root`: the URL of a directory that is not there yet."""
+
+    tells_changes = True
 
     @pytest.fixture
     def written(self, root: str) -> str:
@@ -148,6 +151,19 @@ class PlaceContract:
             with pytest.raises(StoreRefused, match="lies within the store"):
                 act(f"{root}/{inner}")
         check_apart(f"{root}/other/out")
+
+    def test_a_file_that_becomes_another_while_it_is_read_is_told(self, written):
+        if not self.tells_changes:
+            pytest.skip("nothing there tells that a file was replaced")
+        fs, path = filesystem(written)
+        for url, data in ((written, DATA[::-1]), (f"{written}/one.bin", DATA)):
+            place = Place(url)
+            assert place.read("one.bin", 0, 3) == data[-3:][::-1]
+            place.settle()
+            time.sleep(0.02)  # a clock may be no finer
+            fs.pipe_file(f"{path}/one.bin", data)
+            with pytest.raises(Corrupt, match=r"one\.bin.* was changed while it was being read"):
+                place.settle()
 
     def test_an_attempt_has_a_plain_name(self, root):
         for attempt in ("", "../x", "a b", "x" * 65):
@@ -293,6 +309,8 @@ class TestHere(PlaceContract):
 
 
 class TestMemory(FarContract):
+    tells_changes = False
+
     @pytest.fixture
     def root(self) -> Iterator[str]:
         name = f"memory://{uuid.uuid4().hex}/out"

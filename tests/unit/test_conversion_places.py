@@ -4,9 +4,11 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import checkpoint
 from checkpoint import Adoption, AlreadyExists, Change, Emigration, Whereabouts
+from checkpoint.errors import Corrupt, Mismatch
 from tests.conversion_samples import save_state
 
 
@@ -94,3 +96,35 @@ def test_an_import_that_finds_files_of_another_beside_its_own_commits_nothing(tm
     with pytest.raises(AlreadyExists, match=r"model\.safetensors"):
         checkpoint.import_foreign(str(tmp_path / "x.pt"), store, Adoption(), listener=take)
     assert checkpoint.Catalog(store).steps() == []
+
+
+@pytest.mark.parametrize("how", ["in place", "replaced"])
+@pytest.mark.parametrize("format", ["hf", "dcp", "torch"])
+def test_a_source_that_changes_while_it_is_exported_is_no_checkpoint(format, how, tmp_path):
+    source, target = tmp_path / "model", tmp_path / "out"
+    source.mkdir()
+    names = [f"layers.{number}.weight" for number in range(20)]
+    save_file({name: torch.zeros(256, 256) for name in names}, source / "model.safetensors")
+    save_file({name: torch.ones(256, 256) for name in names}, tmp_path / "other.safetensors")
+    seen: list[checkpoint.Progress] = []
+
+    def change(progress):
+        if progress.what == "writing" and progress.num_done_bytes > progress.num_bytes / 3 and not seen:
+            seen.append(progress)
+            other = tmp_path / "other.safetensors"
+            if how == "replaced":
+                other.replace(source / "model.safetensors")
+            else:
+                with open(source / "model.safetensors", "r+b") as file:
+                    file.write(other.read_bytes())
+
+    settings = checkpoint.ConversionSettings(budget_bytes=128 << 20, num_threads=1)
+    with pytest.raises((Corrupt, Mismatch), match="changed while it was being read"):
+        checkpoint.export_foreign(
+            Whereabouts(str(source)), str(target), Emigration(format), settings=settings, listener=change
+        )
+    assert seen and not target.exists()
+    calm = checkpoint.export_foreign(Whereabouts(str(source)), str(target), Emigration(format))
+    assert calm.proofs
+    same = checkpoint.compare_places(Whereabouts(str(source)), Whereabouts(str(target)))
+    assert {one.verdict for one in same} == {checkpoint.Verdict.EQUAL}

@@ -51,6 +51,8 @@ def test_a_manifest_that_could_not_be_read_is_not_encoded():
     for wrong in (
         {"run": "r" * (MAX_TEXT + 1)},
         {"token": "\ud800"},
+        {"data_cursor": {"text": "[" * 4_300_000}},  # as a reader counts them
+        {"meta": {"shards": [[1, 2]] * 4_300_000}},
         {"tensors": (type(tensor)("n\ud800", "float32", (2,), 0),)},
         {"tensors": (type(tensor)("n", "float32", (1,) * 33, 0),)},
     ):

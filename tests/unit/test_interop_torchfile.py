@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from checkpoint.errors import Corrupt, Incomplete, Unsupported
+import checkpoint
+from checkpoint.errors import Corrupt, Incomplete, Misuse, Unsupported
 from checkpoint.format.box import Box
 from checkpoint.interop.formats.contract import About
 from checkpoint.interop.formats.known import open_foreign
+from checkpoint.store.memory import MemoryStore
 from tests.foreign_samples import Given, check_same, contents_of, of_every_dtype, rewritten, some_boxes
 
 KINDS = [True, False]  # zip, and the format before it
@@ -311,3 +314,39 @@ def test_a_file_is_known_by_its_content_whatever_it_is_called(tmp_path):
     (tmp_path / "x.pt").write_bytes(b"hello")
     with pytest.raises(Corrupt, match="neither a zip"):
         open_foreign(str(tmp_path / "x.pt"))
+
+
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_an_optimizer_that_calls_its_parameters_by_names_still_does(tmp_path, is_flat):
+    """As `get_state_dict(full_state_dict=True)` of torch saves it, and `set_state_dict` takes it."""
+    net, optimizer = trained()
+    options = StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=is_flat)
+    model, states = get_state_dict(net, optimizer, options=options)
+    url = save({"model": model, "optimizer": states}, tmp_path / "x.pt")
+    store = checkpoint.open_store(str(tmp_path / "store"))
+    checkpoint.import_foreign(url, store, checkpoint.Adoption())
+    target = tmp_path / "out"
+    plan = checkpoint.Emigration("torch")
+    checkpoint.export_foreign(checkpoint.Whereabouts(str(tmp_path / "store")), str(target), plan)
+    back = torch.load(target / "checkpoint.pt", weights_only=True)
+    assert back["optimizer"].keys() == states.keys()
+    if is_flat:  # torch 2.13 itself does not take these back in a world of one
+        tensors: dict[str, Any] = {name: item for name, item in states.items() if name.startswith("state.")}
+        assert all(torch.equal(item, back["optimizer"][name]) for name, item in tensors.items())
+        return
+    other, fresh = trained()
+    told = {"model_state_dict": back["model"], "optim_state_dict": back["optimizer"]}
+    set_state_dict(other, fresh, **told, options=options)
+    before, after = (one.state_dict()["state"].values() for one in (optimizer, fresh))
+    for one, same in zip(before, after, strict=True):
+        assert all(torch.equal(one[name], same[name]) for name in one)
+
+
+def test_layers_and_experts_of_numbers_beyond_reason_take_no_memory(tmp_path):
+    for name, to in (("layers.99999999999.w", "pipeline=2"), ("layers.0.experts.99999999999.w", "expert=2")):
+        names = (name.replace("9" * 11, "0"), name, "embed.w")
+        url = save({"model": {each: torch.ones(2, 2) for each in names}}, tmp_path / "x.pt")
+        store = MemoryStore(to)
+        checkpoint.import_foreign(url, store, checkpoint.Adoption())
+        with pytest.raises(Misuse, match=r"has 100000000000 (layers|experts)"):
+            checkpoint.plan_reshard(store, MemoryStore("t"), checkpoint.Change(to))

@@ -30,6 +30,7 @@ _ROW_PARALLEL = re.compile(
 MAX_RANKS = 1 << 16
 MAX_BOXES = 1 << 20  # an index of about 100 MB
 _WRITER = (0,)
+_MOST_COUNTED = 1 << 20
 
 OnAxes = Mapping[str, Mapping[str, Placement]]  # by parameter, then by axis
 
@@ -121,12 +122,22 @@ def _stages(names: Sequence[str], num_stages: int) -> StageMap | None:
         for name in names
         if not re.fullmatch(LAYER, name)
     }
-    return StageMap(deal_layers(max(numbers, default=-1) + 1, num_stages), ends, LAYER)
+    return StageMap(deal_layers(_counted(numbers, "layers"), num_stages), ends, LAYER)
+
+
+def _counted(numbers: Sequence[int], what: str) -> int:
+    """Return how many there are by the highest of their numbers. Raises Misuse for more than there can be."""
+    count = max(numbers, default=-1) + 1
+    if count > _MOST_COUNTED:
+        raise Misuse(
+            f"by its names this checkpoint has {count} {what}: name the rules of its model (--rules)"
+        )
+    return count
 
 
 def _experts(names: Sequence[str], num_ranks: int) -> ExpertMap | None:
     numbers = [int(found["number"]) for name in names if (found := re.fullmatch(EXPERT, name))]
     if num_ranks == 1 or not numbers:
         return None
-    count = max(numbers) + 1
+    count = _counted(numbers, "experts")
     return ExpertMap(tuple(number * num_ranks // count for number in range(count)), EXPERT)

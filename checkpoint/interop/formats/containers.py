@@ -20,6 +20,7 @@ class Containers:
     model: Spot = ("model",)
     optimizer: Spot = ("optimizer",)
     dcp_keys: Keys | None = None  # what the optimizer of a dcp called its parameters
+    torch_keys: Keys | None = None  # the same, of a file of torch.save
     kept: dict[str, Any] = field(default_factory=dict)  # plain data that `extra` has no name for
     placed: dict[str, Spot] = field(default_factory=dict)  # where plain data are that are not at the root
     spots: dict[str, Spot] = field(default_factory=dict)  # of tensors, by their names
@@ -27,7 +28,7 @@ class Containers:
 
     def told(self) -> dict[str, Any]:
         """Return it as plain data, without what is not needed."""
-        keys = {"dcp_keys": self.dcp_keys.value} if self.dcp_keys else {}
+        keys = {name: getattr(self, name).value for name in _KEYS if getattr(self, name)}
         many = {name: getattr(self, name) for name in _MANY if getattr(self, name)}
         return {"model": [*self.model], "optimizer": [*self.optimizer], **keys, **many}
 
@@ -37,7 +38,7 @@ def containers_of(extra: Mapping[str, Any]) -> Containers | None:
     told = extra.get(CONTAINERS)
     if not isinstance(told, dict) or not all(_is_sound(name, value) for name, value in told.items()):
         return None
-    keys = {"dcp_keys": Keys(told["dcp_keys"])} if "dcp_keys" in told else {}
+    keys = {name: Keys(told[name]) for name in _KEYS if name in told}
     return Containers(**{**told, **keys})
 
 
@@ -45,13 +46,14 @@ def _are_spots(value: Any) -> bool:
     return isinstance(value, dict) and all(map(is_spot, value.values()))
 
 
+_KEYS = ("dcp_keys", "torch_keys")
 _MANY: Mapping[str, Callable[[Any], bool]] = {
     "kept": lambda value: isinstance(value, dict),
     **dict.fromkeys(("placed", "spots", "inside"), _are_spots),
 }
 _SOUND: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("model", "optimizer"), is_spot),
-    "dcp_keys": lambda value: value in [each.value for each in Keys],
+    **dict.fromkeys(_KEYS, lambda value: value in [each.value for each in Keys]),
     **_MANY,
 }
 

@@ -7,10 +7,12 @@ from typing import Any
 from checkpoint.errors import Corrupt, Incomplete, Unsupported
 from checkpoint.format.box import Box
 from checkpoint.interop.formats.archive import Archive, Stored, is_archive, read_archive
+from checkpoint.interop.formats.containers import CONTAINERS
 from checkpoint.interop.formats.contract import About, is_weight
 from checkpoint.interop.formats.hf_beside import read_beside
 from checkpoint.interop.formats.hf_config import rules_for, sizes_from
 from checkpoint.interop.formats.numbered import listed
+from checkpoint.interop.formats.optimizer_dicts import Keys
 from checkpoint.interop.formats.states import States, name_states
 from checkpoint.interop.formats.tiles import Tile, Tiled, held
 from checkpoint.interop.moves import Foreign
@@ -72,6 +74,8 @@ def _opened(place: Place, states: States, owners: Mapping[str, Archive]) -> Tile
         tensor, parts = _tensor(name, item, owners[name])
         tensors.append(tensor)
         tiles.append(parts)
+    if states.keys in (Keys.NAMES, Keys.FLAT):
+        states.extra[CONTAINERS]["torch_keys"] = states.keys.value
     config = states.extra["config"] if "files" in states.extra else {}
     about = About(
         "torch",

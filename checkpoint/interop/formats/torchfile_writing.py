@@ -1,6 +1,7 @@
 """Writes files of torch.save: a state as a training program would have saved it."""
 
 from checkpoint.interop.draft import Draft
+from checkpoint.interop.formats.containers import Containers, containers_of
 from checkpoint.interop.formats.contract import Contents
 from checkpoint.interop.formats.nesting import nest
 from checkpoint.interop.formats.optimizer_dicts import Keys
@@ -16,7 +17,8 @@ def write_torch(draft: Draft, contents: Contents, budget_bytes: int) -> None:
     `torch.load(..., weights_only=True)` reads it. Raises Unsupported for what it cannot say.
     """
     check_global(contents.tensors, "torch")
-    saving = Saving(nest(contents, Keys.NUMBERS))
+    told = containers_of(contents.about.extra) or Containers()
+    saving = Saving(nest(contents, told.torch_keys or Keys.NUMBERS))
     if FILE not in draft.kept:
         with draft.writing(FILE) as file:
             saving.write(file, lambda number: blocks_of(contents, number, budget_bytes))
