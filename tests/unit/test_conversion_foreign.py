@@ -327,6 +327,8 @@ def test_weights_that_differ_are_not_tied():
             import_checkpoint(InMemory(shards), "memory:", MemoryStore("s"), Adoption(ties=ties))
     with pytest.raises(FormatError, match="ties nothing"):
         parse_ties(["a"])
+    with pytest.raises(FormatError, match="ties what is no weight"):
+        parse_ties(["optimizer.x=a"])
 
 
 def test_an_optimizer_without_groups_gets_one_of_all_its_parameters():

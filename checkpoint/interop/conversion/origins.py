@@ -14,7 +14,7 @@ from checkpoint.interop.conversion.casting import Reach
 from checkpoint.interop.conversion.contract import ConversionSettings, GlobalTensors, Numbering
 from checkpoint.interop.conversion.marking import Marked
 from checkpoint.interop.conversion.ruled import RuleChoice, model_sizes, sizes_in
-from checkpoint.interop.conversion.sighting import EXTRA, sight
+from checkpoint.interop.conversion.sighting import EXTRA, MODEL, OTHER, sight
 from checkpoint.interop.conversion.tying import TIED, Ties, ties_of
 from checkpoint.interop.formats.contract import ForeignCheckpoint
 from checkpoint.interop.place import is_here
@@ -130,7 +130,10 @@ def _plain_parts(state: Any) -> dict[str, Any]:
     plain = _without_tensors(state)
     if not isinstance(plain, dict):
         return {}
-    return {**{name: value for name, value in plain.items() if name != EXTRA}, **(plain.get(EXTRA) or {})}
+    extra = plain.get(EXTRA)
+    if not isinstance(extra, dict) or not extra.keys() <= {MODEL, OTHER}:
+        return plain  # somebody's own of that name, if anything
+    return {**{name: value for name, value in plain.items() if name != EXTRA}, **extra}
 
 
 def _without_tensors(node: Any) -> Any:

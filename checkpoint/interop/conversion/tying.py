@@ -8,6 +8,7 @@ from checkpoint.engine.plan import TensorSpec
 from checkpoint.errors import FormatError, Mismatch, Misuse
 from checkpoint.format.box import Box
 from checkpoint.format.tree import Json
+from checkpoint.interop.formats.contract import is_weight
 from checkpoint.interop.moves import Foreign, How, Move, Plan
 
 TIED = "tied"  # what an export calls the ties in its plain data
@@ -23,6 +24,8 @@ def parse_ties(texts: Sequence[str]) -> dict[str, str]:
         other, equals, name = text.partition("=")
         if not (equals and other and name) or other in ties or other == name:
             raise FormatError(f"{text!r} ties nothing: write each once, like lm_head.weight=wte.weight")
+        if not (is_weight(other) and is_weight(name)):
+            raise FormatError(f"{text!r} ties what is no weight: optimizer.* and other.* are none")
         ties[other] = name
     return ties
 

@@ -10,7 +10,7 @@ from checkpoint.interop.formats.told import HYPER
 
 CONTAINERS = "containers"  # in `extra`
 # What `extra` has of its own: what a state calls by such a name is kept apart.
-RESERVED = frozenset({CONTAINERS, "optimizer", "files", "max_shard_bytes", HYPER})
+RESERVED = frozenset({CONTAINERS, "optimizer", "files", "max_shard_bytes", "extra", HYPER})
 
 
 @dataclass(slots=True)
@@ -22,7 +22,7 @@ class Containers:
     dcp_keys: Keys | None = None  # what the optimizer of a dcp called its parameters
     torch_keys: Keys | None = None  # the same, of a file of torch.save
     kept: dict[str, Any] = field(default_factory=dict)  # plain data that `extra` has no name for
-    placed: dict[str, Spot] = field(default_factory=dict)  # where plain data are that are not at the root
+    placed: dict[str, Spot] = field(default_factory=dict)  # of plain data, if it is not at the root
     spots: dict[str, Spot] = field(default_factory=dict)  # of tensors, by their names
     inside: dict[str, Spot] = field(default_factory=dict)  # the same, of those within the optimizer
 

@@ -188,7 +188,9 @@ def load_inert(data: bytes, where: str, stand_ins: StandIns, persistent: Callabl
     except (Corrupt, Unsupported) as error:
         raise type(error)(f"{where}: {error}") from error
     except _ERRORS as error:
-        raise Corrupt(f"{where} is no sound pickle: {type(error).__name__}: {error}") from error
+        raise Corrupt(
+            f"{where} is no sound pickle ({error}): it was damaged, or is no checkpoint's. Get another copy"
+        ) from error
 
 
 class _Unpickler(pickle.Unpickler):

@@ -36,9 +36,9 @@ def nest(contents: Contents, keys: Keys) -> dict[str, Any]:
         match tensor.name.split(".", 2):
             case ["optimizer", kind, owner]:
                 state.setdefault(owner, {})[kind] = later
-            case ["other", *_] if tensor.name in places.inside:
+            case ["other", _, *_] if tensor.name in places.inside:
                 inside.append((places.inside[tensor.name], later))
-            case ["other", *_]:
+            case ["other", _, *_]:
                 put(root, places.spots.get(tensor.name) or tensor.name.split(".")[1:], later)
             case _:
                 model[tensor.name] = later
@@ -61,7 +61,7 @@ def _rooted(extra: Mapping[str, Any], places: Containers) -> dict[str, Any]:
     """Return the plain data that lie beside model and optimizer, in their places."""
     root: dict[str, Any] = {}
     for key, item in (*extra.items(), *places.kept.items()):
-        put(root, [*places.placed.get(key, ()), key], _copied(item))
+        put(root, places.placed.get(key) or [key], _copied(item))
     return root
 
 

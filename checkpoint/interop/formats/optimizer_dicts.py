@@ -47,11 +47,11 @@ def is_optimizer(node: Any) -> bool:
 def optimizers_of(root: dict[Any, Any]) -> list[tuple[list[Step], Any]]:
     """Return the optimizers of a level, and where they are: by themselves, or in a list."""
     found: list[tuple[list[Step], Any]] = []
-    for key, node in root.items():
+    for step, node in steps_into(root):
         if is_optimizer(node):
-            found.append(([str(key)], node))
+            found.append(([step], node))
         elif isinstance(node, list | tuple) and node and all(map(is_optimizer, node)):
-            found += [([str(key), number], each) for number, each in enumerate(node)]
+            found += [([step, number], each) for number, each in enumerate(node)]
     return found
 
 

@@ -16,11 +16,16 @@ Spot = Sequence[Step]
 _MAX_PLACE = 1 << 20
 
 
+def step_of(key: Any) -> Step:
+    """Return the step that the key of a dict is."""
+    return [key] if type(key) is int else str(key)
+
+
 def steps_into(node: Any) -> Iterator[tuple[Step, Any]]:
     """Yield what a container holds, with the step that leads there; nothing for what is no container."""
     if isinstance(node, dict):
         for key, item in node.items():
-            yield [key] if type(key) is int else str(key), item
+            yield step_of(key), item
     elif isinstance(node, list | tuple):
         yield from enumerate(node)
 

@@ -22,7 +22,7 @@ from checkpoint.interop.formats.optimizer_dicts import (
     params_of,
     unflattened,
 )
-from checkpoint.interop.formats.spots import Spot, Step, is_told_by_name, spelled, steps_into
+from checkpoint.interop.formats.spots import Spot, Step, is_told_by_name, spelled, step_of, steps_into
 
 MODELS = (
     *("model", "state_dict", "model_state_dict", "model_state", "module", "net", "network", "weights"),
@@ -87,10 +87,10 @@ class _Naming:
             return self._states
         root, place = self._root(tree)
         found = optimizers_of(root)
-        optimizers = {str(spot[0]): node for spot, node in found}
+        optimizers = {spelled(spot[:1]): node for spot, node in found}
         model_key = self._model_key(root, optimizers)
         model = root[model_key] if model_key is not None else self._loose(root, optimizers)
-        self._told.model = [*place, model_key] if model_key is not None else [*place]
+        self._told.model = [*place, step_of(model_key)] if model_key is not None else [*place]
         names = self._put_model(model, self._told.model)
         taken = {str(model_key)} if model_key is not None else {str(key) for key in model}
         if len(found) == 1 and self._has_told_optimizer(found[0][1], names):
@@ -102,7 +102,7 @@ class _Naming:
         for key, node in model.items() if model_key is None else [(model_key, model)]:
             beside = self._without_leaves(node)
             if isinstance(beside, dict) and beside:
-                self._keep(str(key), beside, place)
+                self._keep(beside, [*place, step_of(key)])
         self._states.extra[CONTAINERS] = self._told.told()
         return self._states
 
@@ -115,7 +115,7 @@ class _Naming:
             if len(below) != 1 or len(place) >= _MAX_DEPTH:
                 return tree, []
             above.append(({key: item for key, item in node.items() if key != below[0]}, [*place]))
-            place.append(str(below[0]))
+            place.append(step_of(below[0]))
             node = node[below[0]]
         for rest, outer in above:
             self._rest(rest, set(), outer)
@@ -136,13 +136,13 @@ class _Naming:
         for spot, node in found:
             if len(spot) == 1:
                 key = spelled(spot)
-                for below, leaf in self._leaves(node, [*place, key]):
+                for below, leaf in self._leaves(node, [*place, *spot]):
                     name = f"other.{spelled(below[len(place) :])}"
                     self._put(name, leaf)
                     self._told.spots[name] = below
                 data = self._without_leaves(node)
                 self._told.kept[key] = {} if data is _NOTHING else self._plain(data)
-                self._told.placed[key] = [*place]
+                self._told.placed[key] = [*place, *spot]
                 apart.add(key)
         return apart
 
@@ -282,25 +282,25 @@ class _Naming:
 
     def _rest(self, node: dict[Any, Any], taken: set[str], place: list[Step]) -> None:
         """Take in what is neither model nor optimizer: tensors as others, and plain data."""
-        for key, item in node.items():
-            name = str(key)
-            if name in taken:
+        for step, item in steps_into(node):
+            if spelled([step]) in taken:
                 continue
-            for spot, each in self._leaves(item, [*place, name]):
+            for spot, each in self._leaves(item, [*place, step]):
                 self._put_other(f"other.{spelled(spot[len(place) :])}", spot, each)
             data = self._without_leaves(item)
-            if data is _NOTHING:
-                continue
-            self._keep(name, data, place)
+            if data is not _NOTHING:
+                self._keep(data, [*place, step])
 
-    def _keep(self, name: str, data: Any, place: list[Step]) -> None:
-        """Take in plain data, which lie under their name in a container."""
-        mine = self._told.kept if name in RESERVED else self._states.extra
+    def _keep(self, data: Any, spot: list[Step]) -> None:
+        """Take in plain data, which are called by the last step to where they lie."""
+        name = spelled(spot[-1:])
+        is_own = name not in RESERVED and (name != "tied" or (bool(data) and _are_ties(data)))
+        mine = self._states.extra if is_own else self._told.kept
         if name in mine:
             raise Corrupt(f"{self._where} has two things called {name!r}, one within the other's container")
         mine[name] = self._plain(data)
-        if place:
-            self._told.placed[name] = [*place]
+        if spot != [name]:
+            self._told.placed[name] = spot
 
     def _put(self, name: str, item: Any) -> None:
         if name in self._states.tensors:
@@ -338,6 +338,11 @@ class _Naming:
 
 
 _NOTHING = object()
+
+
+def _are_ties(data: Any) -> bool:
+    """Whether plain data may be what an export of ours tells of tied weights."""
+    return isinstance(data, dict) and all(isinstance(name, str) for pair in data.items() for name in pair)
 
 
 def _called(told: Mapping[int, str], names: Mapping[str, str]) -> dict[int, str]:
