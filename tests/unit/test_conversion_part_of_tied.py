@@ -90,13 +90,17 @@ def test_a_tie_that_a_file_tells_of_a_weight_that_is_not_there_is_left_out_with_
     assert "tied" not in open_foreign(again).about.extra
 
 
-@pytest.mark.parametrize("told", [{"a": "b", "b": "a"}, {"a": 5}, {"a": ["w"]}, {3: "w"}])
-def test_what_a_file_calls_tied_and_cannot_be_is_left_out_with_a_note(told, tmp_path):
+@pytest.mark.parametrize("told", [{"a": "b", "b": "a"}, {"a": 5}, {"a": ["w"]}, {3: "w"}, {}, 7])
+def test_what_a_file_calls_tied_and_cannot_be_is_noted_or_kept_as_its_own(told, tmp_path):
     torch.save({"model": {"w": torch.ones(2)}, "tied": told}, tmp_path / "a.pt")
     store = MemoryStore("s")
     report = checkpoint.import_foreign(str(tmp_path / "a.pt"), store, Adoption())
-    assert any(note.startswith("ties of weights that are not there") for note in report.notes)
-    assert set(checkpoint.load(store).state["model"]) == {"w"}
+    state = checkpoint.load(store).state
+    assert set(state["model"]) == {"w"}
+    if told == {"a": "b", "b": "a"}:  # as we tell of ties, and of none that can be
+        assert any(note.startswith("ties of weights that are not there") for note in report.notes)
+    else:
+        assert state["containers"]["kept"] == {"tied": told} and not report.notes
 
 
 def test_a_tie_that_people_tell_of_a_weight_that_is_not_there_is_their_mistake(tmp_path):
