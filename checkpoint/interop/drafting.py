@@ -25,7 +25,7 @@ from checkpoint.store.wrappers import Retrying
 _ATTEMPT = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TAKEN = "{} exists: give a new one, nothing is overwritten"
 _UNFINISHED = "{} holds what another conversion did not finish: remove it, or give a new one"
-FOLDERS = (MANIFESTS, PACKS, INDEX, CONTROL)  # a store's
+_FOLDERS = (MANIFESTS, PACKS, INDEX, CONTROL)  # a store's
 _LOCKLESS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
@@ -85,13 +85,13 @@ def _check_free_here(path: Path, url: str) -> None:
 
 def check_apart(url: str) -> None:
     """See that a directory does not lie among a store's objects, where its prune would delete it."""
-    if "://" in url and not is_file_url(url) and not {f"{part}/" for part in url.split("/")} & {*FOLDERS}:
+    if "://" in url and not is_file_url(url) and not {f"{part}/" for part in url.split("/")} & {*_FOLDERS}:
         return  # without asking anybody
     with told(url):
         fs, root = filesystem(url)
         path = PurePosixPath(os.path.realpath(root) if isinstance(fs, LocalFileSystem) else root)
         for inner in (path, *path.parents):
-            if f"{inner.name}/" in FOLDERS and fs.exists(f"{inner.parent}/{MANIFESTS}"):
+            if f"{inner.name}/" in _FOLDERS and fs.exists(f"{inner.parent}/{MANIFESTS}"):
                 raise StoreRefused(
                     f"{url} lies within the store in {inner.parent}, which may delete it: give another place"
                 )

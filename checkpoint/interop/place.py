@@ -288,10 +288,10 @@ def filesystem(url: str) -> tuple[Any, str]:
     if is_file_url(url) or "://" not in url:
         path = local_path(url) if is_file_url(url) else os.path.expanduser(url)
         return LocalFileSystem(use_listings_cache=False, skip_instance_cache=True), os.path.abspath(path)
-    scheme, _, rest = url.rpartition("::")[2].partition("://")
-    if scheme != "memory" and not rest.strip("/"):
+    scheme, separator, rest = url.rpartition("::")[2].partition("://")  # a chain may end in a path
+    if separator and scheme != "memory" and not rest.strip("/"):
         raise StoreRefused(f"{url!r} names no place: give the bucket or container too, {scheme}://NAME")
-    if scheme not in fsspec.available_protocols():
+    if separator and scheme not in fsspec.available_protocols():
         raise StoreRefused(f"{url!r} names no place: fsspec knows no {scheme!r}")
     fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
     return fs, root.rstrip("/")

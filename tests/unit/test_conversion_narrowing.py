@@ -10,23 +10,28 @@ from tasks.convert import ConversionOrder, carry_out
 
 
 def fine_tuned() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """A model whose middle is frozen, and an optimizer of the rest, after a step."""
+    """A model whose middle is frozen, and an optimizer of the rest."""
     torch.manual_seed(5)
     net = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
     net[1].requires_grad_(False)
     optimizer = torch.optim.AdamW([one for one in net.parameters() if one.requires_grad])
+    return net, optimizer
+
+
+def save_stepped(net, optimizer, path) -> dict:
+    """Make a step, and save the state as most programs do."""
     net(torch.randn(8, 4)).square().sum().backward()
     optimizer.step()
-    return net, optimizer
+    state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3}
+    torch.save(state, path)
+    return state
 
 
 @pytest.fixture
 def frozen(tmp_path):
-    """Such a state, as most programs save it, and where."""
-    net, optimizer = fine_tuned()
-    state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3}
-    torch.save(state, tmp_path / "frozen.pt")
-    return str(tmp_path / "frozen.pt"), state
+    """Such a state, and where."""
+    path = tmp_path / "frozen.pt"
+    return str(path), save_stepped(*fine_tuned(), path)
 
 
 def test_whose_states_cannot_be_told_is_refused_and_says_what_can_be_done(frozen):
@@ -76,9 +81,7 @@ def test_it_is_looked_at_and_compared_as_it_is(frozen):
 def test_a_part_of_the_weights_and_of_the_optimizer(tmp_path):
     net, _ = fine_tuned()
     optimizer = torch.optim.AdamW(net.named_parameters())
-    net(torch.randn(8, 4)).square().sum().backward()
-    optimizer.step()
-    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "x.pt")
+    save_stepped(net, optimizer, tmp_path / "x.pt")
     store = checkpoint.open_store(str(tmp_path / "store"))
     order = ConversionOrder(source=str(tmp_path / "x.pt"), target=str(tmp_path / "store"), only="*2.*")
     assert carry_out(order).num_tensors == 8
@@ -90,10 +93,7 @@ def test_a_part_of_the_weights_and_of_the_optimizer(tmp_path):
 
 def test_the_order_of_an_optimizer_that_is_left_out_is_nobody_s_doubt(tmp_path):
     net, _ = fine_tuned()
-    optimizer = torch.optim.AdamW(net.parameters())
-    net(torch.randn(8, 4)).square().sum().backward()
-    optimizer.step()
-    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "x.pt")
+    save_stepped(net, torch.optim.AdamW(net.parameters()), tmp_path / "x.pt")
     source, weights = str(tmp_path / "x.pt"), Adoption(only="model/*")
     with pytest.raises(Unsupported, match=r"--by-order.*--only"):
         checkpoint.import_foreign(source, MemoryStore("s"), Adoption())

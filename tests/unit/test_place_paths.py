@@ -2,6 +2,7 @@
 
 import errno
 import os
+import zipfile
 
 import pytest
 import torch
@@ -29,6 +30,14 @@ def test_a_path_is_never_taken_for_a_chain_of_clients(name, tmp_path, monkeypatc
     source = Whereabouts(str(tmp_path / "store"))
     checkpoint.export_foreign(source, f"{name}/out", Emigration("hf"))
     assert (folder / "out" / "model.safetensors").is_file()
+
+
+def test_a_chain_of_clients_may_end_in_a_path(tmp_path):
+    torch.save({"w": torch.ones(2)}, tmp_path / "here.pt")
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.write(tmp_path / "here.pt", "in/here.pt")
+    (tensor,) = checkpoint.look_at_foreign(f"zip://in/here.pt::{tmp_path}/all.zip").tensors
+    assert tensor.shape == (2,)
 
 
 @pytest.mark.parametrize(
